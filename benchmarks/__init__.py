@@ -1,0 +1,1 @@
+"""Scripts that reproduce what papers report; no part of the installed package."""

@@ -1,0 +1,64 @@
+"""Trains and tests an image classifier for the benchmarks; knows nothing of pruning."""
+
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Classifier", "accuracy", "fit"]
+
+
+class Classifier(pl.LightningModule):
+    """A network trained with cross-entropy and SGD at a constant learning rate.
+
+    Args:
+        net: Maps images ``(N, C, H, W)`` to scores ``(N, classes)``.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD, on every parameter.
+    """
+
+    def __init__(self, net: nn.Module, lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 1e-4):
+        super().__init__()
+        self.net = net
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        del batch_idx  # unused, but part of the hook
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+
+
+def fit(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], epochs: int, lr: float) -> None:
+    """Train ``net`` in place, all of it in train mode, for some passes over ``batches``."""
+    net.train()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Classifier(net, lr=lr), batches)
+
+
+@torch.inference_mode()
+def accuracy(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The share of images that ``net`` puts into the right class, in eval mode; its mode is given back."""
+    training = net.training
+    net.eval()
+    right = total = 0
+    for images, labels in batches:
+        right += int((net(images).argmax(dim=1) == labels).sum())
+        total += len(labels)
+    net.train(training)
+    return right / total

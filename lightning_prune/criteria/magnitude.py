@@ -1,0 +1,56 @@
+"""Criteria that look at a filter's weights alone."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["filter_l1", "filter_l2"]
+
+
+def filter_l1(weight: Tensor) -> Tensor:
+    """Score each filter by the sum of its absolute weights.
+
+    Args:
+        weight: Convolution or linear weight, ``(out, in / groups, *kernel)``.
+
+    Returns:
+        One score per filter, ``(out,)``; higher is kept longer.
+
+    Raises:
+        ValueError: If ``weight`` has no dimensions.
+
+    Example:
+        >>> filter_l1(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
+        tensor([3.0000, 0.5000])
+
+    References:
+        Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, sec. 3.1 (arXiv:1608.08710).
+    """
+    return _rows(weight).abs().sum(dim=1)
+
+
+def filter_l2(weight: Tensor) -> Tensor:
+    """Score each filter by the sum of its squared weights.
+
+    Args:
+        weight: Convolution or linear weight, ``(out, in / groups, *kernel)``.
+
+    Returns:
+        One score per filter, ``(out,)``; higher is kept longer.
+
+    Raises:
+        ValueError: If ``weight`` has no dimensions.
+
+    Example:
+        >>> filter_l2(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
+        tensor([5.0000, 0.2500])
+
+    References:
+        Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, sec. 4.4 (arXiv:1608.08710).
+    """
+    return _rows(weight).square().sum(dim=1)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    if not weight.dim():
+        raise ValueError("weight: got a single number; a filter criterion needs a weight of shape (out, ...).")
+    return weight.detach().reshape(len(weight), -1).to(torch.promote_types(weight.dtype, torch.float32))

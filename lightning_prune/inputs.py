@@ -1,0 +1,84 @@
+"""Knows how example inputs reach a model and how tensors are found in what comes back; changes nothing."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ExampleInputs", "as_call", "run", "tensors_in", "undisturbed"]
+
+ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A tensor (the one positional input), a tuple of positional inputs or a mapping of keyword inputs."""
+
+
+def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn example inputs into the positional and keyword arguments of one call of the model.
+
+    Raises:
+        TypeError: If ``example_inputs`` is neither a tensor, a tuple (or list) nor a mapping.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        f"example_inputs: got {type(example_inputs).__name__}; pass a tensor, a tuple of positional inputs "
+        "or a dict of keyword inputs."
+    )
+
+
+def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call the model on example inputs and return whatever it returns."""
+    args, kwargs = as_call(example_inputs)
+    return model(*args, **kwargs)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors held by nested tuples, lists, mappings, dataclasses and plain objects, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list | set | frozenset):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
+        yield from tensors_in(vars(value))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run the body in eval mode without gradients and leave mode, RNG, buffers and module attributes as found.
+
+    What a forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics) is taken back.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    attributes = [dict(vars(module)) for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    values = {id(b): (b, b._version, b.detach().clone()) for module in modules for b in module._buffers.values() if b is not None}
+    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            for module in modules:
+                module.training = False
+            yield
+        finally:
+            for module, mode, found, held in zip(modules, training, attributes, buffers, strict=True):
+                vars(module).clear()
+                vars(module).update(found)
+                module._buffers.clear()
+                module._buffers.update(held)
+                module.training = mode
+            for buffer, version, value in values.values():
+                if buffer._version != version:
+                    buffer.copy_(value)

@@ -1,0 +1,18 @@
+"""Reads which entries of a model live and die together; never changes the model."""
+
+from lightning_prune.structure.groups import ChannelGroup, Keep, Pinned, Slot, Structure, find_structure
+from lightning_prune.structure.rules import Call, coupling_rule
+from lightning_prune.structure.trace import named_tensors, trace
+
+__all__ = [
+    "Call",
+    "ChannelGroup",
+    "Keep",
+    "Pinned",
+    "Slot",
+    "Structure",
+    "coupling_rule",
+    "find_structure",
+    "named_tensors",
+    "trace",
+]

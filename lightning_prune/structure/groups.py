@@ -1,0 +1,299 @@
+"""From what met to what can leave: connected atoms become units, alike units become channel groups; changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_prune.structure.labels import INERT, PINNED, Atoms, Ledger, SlotRange
+
+__all__ = ["ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "connected", "find_structure"]
+
+Keep = Mapping[str, NDArray[np.bool_]]
+"""Group name -> for each of its units whether it stays, ``(width,)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Where a channel group lives: one dimension of one parameter or buffer.
+
+    Attributes:
+        tensor: Name of the parameter or buffer.
+        dim: Its dimension.
+        units: For each index along the dimension the unit it belongs to, or -1, ``(size,)``.
+        role: ``"producer"`` where a weight makes the channels, ``"consumer"`` where it sums over them, else ``"follower"``.
+    """
+
+    tensor: str
+    dim: int
+    units: NDArray[np.int64]
+    role: Literal["producer", "consumer", "follower"]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """All units of one kind.
+
+    Attributes:
+        name: Path of the first module that produces the channels.
+        width: Number of units.
+        slots: Every place where entries of these units live.
+        changes_statistics: Whether a normalisation, softmax or other statistic runs across the units, so that numbers
+            change, rightly, when some of them leave.
+    """
+
+    name: str
+    width: int
+    slots: tuple[Slot, ...]
+    changes_statistics: bool
+
+    @property
+    def producers(self) -> tuple[str, ...]:
+        """Paths of the modules (or names of bare parameters) that produce the channels, in the order they run."""
+        made = [slot for slot in self.slots if slot.role == "producer"] or list(self.slots)
+        return tuple(dict.fromkeys(_owner(slot.tensor) for slot in made))
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Channels that stay: ``count`` of the ``size`` along a dimension of a parameter, and why."""
+
+    tensor: str
+    dim: int
+    size: int
+    count: int
+    reason: str
+
+
+@dataclass(eq=False)
+class Structure:
+    """What a trace found: the channel groups of a model, what is pinned, and what everything costs."""
+
+    groups: dict[str, ChannelGroup]
+    pinned: list[Pinned]
+    ledger: Ledger
+    taken: dict[Hashable, Hashable]
+    component: Atoms
+    units: dict[str, Atoms] = field(default_factory=dict)
+    """Group name -> component of each of its units, ``(width,)``."""
+
+    def alive(self, keep: Keep) -> NDArray[np.bool_]:
+        """Return for every atom whether it is left once the units that ``keep`` gives up have gone, ``(atoms,)``."""
+        left = np.ones(self.ledger.size, dtype=bool)
+        for name, kept in keep.items():
+            left[self.units[name][~kept]] = False
+        return left[self.component]
+
+    def flops(self, keep: Keep) -> int:
+        """Predict the multiply-adds of the model once cut, by fvcore's convention."""
+        alive = self.alive(keep)
+        return round(sum(self.costs_by_operator(alive).values()))
+
+    def costs_by_operator(self, alive: NDArray[np.bool_]) -> dict[str, float]:
+        """Predict multiply-adds by kind of operator, given which atoms are left."""
+        total: dict[str, float] = defaultdict(float)
+        counts: dict[tuple[int, ...], int] = {}
+        for cost in self.ledger.costs:
+            product = cost.factor
+            for labels in cost.sizes:
+                key = tuple(id(label.atoms) for label in labels)
+                if key not in counts:
+                    counts[key] = int(np.logical_and.reduce([alive[label.atoms] for label in labels]).sum())
+                product *= counts[key]
+            total[cost.operator] += product
+        return total
+
+    def without(self, names: Iterable[str], reason: str) -> Structure:
+        """Return the structure with some groups pinned."""
+        names = set(names)
+        pins = [
+            Pinned(slot.tensor, slot.dim, len(slot.units), int((slot.units >= 0).sum()), reason)
+            for name in names
+            for slot in self.groups[name].slots
+            if slot.role == "producer"
+        ]
+        groups = {name: group for name, group in self.groups.items() if name not in names}
+        units = {name: unit for name, unit in self.units.items() if name not in names}
+        return Structure(groups, [*self.pinned, *pins], self.ledger, self.taken, self.component, units)
+
+
+def find_structure(ledger: Ledger) -> Structure:
+    """Turn what met during a trace into channel groups."""
+    taken = _take(ledger)
+    component = resolve(ledger, taken)
+    pinned = component == component[PINNED]
+    atoms, slot_of = _real_atoms(ledger.slots)
+    free = ~pinned[atoms]
+    atoms, slot_of = atoms[free], slot_of[free]
+    units = component[atoms]
+
+    # units whose entries lie in the same slots, equally often, are of one kind
+    weights = np.random.default_rng(0).integers(1, 2**62, size=len(ledger.slots), dtype=np.uint64)
+    signature = np.zeros(ledger.size, dtype=np.uint64)
+    np.add.at(signature, units, weights[slot_of])
+    roles = _roles(ledger)
+    mixed = np.zeros(ledger.size, dtype=bool)
+    for labels in ledger.statistics:
+        mixed[component[labels]] = True
+
+    groups: dict[str, ChannelGroup] = {}
+    members: dict[str, Atoms] = {}
+    alone: list[int] = []
+    kinds, first = np.unique(signature[units], return_index=True)
+    by_kind = _split_by(signature[units], kinds)
+    for which in np.argsort(first):
+        rows = by_kind[which]
+        found = np.unique(units[rows])
+        if len(found) < 2:
+            alone.extend(int(slot) for slot in np.unique(slot_of[rows]))
+            continue
+        slots = _slots(ledger, found, atoms[rows], units[rows], slot_of[rows], roles)
+        group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
+        groups[group.name] = group
+        members[group.name] = found
+    return Structure(groups, _pinned(ledger, component, taken, set(alone)), ledger, taken, component, members)
+
+
+def resolve(ledger: Ledger, taken: Mapping[Hashable, Hashable]) -> Atoms:
+    """Find the connected component of every atom, given the alternative taken of each choice."""
+    active = np.ones(ledger.size, dtype=bool)
+    active[INERT] = False
+    stands_for = []
+    for key, choice in ledger.choices.items():
+        way = taken.get(key, next(iter(choice.alternatives)))
+        for name, blocks in choice.alternatives.items():
+            for atoms, columns in blocks:
+                if name == way:
+                    active[atoms] = active[columns].any(axis=0)
+                    stands_for.append((np.broadcast_to(atoms, columns.shape).ravel(), columns.ravel()))
+                else:
+                    active[atoms] = False
+    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
+    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins], active)
+
+
+def connected(size: int, pairs: Iterable[tuple[Atoms, Atoms]], active: NDArray[np.bool_]) -> Atoms:
+    """Find connected components; pairs with an inactive end do not count.
+
+    Returns:
+        For each atom the smallest atom of its component, ``(size,)``.
+    """
+    pairs = list(pairs)
+    root = np.arange(size, dtype=np.int64)
+    if not pairs:
+        return root
+    a = np.concatenate([pair[0] for pair in pairs])
+    b = np.concatenate([pair[1] for pair in pairs])
+    both = active[a] & active[b] & (a != b)
+    a, b = a[both], b[both]
+    while len(a):
+        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
+        np.minimum.at(root, high, low)  # hook the larger root onto the smaller
+        while not np.array_equal(flat := root[root], root):
+            root = flat
+        apart = root[a] != root[b]
+        a, b = a[apart], b[apart]
+    return root
+
+
+def _take(ledger: Ledger) -> dict[Hashable, Hashable]:
+    """Take, of every choice, the alternative with the most channels that nothing downstream pins."""
+    if not ledger.choices:
+        return {}
+    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
+    active = np.ones(ledger.size, dtype=bool)
+    active[INERT] = False
+    root = connected(ledger.size, [*ledger.pairs, *pins], active)
+
+    def free(blocks: list[tuple[Atoms, Atoms]]) -> int:
+        return int((root[blocks[0][0]] != root[PINNED]).sum())
+
+    return {
+        key: max(choice.alternatives, key=lambda way: (free(choice.alternatives[way]), len(choice.alternatives[way][0][0])))
+        for key, choice in ledger.choices.items()
+    }
+
+
+def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
+    if not slots:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    atoms = np.concatenate([np.arange(slot.start, slot.start + slot.size) for slot in slots])
+    return atoms, np.repeat(np.arange(len(slots)), [slot.size for slot in slots])
+
+
+def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
+    roles = {}
+    for role, labels in ledger.roles.items():
+        roles[role] = np.zeros(ledger.size, dtype=bool)
+        if labels:
+            roles[role][np.concatenate(labels)] = True
+    return roles
+
+
+def _split_by(values: NDArray[np.uint64], kinds: NDArray[np.uint64]) -> list[Atoms]:
+    order = np.argsort(values, kind="stable")
+    return np.split(order, np.searchsorted(values[order], kinds)[1:])
+
+
+def _slots(
+    ledger: Ledger, found: Atoms, atoms: Atoms, units: Atoms, slot_of: Atoms, roles: Mapping[str, NDArray[np.bool_]]
+) -> tuple[Slot, ...]:
+    slots = []
+    for which in np.unique(slot_of):
+        rows = slot_of == which
+        slot = ledger.slots[which]
+        index = np.full(slot.size, -1, dtype=np.int64)
+        index[atoms[rows] - slot.start] = np.searchsorted(found, units[rows])
+        first = atoms[rows][0]
+        role: Literal["producer", "consumer", "follower"] = (
+            "consumer" if roles["consumer"][first] else "producer" if roles["producer"][first] else "follower"
+        )
+        slots.append(Slot(slot.tensor, slot.dim, index, role))
+    return tuple(slots)
+
+
+def _name(slots: tuple[Slot, ...], taken: Mapping[str, ChannelGroup]) -> str:
+    name = _owner(next((slot.tensor for slot in slots if slot.role == "producer"), slots[0].tensor))
+    if name not in taken:
+        return name
+    return next(f"{name}#{i}" for i in range(2, len(taken) + 3) if f"{name}#{i}" not in taken)
+
+
+def _owner(tensor: str) -> str:
+    """Return the path of the module that a parameter belongs to, or the name of a parameter of the model itself."""
+    module, _, leaf = tensor.rpartition(".")
+    return module if leaf in ("weight", "bias") and module else tensor
+
+
+def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable], alone: set[int]) -> list[Pinned]:
+    """Say of every dimension that makes channels which of them stay, and why."""
+    reasons: dict[int, str] = {}
+    for labels, reason in ledger.pins:
+        for root in np.unique(labels):
+            reasons.setdefault(int(root), reason)
+    made = _roles(ledger)["producer"]
+    return [
+        Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, slot, stays, reasons, component))
+        for slot in ledger.slots
+        if made[slot.start]
+        and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
+    ] + [
+        Pinned(slot.tensor, slot.dim, slot.size, slot.size, "its channels can only leave all together")
+        for which in sorted(alone)
+        if made[(slot := ledger.slots[which]).start]
+    ]
+
+
+def _reason(
+    ledger: Ledger, slot: SlotRange, stays: NDArray[np.bool_], reasons: Mapping[int, str], component: Atoms
+) -> str:
+    own = np.arange(slot.start, slot.start + slot.size)[stays]
+    for atom in own:
+        if int(atom) in reasons:
+            return reasons[int(atom)]
+    return "tied to channels that stay"

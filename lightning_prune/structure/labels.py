@@ -1,0 +1,201 @@
+"""Labels that ride on tensors, and the ledger of what they met; knows no operator and no model.
+
+An *atom* is one index along one dimension of one parameter or buffer. A label says, for every index along one dimension
+of a tensor, which atom that slice of the tensor stands for. Atoms that meet must leave together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["INERT", "PINNED", "Attribute", "Choice", "Cost", "Label", "Labels", "Ledger", "SlotRange"]
+
+Atoms = NDArray[np.int64]
+Role = Literal["producer", "consumer"]
+
+PINNED = 0
+"""The atom that may never leave: what meets it stays."""
+INERT = 1
+"""The atom that stands for nothing: what meets it is not affected."""
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """Which atom each index along one dimension stands for, ``(size,)``.
+
+    A conditional label holds atoms of a :class:`Choice`, which count only where their alternative is taken.
+    """
+
+    atoms: Atoms
+    conditional: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
+
+    ``weight`` says that the tensor was made from parameters and constants alone.
+    """
+
+    dims: dict[int, tuple[Label, ...]] = field(default_factory=dict)
+    weight: bool = True
+
+    def at(self, dim: int) -> tuple[Label, ...]:
+        """Return the labels along a dimension, none for a dimension of fixed size."""
+        return self.dims.get(dim, ())
+
+
+@dataclass(frozen=True)
+class SlotRange:
+    """The atoms ``start .. start + size`` that stand for one dimension of a parameter or buffer."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass(eq=False)
+class Choice:
+    """A place where the channels of one dimension can leave in several ways, of which the model can follow only one.
+
+    ``alternatives`` maps each way to blocks of conditional atoms ``(size,)``, each beside the atoms that it stands for,
+    ``(n, size)``: what stands in one column leaves together.
+    """
+
+    alternatives: dict[Hashable, list[tuple[Atoms, Atoms]]]
+    where: str
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """A number held by a module that follows how many atoms of a label are left.
+
+    ``index`` is the entry that follows where the attribute is a tuple of sizes.
+    """
+
+    module: str
+    name: str
+    atoms: Atoms
+    index: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Multiply-adds of one operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels."""
+
+    operator: str
+    factor: float
+    sizes: tuple[tuple[Label, ...], ...]
+
+
+class Ledger:
+    """What a trace writes down: which atoms there are, which of them met, and which may not leave."""
+
+    def __init__(self, first_atom: int = 2) -> None:
+        """Start an empty ledger whose first atom has the given number."""
+        self.size = first_atom
+        self.slots: list[SlotRange] = []
+        self.pairs: list[tuple[Atoms, Atoms]] = []
+        self.pins: list[tuple[Atoms, str]] = []
+        self.choices: dict[Hashable, Choice] = {}
+        self.attributes: list[Attribute] = []
+        self.costs: list[Cost] = []
+        self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}
+        self.statistics: list[Atoms] = []
+        self.notes: list[str] = []
+        self.output_shapes: list[tuple[int, ...]] = []
+        self.step = 0  # counts operators, so that two traces of one model name their choices alike
+        self.where = ""  # what is being traced, for reasons
+    def register(self, name: str, tensor: Tensor) -> Labels:
+        """Hand out one atom per index of every dimension of a parameter or buffer."""
+        dims = {}
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                self.slots.append(SlotRange(name, dim, self.size, size))
+                dims[dim] = (Label(self._hand_out(size)),)
+        return Labels(dims)
+
+    def meet(self, a: Atoms, b: Atoms) -> None:
+        """Write down that atoms of ``a`` and ``b`` (broadcast together) must leave together."""
+        if a is not b:
+            a, b = np.broadcast_arrays(a, b)
+            self.pairs.append((a.ravel(), b.ravel()))
+
+    def pin(self, labels: Iterable[Label], reason: str) -> None:
+        """Write down that nothing of these labels may leave, and why."""
+        for label in labels:
+            self.pins.append((label.atoms, f"{reason} ({self.where})" if self.where else reason))
+
+    def tie(self, sides: Sequence[tuple[Label, ...]], reason: str) -> tuple[Label, ...]:
+        """Let the labels that several tensors carry along one shared dimension meet, and return what the result carries.
+
+        A side without labels has a fixed size, which pins the others.
+        """
+        if not all(sides):
+            for side in sides:
+                self.pin(side, reason)
+            return ()
+        for first in sides[0]:
+            for side in sides[1:]:
+                for other in side:
+                    self.meet(first.atoms, other.atoms)
+        every = [label for side in sides for label in side]
+        certain = [label for label in every if not label.conditional]
+        return (certain[0],) if certain else tuple({id(label.atoms): label for label in every}.values())
+
+    def split(self, key: Hashable, atoms: Atoms, dims: Sequence[int], names: Sequence[Hashable]) -> list[Label]:
+        """Write down a choice: ``atoms`` vary along several ``dims``, and only one of those can shrink.
+
+        Args:
+            key: What names the choice within its operator.
+            atoms: Atoms of some shape.
+            dims: The dimensions of ``atoms`` along which they vary.
+            names: One name per alternative.
+
+        Returns:
+            One conditional label per entry of ``dims``.
+        """
+        columns = [np.moveaxis(atoms, dim, -1).reshape(-1, atoms.shape[dim]) for dim in dims]
+        return self.choose(key, {name: [column] for name, column in zip(names, columns, strict=True)})
+
+    def choose(self, key: Hashable, alternatives: dict[Hashable, list[Atoms]]) -> list[Label]:
+        """Write down a choice.
+
+        Args:
+            key: What names the choice within its operator.
+            alternatives: For each way, blocks of atoms ``(n, size)`` of which each column leaves together.
+
+        Returns:
+            One conditional label ``(size,)`` per block, in order.
+        """
+        choice = self.choices[self.step, key] = Choice({}, self.where)
+        labels = []
+        for name, blocks in alternatives.items():
+            choice.alternatives[name] = [(self._hand_out(block.shape[1]), block) for block in blocks]
+            labels += [Label(atoms, conditional=True) for atoms, _ in choice.alternatives[name]]
+        return labels
+
+    def use(self, role: Role, labels: Iterable[Label]) -> None:
+        """Write down that a contraction made these labels (``producer``) or summed over them (``consumer``)."""
+        self.roles[role].extend(label.atoms for label in labels)
+
+    def mix(self, labels: Iterable[Label]) -> None:
+        """Write down that a statistic ran over these labels, so that numbers change when some of them leave."""
+        self.statistics.extend(label.atoms for label in labels)
+
+    def cost(self, operator: str, factor: float, *sizes: int | tuple[Label, ...]) -> None:
+        """Write down the multiply-adds of an operator as a product of fixed and labelled sizes."""
+        fixed = math.prod(size for size in sizes if isinstance(size, int))
+        self.costs.append(Cost(operator, factor * fixed, tuple(size for size in sizes if not isinstance(size, int))))
+
+    def _hand_out(self, count: int) -> Atoms:
+        start, self.size = self.size, self.size + count
+        return np.arange(start, self.size, dtype=np.int64)

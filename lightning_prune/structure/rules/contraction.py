@@ -1,0 +1,174 @@
+"""Rules for operators that multiply and sum: matrix products, convolutions, embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor, nn
+
+from lightning_prune.structure.labels import PINNED, Atoms, Attribute, Label
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__: list[str] = []
+
+OUTER, INNER = "whole groups", "the same share of every group"
+
+
+@coupling_rule("aten.mm")
+def mm(call: Call) -> Dims:
+    """``(m, k) @ (k, n)``: the summed dimension meets, the others pass."""
+    return _product(call, call.args[0], call.args[1])
+
+
+@coupling_rule("aten.addmm", "aten.baddbmm")
+def addmm(call: Call) -> Dims:
+    """A product, and an addend that meets it element by element."""
+    addend, a, b = call.args[:3]
+    return _added(call, addend, _product(call, a, b))
+
+
+@coupling_rule("aten.bmm")
+def bmm(call: Call) -> Dims:
+    """``(b, m, k) @ (b, k, n)``: the batch and the summed dimension meet, the others pass."""
+    return _product(call, call.args[0], call.args[1])
+
+
+@coupling_rule("aten.mv")
+def mv(call: Call) -> Dims:
+    """``(m, k) @ (k,)``."""
+    a, b = call.args
+    _contract(call, a, 1, b, 0)
+    return {0: _made(call, a, 0)}
+
+
+@coupling_rule("aten.dot")
+def dot(call: Call) -> Dims:
+    """``(k,) @ (k,)``."""
+    _contract(call, call.args[0], 0, call.args[1], 0)
+    return {}
+
+
+@coupling_rule("aten.linear")
+def linear(call: Call) -> Dims:
+    """``(..., k), (n, k) -> (..., n)``, on the backends that do not take it apart."""
+    x, weight = call.args[:2]
+    bias = call.argument("bias")
+    _contract(call, x, x.dim() - 1, weight, 1)
+    made = _made(call, weight, 0)
+    if bias is not None:
+        made = call.ledger.tie([made, call.labels(bias).at(0)], "bias of fixed size")
+    call.ledger.cost("linear", 1.0, *call.sizes(x), *call.sizes(weight, 0))
+    return {**{d: f for d, f in call.labels(x).dims.items() if d < x.dim() - 1}, x.dim() - 1: made}
+
+
+@coupling_rule("aten.embedding")
+def embedding(call: Call) -> Dims:
+    """Rows are looked up by data, so their number is fixed; their entries pass."""
+    weight, indices = call.args[:2]
+    call.ledger.pin(call.labels(weight).at(0), "rows are looked up by index")
+    return {**call.labels(indices).dims, indices.dim(): _made(call, weight, 1)}
+
+
+@coupling_rule("aten.convolution")
+def convolution(call: Call) -> Dims:
+    """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels meet, batch passes, positions keep their number."""
+    x, weight, bias = call.args[:3]
+    transposed, groups = call.argument("transposed"), call.argument("groups")
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    labels, made = call.labels(x), call.labels(weight)
+    for dim in range(2, weight.dim()):
+        call.ledger.pin(made.at(dim), "kernel size")
+        call.ledger.pin(labels.at(dim), "positions of a convolution")
+    if groups == 1:
+        _contract(call, x, 1, weight, in_dim)
+        channels = _made(call, weight, out_dim)
+    else:
+        channels = _grouped(call, x, weight, groups, transposed)
+    if bias is not None:
+        channels = call.ledger.tie([channels, call.labels(bias).at(0)], "bias of fixed size")
+    positions = math.prod((x if transposed else call.out).shape[2:]) * math.prod(weight.shape[2:])
+    call.ledger.cost("conv", positions, *call.sizes(x, 0), *call.sizes(weight, 0, 1))
+    return {0: labels.at(0), 1: channels}
+
+
+def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: bool) -> tuple[Label, ...]:
+    """Let the channels of a grouped convolution meet: either whole groups leave, or every group shrinks alike.
+
+    The weight is ``(O, I / groups, ...)``, or transposed ``(I, O / groups, ...)``: its dimension 0 holds the groups one
+    after another, its dimension 1 is shared by all of them.
+    """
+    ledger, labels = call.ledger, call.labels(weight)
+    stacked, shared = labels.at(0), labels.at(1)
+    entering = call.labels(x).at(1)
+    if labels.weight:
+        ledger.use("consumer" if transposed else "producer", stacked)
+        ledger.use("producer" if transposed else "consumer", shared)
+    if not (entering and stacked):
+        ledger.pin((*entering, *stacked, *shared), "groups of a convolution whose input has fixed channels")
+        return ()
+    if transposed:
+        entering = ledger.tie([entering, stacked], "")
+    rows = np.stack([label.atoms.reshape(groups, -1) for label in entering], axis=-1)  # (groups, in each, labels)
+    inputs, outputs = rows.reshape(groups, -1), stacked[0].atoms.reshape(groups, -1)
+    if inputs.shape[1] == len(entering) and not (transposed and shared):  # depthwise: a group is a channel
+        ledger.meet(inputs[:, :1], outputs)
+        ledger.meet(inputs[:, :1], inputs)
+        _follow_groups(call, inputs[:, 0])
+        return stacked
+    alike = rows.transpose(0, 2, 1).reshape(-1, rows.shape[1])
+    fixed = [np.append(label.atoms, PINNED)[:, None] for label in shared]
+    if transposed:
+        ways = {OUTER: [inputs.T, *fixed], INNER: [alike, *(label.atoms[None] for label in shared)]}
+    else:
+        whole = np.concatenate([inputs, outputs], axis=1).T
+        ways = {OUTER: [whole, *fixed], INNER: [np.concatenate([alike, *(s.atoms[None] for s in shared)]), outputs]}
+    handed = ledger.choose("groups", ways)
+    _follow_groups(call, handed[0].atoms)
+    if not transposed:
+        return stacked
+    every = [Label(np.repeat(handed[0].atoms, weight.shape[1]), conditional=True)]
+    return (*every, *(Label(np.tile(label.atoms, groups), conditional=True) for label in handed[len(fixed) + 2 :]))
+
+
+def _follow_groups(call: Call, atoms: Atoms) -> None:
+    path, module = call.module
+    if isinstance(module, nn.modules.conv._ConvNd):
+        call.ledger.attributes.append(Attribute(path, "groups", atoms))
+
+
+def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
+    last = a.dim() - 1
+    batch = range(last - 1)
+    tied = {dim: call.ledger.tie([call.labels(a).at(dim), call.labels(b).at(dim)], "batch of a product") for dim in batch}
+    _contract(call, a, last, b, last - 1)
+    call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
+    return {**tied, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}
+
+
+def _added(call: Call, addend: Tensor, dims: Dims) -> Dims:
+    for dim in range(call.out.dim()):
+        own = dim - call.out.dim() + addend.dim()
+        if own >= 0 and addend.shape[own] > 1 and call.out.shape[dim] > 1:
+            dims[dim] = call.ledger.tie([dims.get(dim, ()), call.labels(addend).at(own)], "addend of fixed size")
+    return dims
+
+
+def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
+    """Sum over a dimension that both tensors have."""
+    left, right = call.labels(a), call.labels(b)
+    call.ledger.tie([left.at(a_dim), right.at(b_dim)], "summed against a tensor of fixed size")
+    for mine, other, dim in ((left, right, a_dim), (right, left, b_dim)):
+        if mine.weight and not other.weight:
+            call.ledger.use("consumer", mine.at(dim))
+    if not (left.weight or right.weight):
+        call.ledger.mix(left.at(a_dim) + right.at(b_dim))  # no parameter to silence the sum with
+
+
+def _made(call: Call, tensor: Tensor, dim: int) -> tuple[Label, ...]:
+    """Return the labels that an operand gives to the output, which it produces if it is a weight."""
+    labels = call.labels(tensor)
+    if labels.weight:
+        call.ledger.use("producer", labels.at(dim))
+    return labels.at(dim)
+

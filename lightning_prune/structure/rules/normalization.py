@@ -1,0 +1,187 @@
+"""Rules for operators that normalise: channels meet their statistics and their affine parameters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor, nn
+
+from lightning_prune.structure.labels import Attribute
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__: list[str] = []
+
+
+@coupling_rule(
+    "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm", "aten._native_batch_norm_legit",
+    "aten._native_batch_norm_legit_no_training", "aten._batch_norm_no_update", "aten._batch_norm_with_update",
+)  # fmt: skip
+def batch_norm(call: Call) -> list[Dims]:
+    """Each channel has statistics and affine parameters of its own."""
+    x = call.args[0]
+    labels = call.labels(x)
+    own = [tensor for tensor in call.tensors()[1:] if tensor.dim() == 1]
+    channels = call.ledger.tie([labels.at(1), *(call.labels(t).at(0) for t in own)], "normalised by fixed statistics")
+    if call.has("training") and call.argument("training"):
+        for dim, found in labels.dims.items():
+            if dim != 1:
+                call.ledger.pin(found, "batch statistics run over it")
+    call.ledger.cost("batch_norm", 2 if call.args[1] is not None else 1, *call.sizes(x))
+    return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
+
+
+@coupling_rule("aten.native_layer_norm", "aten._fused_rms_norm")
+def layer_norm(call: Call) -> list[Dims]:
+    """The last dimensions share one statistic, and meet the affine parameters entry by entry."""
+    x, shape = call.args[:2]
+    first = x.dim() - len(shape)
+    labels, affine = call.labels(x), [tensor for tensor in call.tensors()[1:] if tensor.dim()]
+    dims = dict(labels.dims)
+    path, module = call.module
+    for entry in range(len(shape)):
+        dims[first + entry] = call.ledger.tie(
+            [labels.at(first + entry), *(call.labels(t).at(entry) for t in affine)], "normalised by fixed parameters"
+        )
+        call.ledger.mix(dims[first + entry])
+        if dims[first + entry] and tuple(shape) == getattr(module, "normalized_shape", None):
+            call.ledger.attributes.append(Attribute(path, "normalized_shape", dims[first + entry][0].atoms, entry))
+    call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
+    return [dims] + [{}] * (len(call.out) - 1)
+
+
+@coupling_rule("aten.native_group_norm")
+def group_norm(call: Call) -> list[Dims]:
+    """Channels of one group share a statistic: whole groups leave, or every group shrinks alike."""
+    x, groups = call.args[0], call.args[6]
+    labels = call.labels(x)
+    affine = [call.labels(tensor).at(0) for tensor in call.args[1:3] if tensor is not None]
+    channels = call.ledger.tie([labels.at(1), *affine], "normalised by fixed parameters")
+    call.ledger.mix(channels)
+    for dim, found in labels.dims.items():
+        if dim > 1:
+            call.ledger.pin(found, "statistics run over it")
+    if channels and groups > 1:
+        columns = np.concatenate([label.atoms.reshape(groups, -1).T for label in channels])
+        if x.shape[1] == groups:
+            _follow(call, columns[0])
+        else:
+            alike = np.concatenate([label.atoms.reshape(groups, -1) for label in channels])
+            whole, _ = call.ledger.choose("groups", {"whole groups": [columns], "the same share of every group": [alike]})
+            _follow(call, whole.atoms)
+    call.ledger.cost("group_norm", 5 if affine else 4, *call.sizes(x))
+    return [{0: labels.at(0), 1: channels}] + [{}] * (len(call.out) - 1)
+
+
+def _follow(call: Call, atoms: np.ndarray) -> None:
+    path, module = call.module
+    if isinstance(module, nn.GroupNorm):
+        call.ledger.attributes.append(Attribute(path, "num_groups", atoms))
+
+
+@coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
+def softmax(call: Call) -> Dims:
+    """Shares of a sum: they grow when some of them leave."""
+    x = call.args[0]
+    labels = call.labels(x)
+    call.ledger.mix(labels.at(call.argument("dim") % max(x.dim(), 1)))
+    return labels.dims
+
+
+@coupling_rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.cummax", "aten.cummin")
+def along_one_dimension(call: Call) -> Dims | list[Dims]:
+    """Positions along the dimension count, so it keeps its size; the others pass."""
+    x = call.args[0]
+    dim = call.argument("dim") % max(x.dim(), 1)
+    labels = call.labels(x)
+    call.ledger.pin(labels.at(dim), f"order counts in {call.func.overloadpacket}")
+    dims = {d: found for d, found in labels.dims.items() if d != dim}
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+@coupling_rule(
+    "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm", "aten.prod",
+    "aten.logsumexp", "aten.any", "aten.all", "aten.var_mean", "aten.std_mean", "aten.nansum", "aten.count_nonzero",
+)  # fmt: skip
+def reduction(call: Call) -> Dims | list[Dims]:
+    """Statistics over reduced dimensions change when some of their entries leave; the other dimensions pass."""
+    return _reduced(call, ordered=False)
+
+
+@coupling_rule("aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue")
+def ordered_reduction(call: Call) -> Dims | list[Dims]:
+    """The result tells positions, so the reduced dimension keeps its size."""
+    if call.func._overloadname == "other":  # max(a, b) is element by element
+        from lightning_prune.structure.rules.pointwise import pointwise
+
+        return pointwise(call)
+    return _reduced(call, ordered=call.func._overloadname != "default" or "arg" in str(call.func))
+
+
+def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
+    x = call.args[0]
+    labels = call.labels(x)
+    gone = call.argument("dim") if call.has("dim") else None
+    gone = [gone] if isinstance(gone, int) else (gone or range(x.dim()))
+    gone = {dim % max(x.dim(), 1) for dim in gone}
+    keepdim = bool(call.has("keepdim") and call.argument("keepdim"))
+    dims: Dims = {}
+    for dim in range(x.dim()):
+        found = labels.at(dim)
+        if dim not in gone:
+            dims[dim if keepdim else dim - sum(g < dim for g in gone)] = found
+        elif ordered:
+            call.ledger.pin(found, f"positions count in {call.func.overloadpacket}")
+        else:
+            call.ledger.mix(found)
+    if _pooled(call, gone, keepdim):
+        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:
+    """Tell global average pooling, which torch turns into this very mean, from a mean that was asked for."""
+    return call.func._opname == "mean" and keepdim and call.args[0].dim() == 4 and list(call.args[1]) == [-1, -2]
+
+
+@coupling_rule(
+    *(
+        f"aten.{name}{n}d"
+        for n in (1, 2, 3)
+        for name in (
+            "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "upsample_linear",
+            "upsample_bilinear", "upsample_trilinear", "upsample_bicubic", "fractional_max_pool", "_upsample_nearest_exact",
+            "_upsample_bilinear_aa_", "max_unpool",
+        )
+    ),
+    "aten.max_pool1d", "aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.max_pool2d", "aten.mkldnn_max_pool2d",
+    "aten.upsample_bilinear2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d",
+    "aten.grid_sampler_3d",
+)  # fmt: skip
+def spatial(call: Call) -> Dims | list[Dims]:
+    """Pooling and resampling: batch and channels pass, positions keep their number."""
+    x = call.args[0]
+    labels = call.labels(x)
+    name = call.func._opname
+    positions = int(next(c for c in name if c.isdigit()))
+    dims = {}
+    for dim, found in labels.dims.items():
+        if dim < x.dim() - positions:
+            dims[dim] = found
+        else:
+            call.ledger.pin(found, f"positions of {name}")
+    for other in call.tensors()[1:]:
+        for found in call.labels(other).dims.values():
+            call.ledger.pin(found, f"positions of {name}")
+    _pooling_cost(call, x, name)
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+def _pooling_cost(call: Call, x: Tensor, name: str) -> None:
+    if name == "_adaptive_avg_pool2d":
+        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
+    factor = {"upsample_nearest2d": 1, "upsample_bilinear2d": 4, "grid_sampler_2d": 4}.get(name, 0)
+    if factor:
+        call.ledger.cost(name, factor, *call.sizes(x, 0, 1), math.prod(call.out.shape[2:]))
+
+

@@ -1,0 +1,32 @@
+"""Rules for operators that work element by element: what lies on one element leaves together."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__ = ["pointwise"]
+
+
+@coupling_rule(
+    "aten.copy_", "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise", "aten.tril", "aten.triu",
+    "aten.nan_to_num", "aten.bernoulli", "aten.dropout",
+)  # fmt: skip
+def pointwise(call: Call) -> Dims | list[Dims]:
+    """Labels along the same dimension meet; a tensor of fixed size pins what it meets, size one stretches to anything."""
+    out = call.out if isinstance(call.out, Tensor) else call.out[0]
+    operands = [(tensor, call.labels(tensor)) for tensor in call.tensors() if tensor.dim()]
+    if len(operands) == 1 and operands[0][0].dim() == out.dim():
+        dims = operands[0][1].dims
+    else:
+        dims = {}
+        for dim in range(out.dim()):
+            sides = []
+            for tensor, labels in operands:
+                own = dim - out.dim() + tensor.dim()
+                if own >= 0 and tensor.shape[own] > 1:
+                    sides.append(labels.at(own))
+            if any(sides):
+                dims[dim] = call.ledger.tie(sides, "meets a tensor of fixed size")
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)

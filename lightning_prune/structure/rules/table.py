@@ -1,0 +1,127 @@
+"""The one table of coupling rules, and what a rule gets to see; knows no single operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.structure.labels import Label, Labels, Ledger
+
+__all__ = ["RULES", "Call", "Dims", "Rule", "coupling_rule", "rule_for", "tensors_among"]
+
+Dims = dict[int, tuple[Label, ...]]
+"""Dimension of an output -> the labels along it."""
+
+
+class Call:
+    """One call of one operator, as its rule sees it.
+
+    Attributes:
+        ledger: Where meetings are written down.
+        func: The operator.
+        args: Its positional arguments, as they were given.
+        kwargs: Its keyword arguments, as they were given.
+        out: What it returned.
+        module: Path of the module that was running, and the module itself.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        labels: Callable[[Tensor], Labels],
+        module: tuple[str, torch.nn.Module | None],
+    ) -> None:
+        """Bundle what one call consists of."""
+        self.ledger = ledger
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.out = out
+        self.labels = labels
+        self.module = module
+
+    def argument(self, name: str) -> Any:
+        """Return an argument by the name it has in the operator's schema, or its default."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        position, default = _positions(self.func)[name]
+        return self.args[position] if position < len(self.args) else default
+
+    def has(self, name: str) -> bool:
+        """Return whether the operator's schema has an argument of this name."""
+        return name in _positions(self.func)
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor among the arguments, in order."""
+        return [*tensors_among(self.args), *tensors_among(self.kwargs.values())]
+
+    def sizes(self, tensor: Tensor, *dims: int) -> list[int | tuple[Label, ...]]:
+        """Return, for each dimension (all of them by default), its labels or else its fixed size."""
+        labels = self.labels(tensor)
+        return [labels.at(dim) or tensor.shape[dim] for dim in dims or range(tensor.dim())]
+
+
+Rule = Callable[[Call], "Dims | list[Dims]"]
+"""Given a call, writes down what meets and returns the labels of the output (a list for several outputs)."""
+
+RULES: dict[Any, Rule] = {}
+"""Operator (an overload or all overloads of a name) -> its rule."""
+
+
+def coupling_rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Teach the trace how an operator passes labels on.
+
+    The rule gets a :class:`Call`; it lets labels meet with ``call.ledger.tie``, pins with ``call.ledger.pin`` and returns
+    the labels of the output, dimension by dimension (a dimension left out has a fixed size). Whatever a rule says, no
+    cut is made that the proof does not confirm.
+
+    Args:
+        operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names this torch does not have are passed over.
+
+    Example:
+        >>> @coupling_rule("mylib.scale_channels")
+        ... def scale_channels(call):
+        ...     x, gain = call.args  # (N, C, ...), (C,)
+        ...     labels = call.labels(x)
+        ...     channel = call.ledger.tie([labels.at(1), call.labels(gain).at(0)], "mylib.scale_channels")
+        ...     return {**labels.dims, 1: channel}
+    """
+
+    def register(rule: Rule) -> Rule:
+        for operator in operators:
+            namespace, _, name = operator.partition(".")
+            name, _, overload = name.partition(".")
+            packet = getattr(getattr(torch.ops, namespace), name, None)
+            if packet is not None:
+                RULES[getattr(packet, overload) if overload else packet] = rule
+        return rule
+
+    return register
+
+
+def rule_for(func: Any) -> Rule | None:
+    """Return the rule of an operator, or None where nobody taught one."""
+    return RULES.get(func) or RULES.get(func.overloadpacket)
+
+
+def tensors_among(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a flat or nested sequence of arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_among(value)
+
+
+@cache
+def _positions(func: Any) -> dict[str, tuple[int, Any]]:
+    arguments = func._schema.arguments
+    return {a.name: (i, a.default_value if a.has_default_value() else None) for i, a in enumerate(arguments)}

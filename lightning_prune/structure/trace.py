@@ -1,0 +1,168 @@
+"""Runs a model once with labels riding on its tensors; knows how to watch operators, not what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_prune.errors import PruningError
+from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
+from lightning_prune.structure.labels import Labels, Ledger
+from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
+
+__all__ = ["named_tensors", "trace"]
+
+_UNLABELLED = Labels(weight=True)
+_ACTIVATION = Labels(weight=False)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer once, under the first of its names."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
+    """Run the model once on example inputs and write down which channels met.
+
+    Costs about one forward pass. Mode, RNG, buffers and module attributes are left as found.
+
+    Raises:
+        PruningError: If the model does not run on the example inputs.
+    """
+    ledger = Ledger()
+    try:
+        with undisturbed(model):
+            watch(model, example_inputs, {}, ledger, {n: ledger.register(n, t) for n, t in named_tensors(model).items()})
+    except Exception as error:
+        raise PruningError(
+            f"{type(model).__name__} does not run on the example inputs in eval mode ({type(error).__name__}: {error}). "
+            "Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of keyword inputs."
+        ) from error
+    return ledger
+
+
+def watch(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    replaced: Mapping[str, Tensor],
+    ledger: Ledger,
+    labels: Mapping[str, Labels],
+    *,
+    meta: bool = False,
+) -> None:
+    """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
+
+    Args:
+        model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
+        example_inputs: What to call it on.
+        replaced: Tensors to run with instead of the model's own, by name.
+        ledger: Where meetings are written down.
+        labels: The labels that each parameter and buffer carries, by name.
+        meta: Whether ``replaced`` and ``example_inputs`` lie on the meta device, so that nothing is computed.
+    """
+    args, kwargs = as_call(example_inputs)
+    mode = _LabelMode(ledger, meta)
+    for name, tensor in named_tensors(model).items():
+        mode.labels[replaced.get(name, tensor)] = labels[name]
+    for tensor in tensors_in((args, kwargs)):
+        mode.labels[tensor] = _ACTIVATION
+    with ExitStack() as stack:
+        stack.enter_context(_unfused())
+        stack.enter_context(mode.knows_modules(model))
+        stack.enter_context(mode)
+        outputs = torch.func.functional_call(model, dict(replaced), args, kwargs) if replaced else model(*args, **kwargs)
+    ledger.where = ""
+    for tensor in tensors_in(outputs):
+        ledger.output_shapes.append(tuple(tensor.shape))
+        for found in mode.labels.get(tensor, _UNLABELLED).dims.values():
+            ledger.pin(found, "reaches the model's output")
+
+
+class _LabelMode(TorchDispatchMode):
+    """Looks up the rule of every operator that runs, and lets it pass labels on."""
+
+    def __init__(self, ledger: Ledger, meta: bool) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.labels: Any = WeakIdKeyDictionary()
+        self._meta = meta
+        self._running: list[tuple[str, nn.Module | None]] = [("", None)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._meta:
+            args, kwargs = _on_meta(args), dict(zip(kwargs, _on_meta(tuple(kwargs.values())), strict=True))
+        out = func(*args, **kwargs)
+        self.ledger.step += 1
+        found = [self.labels.get(t, _UNLABELLED) for t in tensors_among((*args, *kwargs.values()))]
+        weight = all(labels.weight for labels in found)
+        if any(labels.dims for labels in found):
+            self.ledger.where = f"{self._running[-1][0] or 'the model'}, {func.overloadpacket}"
+            call = Call(self.ledger, func, args, kwargs, out, self._labels_of, self._running[-1])
+            rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
+            dims = rule(call)
+        else:
+            dims = {}
+        for tensor, own in _outputs(out, dims):
+            self.labels[tensor] = Labels({d: found for d, found in own.items() if found}, weight)
+        return out
+
+    def _labels_of(self, tensor: Tensor) -> Labels:
+        found: Labels = self.labels.get(tensor, _UNLABELLED)
+        return found
+
+    @contextmanager
+    def knows_modules(self, model: nn.Module) -> Iterator[None]:
+        """Know, inside the block, which module of the model is running."""
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._running.append((names.get(id(module), self._running[-1][0]), module))
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._running.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(out, Tensor):
+        yield out, dims
+    elif isinstance(out, list | tuple):
+        for i, part in enumerate(out):
+            if isinstance(part, Tensor):
+                yield part, dims[i] if isinstance(dims, list) else {}
+
+
+def _on_meta(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.to("meta") if isinstance(value, Tensor) and not value.is_meta and value.dim()
+        else type(value)(_on_meta(tuple(value))) if type(value) in (list, tuple)
+        else value
+        for value in values
+    )  # fmt: skip
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Take attention apart into products, which have rules."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

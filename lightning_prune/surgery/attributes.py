@@ -1,0 +1,79 @@
+"""Knows which numbers on modules repeat the shapes of their tensors, and what they become after a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """A number on a module that a cut changes: path of the module, name of the attribute, value before and after."""
+
+    module: str
+    name: str
+    old: Any
+    new: Any
+
+
+# module type -> attribute -> (parameters that tell it, the first that exists counts; dimension; times which attribute)
+_SIZES: dict[type[nn.Module], dict[str, tuple[tuple[str, ...], int, str | None]]] = {
+    nn.Linear: {"in_features": (("weight",), 1, None), "out_features": (("weight",), 0, None)},
+    nn.Bilinear: {
+        "in1_features": (("weight",), 1, None),
+        "in2_features": (("weight",), 2, None),
+        "out_features": (("weight",), 0, None),
+    },
+    nn.Embedding: {"embedding_dim": (("weight",), 1, None)},
+    nn.EmbeddingBag: {"embedding_dim": (("weight",), 1, None)},
+    nn.PReLU: {"num_parameters": (("weight",), 0, None)},
+    nn.GroupNorm: {"num_channels": (("weight",), 0, None)},
+    nn.modules.batchnorm._NormBase: {"num_features": (("weight", "running_mean"), 0, None)},
+    nn.modules.conv._ConvTransposeNd: {
+        "in_channels": (("weight",), 0, None),
+        "out_channels": (("weight",), 1, "groups"),
+    },
+    nn.modules.conv._ConvNd: {"in_channels": (("weight",), 1, "groups"), "out_channels": (("weight",), 0, None)},
+}
+
+
+def shape_attributes(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], known: Iterable[AttributeChange] = ()
+) -> list[AttributeChange]:
+    """Find which attributes of ``torch.nn`` modules must change so that they agree with new shapes of their tensors.
+
+    Args:
+        model: The model, not changed.
+        shapes: New shape by name of parameter or buffer.
+        known: Changes that shapes cannot tell, such as ``groups``; they are part of the result.
+    """
+    changes = {(change.module, change.name): change for change in known}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+        module = modules[path]
+        table = next((table for kind, table in _SIZES.items() if isinstance(module, kind)), {})
+        for name, (leaves, dim, factor) in table.items():
+            shape = next((shapes[full] for leaf in leaves if (full := f"{path}.{leaf}".lstrip(".")) in shapes), None)
+            if shape is None or len(shape) <= dim:
+                continue
+            new = shape[dim]
+            if factor is not None:
+                follows = changes.get((path, factor))
+                new *= follows.new if follows else getattr(module, factor)
+            changes[path, name] = AttributeChange(path, name, getattr(module, name, None), new)
+        if isinstance(getattr(module, "normalized_shape", None), tuple) and (full := f"{path}.weight".lstrip(".")) in shapes:
+            changes[path, "normalized_shape"] = AttributeChange(
+                path, "normalized_shape", module.normalized_shape, tuple(shapes[full])
+            )
+    return [change for change in changes.values() if change.old != change.new]
+
+
+def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> None:
+    """Set the attributes of the model's modules to their new values."""
+    for change in changes:
+        setattr(model.get_submodule(change.module), change.name, change.new)

@@ -1,0 +1,91 @@
+"""Cuts units out of a model: works out what a cut changes, proves it, and only then writes; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
+from lightning_prune.surgery.resize import Kept, follow_, narrowed, replace_tensors_
+
+__all__ = ["Cut", "cut_", "draft"]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a cut changes, worked out and not yet done.
+
+    Attributes:
+        keep: For each group that loses units, which of them stay.
+        kept: For each tensor that changes, dimension -> indices kept.
+        shapes: For each tensor that changes, its new shape.
+        attributes: Attributes of modules that change.
+    """
+
+    keep: Keep
+    kept: Kept
+    shapes: dict[str, tuple[int, ...]]
+    attributes: tuple[AttributeChange, ...]
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the slim values of every tensor that changes; the model keeps its own."""
+        own = named_tensors(model)
+        return {name: narrowed(own[name], kept) for name, kept in self.kept.items()}
+
+
+def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:
+    """Work out what giving up the units with ``keep == False`` changes; the model is not touched."""
+    keep = {name: kept for name, kept in keep.items() if not kept.all()}
+    own = named_tensors(model)
+    left: dict[tuple[str, int], np.ndarray] = {}
+    for name, stays in keep.items():
+        for slot in structure.groups[name].slots:
+            gone = (slot.units >= 0) & ~stays[slot.units]
+            place = slot.tensor, slot.dim
+            left[place] = left.get(place, np.ones(len(slot.units), dtype=bool)) & ~gone
+    kept: Kept = {}
+    for (tensor, dim), stays in left.items():
+        kept.setdefault(tensor, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
+    shapes = {
+        name: tuple(len(dims[d]) if d in dims else size for d, size in enumerate(own[name].shape))
+        for name, dims in kept.items()
+    }
+    alive = structure.alive(keep)
+    return Cut(keep, kept, shapes, tuple(shape_attributes(model, shapes, _counted(model, structure, alive))))
+
+
+def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+    """Write a cut into the model and the state of its optimizers.
+
+    Parameters stay the same objects; their gradients are dropped.
+    """
+    own = named_tensors(model)
+    optimizers = list(optimizers)
+    shapes = {name: own[name].shape for name in cut.kept}
+    for name, kept in cut.kept.items():
+        parameter = own[name]
+        if isinstance(parameter, nn.Parameter):
+            follow_(optimizers, parameter, shapes[name], kept)
+    replace_tensors_(model, tensors)
+    set_attributes_(model, cut.attributes)
+
+
+def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[AttributeChange]:
+    """Work out the attributes that count labels: ``groups``, ``num_groups``, ``normalized_shape``."""
+    changes: dict[tuple[str, str], AttributeChange] = {}
+    for attribute in structure.ledger.attributes:
+        old = getattr(model.get_submodule(attribute.module), attribute.name)
+        count = int(alive[attribute.atoms].sum())
+        new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
+        if attribute.index is None:
+            new = count
+        else:
+            new = (*new[: attribute.index], count, *new[attribute.index + 1 :])
+        changes[place] = AttributeChange(attribute.module, attribute.name, old, new)
+    return list(changes.values())

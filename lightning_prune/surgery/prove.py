@@ -1,0 +1,124 @@
+"""Proves a cut before it is made: the slim model runs, couples nothing new, and computes what was left; writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
+from lightning_prune.structure import Structure, named_tensors
+from lightning_prune.structure.groups import resolve
+from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger
+from lightning_prune.structure.trace import watch
+from lightning_prune.surgery.attributes import set_attributes_
+from lightning_prune.surgery.cut import Cut, draft
+
+__all__ = ["Disproof", "prove_numbers", "prove_structure"]
+
+@dataclass(frozen=True)
+class Disproof:
+    """Why a cut is not right."""
+
+    reason: str
+
+
+def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
+    """Trace the slim model, its tensors carrying the labels that are left: nothing may meet that had not met before.
+
+    Nothing is computed where the model runs on the meta device.
+    """
+    own = named_tensors(model)
+    shapes = {name: cut.shapes.get(name, tuple(tensor.shape)) for name, tensor in own.items()}
+    meta = {name: torch.empty(shapes[name], dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
+    try:
+        slim = _trace_slim(model, _to_meta(example_inputs), structure, cut, meta, meta=True)
+    except Exception:  # some models read numbers on their way: those run in full
+        try:
+            slim = _trace_slim(model, example_inputs, structure, cut, cut.tensors(model), meta=False)
+        except Exception as error:
+            return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
+    if slim.output_shapes != structure.ledger.output_shapes:
+        return Disproof(f"the model's outputs changed shape: {structure.ledger.output_shapes} to {slim.output_shapes}")
+    new = _new_meetings(structure, slim)
+    return Disproof(f"{new} channels met others that they had not met before") if new else None
+
+
+def prove_numbers(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
+    """Run the full model with the cut units silenced, and the slim one: outputs must be equal to rounding.
+
+    Units are silenced by zeroing what sums over them, or, where nothing does, what makes them. Groups with a statistic
+    running across their units are left whole in both: their numbers change, rightly.
+    """
+    cut = draft(model, structure, {n: k for n, k in cut.keep.items() if not structure.groups[n].changes_statistics})
+    if not cut.keep:
+        return None
+    expected = _outputs(model, example_inputs, _silenced(model, structure, cut), ())
+    found = _outputs(model, example_inputs, cut.tensors(model), cut.attributes)
+    for full, slim in zip(expected, found, strict=True):
+        if not full.is_floating_point():
+            continue
+        tolerance = min(1e4 * torch.finfo(full.dtype).eps, 0.1)
+        scale = max(float(full.abs().nan_to_num(0, 0, 0).max()), 1e-30) if full.numel() else 1.0
+        if not torch.allclose(slim, full, rtol=0.0, atol=tolerance * scale, equal_nan=True):
+            return Disproof(f"outputs differ by {float((slim - full).abs().max()) / scale:.1e} of their largest value")
+    return None
+
+
+def _trace_slim(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor], meta: bool
+) -> Ledger:
+    ledger = Ledger(first_atom=structure.ledger.size)
+    labels: dict[str, dict[int, tuple[Label, ...]]] = {name: {} for name in named_tensors(model)}
+    for slot in structure.ledger.slots:
+        atoms = np.arange(slot.start, slot.start + slot.size)
+        left = cut.kept.get(slot.tensor, {}).get(slot.dim)
+        atoms = atoms if left is None else atoms[left.numpy()]
+        if len(atoms) > 1:
+            labels[slot.tensor][slot.dim] = (Label(atoms),)
+    with undisturbed(model):
+        set_attributes_(model, cut.attributes)
+        watch(model, example_inputs, tensors, ledger, {name: Labels(dims) for name, dims in labels.items()}, meta=meta)
+    return ledger
+
+
+def _new_meetings(structure: Structure, slim: Ledger) -> int:
+    """Count atoms that the slim model couples with others than the full one did."""
+    full, now = structure.component, resolve(slim, structure.taken)[: structure.ledger.size]
+    real = np.concatenate([np.arange(s.start, s.start + s.size) for s in structure.ledger.slots] or [np.empty(0, int)])
+    roots = now[real]
+    inside = roots < structure.ledger.size
+    stray = inside & (full[real] != full[np.where(inside, roots, 0)])
+    newly_pinned = (roots == now[PINNED]) & (full[real] != full[PINNED])
+    return int((stray | newly_pinned).sum())
+
+
+def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> dict[str, Tensor]:
+    own = named_tensors(model)
+    silenced: dict[str, Tensor] = {}
+    for name, stays in cut.keep.items():
+        slots = structure.groups[name].slots
+        consumers = [slot for slot in slots if slot.role == "consumer"]
+        for slot in consumers or slots:
+            gone = np.flatnonzero((slot.units >= 0) & ~stays[slot.units])
+            value = silenced.get(slot.tensor, own[slot.tensor])
+            silenced[slot.tensor] = value.detach().index_fill(slot.dim, torch.from_numpy(gone).to(value.device), 0)
+    return silenced
+
+
+def _outputs(model: nn.Module, example_inputs: ExampleInputs, tensors: dict[str, Tensor], attributes: Any) -> list[Tensor]:
+    args, kwargs = as_call(example_inputs)
+    with undisturbed(model):
+        set_attributes_(model, attributes)
+        return list(tensors_in(torch.func.functional_call(model, tensors, args, kwargs)))
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {key: _to_meta(item) for key, item in value.items()}
+    return type(value)(map(_to_meta, value)) if type(value) in (list, tuple) else value

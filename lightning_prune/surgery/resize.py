@@ -1,0 +1,76 @@
+"""Writes new shapes into a model while its parameters stay the same objects; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.errors import PruningError
+from lightning_prune.structure import named_tensors
+
+__all__ = ["Kept", "follow_", "narrowed", "replace_tensors_"]
+
+Kept = dict[str, dict[int, Tensor]]
+"""Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
+
+
+def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Return a copy of the tensor with only the kept indices of each dimension."""
+    with torch.no_grad():
+        for dim, indices in kept.items():
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor.detach()
+
+
+def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers new values of any shape; the parameters stay the same objects, without gradient."""
+    own = named_tensors(model)
+    aliases: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                aliases.setdefault(id(buffer), []).append((module, leaf))
+    with torch.inference_mode(False), torch.no_grad():
+        for name, new in tensors.items():
+            old = own[name]
+            if isinstance(old, nn.Parameter):
+                _set_data(old, new)
+            else:
+                for module, leaf in aliases[id(old)]:
+                    module._buffers[leaf] = new.to(old.device)
+
+
+def follow_(optimizers: Iterable[Optimizer], parameter: nn.Parameter, old: torch.Size, kept: Mapping[int, Tensor]) -> None:
+    """Cut an optimizer's state like the parameter it belongs to.
+
+    A tensor of the parameter's own rank follows along each dimension in which it has the parameter's old size; this
+    covers factored state, such as Adafactor's, too.
+
+    Raises:
+        PruningError: If the state cannot belong to the parameter.
+    """
+    for optimizer in optimizers:
+        state: dict[str, Any] = optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() and value.dim() == len(old):
+                for dim, indices in kept.items():
+                    if value.shape[dim] == old[dim]:
+                        value = value.index_select(dim, indices.to(value.device))
+                    elif value.shape[dim] != 1:
+                        raise PruningError(
+                            f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its "
+                            f"parameter of shape {tuple(old)}. Prune before loading a state that belongs to another model."
+                        )
+                state[key] = value.contiguous()
+
+
+def _set_data(parameter: nn.Parameter, new: Tensor) -> None:
+    parameter.grad = None
+    # A change of dtype makes autograd forget the gradient accumulator that remembers the old shape.
+    other = torch.float64 if new.dtype != torch.float64 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = new.to(parameter.device)

@@ -1,0 +1,70 @@
+"""What the benchmarks stand on: their networks, their batches and their reading of a data folder."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.data import Batches, augment, cifar10
+from benchmarks.models import resnet_cifar
+
+LOAD = """
+import numpy as np
+
+CIFAR10_MEAN, CIFAR10_STD = (0.5, 0.0, 0.0), (0.5, 1.0, 1.0)
+
+
+def cifar10(split, parts=None):
+    return np.full((2, 32, 32, 3), 255, dtype=np.uint8), np.arange(2)
+"""
+
+
+def test_augment_is_a_mirrored_crop_of_each_padded_image():
+    """The batched index arithmetic gives what padding, cropping and mirroring image by image gives."""
+    images = torch.randn(20, 3, 8, 8)
+    augmented = augment(images, padding=2, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    top, left = torch.randint(0, 5, (2, 20, 1), generator=generator).tolist()
+    mirrored = torch.rand(20, generator=generator) < 0.5
+    assert 0 < mirrored.sum() < 20
+    for n, padded in enumerate(F.pad(images, (2, 2, 2, 2))):
+        crop = padded[:, top[n][0] :, left[n][0] :][:, :8, :8]
+        assert torch.equal(augmented[n], crop.flip(-1) if mirrored[n] else crop)
+
+
+def test_training_batches_visit_every_image_once_and_differently_each_pass():
+    """A pass shows each image once; the next pass shows them in another order; equal seeds give equal passes."""
+    images, labels = torch.randn(10, 1, 4, 4), torch.arange(10)
+    batches = Batches(images, labels, batch_size=4, train=True, seed=3)
+    passes = [torch.cat([seen for _, seen in batches]) for _ in range(2)]
+    assert len(batches) == 3
+    assert all(torch.equal(seen.sort().values, labels) for seen in passes)
+    assert not torch.equal(*passes)
+    again = Batches(images, labels, batch_size=4, train=True, seed=3)
+    assert torch.equal(torch.cat([seen for _, seen in again]), passes[0])
+
+
+def test_test_batches_are_the_images_as_they_are():
+    """Without training, images come in order and untouched."""
+    images, labels = torch.randn(5, 1, 4, 4), torch.arange(5)
+    assert torch.equal(torch.cat([seen for seen, _ in Batches(images, labels, batch_size=2)]), images)
+
+
+def test_cifar10_is_normalised_by_the_folder(tmp_path):
+    """The folder's mean and deviation are applied channel by channel to images scaled to [0, 1]."""
+    (tmp_path / "load.py").write_text(LOAD)
+    images, labels = cifar10(tmp_path, "test")
+    assert images.shape == (2, 3, 32, 32)
+    assert torch.equal(images, torch.ones_like(images))
+    assert labels.tolist() == [0, 1]
+
+
+def test_a_folder_without_a_loader_is_refused(tmp_path):
+    """A wrong --data says what is missing and where its interface is written down."""
+    with pytest.raises(FileNotFoundError, match="no load.py there"):
+        cifar10(tmp_path, "test")
+
+
+def test_resnet_of_an_impossible_depth_is_refused():
+    """Depths are 6n + 2."""
+    with pytest.raises(ValueError, match="6n \\+ 2"):
+        resnet_cifar(50)
