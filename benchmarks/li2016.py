@@ -52,16 +52,6 @@ class Recipe:
     printed: Printed
 
 
-def share_removed(width: int, percent: int) -> float:
-    """The share that leaves when ``percent`` % of ``width`` filters are pruned as in the paper.
-
-    The paper keeps the whole part of what the percentage leaves: of 16 filters pruned by 60 %, 6 stay (not 7).
-    Only so do its FLOPs and parameters come out.
-    """
-    kept = width * (100 - percent) // 100
-    return 1 - kept / width
-
-
 def first_convolutions(depth: int, percents: tuple[int, int, int], skipped: Sequence[int]) -> dict[str, float]:
     """The share removed of every block's first convolution, stage by stage.
 
@@ -70,13 +60,15 @@ def first_convolutions(depth: int, percents: tuple[int, int, int], skipped: Sequ
         percents: Percent of filters pruned in each of the three stages.
         skipped: Layers left whole. Layer 1 is the convolution before the first stage, so the blocks' first
             convolutions are the even layers: 2, 4, ..., ``depth - 2``.
+
+    Of 16 filters pruned by 60 %, 6 stay: the paper keeps the whole part of what the percentage leaves, as the library does.
     """
     blocks = (depth - 2) // 6
     shares = {}
     for layer in range(2, depth, 2):
         stage, block = divmod(layer // 2 - 1, blocks)
         if percents[stage] and layer not in skipped:
-            shares[f"layer{stage + 1}.{block}.conv1"] = share_removed(16 << stage, percents[stage])
+            shares[f"layer{stage + 1}.{block}.conv1"] = percents[stage] / 100
     return shares
 
 

@@ -22,7 +22,7 @@ Scope = Literal["layer", "global"]
 Scores = Mapping[str, Tensor]
 """Group name -> one score per unit, ``(width,)``; higher is kept longer."""
 
-_ROUNDING = 1e-9  # 0.29 * 100 must count as 29
+_ROUNDING = 1e-9  # 0.07 * 100 must count as 7
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan(
     dense: Dense,
     footprint: Callable[[Keep], Footprint],
 ) -> Keep:
-    """Choose the units that leave, lowest scores first, so that just the amount asked for is gone.
+    """Choose the units that leave, lowest scores first: the fewest with which the amount asked for is gone.
 
     Args:
         structure: The channel groups of the model as it stands.
@@ -100,7 +100,7 @@ def plan(
     order = _leaving_order(structure, scores, scope, dense)
 
     def choose(count: int) -> Keep:
-        leaving = {name: 0 for name in structure.groups}
+        leaving = dict.fromkeys(structure.groups, 0)
         for name, units in zip(*np.unique(order[:count], return_counts=True), strict=True):
             leaving[name] = int(units)
         return _keep(structure, scores, leaving, round_to)
@@ -130,7 +130,7 @@ def plan(
 
 
 def _share(amount: float, width: int) -> int:
-    return math.floor(amount * width + _ROUNDING)
+    return math.ceil(amount * width - _ROUNDING)  # Li et al. keep int((1 - amount) * width)
 
 
 def _gone(structure: Structure, dense: Dense, name: str) -> int:
@@ -154,7 +154,9 @@ def _leaving_order(structure: Structure, scores: Scores, scope: Scope, dense: De
     return np.concatenate(names)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
-def _keep(structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int) -> dict[str, NDArray[np.bool_]]:
+def _keep(
+    structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int
+) -> dict[str, NDArray[np.bool_]]:
     keep = {}
     for name, group in structure.groups.items():
         stays = max(1, group.width - max(0, leaving[name]))

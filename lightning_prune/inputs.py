@@ -1,6 +1,7 @@
 """Knows how example inputs reach a model and how tensors are found in what comes back; changes nothing."""
 
 import dataclasses
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ __all__ = ["ExampleInputs", "as_call", "run", "tensors_in", "undisturbed"]
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor (the one positional input), a tuple of positional inputs or a mapping of keyword inputs."""
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,13 +62,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode without gradients and leave mode, RNG, buffers and module attributes as found.
 
-    What a forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics) is taken back.
+    What a forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list
+    or dict, a hook) is taken back.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
     attributes = [dict(vars(module)) for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
-    values = {id(b): (b, b._version, b.detach().clone()) for module in modules for b in module._buffers.values() if b is not None}
+    # Among the dicts are each module's parameters, buffers, submodules and hooks.
+    found_in = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
+    contents = [
+        (container, list(container.items() if isinstance(container, dict) else container)) for container in found_in
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         try:
@@ -73,12 +81,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = False
             yield
         finally:
-            for module, mode, found, held in zip(modules, training, attributes, buffers, strict=True):
+            for module, mode, found in zip(modules, training, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(found)
-                module._buffers.clear()
-                module._buffers.update(held)
                 module.training = mode
-            for buffer, version, value in values.values():
-                if buffer._version != version:
+            for container, content in contents:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+            for buffer, value in buffers:
+                # Versions do not tell: batch_norm updates its statistics without a new one.
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
+from lightning_prune.arguments import (
+    Amount,
+    Criterion,
+    amount_by_group,
+    check_arguments,
+    check_optimizers,
+    with_ignored,
+)
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target, measure, plan
 from lightning_prune.criteria import FILTER_CRITERIA
-from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove_numbers, prove_structure
 
-__all__ = [
-    "Amount", "Criterion", "GroupWidth", "Outcome", "Report", "amount_by_group", "check_arguments", "check_optimizers", "cut_to_",
-    "filter_scores", "prune_filters", "with_ignored",
-]  # fmt: skip
-
-Criterion = str | Callable[[Tensor], Tensor]
-"""The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
-
-Amount = float | Mapping[str, float]
+__all__ = ["GroupWidth", "Prepared", "Report", "filter_scores", "count_params", "prepare", "prune_filters"]
 
 
 @dataclass(frozen=True)
@@ -118,41 +114,61 @@ def prune_filters(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers("prune_filters", optimizers)
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    check_prunable(model, structure)
     amount = amount_by_group(structure, amount)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
-        Footprint(sum(p.numel() for p in model.parameters()), count_flops(model, example_inputs).total),
+        Footprint(count_params(model), count_flops(model, example_inputs).total),
     )
-    outcome = cut_to_(
-        model, example_inputs, structure, filter_scores(model, structure, criterion), amount,
-        target=target, scope=scope, round_to=round_to, dense=dense, flops=dense.footprint.flops, optimizers=optimizers,
-    )  # fmt: skip
+    prepared = prepare(
+        model,
+        example_inputs,
+        structure,
+        filter_scores(model, structure, criterion),
+        amount,
+        target=target,
+        scope=scope,
+        round_to=round_to,
+        dense=dense,
+        flops=dense.footprint.flops,
+    )
+    cut_(model, prepared.cut, prepared.tensors, optimizers)
     return Report(
         params_before=dense.footprint.params,
-        params_after=sum(p.numel() for p in model.parameters()),
+        params_after=count_params(model),
         flops_before=dense.footprint.flops,
         flops_after=count_flops(model, example_inputs).total,
-        groups=outcome.widths,
-        kept=outcome.cut.kept,
-        attributes=outcome.cut.attributes,
-        pinned=tuple(outcome.structure.pinned),
+        groups=prepared.widths,
+        kept=prepared.cut.kept,
+        attributes=prepared.cut.attributes,
+        pinned=tuple(prepared.structure.pinned),
         proved=True,
-        proof=outcome.proof,
+        proof=prepared.proof,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """A cut that was made, the structure it was planned on, the groups refused on the way, and how it was proved."""
+class Prepared:
+    """A cut that was planned and proved, and not yet made.
+
+    Attributes:
+        cut: What it changes.
+        tensors: The slim values of everything it changes.
+        structure: The structure it was planned on, without the groups that were refused.
+        refused: Groups that stay whole because their cut could not be proved; the reason stands under ``structure.pinned``.
+        widths: Every group that can be cut, before and after.
+        proof: What was proved, in words.
+    """
 
     cut: Cut
+    tensors: dict[str, Tensor]
     structure: Structure
     refused: tuple[str, ...]
     widths: tuple[GroupWidth, ...]
     proof: str
 
 
-def cut_to_(
+def prepare(
     model: nn.Module,
     example_inputs: ExampleInputs,
     structure: Structure,
@@ -164,9 +180,10 @@ def cut_to_(
     round_to: int,
     dense: Dense,
     flops: int,
-    optimizers: Iterable[Optimizer] = (),
-) -> Outcome:
-    """Plan a cut that reaches the amount, prove it and make it; groups whose cut cannot be proved stay whole.
+) -> Prepared:
+    """Plan a cut that reaches the amount and prove it; groups whose cut cannot be proved stay whole.
+
+    The model is not changed. To make the cut, pass ``cut`` and ``tensors`` to :func:`~lightning_prune.surgery.cut_`.
 
     Args:
         model: The model that ``structure`` was traced from.
@@ -179,10 +196,9 @@ def cut_to_(
         round_to: Widths after the cut are multiples of this.
         dense: What was there at the start.
         flops: Multiply-adds of the model as it stands, as counted.
-        optimizers: Optimizers whose state follows.
 
     Raises:
-        PruningError: If the amount cannot be reached. The model is as it was.
+        PruningError: If the amount cannot be reached.
     """
     uncounted = flops - structure.flops({})  # what only the counter knows of, taken as fixed
     refused: list[str] = []
@@ -191,69 +207,20 @@ def cut_to_(
             structure, scores, amount, target=target, scope=scope, round_to=round_to, dense=dense.without(refused),
             footprint=partial(measure, model, structure, uncounted=uncounted),
         )  # fmt: skip
-        unproved = _unproved(model, example_inputs, structure, keep)
-        if not unproved:
+        cut = draft(model, structure, keep)
+        tensors = cut.tensors(model)
+        if not _disproved(model, example_inputs, structure, cut, tensors):
             break
-        for name, reason in unproved.items():
+        for name, reason in _unprovable(model, example_inputs, structure, keep).items():
             structure = structure.without([name], reason)
-        refused += unproved
-    cut = draft(model, structure, keep)
-    cut_(model, cut, cut.tensors(model), optimizers)
+            refused.append(name)
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
-    return Outcome(cut, structure, tuple(refused), widths, _words(structure, cut))
+    return Prepared(cut, tensors, structure, tuple(refused), widths, _words(structure, cut))
 
 
-def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) -> Structure:
-    """Return the structure with the channels that the named modules produce pinned.
-
-    Raises:
-        ValueError: If a pattern names no module.
-        PruningError: If nothing is left to prune.
-    """
-    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
-    for pattern in ignore:
-        if not any(_names(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
-    ignored = [
-        name
-        for name, group in structure.groups.items()
-        if any(_names(pattern, producer) for pattern in ignore for producer in group.producers)
-    ]
-    structure = structure.without(ignored, "named in ignore=")
-    if not structure.groups:
-        why = "; ".join(f"{pin.tensor}: {pin.reason}" for pin in structure.pinned[:5])
-        raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every channel stays ({why}).")
-    return structure
-
-
-def amount_by_group(structure: Structure, amount: Amount) -> Amount:
-    """Turn amounts by pattern of module paths into amounts by group name; a plain fraction passes.
-
-    Raises:
-        ValueError: If a pattern names no module that produces channels, or two give one group different amounts.
-        PruningError: If every channel that a pattern names is pinned.
-    """
-    if not isinstance(amount, Mapping):
-        return amount
-    amounts: dict[str, float] = {}
-    chosen_by: dict[str, str] = {}
-    pinned = {pin.tensor.rpartition(".")[0]: pin.reason for pin in structure.pinned}
-    paths = [*dict.fromkeys(p for group in structure.groups.values() for p in group.producers), *pinned]
-    for pattern, fraction in amount.items():
-        named = [n for n, group in structure.groups.items() if any(_names(pattern, p) for p in group.producers)]
-        stays = next((f"{path}: {reason}" for path, reason in pinned.items() if _names(pattern, path)), None)
-        if not named and stays:
-            raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
-        if not named:
-            raise ValueError(f"amount[{pattern!r}] names no module that produces channels.{_near(pattern, paths)}")
-        for name in named:
-            if amounts.setdefault(name, fraction) != fraction:
-                raise ValueError(
-                    f"amount: {chosen_by[name]!r} asks for {amounts[name]:g} and {pattern!r} for {fraction:g} of the same "
-                    f"channels, those of {name} (made by {', '.join(structure.groups[name].producers)}). Give them one amount."
-                )
-            chosen_by.setdefault(name, pattern)
-    return amounts
+def count_params(model: nn.Module) -> int:
+    """Count the parameters of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def filter_scores(model: nn.Module, structure: Structure, criterion: Criterion) -> dict[str, Tensor]:
@@ -288,70 +255,33 @@ def filter_scores(model: nn.Module, structure: Structure, criterion: Criterion) 
     return scores
 
 
-def check_arguments(
-    where: str, amount: Amount, criterion: Criterion, target: Target, scope: Scope, round_to: int
-) -> None:
-    """Refuse arguments that no model could make sense of.
-
-    Raises:
-        ValueError: If an argument is out of range or unknown.
-        TypeError: If an argument is of a wrong kind.
-    """
-    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
-        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
-        if not 0 <= fraction < 1:
-            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
-            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
-    if isinstance(amount, Mapping) and (target != "filters" or scope != "layer"):
-        raise ValueError(
-            f"{where}(target={target!r}, scope={scope!r}): amounts by pattern are fractions of each layer's filters; "
-            "use target='filters', scope='layer', or one amount for the whole model."
-        )
-    for name, value, allowed in (("target", target, get_args(Target)), ("scope", scope, get_args(Scope))):
-        if value not in allowed:
-            raise ValueError(f"{where}({name}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
-    known = [*FILTER_CRITERIA, "random"]
-    if isinstance(criterion, str) and criterion not in known:
-        raise ValueError(f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, known))}, or pass a function.")
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ValueError(f"{where}(round_to={round_to!r}): widths are rounded to multiples of a whole number from 1.")
+def _disproved(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor]
+) -> Disproof | None:
+    if not cut.keep:
+        return None
+    return prove_structure(model, example_inputs, structure, cut) or prove_numbers(
+        model, example_inputs, structure, cut, tensors
+    )
 
 
-def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers whose state cannot follow a cut.
-
-    Raises:
-        PruningError: For LBFGS, which keeps one flat history of all parameters.
-    """
-    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
-        raise PruningError(
-            f"{where}: LBFGS keeps one history for all parameters together, which cannot be cut. "
-            "Train with a first-order optimizer, such as SGD or AdamW, while pruning."
-        )
-
-
-def _unproved(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, keep: Keep) -> dict[str, str]:
-    """Return the groups whose cut cannot be proved together with the others', with the reason."""
-    cutting = [name for name, stays in keep.items() if not stays.all()]
+def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, keep: Keep) -> dict[str, str]:
+    """Find the groups that must stay whole so that the cut of all others can be proved, with the reason."""
     reasons: dict[str, str] = {}
 
-    def prove(names: list[str]) -> Disproof | None:
-        cut = draft(model, structure, {name: keep[name] for name in names})
-        return prove_structure(model, example_inputs, structure, cut) or prove_numbers(model, example_inputs, structure, cut)
-
     def provable(names: list[str], accepted: list[str]) -> list[str]:
-        failure = prove(accepted + names) if names else None
+        cut = draft(model, structure, {name: keep[name] for name in accepted + names})
+        failure = _disproved(model, example_inputs, structure, cut, cut.tensors(model))
         if failure is None:
             return names
         if len(names) == 1:
             reasons[names[0]] = failure.reason
             return []
-        left = provable(names[: len(names) // 2], accepted)
-        return left + provable(names[len(names) // 2 :], accepted + left)
+        half = len(names) // 2
+        left = provable(names[:half], accepted)
+        return left + provable(names[half:], accepted + left)
 
-    provable(cutting, [])
+    provable([name for name, stays in keep.items() if not stays.all()], [])
     return reasons
 
 
@@ -360,13 +290,3 @@ def _words(structure: Structure, cut: Cut) -> str:
         return "nothing was cut"
     numbers = sum(not structure.groups[name].changes_statistics for name in cut.keep)
     return f"structure of all {len(cut.keep)} groups cut, numbers of {numbers}"
-
-
-def _names(pattern: str, path: str) -> bool:
-    """Tell whether a pattern names a module, or one above it."""
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
-
-
-def _near(pattern: str, paths: Iterable[str]) -> str:
-    near = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
-    return f" Near it: {', '.join(near)}." if near else ""

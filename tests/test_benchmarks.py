@@ -67,4 +67,4 @@ def test_a_folder_without_a_loader_is_refused(tmp_path):
 def test_resnet_of_an_impossible_depth_is_refused():
     """Depths are 6n + 2."""
     with pytest.raises(ValueError, match="6n \\+ 2"):
-        resnet_cifar(50)
+        resnet_cifar(57)

@@ -214,7 +214,9 @@ def _take(ledger: Ledger) -> dict[Hashable, Hashable]:
         return int((root[blocks[0][0]] != root[PINNED]).sum())
 
     return {
-        key: max(choice.alternatives, key=lambda way: (free(choice.alternatives[way]), len(choice.alternatives[way][0][0])))
+        key: max(
+            choice.alternatives, key=lambda way: (free(choice.alternatives[way]), len(choice.alternatives[way][0][0]))
+        )
         for key, choice in ledger.choices.items()
     }
 
@@ -280,8 +282,7 @@ def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable]
     return [
         Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, slot, stays, reasons, component))
         for slot in ledger.slots
-        if made[slot.start]
-        and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
+        if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
     ] + [
         Pinned(slot.tensor, slot.dim, slot.size, slot.size, "its channels can only leave all together")
         for which in sorted(alone)

@@ -114,6 +114,7 @@ class Ledger:
         self.output_shapes: list[tuple[int, ...]] = []
         self.step = 0  # counts operators, so that two traces of one model name their choices alike
         self.where = ""  # what is being traced, for reasons
+
     def register(self, name: str, tensor: Tensor) -> Labels:
         """Hand out one atom per index of every dimension of a parameter or buffer."""
         dims = {}

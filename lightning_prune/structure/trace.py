@@ -40,7 +40,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
     ledger = Ledger()
     try:
         with undisturbed(model):
-            watch(model, example_inputs, {}, ledger, {n: ledger.register(n, t) for n, t in named_tensors(model).items()})
+            watch(
+                model, example_inputs, {}, ledger, {n: ledger.register(n, t) for n, t in named_tensors(model).items()}
+            )
     except Exception as error:
         raise PruningError(
             f"{type(model).__name__} does not run on the example inputs in eval mode ({type(error).__name__}: {error}). "
@@ -78,7 +80,9 @@ def watch(
         stack.enter_context(_unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
-        outputs = torch.func.functional_call(model, dict(replaced), args, kwargs) if replaced else model(*args, **kwargs)
+        outputs = (
+            torch.func.functional_call(model, dict(replaced), args, kwargs) if replaced else model(*args, **kwargs)
+        )
     ledger.where = ""
     for tensor in tensors_in(outputs):
         ledger.output_shapes.append(tuple(tensor.shape))

@@ -66,7 +66,10 @@ def shape_attributes(
                 follows = changes.get((path, factor))
                 new *= follows.new if follows else getattr(module, factor)
             changes[path, name] = AttributeChange(path, name, getattr(module, name, None), new)
-        if isinstance(getattr(module, "normalized_shape", None), tuple) and (full := f"{path}.weight".lstrip(".")) in shapes:
+        if (
+            isinstance(getattr(module, "normalized_shape", None), tuple)
+            and (full := f"{path}.weight".lstrip(".")) in shapes
+        ):
             changes[path, "normalized_shape"] = AttributeChange(
                 path, "normalized_shape", module.normalized_shape, tuple(shapes[full])
             )

@@ -19,6 +19,7 @@ from lightning_prune.surgery.cut import Cut, draft
 
 __all__ = ["Disproof", "prove_numbers", "prove_structure"]
 
+
 @dataclass(frozen=True)
 class Disproof:
     """Why a cut is not right."""
@@ -29,8 +30,23 @@ class Disproof:
 def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
     """Trace the slim model, its tensors carrying the labels that are left: nothing may meet that had not met before.
 
-    Nothing is computed where the model runs on the meta device.
+    Nothing is computed where the model runs on the meta device. Dimensions of size one carry no labels, so where a group
+    has one unit left it is traced once more with two.
     """
+    slim = _slim_ledger(model, example_inputs, structure, cut)
+    if isinstance(slim, Ledger) and any(stays.sum() < 2 for stays in cut.keep.values()):
+        two = {name: stays | (np.cumsum(~stays) == 1) & (stays.sum() < 2) for name, stays in cut.keep.items()}
+        slim = _slim_ledger(model, example_inputs, structure, draft(model, structure, two))
+    if isinstance(slim, Disproof):
+        return slim
+    new = _new_meetings(structure, slim)
+    return Disproof(f"{new} channels met others that they had not met before") if new else None
+
+
+def _slim_ledger(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut
+) -> Ledger | Disproof:
+    """Trace the slim model, or say why it is no slim version of the model."""
     own = named_tensors(model)
     shapes = {name: cut.shapes.get(name, tuple(tensor.shape)) for name, tensor in own.items()}
     meta = {name: torch.empty(shapes[name], dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
@@ -43,21 +59,35 @@ def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: 
             return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
     if slim.output_shapes != structure.ledger.output_shapes:
         return Disproof(f"the model's outputs changed shape: {structure.ledger.output_shapes} to {slim.output_shapes}")
-    new = _new_meetings(structure, slim)
-    return Disproof(f"{new} channels met others that they had not met before") if new else None
+    return slim
 
 
-def prove_numbers(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
+def prove_numbers(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor]
+) -> Disproof | None:
     """Run the full model with the cut units silenced, and the slim one: outputs must be equal to rounding.
 
     Units are silenced by zeroing what sums over them, or, where nothing does, what makes them. Groups with a statistic
     running across their units are left whole in both: their numbers change, rightly.
+
+    Args:
+        model: The full model, not changed.
+        example_inputs: What both run on.
+        structure: The model's channel groups.
+        cut: The cut to prove.
+        tensors: The slim values of everything that the cut changes.
     """
-    cut = draft(model, structure, {n: k for n, k in cut.keep.items() if not structure.groups[n].changes_statistics})
-    if not cut.keep:
+    plain = {name: stays for name, stays in cut.keep.items() if not structure.groups[name].changes_statistics}
+    if not plain:
         return None
+    if len(plain) < len(cut.keep):
+        cut = draft(model, structure, plain)
+        tensors = cut.tensors(model)
     expected = _outputs(model, example_inputs, _silenced(model, structure, cut), ())
-    found = _outputs(model, example_inputs, cut.tensors(model), cut.attributes)
+    try:
+        found = _outputs(model, example_inputs, tensors, cut.attributes)
+    except Exception as error:
+        return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
     for full, slim in zip(expected, found, strict=True):
         if not full.is_floating_point():
             continue
@@ -69,7 +99,12 @@ def prove_numbers(model: nn.Module, example_inputs: ExampleInputs, structure: St
 
 
 def _trace_slim(
-    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor], meta: bool
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    cut: Cut,
+    tensors: dict[str, Tensor],
+    meta: bool,
 ) -> Ledger:
     ledger = Ledger(first_atom=structure.ledger.size)
     labels: dict[str, dict[int, tuple[Label, ...]]] = {name: {} for name in named_tensors(model)}
@@ -109,7 +144,9 @@ def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> dict[str, Ten
     return silenced
 
 
-def _outputs(model: nn.Module, example_inputs: ExampleInputs, tensors: dict[str, Tensor], attributes: Any) -> list[Tensor]:
+def _outputs(
+    model: nn.Module, example_inputs: ExampleInputs, tensors: dict[str, Tensor], attributes: Any
+) -> list[Tensor]:
     args, kwargs = as_call(example_inputs)
     with undisturbed(model):
         set_attributes_(model, attributes)

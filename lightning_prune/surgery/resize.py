@@ -44,7 +44,9 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     module._buffers[leaf] = new.to(old.device)
 
 
-def follow_(optimizers: Iterable[Optimizer], parameter: nn.Parameter, old: torch.Size, kept: Mapping[int, Tensor]) -> None:
+def follow_(
+    optimizers: Iterable[Optimizer], parameter: nn.Parameter, old: torch.Size, kept: Mapping[int, Tensor]
+) -> None:
     """Cut an optimizer's state like the parameter it belongs to.
 
     A tensor of the parameter's own rank follows along each dimension in which it has the parameter's old size; this

@@ -140,7 +140,9 @@ def _follow_groups(call: Call, atoms: Atoms) -> None:
 def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
     last = a.dim() - 1
     batch = range(last - 1)
-    tied = {dim: call.ledger.tie([call.labels(a).at(dim), call.labels(b).at(dim)], "batch of a product") for dim in batch}
+    tied = {
+        dim: call.ledger.tie([call.labels(a).at(dim), call.labels(b).at(dim)], "batch of a product") for dim in batch
+    }
     _contract(call, a, last, b, last - 1)
     call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
     return {**tied, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}
@@ -171,4 +173,3 @@ def _made(call: Call, tensor: Tensor, dim: int) -> tuple[Label, ...]:
     if labels.weight:
         call.ledger.use("producer", labels.at(dim))
     return labels.at(dim)
-

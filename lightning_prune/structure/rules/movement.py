@@ -16,7 +16,9 @@ from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 __all__ = ["attach", "halves_meet"]
 
 
-@coupling_rule("aten.view", "aten._unsafe_view", "aten._reshape_alias", "aten.reshape", "aten._reshape_copy", "aten.view_copy")
+@coupling_rule(
+    "aten.view", "aten._unsafe_view", "aten._reshape_alias", "aten.reshape", "aten._reshape_copy", "aten.view_copy"
+)
 def reshape(call: Call) -> Dims:
     """Labels follow the blocks of dimensions that a reshape merges and splits."""
     source = call.args[0]
@@ -99,6 +101,14 @@ def unmoved(call: Call) -> Dims | list[Dims]:
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
 
 
+@coupling_rule("aten.as_strided", "aten.as_strided_")
+def as_strided(call: Call) -> Dims:
+    """Pooling restrides dimensions of size one; anything else reads memory that labels know nothing of."""
+    dims = call.labels(call.args[0]).dims
+    same = all(dim < call.out.dim() and len(found[0].atoms) == call.out.shape[dim] for dim, found in dims.items())
+    return dims if same and sum(size > 1 for size in call.out.shape) <= max(len(dims), 1) else unknown(call)
+
+
 @coupling_rule("aten.cat", "aten.concat")
 def cat(call: Call) -> Dims:
     """Labels along the joined dimension are joined; along the others, what lies side by side must leave together."""
@@ -118,7 +128,9 @@ def stack(call: Call) -> Dims:
     """What is stacked must have one shape, so what lies side by side must leave together."""
     at = call.argument("dim") % call.out.dim()
     parts = call.args[0]
-    tied = {dim: call.ledger.tie([call.labels(p).at(dim) for p in parts], "aten.stack") for dim in range(parts[0].dim())}
+    tied = {
+        dim: call.ledger.tie([call.labels(p).at(dim) for p in parts], "aten.stack") for dim in range(parts[0].dim())
+    }
     return {dim + (dim >= at): labels for dim, labels in tied.items()}
 
 
@@ -127,7 +139,9 @@ def slice_(call: Call) -> Dims:
     """A slice of labels; the boundary moves with the width only if every block as long as it shrinks alike."""
     source = call.args[0]
     dim = call.argument("dim") % source.dim()
-    start, stop, step = slice(call.argument("start"), call.argument("end"), call.argument("step")).indices(source.shape[dim])
+    start, stop, step = slice(call.argument("start"), call.argument("end"), call.argument("step")).indices(
+        source.shape[dim]
+    )
     labels = call.labels(source)
     if step == 1:
         _shrink_alike(call, labels.at(dim), math.gcd(start, stop, source.shape[dim]))
@@ -141,7 +155,14 @@ def slice_(call: Call) -> Dims:
     return {**labels.dims, dim: cut if call.out.shape[dim] > 1 else _gone(call, cut)}
 
 
-@coupling_rule("aten.split", "aten.split_with_sizes", "aten.split_copy", "aten.split_with_sizes_copy", "aten.chunk", "aten.unsafe_split")
+@coupling_rule(
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.split_copy",
+    "aten.split_with_sizes_copy",
+    "aten.chunk",
+    "aten.unsafe_split",
+)
 def split(call: Call) -> list[Dims]:
     """Pieces of labels; the boundaries move with the width only if every block shrinks alike."""
     source = call.args[0]
@@ -149,10 +170,14 @@ def split(call: Call) -> list[Dims]:
     bounds = np.cumsum([part.shape[dim] for part in call.out])
     labels = call.labels(source)
     _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
-    pieces = [tuple(Label(piece, label.conditional) for piece in np.split(label.atoms, bounds[:-1])) for label in labels.at(dim)]
+    pieces = [
+        tuple(Label(piece, label.conditional) for piece in np.split(label.atoms, bounds[:-1]))
+        for label in labels.at(dim)
+    ]
     whole = {d: found for d, found in labels.dims.items() if d != dim}
     return [
-        whole | ({dim: tuple(piece[i] for piece in pieces)} if part.shape[dim] > 1 else {}) for i, part in enumerate(call.out)
+        whole | ({dim: tuple(piece[i] for piece in pieces)} if part.shape[dim] > 1 else {})
+        for i, part in enumerate(call.out)
     ]
 
 
@@ -187,10 +212,10 @@ def index(call: Call) -> Dims:
 
 
 @coupling_rule(
-    "aten.roll", "aten.flip", "aten.rot90", "aten.constant_pad_nd", "aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.repeat",
+    "aten.roll", "aten.flip", "aten.rot90", "aten.constant_pad_nd", "aten.repeat",
     "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.reflection_pad1d", "aten.reflection_pad2d",
     "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten.unfold",
-    "aten.im2col", "aten.index_select", "aten.diagonal", "aten.as_strided", "aten.tile", "aten.gather", "aten.take_along_dim",
+    "aten.im2col", "aten.index_select", "aten.diagonal", "aten.tile", "aten.gather", "aten.take_along_dim",
     "aten.repeat_interleave.self_int",
 )  # fmt: skip
 def moved(call: Call) -> Dims:
@@ -211,6 +236,36 @@ def moved(call: Call) -> Dims:
             for d in free:
                 moved_label = moved_label.narrow(d, 0, 1)
             _merge(dims, attach(call, (dim, number), moved_label.numpy(), range(call.out.dim()), label.conditional))
+    return dims
+
+
+@coupling_rule("aten.pixel_shuffle")
+def pixel_shuffle(call: Call) -> Dims:
+    """``(..., C r², H, W) -> (..., C, H r, W r)``: the channels that become one leave together."""
+    source, factor = call.args
+    channel = source.dim() - 3
+    dims = _positions_pinned(call, channel)
+    rows = [label.atoms.reshape(-1, factor * factor) for label in dims.get(channel, ())]
+    for row in rows:
+        call.ledger.meet(row[:, :1], row[:, 1:])
+    pairs = zip(rows, dims.get(channel, ()), strict=True)
+    return {**dims, channel: tuple(Label(row[:, 0], label.conditional) for row, label in pairs)}
+
+
+@coupling_rule("aten.pixel_unshuffle")
+def pixel_unshuffle(call: Call) -> Dims:
+    """``(..., C, H r, W r) -> (..., C r², H, W)``: a channel becomes several, side by side."""
+    source, factor = call.args
+    channel = source.dim() - 3
+    dims = _positions_pinned(call, channel)
+    spread = (Label(np.repeat(label.atoms, factor * factor), label.conditional) for label in dims.get(channel, ()))
+    return {**dims, channel: tuple(spread)}
+
+
+def _positions_pinned(call: Call, channel: int) -> Dims:
+    dims = dict(call.labels(call.args[0]).dims)
+    for dim in (channel + 1, channel + 2):
+        call.ledger.pin(dims.pop(dim, ()), f"positions of {call.func._opname}")
     return dims
 
 
@@ -309,5 +364,14 @@ def _rerun(call: Call, carried: Tensor) -> Tensor:
         args, kwargs = args[:2], {"value": PINNED}
     if call.func.overloadpacket is torch.ops.aten.im2col:
         return call.func(carried.to(torch.float64), *args[1:], **kwargs).to(torch.int64)  # has no integer kernel
-    args = [a.cpu() if isinstance(a, Tensor) and not a.is_meta else a for a in args]
+    args = [_at_hand(a) for a in args]
     return call.func(*args, **kwargs)
+
+
+def _at_hand(value: Any) -> Any:
+    """Bring indices to where labels are; on the meta device they have no values, and the trace must run in full."""
+    if isinstance(value, list | tuple):
+        return [_at_hand(item) for item in value]
+    if isinstance(value, Tensor) and value.is_meta:
+        raise NotImplementedError("indices on the meta device have no values")
+    return value.cpu() if isinstance(value, Tensor) else value

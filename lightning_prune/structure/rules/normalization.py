@@ -67,7 +67,9 @@ def group_norm(call: Call) -> list[Dims]:
             _follow(call, columns[0])
         else:
             alike = np.concatenate([label.atoms.reshape(groups, -1) for label in channels])
-            whole, _ = call.ledger.choose("groups", {"whole groups": [columns], "the same share of every group": [alike]})
+            whole, _ = call.ledger.choose(
+                "groups", {"whole groups": [columns], "the same share of every group": [alike]}
+            )
             _follow(call, whole.atoms)
     call.ledger.cost("group_norm", 5 if affine else 4, *call.sizes(x))
     return [{0: labels.at(0), 1: channels}] + [{}] * (len(call.out) - 1)
@@ -88,7 +90,9 @@ def softmax(call: Call) -> Dims:
     return labels.dims
 
 
-@coupling_rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.cummax", "aten.cummin")
+@coupling_rule(
+    "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.cummax", "aten.cummin"
+)
 def along_one_dimension(call: Call) -> Dims | list[Dims]:
     """Positions along the dimension count, so it keeps its size; the others pass."""
     x = call.args[0]
@@ -183,5 +187,3 @@ def _pooling_cost(call: Call, x: Tensor, name: str) -> None:
     factor = {"upsample_nearest2d": 1, "upsample_bilinear2d": 4, "grid_sampler_2d": 4}.get(name, 0)
     if factor:
         call.ledger.cost(name, factor, *call.sizes(x, 0, 1), math.prod(call.out.shape[2:]))
-
-

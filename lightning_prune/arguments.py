@@ -1,0 +1,139 @@
+"""Checks what a user asks for: arguments, optimizers, patterns of module paths; changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import get_args
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_prune.budget import Scope, Target
+from lightning_prune.criteria import FILTER_CRITERIA
+from lightning_prune.errors import PruningError
+from lightning_prune.structure import Structure
+
+__all__ = ["Amount", "Criterion", "amount_by_group", "check_arguments", "check_optimizers", "check_prunable", "with_ignored"]
+
+Criterion = str | Callable[[Tensor], Tensor]
+"""The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
+
+Amount = float | Mapping[str, float]
+"""A fraction in [0, 1), or fractions by pattern of module paths."""
+
+
+def check_arguments(
+    where: str, amount: Amount, criterion: Criterion, target: Target, scope: Scope, round_to: int
+) -> None:
+    """Refuse arguments that no model could make sense of.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown.
+        TypeError: If an argument is of a wrong kind.
+    """
+    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
+        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
+        if not 0 <= fraction < 1:
+            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
+            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+    if isinstance(amount, Mapping) and (target != "filters" or scope != "layer"):
+        raise ValueError(
+            f"{where}(target={target!r}, scope={scope!r}): amounts by pattern are fractions of each layer's filters; "
+            "use target='filters', scope='layer', or one amount for the whole model."
+        )
+    for name, value, allowed in (("target", target, get_args(Target)), ("scope", scope, get_args(Scope))):
+        if value not in allowed:
+            raise ValueError(f"{where}({name}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
+    known = [*FILTER_CRITERIA, "random"]
+    if isinstance(criterion, str) and criterion not in known:
+        raise ValueError(
+            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, known))}, or pass a function."
+        )
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"{where}(round_to={round_to!r}): widths are rounded to multiples of a whole number from 1.")
+
+
+def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers whose state cannot follow a cut.
+
+    Raises:
+        PruningError: For LBFGS, which keeps one flat history of all parameters.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise PruningError(
+            f"{where}: LBFGS keeps one history for all parameters together, which cannot be cut. "
+            "Train with a first-order optimizer, such as SGD or AdamW, while pruning."
+        )
+
+
+def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) -> Structure:
+    """Return the structure with the channels that the named modules produce pinned.
+
+    Raises:
+        ValueError: If a pattern names no module.
+    """
+    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
+    for pattern in ignore:
+        if not any(_names(pattern, path) for path in paths):
+            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
+    ignored = [
+        name
+        for name, group in structure.groups.items()
+        if any(_names(pattern, producer) for pattern in ignore for producer in group.producers)
+    ]
+    return structure.without(ignored, "named in ignore=")
+
+
+def check_prunable(model: nn.Module, structure: Structure) -> None:
+    """Refuse a model of which nothing can be cut.
+
+    Raises:
+        PruningError: With the first few reasons.
+    """
+    if not structure.groups:
+        why = "; ".join(f"{pin.tensor}: {pin.reason}" for pin in structure.pinned[:5])
+        raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every channel stays ({why}).")
+
+
+def amount_by_group(structure: Structure, amount: Amount) -> Amount:
+    """Turn amounts by pattern of module paths into amounts by group name; a plain fraction passes.
+
+    Raises:
+        ValueError: If a pattern names no module that produces channels, or two give one group different amounts.
+        PruningError: If every channel that a pattern names is pinned.
+    """
+    if not isinstance(amount, Mapping):
+        return amount
+    amounts: dict[str, float] = {}
+    chosen_by: dict[str, str] = {}
+    pinned = {pin.tensor.rpartition(".")[0]: pin.reason for pin in structure.pinned}
+    paths = [*dict.fromkeys(p for group in structure.groups.values() for p in group.producers), *pinned]
+    for pattern, fraction in amount.items():
+        named = [n for n, group in structure.groups.items() if any(_names(pattern, p) for p in group.producers)]
+        stays = next((f"{path}: {reason}" for path, reason in pinned.items() if _names(pattern, path)), None)
+        if not named and stays:
+            raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
+        if not named:
+            raise ValueError(f"amount[{pattern!r}] names no module that produces channels.{_near(pattern, paths)}")
+        for name in named:
+            if amounts.setdefault(name, fraction) != fraction:
+                raise ValueError(
+                    f"amount: {chosen_by[name]!r} asks for {amounts[name]:g} and {pattern!r} for {fraction:g} of the same "
+                    f"channels, those of {name} (made by {', '.join(structure.groups[name].producers)}). Give them one amount."
+                )
+            chosen_by.setdefault(name, pattern)
+    return amounts
+
+
+def _names(pattern: str, path: str) -> bool:
+    """Tell whether a pattern names a module, or one above it."""
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+
+
+def _near(pattern: str, paths: Iterable[str]) -> str:
+    near = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
+    return f" Near it: {', '.join(near)}." if near else ""

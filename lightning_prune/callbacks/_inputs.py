@@ -1,0 +1,74 @@
+"""Finds, in a run, inputs that the model's forward accepts: from the user, the module or the first training batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_prune.errors import PruningError
+from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
+
+__all__ = ["batch_as_inputs", "on_device_of"]
+
+
+def on_device_of(trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> ExampleInputs:
+    """Bring inputs to the module's device and to the precision that its forward gets, cut off from any graph."""
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach(), inputs)
+    inputs = move_data_to_device(inputs, pl_module.device)
+    return trainer.precision_plugin.convert_input(inputs)  # type: ignore[no-any-return]
+
+
+def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
+    """Find what part of a training batch the module's forward takes; of the batch one example, where that works.
+
+    Raises:
+        PruningError: If forward accepts none of the parts tried.
+    """
+    failures = []
+    for told, inputs in _candidates(pl_module, batch):
+        for found in (_one_example(inputs), inputs):
+            if found is None:
+                continue
+            try:
+                with undisturbed(pl_module):
+                    run(pl_module, pytree.tree_map_only(Tensor, torch.clone, found))
+                return found
+            except Exception as error:
+                failure = f"{told}: {type(error).__name__}: {error}"
+        failures.append(failure)
+    raise PruningError(
+        f"{type(pl_module).__name__}.forward accepts nothing of the first training batch (" + "; ".join(failures) + "). "
+        "Pass example_inputs=, or set the module's example_input_array, to what forward takes."
+    )
+
+
+def _candidates(pl_module: LightningModule, batch: Any) -> Iterator[tuple[str, ExampleInputs]]:
+    """Yield what forward may take, most usual first: the first part of the batch, named parts, all of it."""
+    if isinstance(batch, tuple | list) and batch:
+        yield from _candidates(pl_module, batch[0]) if not isinstance(batch[0], Tensor) else [("batch[0]", batch[0])]
+        yield "*batch", tuple(batch)
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(pl_module.forward).parameters.values()
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        named = {str(key): value for key, value in batch.items() if takes_any or key in names}
+        if named:
+            yield "**batch", named
+    yield "batch", (batch,)
+
+
+def _one_example(inputs: ExampleInputs) -> ExampleInputs | None:
+    """Return the first example alone, where all tensors agree on how many there are."""
+    sizes = {tensor.shape[0] if tensor.dim() else -1 for tensor in tensors_in(inputs)}
+    if len(sizes) != 1 or sizes <= {-1, 0, 1}:
+        return None
+    # a copy: a slice would keep the whole batch in memory
+    one: ExampleInputs = pytree.tree_map_only(Tensor, lambda tensor: tensor[:1].detach().clone(), inputs)
+    return one

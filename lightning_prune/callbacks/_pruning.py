@@ -1,0 +1,293 @@
+"""The life of a run in which units leave: when a cut is due, what is logged, what a checkpoint remembers."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_prune.arguments import (
+    Amount,
+    amount_by_group,
+    check_arguments,
+    check_optimizers,
+    check_prunable,
+    with_ignored,
+)
+from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target
+from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
+from lightning_prune.callbacks._refusals import leads, refuse_overlap, refuse_run
+from lightning_prune.flops import FlopCount, count_flops
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.pruning import Prepared, count_params, prepare
+from lightning_prune.reports import LayerCost, layer_costs, layer_table
+from lightning_prune.schedules import OneShot, Schedule
+from lightning_prune.structure import Structure, find_structure, trace
+from lightning_prune.surgery import RECIPE, cut_, read_attributes, resize_
+
+__all__ = ["StructuredPruning"]
+
+
+@dataclass
+class _Start:
+    """What was there when pruning began, of which amounts are fractions, and the amount of every group."""
+
+    widths: dict[str, int]
+    params: int
+    flops: int
+    layers: dict[str, LayerCost]
+    amount: Amount
+
+    @property
+    def dense(self) -> Dense:
+        return Dense(self.widths, Footprint(self.params, self.flops))
+
+
+@dataclass
+class _State:
+    """Everything that changes in the life of a callback."""
+
+    start: _Start | None = None
+    inputs: ExampleInputs | None = None
+    flops: FlopCount | None = None
+    widths: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    attributes: list[tuple[str, str]] = field(default_factory=list)
+    share: float = 0.0  # of the amount, gone so far
+    logged_epoch: int = -1
+
+
+class StructuredPruning(Callback):
+    """Base of the callbacks that remove filters and neurons while a model trains; each adds its scores."""
+
+    def __init__(
+        self,
+        amount: float | dict[str, float],
+        target: Target,
+        scope: Scope,
+        schedule: Schedule | None,
+        ignore: Sequence[str],
+        round_to: int,
+        example_inputs: Any,
+    ) -> None:
+        """Check the arguments and keep them."""
+        where = type(self).__name__
+        check_arguments(where, amount, "l1", target, scope, round_to)
+        if isinstance(ignore, str):
+            raise TypeError(f"{where}(ignore={ignore!r}): pass a list of patterns, [{ignore!r}].")
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"{where}(schedule={schedule!r}): pass OneShot, Linear, Cubic or another Schedule.")
+        self.amount = amount
+        self.target: Target = target
+        self.scope: Scope = scope
+        self.schedule: Schedule = schedule if schedule is not None else OneShot()
+        self.ignore = list(ignore)
+        self.round_to = round_to
+        self.example_inputs = example_inputs
+        self._state = _State()
+        self._module: weakref.ref[LightningModule] | None = None
+        self._hooks: list[Any] = []
+
+    @abstractmethod
+    def scores(self, pl_module: LightningModule, structure: Structure) -> Scores:
+        """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
+
+    @property
+    def state_key(self) -> str:
+        """Tell two callbacks of one class apart by the modules they are about."""
+        named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
+        return self._generate_state_key(amount=named, ignore=self.ignore)
+
+    def __repr__(self) -> str:
+        """Return the call that makes this callback."""
+        given = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    # When
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
+        if stage == "fit":
+            refuse_run(type(self).__name__, self.schedule, trainer, pl_module)
+            if self._module is None or self._module() is not pl_module:
+                self._state = _State()
+                self._module = weakref.ref(pl_module)
+            self._state.inputs, self._state.logged_epoch = None, -1
+        self._detach()
+        self._hooks = [
+            pl_module.register_load_state_dict_pre_hook(self._take_shapes),
+            pl_module.register_state_dict_post_hook(partial(self._leave_recipe))  # torch marks the hook, which a method refuses,
+        ]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse optimizers whose state cannot follow and, where inputs are known, amounts that cannot be reached."""
+        check_optimizers(type(self).__name__, trainer.optimizers)
+        inputs = self.example_inputs if self.example_inputs is not None else pl_module.example_input_array
+        if inputs is not None:
+            self._begin(trainer, pl_module, inputs)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
+        if self._state.inputs is not None:
+            self._reach(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Catch up where the epoch's start was not seen or came too early: at the first batch, or after a resume."""
+        if self._state.inputs is None:
+            self._begin(trainer, pl_module, batch_as_inputs(pl_module, batch))
+        if self._state.logged_epoch != trainer.current_epoch:
+            self._reach(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what became of every layer."""
+        start, flops = self._state.start, self._state.flops
+        if start is not None and flops is not None and trainer.is_global_zero and leads(self, trainer):
+            kept = count_params(pl_module) / max(start.params, 1), flops.total / max(start.flops, 1)
+            title = f"Left: {kept[0]:.1%} of params, {kept[1]:.1%} of FLOPs"
+            Console().print(layer_table(start.layers, layer_costs(pl_module, flops), title))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the model."""
+        self._detach()
+
+    # What
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> None:
+        """Trace the model, and rehearse the whole amount before epochs are spent on it."""
+        state = self._state
+        state.inputs = on_device_of(trainer, pl_module, inputs)
+        structure = find_structure(trace(pl_module, state.inputs))
+        state.flops = count_flops(pl_module, state.inputs)
+        refuse_overlap(self, trainer, pl_module, structure)
+        structure = self._prunable(pl_module, structure)
+        if state.start is None:
+            check_prunable(pl_module, structure)
+            state.start = _Start(
+                {name: group.width for name, group in structure.groups.items()},
+                count_params(pl_module),
+                state.flops.total,
+                layer_costs(pl_module, state.flops),
+                amount_by_group(structure, self.amount),
+            )
+        if state.share < 1.0:
+            self._prepare(trainer, pl_module, structure, share=1.0)
+
+    def _reach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut until the share that is due is gone, and log what is left."""
+        state, share = self._state, self.schedule(trainer.current_epoch)
+        if share > state.share:
+            structure = self._prunable(pl_module, find_structure(trace(pl_module, state.inputs)))
+            prepared = self._prepare(trainer, pl_module, structure, share)
+            if prepared.cut.kept:
+                self._cut(trainer, pl_module, prepared)
+                state.flops = count_flops(pl_module, state.inputs)
+            state.widths |= {width.name: width.after for width in prepared.widths}
+            state.share = share
+        state.logged_epoch = trainer.current_epoch
+        if leads(self, trainer):
+            self._log(pl_module)
+
+    def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
+        self._state.attributes = [(a.module, a.name) for a in structure.ledger.attributes]
+        structure = with_ignored(pl_module, structure, self.ignore)
+        refused = [name for name in self._state.refused if name in structure.groups]
+        return structure.without(refused, "an earlier cut of them could not be proved")
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, structure: Structure, share: float) -> Prepared:
+        """Plan and prove a cut; every process follows the scores of the first."""
+        state = self._state
+        start, amount = state.start, state.start.amount
+        prepared = prepare(
+            pl_module,
+            state.inputs,
+            structure,
+            trainer.strategy.broadcast(self.scores(pl_module, structure)),
+            {name: share * a for name, a in amount.items()} if isinstance(amount, Mapping) else share * amount,
+            target=self.target,
+            scope=self.scope,
+            round_to=self.round_to,
+            dense=start.dense.without(state.refused),
+            flops=state.flops.total,
+        )
+        state.refused += prepared.refused
+        return prepared
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, prepared: Prepared) -> None:
+        """Make a cut; where processes average gradients, what averages them is made anew for the new shapes."""
+        strategy = trainer.strategy
+        averaged = isinstance(strategy.model, DistributedDataParallel)
+        if averaged:
+            strategy.model = pl_module
+        cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
+        if averaged:
+            strategy.configure_ddp()
+
+    def _log(self, pl_module: LightningModule) -> None:
+        start, flops, params = self._state.start, self._state.flops.total, count_params(pl_module)
+        left = sum(self._state.widths.get(name, width) for name, width in start.widths.items())
+        values = {
+            "prune/params": params,
+            "prune/flops": flops,
+            "prune/params_kept": params / max(start.params, 1),
+            "prune/flops_kept": flops / max(start.flops, 1),
+            "prune/sparsity": 1 - left / max(sum(start.widths.values()), 1),
+        }
+        pl_module.log_dict({name: float(v) for name, v in values.items()}, on_step=False, on_epoch=True, batch_size=1)
+
+    # What a checkpoint remembers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what amounts are fractions of and how much of them has gone, as plain numbers and tensors."""
+        state, start = self._state, self._state.start
+        return {
+            "share": state.share,
+            "widths": dict(state.widths),
+            "refused": list(state.refused),
+            "start": None if start is None else {
+                "widths": dict(start.widths),
+                "params": start.params,
+                "flops": start.flops,
+                "layers": {path: list(cost) for path, cost in start.layers.items()},
+                "amount": dict(start.amount) if isinstance(start.amount, Mapping) else start.amount,
+            },
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint remembers."""
+        state, start = self._state, state_dict["start"]
+        state.share, state.widths = state_dict["share"], dict(state_dict["widths"])
+        state.refused = list(state_dict["refused"])
+        if start is not None:
+            layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}
+            state.start = _Start(**{**start, "layers": layers})
+
+    def _leave_recipe(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+        """Write beside the tensors what their shapes cannot tell."""
+        local_metadata[RECIPE] = {"attributes": read_attributes(module, self._state.attributes)}
+
+    def _take_shapes(
+        self, module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict[str, Any], *_: Any
+    ) -> None:
+        """Take the shapes of the state dict that is about to be loaded, if pruning wrote it."""
+        recipe = local_metadata.get(RECIPE)
+        if recipe is not None:
+            resize_(module, state_dict, recipe["attributes"])
+            self._state.attributes = [(path, name) for path, name, _ in recipe["attributes"]]
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without what belongs to this process alone."""
+        return {**self.__dict__, "_module": None, "_hooks": []}

@@ -1,0 +1,47 @@
+"""The oracle of every cut, independent of the library's own proof: a model whose gone channels reach nothing."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+# module type -> dimensions of its weight that it sums over
+CONSUMED: list[tuple[type[nn.Module], tuple[int, ...]]] = [
+    (nn.Linear, (1,)),
+    (nn.Bilinear, (1, 2)),
+    (nn.modules.conv._ConvTransposeNd, (0,)),
+    (nn.modules.conv._ConvNd, (1,)),
+]
+
+
+def silenced(
+    model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]], consumers: Mapping[str, int] | None = None
+) -> nn.Module:
+    """Return a copy with zeros wherever a weight reads channels that are not among those kept.
+
+    Args:
+        model: The full model.
+        kept: Name of a tensor -> dimension -> indices that stay.
+        consumers: Bare parameters that are summed over, with the dimension.
+    """
+    model = copy.deepcopy(model)
+    dims = dict.fromkeys([], ())
+    for path, module in model.named_modules():
+        for kind, read in CONSUMED:
+            if isinstance(module, kind):
+                dims[f"{path}.weight".lstrip(".")] = read
+                break
+    dims |= {name: (dim,) for name, dim in (consumers or {}).items()}
+    for name, parameter in model.named_parameters():
+        for dim in dims.get(name, ()):
+            if dim in kept.get(name, {}):
+                gone = sorted(set(range(parameter.shape[dim])) - set(kept[name][dim].tolist()))
+                parameter.data.index_fill_(dim, torch.tensor(gone, dtype=torch.int64), 0.0)
+    return model
+
+
+def assert_equal_to_rounding(found: Tensor, expected: Tensor, relative: float = 1e-12) -> None:
+    scale = expected.abs().max().item()
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max().item() <= relative * max(scale, 1e-300)
