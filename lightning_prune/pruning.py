@@ -17,6 +17,7 @@ from lightning_prune.arguments import (
     amount_by_group,
     check_arguments,
     check_optimizers,
+    check_prunable,
     with_ignored,
 )
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target, measure, plan
