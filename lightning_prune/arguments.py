@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import get_args
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.budget import Scope, Target
-from lightning_prune.criteria import FILTER_CRITERIA
 from lightning_prune.errors import PruningError
+from lightning_prune.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
-__all__ = ["Amount", "Criterion", "amount_by_group", "check_arguments", "check_optimizers", "check_prunable", "with_ignored"]
-
-Criterion = str | Callable[[Tensor], Tensor]
-"""The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
+__all__ = [
+    "Amount",
+    "amount_by_group",
+    "check_arguments",
+    "check_optimizers",
+    "check_prunable",
+    "names_module",
+    "with_ignored",
+]
 
 Amount = float | Mapping[str, float]
 """A fraction in [0, 1), or fractions by pattern of module paths."""
@@ -48,7 +53,7 @@ def check_arguments(
     for name, value, allowed in (("target", target, get_args(Target)), ("scope", scope, get_args(Scope))):
         if value not in allowed:
             raise ValueError(f"{where}({name}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
-    known = [*FILTER_CRITERIA, "random"]
+    known = list(CRITERIA)
     if isinstance(criterion, str) and criterion not in known:
         raise ValueError(
             f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, known))}, or pass a function."
@@ -78,12 +83,12 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) 
     """
     paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     for pattern in ignore:
-        if not any(_names(pattern, path) for path in paths):
+        if not any(names_module(pattern, path) for path in paths):
             raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
     ignored = [
         name
         for name, group in structure.groups.items()
-        if any(_names(pattern, producer) for pattern in ignore for producer in group.producers)
+        if any(names_module(pattern, producer) for pattern in ignore for producer in group.producers)
     ]
     return structure.without(ignored, "named in ignore=")
 
@@ -113,8 +118,8 @@ def amount_by_group(structure: Structure, amount: Amount) -> Amount:
     pinned = {pin.tensor.rpartition(".")[0]: pin.reason for pin in structure.pinned}
     paths = [*dict.fromkeys(p for group in structure.groups.values() for p in group.producers), *pinned]
     for pattern, fraction in amount.items():
-        named = [n for n, group in structure.groups.items() if any(_names(pattern, p) for p in group.producers)]
-        stays = next((f"{path}: {reason}" for path, reason in pinned.items() if _names(pattern, path)), None)
+        named = [n for n, group in structure.groups.items() if any(names_module(pattern, p) for p in group.producers)]
+        stays = next((f"{path}: {reason}" for path, reason in pinned.items() if names_module(pattern, path)), None)
         if not named and stays:
             raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
         if not named:
@@ -129,7 +134,7 @@ def amount_by_group(structure: Structure, amount: Amount) -> Amount:
     return amounts
 
 
-def _names(pattern: str, path: str) -> bool:
+def names_module(pattern: str, path: str) -> bool:
     """Tell whether a pattern names a module, or one above it."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 

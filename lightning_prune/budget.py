@@ -144,9 +144,7 @@ def _leaving_order(structure: Structure, scores: Scores, scope: Scope, dense: De
         if scope == "layer":  # by the share of the group that would then be gone
             key = (np.arange(group.width) + 1 + _gone(structure, dense, name)) / dense.widths[name]
         else:
-            values = scores[name].double()
-            mean = values.abs().mean()
-            key = np.sort((values / mean if mean > 0 else values).nan_to_num(nan=-math.inf).cpu().numpy())
+            key = np.sort(scores[name].double().nan_to_num(nan=-math.inf).cpu().numpy())
         keys.append(key[:-1])
         names.append(np.full(group.width - 1, name))
     if not names:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 
-from lightning_prune.surgery import RECIPE, resize_
+from lightning_prune.surgery import take_shapes_
 
 __all__ = ["load_from_checkpoint"]
 
@@ -26,14 +28,25 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
         The slim model.
     """
 
-    class Resized(module_class):  # type: ignore[valid-type,misc]
-        def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-            recipe = getattr(state_dict, "_metadata", {}).get("", {}).get(RECIPE)
-            if recipe is not None:
-                resize_(self, state_dict, recipe["attributes"])
-            return super().load_state_dict(state_dict, *args, **kwargs)
+    with _taking_shapes(module_class):
+        return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
 
-    Resized.__name__, Resized.__qualname__ = module_class.__name__, module_class.__qualname__
-    module = Resized.load_from_checkpoint(checkpoint_path, **kwargs)
-    module.__class__ = module_class
-    return module  # type: ignore[no-any-return]
+
+@contextmanager
+def _taking_shapes(module_class: type[LightningModule]) -> Iterator[None]:
+    """Let modules made in the body take the shapes of what they load; a subclass would not be taken for the class."""
+    inherited = "load_state_dict" not in vars(module_class)
+    load = module_class.load_state_dict
+
+    def resize_and_load(self: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        take_shapes_(self, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
+        return load(self, state_dict, *args, **kwargs)
+
+    module_class.load_state_dict = resize_and_load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if inherited:
+            del module_class.load_state_dict
+        else:
+            module_class.load_state_dict = load  # type: ignore[method-assign]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.arguments import (
     Amount,
-    Criterion,
     amount_by_group,
     check_arguments,
     check_optimizers,
@@ -21,13 +19,14 @@ from lightning_prune.arguments import (
     with_ignored,
 )
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target, measure, plan
-from lightning_prune.criteria import FILTER_CRITERIA
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs
-from lightning_prune.structure import Keep, Pinned, Structure, find_structure, named_tensors, trace
+from lightning_prune.scoring import Criterion, score_units
+from lightning_prune.statistics import Loss
+from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove_numbers, prove_structure
 
-__all__ = ["GroupWidth", "Prepared", "Report", "filter_scores", "count_params", "prepare", "prune_filters"]
+__all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ def prune_filters(
     ignore: Sequence[str] = (),
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     round_to: int = 1,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Report:
     """Remove filters and neurons from a model, in place.
 
@@ -90,16 +91,19 @@ def prune_filters(
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
         amount: Fraction, in [0, 1), of the target that leaves; or, by pattern of module paths, of the channels that the modules
             produce (what no pattern names stays whole).
-        criterion: ``"l1"``, ``"l2"``, ``"random"`` or a function from a weight ``(out, ...)`` to scores ``(out,)``.
+        criterion: ``"l1"``, ``"l2"``, ``"bn_scale"`` or ``"random"``; with ``batches`` ``"activation_mean"``,
+            ``"activation_std"`` or ``"apoz"``; with ``batches`` and ``loss`` ``"taylor"``, ``"taylor_activations"``,
+            ``"obd"`` or ``"obd_hutchinson"``; or a function from a weight ``(out, ...)`` to scores ``(out,)``.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters or FLOPs.
-        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores, divided by their layer's mean,
-            across layers.
+        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers.
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
         round_to: Widths after the cut are multiples of this, rounded up.
+        batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read once.
+        loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
 
     Raises:
-        ValueError: If an argument is out of range, or a pattern names no module.
+        ValueError: If an argument is out of range or missing, or a pattern names no module.
         PruningError: If the model does not run, nothing can be cut or the target cannot be reached. The model is as it was.
 
     Example:
@@ -125,7 +129,7 @@ def prune_filters(
         model,
         example_inputs,
         structure,
-        filter_scores(model, structure, criterion),
+        score_units(model, structure, criterion, batches, loss),
         amount,
         target=target,
         scope=scope,
@@ -222,38 +226,6 @@ def prepare(
 def count_params(model: nn.Module) -> int:
     """Count the parameters of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def filter_scores(model: nn.Module, structure: Structure, criterion: Criterion) -> dict[str, Tensor]:
-    """Score the units of every group by the filters that make them, summed over the layers of the group.
-
-    Returns:
-        Group name -> one score per unit, ``(width,)``; higher is kept longer.
-
-    Raises:
-        ValueError: If a criterion of the user's does not give one score per filter.
-    """
-    own = named_tensors(model)
-    scores = {}
-    for name, group in structure.groups.items():
-        if criterion == "random":
-            generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
-            scores[name] = torch.rand(group.width, generator=generator)
-            continue
-        score = FILTER_CRITERIA[criterion] if isinstance(criterion, str) else criterion
-        made = [slot for slot in group.slots if slot.role == "producer"] or group.slots
-        for slot in made:
-            weight = own[slot.tensor].detach().transpose(0, slot.dim)
-            found = score(weight)
-            if found.shape != weight.shape[:1]:
-                raise ValueError(
-                    f"criterion: for {slot.tensor}, {tuple(weight.shape)}, it gave scores of shape {tuple(found.shape)}; "
-                    f"it must give one per filter, ({len(weight)},)."
-                )
-            units = torch.from_numpy(slot.units).to(found.device)
-            total = scores.setdefault(name, torch.zeros(group.width, dtype=found.dtype, device=found.device))
-            total.index_add_(0, units[units >= 0], found[units >= 0].to(total))
-    return scores
 
 
 def _disproved(

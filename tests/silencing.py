@@ -12,6 +12,7 @@ CONSUMED: list[tuple[type[nn.Module], tuple[int, ...]]] = [
     (nn.Bilinear, (1, 2)),
     (nn.modules.conv._ConvTransposeNd, (0,)),
     (nn.modules.conv._ConvNd, (1,)),
+    (nn.LSTM, (1,)),
 ]
 
 
@@ -26,18 +27,16 @@ def silenced(
         consumers: Bare parameters that are summed over, with the dimension.
     """
     model = copy.deepcopy(model)
-    dims = dict.fromkeys([], ())
-    for path, module in model.named_modules():
-        for kind, read in CONSUMED:
-            if isinstance(module, kind):
-                dims[f"{path}.weight".lstrip(".")] = read
-                break
-    dims |= {name: (dim,) for name, dim in (consumers or {}).items()}
+    read = {id(model.get_parameter(name)): (dim,) for name, dim in (consumers or {}).items()}
+    for module in model.modules():
+        dims = next((dims for kind, dims in CONSUMED if isinstance(module, kind)), ())
+        for weight in ([module.weight_ih_l0, module.weight_ih_l0_reverse] if isinstance(module, nn.LSTM) else
+                       [module.weight] if dims else []):  # fmt: skip
+            read[id(weight)] = dims
     for name, parameter in model.named_parameters():
-        for dim in dims.get(name, ()):
-            if dim in kept.get(name, {}):
-                gone = sorted(set(range(parameter.shape[dim])) - set(kept[name][dim].tolist()))
-                parameter.data.index_fill_(dim, torch.tensor(gone, dtype=torch.int64), 0.0)
+        for dim in set(read.get(id(parameter), ())) & kept.get(name, {}).keys():
+            gone = sorted(set(range(parameter.shape[dim])) - set(kept[name][dim].tolist()))
+            parameter.data.index_fill_(dim, torch.tensor(gone, dtype=torch.int64), 0.0)
     return model
 
 

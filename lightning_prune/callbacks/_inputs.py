@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 
-__all__ = ["batch_as_inputs", "on_device_of"]
+__all__ = ["batch_as_inputs", "is_plain", "on_device_of"]
 
 
 def on_device_of(trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> ExampleInputs:
-    """Bring inputs to the module's device and to the precision that its forward gets, cut off from any graph."""
+    """Bring the first process's inputs to the module's device and to the precision that its forward gets."""
     inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach(), inputs)
+    inputs = trainer.strategy.broadcast(move_data_to_device(inputs, torch.device("cpu")))  # all decide on the same
     inputs = move_data_to_device(inputs, pl_module.device)
     return trainer.precision_plugin.convert_input(inputs)  # type: ignore[no-any-return]
 
@@ -44,9 +45,17 @@ def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
                 failure = f"{told}: {type(error).__name__}: {error}"
         failures.append(failure)
     raise PruningError(
-        f"{type(pl_module).__name__}.forward accepts nothing of the first training batch (" + "; ".join(failures) + "). "
+        f"{type(pl_module).__name__}.forward accepts nothing of the first training batch ("
+        + "; ".join(failures)
+        + "). "
         "Pass example_inputs=, or set the module's example_input_array, to what forward takes."
     )
+
+
+def is_plain(inputs: ExampleInputs | None) -> bool:
+    """Tell whether a checkpoint that is loaded with ``weights_only=True`` may hold the inputs."""
+    leaves = pytree.tree_leaves(inputs)
+    return all(type(leaf) in (Tensor, bool, int, float, complex, str, bytes, type(None)) for leaf in leaves)
 
 
 def _candidates(pl_module: LightningModule, batch: Any) -> Iterator[tuple[str, ExampleInputs]]:

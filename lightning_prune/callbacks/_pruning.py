@@ -7,12 +7,10 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.arguments import (
@@ -24,15 +22,15 @@ from lightning_prune.arguments import (
     with_ignored,
 )
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target
-from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks._refusals import leads, refuse_overlap, refuse_run
+from lightning_prune.callbacks._inputs import batch_as_inputs, is_plain, on_device_of
+from lightning_prune.callbacks._refusals import leads, pruning_callbacks, refuse_overlap, refuse_run, refuse_short
 from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruning import Prepared, count_params, prepare
 from lightning_prune.reports import LayerCost, layer_costs, layer_table
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structure import Structure, find_structure, trace
-from lightning_prune.surgery import RECIPE, cut_, read_attributes, resize_
+from lightning_prune.surgery import cut_, drop_unused_recipe_, recipe_of, take_shapes_
 
 __all__ = ["StructuredPruning"]
 
@@ -57,11 +55,11 @@ class _State:
     """Everything that changes in the life of a callback."""
 
     start: _Start | None = None
+    example: ExampleInputs | None = None  # of the first batch, which a resumed run may not see again
     inputs: ExampleInputs | None = None
-    flops: FlopCount | None = None
+    flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
     widths: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    attributes: list[tuple[str, str]] = field(default_factory=list)
     share: float = 0.0  # of the amount, gone so far
     logged_epoch: int = -1
 
@@ -118,22 +116,22 @@ class StructuredPruning(Callback):
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
         if stage == "fit":
             refuse_run(type(self).__name__, self.schedule, trainer, pl_module)
-            if self._module is None or self._module() is not pl_module:
-                self._state = _State()
-                self._module = weakref.ref(pl_module)
-            self._state.inputs, self._state.logged_epoch = None, -1
+        if self._module is None or self._module() is not pl_module:
+            self._state = _State()
+            self._module = weakref.ref(pl_module)
+        self._state.inputs, self._state.logged_epoch = None, -1
         self._detach()
-        self._hooks = [
-            pl_module.register_load_state_dict_pre_hook(self._take_shapes),
-            pl_module.register_state_dict_post_hook(partial(self._leave_recipe))  # torch marks the hook, which a method refuses,
-        ]
+        self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_)]
+        recipe_of(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse optimizers whose state cannot follow and, where inputs are known, amounts that cannot be reached."""
         check_optimizers(type(self).__name__, trainer.optimizers)
-        inputs = self.example_inputs if self.example_inputs is not None else pl_module.example_input_array
-        if inputs is not None:
-            self._begin(trainer, pl_module, inputs)
+        refuse_short(type(self).__name__, self.schedule, trainer)
+        given = [callback.example_inputs for callback in (self, *pruning_callbacks(trainer))]
+        known = [inputs for inputs in (*given, pl_module.example_input_array, self._state.example) if inputs is not None]
+        if known:
+            self._begin(trainer, pl_module, known[0])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
@@ -143,21 +141,29 @@ class StructuredPruning(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Catch up where the epoch's start was not seen or came too early: at the first batch, or after a resume."""
         if self._state.inputs is None:
-            self._begin(trainer, pl_module, batch_as_inputs(pl_module, batch))
+            self._state.example = batch_as_inputs(pl_module, batch)
+            self._begin(trainer, pl_module, self._state.example)
         if self._state.logged_epoch != trainer.current_epoch:
             self._reach(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what became of every layer."""
-        start, flops = self._state.start, self._state.flops
-        if start is not None and flops is not None and trainer.is_global_zero and leads(self, trainer):
+        start = self._state.start
+        if start is not None and self._state.inputs is not None and trainer.is_global_zero and leads(self, trainer):
+            flops = self._count_flops(pl_module)
             kept = count_params(pl_module) / max(start.params, 1), flops.total / max(start.flops, 1)
             title = f"Left: {kept[0]:.1%} of params, {kept[1]:.1%} of FLOPs"
             Console().print(layer_table(start.layers, layer_costs(pl_module, flops), title))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing on the model."""
+        """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""
         self._detach()
+        drop_unused_recipe_(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave as after a run that ended well: Lightning tears down nothing here."""
+        self._detach()
+        drop_unused_recipe_(pl_module)
 
     # What
 
@@ -166,7 +172,7 @@ class StructuredPruning(Callback):
         state = self._state
         state.inputs = on_device_of(trainer, pl_module, inputs)
         structure = find_structure(trace(pl_module, state.inputs))
-        state.flops = count_flops(pl_module, state.inputs)
+        state.flops = None
         refuse_overlap(self, trainer, pl_module, structure)
         structure = self._prunable(pl_module, structure)
         if state.start is None:
@@ -174,8 +180,8 @@ class StructuredPruning(Callback):
             state.start = _Start(
                 {name: group.width for name, group in structure.groups.items()},
                 count_params(pl_module),
-                state.flops.total,
-                layer_costs(pl_module, state.flops),
+                self._count_flops(pl_module).total,
+                layer_costs(pl_module, self._count_flops(pl_module)),
                 amount_by_group(structure, self.amount),
             )
         if state.share < 1.0:
@@ -189,15 +195,14 @@ class StructuredPruning(Callback):
             prepared = self._prepare(trainer, pl_module, structure, share)
             if prepared.cut.kept:
                 self._cut(trainer, pl_module, prepared)
-                state.flops = count_flops(pl_module, state.inputs)
             state.widths |= {width.name: width.after for width in prepared.widths}
             state.share = share
         state.logged_epoch = trainer.current_epoch
         if leads(self, trainer):
-            self._log(pl_module)
+            self._log(trainer, pl_module)
 
     def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
-        self._state.attributes = [(a.module, a.name) for a in structure.ledger.attributes]
+        recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self.ignore)
         refused = [name for name in self._state.refused if name in structure.groups]
         return structure.without(refused, "an earlier cut of them could not be proved")
@@ -216,7 +221,7 @@ class StructuredPruning(Callback):
             scope=self.scope,
             round_to=self.round_to,
             dense=start.dense.without(state.refused),
-            flops=state.flops.total,
+            flops=self._count_flops(pl_module).total,
         )
         state.refused += prepared.refused
         return prepared
@@ -227,19 +232,32 @@ class StructuredPruning(Callback):
         averaged = isinstance(strategy.model, DistributedDataParallel)
         if averaged:
             strategy.model = pl_module
+        recipe_of(pl_module).needed = True
         cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
         if averaged:
             strategy.configure_ddp()
+        for callback in pruning_callbacks(trainer):
+            callback._state.flops = None
 
-    def _log(self, pl_module: LightningModule) -> None:
-        start, flops, params = self._state.start, self._state.flops.total, count_params(pl_module)
-        left = sum(self._state.widths.get(name, width) for name, width in start.widths.items())
+    def _count_flops(self, pl_module: LightningModule) -> FlopCount:
+        if self._state.flops is None:
+            self._state.flops = count_flops(pl_module, self._state.inputs)
+        return self._state.flops
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        start, flops, params = self._state.start, self._count_flops(pl_module).total, count_params(pl_module)
+        dense: dict[str, int] = {}
+        left: dict[str, int] = {}
+        for state in (callback._state for callback in pruning_callbacks(trainer)):
+            for name, width in (state.start.widths if state.start is not None else {}).items():
+                dense[name] = max(dense.get(name, 0), width)
+                left[name] = min(left.get(name, width), state.widths.get(name, width))
         values = {
             "prune/params": params,
             "prune/flops": flops,
             "prune/params_kept": params / max(start.params, 1),
             "prune/flops_kept": flops / max(start.flops, 1),
-            "prune/sparsity": 1 - left / max(sum(start.widths.values()), 1),
+            "prune/sparsity": 1 - sum(left.values()) / max(sum(dense.values()), 1),
         }
         pl_module.log_dict({name: float(v) for name, v in values.items()}, on_step=False, on_epoch=True, batch_size=1)
 
@@ -252,6 +270,7 @@ class StructuredPruning(Callback):
             "share": state.share,
             "widths": dict(state.widths),
             "refused": list(state.refused),
+            "example": state.example if is_plain(state.example) else None,
             "start": None if start is None else {
                 "widths": dict(start.widths),
                 "params": start.params,
@@ -265,23 +284,10 @@ class StructuredPruning(Callback):
         """Take up what a checkpoint remembers."""
         state, start = self._state, state_dict["start"]
         state.share, state.widths = state_dict["share"], dict(state_dict["widths"])
-        state.refused = list(state_dict["refused"])
+        state.refused, state.example, state.start = list(state_dict["refused"]), state_dict["example"], None
         if start is not None:
             layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}
             state.start = _Start(**{**start, "layers": layers})
-
-    def _leave_recipe(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        """Write beside the tensors what their shapes cannot tell."""
-        local_metadata[RECIPE] = {"attributes": read_attributes(module, self._state.attributes)}
-
-    def _take_shapes(
-        self, module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: dict[str, Any], *_: Any
-    ) -> None:
-        """Take the shapes of the state dict that is about to be loaded, if pruning wrote it."""
-        recipe = local_metadata.get(RECIPE)
-        if recipe is not None:
-            resize_(module, state_dict, recipe["attributes"])
-            self._state.attributes = [(path, name) for path, name, _ in recipe["attributes"]]
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -289,5 +295,6 @@ class StructuredPruning(Callback):
         self._hooks = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without what belongs to this process alone."""
-        return {**self.__dict__, "_module": None, "_hooks": []}
+        """Pickle without the model, to which the trainer's ``log`` and ``log_dict`` lead too."""
+        own = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**own, "_module": None, "_hooks": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,14 @@ from lightning_prune.structure import Structure
 if TYPE_CHECKING:
     from lightning_prune.callbacks._pruning import StructuredPruning
 
-__all__ = ["leads", "pruning_callbacks", "refuse_overlap", "refuse_run"]
+__all__ = ["leads", "pruning_callbacks", "refuse_overlap", "refuse_run", "refuse_short"]
+
+
+_CONTRADICTING = {
+    "ModelPruning": "one cuts what the other wraps",
+    "WeightAveraging": "one cuts the model of which the other keeps a whole copy",
+    "StochasticWeightAveraging": "one cuts the model of which the other keeps a whole copy",
+}
 
 
 def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,13 +42,35 @@ def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: Ligh
             f"{where}: {type(pl_module).__name__} optimizes manually, so a cut could fall between its backward passes. "
             "Use automatic optimization, or call lightning_prune.prune_filters between two of your steps."
         )
-    if any(type(callback).__name__ == "ModelPruning" for callback in trainer.callbacks):
-        raise PruningError(f"{where} and ModelPruning contradict: one cuts what the other wraps. Use one of them.")
+    if hasattr(trainer.strategy.launcher, "_start_method"):
+        raise PruningError(
+            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and a model that was "
+            "cut there does not fit into the one that waits here. Use strategy='ddp', from a script."
+        )
+    for name, reason in _CONTRADICTING.items():
+        if any(name in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):
+            raise PruningError(f"{where} and {name} contradict: {reason}. Use one of them.")
     last, epochs = schedule.last_epoch, trainer.max_epochs
     if not trainer.fast_dev_run and epochs is not None and 0 < epochs <= last:
         raise PruningError(
             f"{where}: {schedule} is complete only before epoch {last} (counted from 0), but training ends after "
             f"max_epochs={epochs}. End the schedule at epoch {epochs - 1} or before, or train for longer."
+        )
+
+
+def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
+    """Refuse a training that ``max_steps`` ends before the schedule, now that the length of an epoch is known.
+
+    Raises:
+        PruningError: Saying how many steps it takes.
+    """
+    steps, batches = trainer.max_steps, trainer.num_training_batches
+    needed = schedule.last_epoch * (batches / trainer.accumulate_grad_batches)
+    if not trainer.fast_dev_run and 0 < steps <= needed < math.inf:
+        raise PruningError(
+            f"{where}: {schedule} is complete only before epoch {schedule.last_epoch} (counted from 0), but training "
+            f"ends after max_steps={steps}, in epoch {math.ceil(steps * schedule.last_epoch / needed) - 1}. "
+            "End the schedule earlier, or train for longer."
         )
 
 

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 
 from lightning_prune.budget import Scores
 from lightning_prune.callbacks._pruning import StructuredPruning
-from lightning_prune.pruning import filter_scores
 from lightning_prune.schedules import Schedule
+from lightning_prune.scoring import score_units
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterL1Pruning"]
@@ -65,4 +65,4 @@ class FilterL1Pruning(StructuredPruning):
 
     def scores(self, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return the L1 norm of each unit's filters, ``(width,)`` for each group."""
-        return filter_scores(pl_module, structure, "l1")
+        return score_units(pl_module, structure, "l1")

@@ -1,12 +1,18 @@
-"""Scores of filters: tensor in, scores out, higher is kept longer."""
+"""Scores: tensor in, scores out, higher is kept longer; one family per file."""
 
-from collections.abc import Callable
+from lightning_prune.criteria.activations import activation_mean, activation_std, apoz
+from lightning_prune.criteria.magnitude import batch_norm_scale, filter_l1, filter_l2
+from lightning_prune.criteria.obd import obd
+from lightning_prune.criteria.taylor import taylor_activations, taylor_weights
 
-from torch import Tensor
-
-from lightning_prune.criteria.magnitude import filter_l1, filter_l2
-
-__all__ = ["FILTER_CRITERIA", "filter_l1", "filter_l2"]
-
-FILTER_CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {"l1": filter_l1, "l2": filter_l2}
-"""Names that YAML may use for criteria that look at a filter's weights alone."""
+__all__ = [
+    "activation_mean",
+    "activation_std",
+    "apoz",
+    "batch_norm_scale",
+    "filter_l1",
+    "filter_l2",
+    "obd",
+    "taylor_activations",
+    "taylor_weights",
+]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["filter_l1", "filter_l2"]
+__all__ = ["batch_norm_scale", "filter_l1", "filter_l2"]
 
 
 def filter_l1(weight: Tensor) -> Tensor:
@@ -48,6 +48,25 @@ def filter_l2(weight: Tensor) -> Tensor:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, sec. 4.4 (arXiv:1608.08710).
     """
     return _rows(weight).square().sum(dim=1)
+
+
+def batch_norm_scale(weight: Tensor) -> Tensor:
+    r"""Score each channel by the absolute scale :math:`|\gamma|` of the normalisation behind it.
+
+    Args:
+        weight: Scale of a BatchNorm, GroupNorm, LayerNorm or InstanceNorm, ``(channels,)``.
+
+    Returns:
+        One score per channel, ``(channels,)``; higher is kept longer.
+
+    Example:
+        >>> batch_norm_scale(torch.tensor([0.5, -2.0]))
+        tensor([0.5000, 2.0000])
+
+    References:
+        Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017 (arXiv:1708.06519).
+    """
+    return weight.detach().abs()
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -148,6 +148,8 @@ def find_structure(ledger: Ledger) -> Structure:
     by_kind = _split_by(signature[units], kinds)
     for which in np.argsort(first):
         rows = by_kind[which]
+        if not roles["producer"][atoms[rows]].any():
+            continue  # no operator makes them: they lie unused, or are numbers of the model's own
         found = np.unique(units[rows])
         if len(found) < 2:
             alone.extend(int(slot) for slot in np.unique(slot_of[rows]))

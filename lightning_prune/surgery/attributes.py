@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_prune.structure import named_tensors
 
 __all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
 
@@ -31,6 +33,7 @@ _SIZES: dict[type[nn.Module], dict[str, tuple[tuple[str, ...], int, str | None]]
     },
     nn.Embedding: {"embedding_dim": (("weight",), 1, None)},
     nn.EmbeddingBag: {"embedding_dim": (("weight",), 1, None)},
+    nn.RNNBase: {"input_size": (("weight_ih_l0",), 1, None)},
     nn.PReLU: {"num_parameters": (("weight",), 0, None)},
     nn.GroupNorm: {"num_channels": (("weight",), 0, None)},
     nn.modules.batchnorm._NormBase: {"num_features": (("weight", "running_mean"), 0, None)},
@@ -52,9 +55,13 @@ def shape_attributes(
         shapes: New shape by name of parameter or buffer.
         known: Changes that shapes cannot tell, such as ``groups``; they are part of the result.
     """
+    tied = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
+    shapes = {_parametrized(name): tied[id(tensor)] for name, tensor in _every_name(model) if id(tensor) in tied}
     changes = {(change.module, change.name): change for change in known}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules())
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+        if path not in modules:  # another name of a module
+            continue
         module = modules[path]
         table = next((table for kind, table in _SIZES.items() if isinstance(module, kind)), {})
         for name, (leaves, dim, factor) in table.items():
@@ -74,6 +81,19 @@ def shape_attributes(
                 path, "normalized_shape", module.normalized_shape, tuple(shapes[full])
             )
     return [change for change in changes.values() if change.old != change.new]
+
+
+def _every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer under each of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _parametrized(name: str) -> str:
+    """Return the name of the tensor that a parametrization such as ``weight_norm`` makes of the named one."""
+    path, _, rest = name.rpartition("parametrizations.")
+    leaf, _, original = rest.partition(".")
+    return f"{path}{leaf}" if path + rest != name and original in ("original", "original1") else name
 
 
 def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> None:

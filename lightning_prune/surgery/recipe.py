@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,19 +13,65 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import replace_tensors_
 
-__all__ = ["RECIPE", "read_attributes", "resize_"]
+__all__ = ["RECIPE", "Recipe", "drop_unused_recipe_", "recipe_of", "resize_", "take_shapes_"]
 
 RECIPE = "lightning_prune"
-"""The key under which a checkpoint carries its recipe."""
+"""The key under which the metadata of a state dict carries its recipe."""
 
 
-def read_attributes(model: nn.Module, places: Iterable[tuple[str, str]]) -> list[list[Any]]:
-    """Write down attributes of modules as ``[module path, name, value]``, of plain numbers and lists."""
-    values = []
-    for path, name in places:
-        value = getattr(model.get_submodule(path), name)
-        values.append([path, name, list(value) if isinstance(value, tuple) else value])
-    return values
+@dataclass(eq=False)
+class Recipe:
+    """A hook that a model carries: writes into its state dicts what the shapes of their tensors cannot tell.
+
+    It stays on a model that was cut, whose checkpoints could not be loaded otherwise, whoever saves them and when.
+
+    Attributes:
+        places: Attributes of modules to write, as ``(module path, name)``.
+        needed: Whether the model's shapes may differ from those that its constructor gave.
+    """
+
+    places: list[tuple[str, str]] = field(default_factory=list)
+    needed: bool = False
+
+    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+        """Write ``[module path, name, value]`` of every attribute that is still there, as plain numbers and lists."""
+        modules = dict(module.named_modules(remove_duplicate=False))
+        values = []
+        for path, name in self.places:
+            if hasattr(modules.get(path), name):
+                value = getattr(modules[path], name)
+                values.append([path, name, list(value) if isinstance(value, tuple) else value])
+        local_metadata[RECIPE] = {"attributes": values}
+
+    def note(self, places: Iterable[tuple[str, str]]) -> None:
+        """Add attributes that are to be written."""
+        self.places = list(dict.fromkeys([*self.places, *places]))
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """Return the recipe that a model carries, a new one if it carries none."""
+    found = next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, Recipe)), None)
+    if found is None:
+        found = Recipe()
+        model.register_state_dict_post_hook(found)
+    return found
+
+
+def drop_unused_recipe_(model: nn.Module) -> None:
+    """Take the recipe off a model that was never cut."""
+    for key, hook in list(model._state_dict_hooks.items()):
+        if isinstance(hook, Recipe) and not hook.needed:
+            del model._state_dict_hooks[key]
+
+
+def take_shapes_(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
+    """Take the shapes of a state dict that is about to be loaded, if a recipe lies beside it; a hook before loading."""
+    recipe = local_metadata.get(RECIPE)
+    if recipe is not None:
+        own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        resize_(module, own, recipe["attributes"])
 
 
 def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> None:
@@ -35,7 +82,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     Args:
         model: The model to resize.
         state_dict: Tensors by name.
-        attributes: What :func:`read_attributes` wrote when the state dict was saved.
+        attributes: What the :class:`Recipe` wrote when the state dict was saved. Modules that the model does not have
+            are passed over: loading says what is missing.
     """
     own = named_tensors(model)
     shapes = {
@@ -43,9 +91,14 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
         for name, tensor in own.items()
         if (saved := state_dict.get(name)) is not None and saved.dim() == tensor.dim() and saved.shape != tensor.shape
     }
+    modules = dict(model.named_modules(remove_duplicate=False))
     known = []
     for path, name, value in attributes:
-        old = getattr(model.get_submodule(path), name)
-        known.append(AttributeChange(path, name, old, tuple(value) if isinstance(value, list) else value))
+        if hasattr(modules.get(path), name):
+            old = getattr(modules[path], name)
+            known.append(AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value))
     set_attributes_(model, shape_attributes(model, shapes, known))
     replace_tensors_(model, {name: torch.zeros(shape).to(own[name]) for name, shape in shapes.items()})
+    recipe = recipe_of(model)
+    recipe.note((change.module, change.name) for change in known)
+    recipe.needed = True

@@ -42,7 +42,7 @@ def mv(call: Call) -> Dims:
     return {0: _made(call, a, 0)}
 
 
-@coupling_rule("aten.dot")
+@coupling_rule("aten.dot", "aten.vdot")
 def dot(call: Call) -> Dims:
     """``(k,) @ (k,)``."""
     _contract(call, call.args[0], 0, call.args[1], 0)
@@ -60,6 +60,33 @@ def linear(call: Call) -> Dims:
         made = call.ledger.tie([made, call.labels(bias).at(0)], "bias of fixed size")
     call.ledger.cost("linear", 1.0, *call.sizes(x), *call.sizes(weight, 0))
     return {**{d: f for d, f in call.labels(x).dims.items() if d < x.dim() - 1}, x.dim() - 1: made}
+
+
+@coupling_rule("aten._trilinear")
+def trilinear(call: Call) -> Dims:
+    """Three tensors, stretched over each other's dimensions, multiplied and summed over some: a bilinear layer."""
+    summed = call.argument("sumdim")
+    rank = call.args[0].dim() + len(call.args[3])
+    own = [[dim for dim in range(rank) if dim not in stretched] for stretched in call.args[3:6]]
+    dims: Dims = {}
+    for dim in range(rank):
+        sides = [
+            (labels.weight, labels.at(has.index(dim)))
+            for labels, has in zip(map(call.labels, call.args[:3]), own, strict=True)
+            if dim in has
+        ]
+        tied = call.ledger.tie([side for _, side in sides], "multiplied with a tensor of fixed size")
+        for weight, side in sides:
+            if weight:
+                call.ledger.use("consumer" if dim in summed else "producer", side)
+        if dim not in summed:
+            dims[dim - sum(gone < dim for gone in summed)] = tied
+        elif not any(weight for weight, _ in sides):
+            call.ledger.mix(tied)
+    x, weight = call.args[:2]
+    call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight))
+    call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight, 0, 2))
+    return dims
 
 
 @coupling_rule("aten.embedding")
@@ -163,8 +190,8 @@ def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
     for mine, other, dim in ((left, right, a_dim), (right, left, b_dim)):
         if mine.weight and not other.weight:
             call.ledger.use("consumer", mine.at(dim))
-    if not (left.weight or right.weight):
-        call.ledger.mix(left.at(a_dim) + right.at(b_dim))  # no parameter to silence the sum with
+    if left.weight == right.weight:  # no one parameter to silence the sum with
+        call.ledger.mix(left.at(a_dim) + right.at(b_dim))
 
 
 def _made(call: Call, tensor: Tensor, dim: int) -> tuple[Label, ...]:

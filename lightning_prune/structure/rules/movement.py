@@ -211,11 +211,22 @@ def index(call: Call) -> Dims:
     return moved(call)
 
 
+@coupling_rule("aten.roll", "aten.index_select", "aten.gather", "aten.take_along_dim")
+def shifted(call: Call) -> Dims:
+    """A shift or indices are numbers frozen in code or data, so the dimensions that they count along keep their size."""
+    source = call.args[0]
+    dims = call.argument("dims" if call.has("dims") else "dim")
+    along = [dims] if isinstance(dims, int) else range(source.dim()) if dims is None else dims or range(source.dim())
+    for dim in along:
+        call.ledger.pin(call.labels(source).at(dim % max(source.dim(), 1)), "counted along by fixed numbers")
+    return moved(call)
+
+
 @coupling_rule(
-    "aten.roll", "aten.flip", "aten.rot90", "aten.constant_pad_nd", "aten.repeat",
+    "aten.flip", "aten.rot90", "aten.constant_pad_nd", "aten.repeat",
     "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.reflection_pad1d", "aten.reflection_pad2d",
     "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten.unfold",
-    "aten.im2col", "aten.index_select", "aten.diagonal", "aten.tile", "aten.gather", "aten.take_along_dim",
+    "aten.im2col", "aten.diagonal", "aten.tile",
     "aten.repeat_interleave.self_int",
 )  # fmt: skip
 def moved(call: Call) -> Dims:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_prune.structure.labels import Attribute
+from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
@@ -27,7 +28,11 @@ def batch_norm(call: Call) -> list[Dims]:
         for dim, found in labels.dims.items():
             if dim != 1:
                 call.ledger.pin(found, "batch statistics run over it")
-    call.ledger.cost("batch_norm", 2 if call.args[1] is not None else 1, *call.sizes(x))
+    affine = call.args[1] is not None
+    if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch turns it into a batch norm
+        call.ledger.cost("instance_norm", 5 if affine else 4, *call.sizes(x))
+    else:
+        call.ledger.cost("batch_norm", 2 if affine else 1, *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
@@ -48,6 +53,27 @@ def layer_norm(call: Call) -> list[Dims]:
             call.ledger.attributes.append(Attribute(path, "normalized_shape", dims[first + entry][0].atoms, entry))
     call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
     return [dims] + [{}] * (len(call.out) - 1)
+
+
+@coupling_rule("aten.pow")
+def power(call: Call) -> Dims | list[Dims]:
+    """Element by element; an RMS norm, which torch takes apart, begins with it."""
+    if isinstance(call.module[1], nn.RMSNorm):
+        call.ledger.cost("rms_norm", 2 if call.module[1].weight is None else 3, *call.sizes(call.args[0]))
+    return pointwise(call)
+
+
+@coupling_rule("aten._weight_norm_interface")
+def weight_norm(call: Call) -> list[Dims]:
+    """A weight divided by its norm over all dimensions but one, along which it is scaled."""
+    weight, scale = call.args[:2]
+    dim = call.argument("dim") % weight.dim()
+    labels = call.labels(weight)
+    scaled = call.ledger.tie([labels.at(dim), call.labels(scale).at(dim)], "scaled by a tensor of fixed size")
+    for other, found in labels.dims.items():
+        if other != dim:
+            call.ledger.mix(found)
+    return [{**labels.dims, dim: scaled}, {}]
 
 
 @coupling_rule("aten.native_group_norm")
@@ -116,8 +142,6 @@ def reduction(call: Call) -> Dims | list[Dims]:
 def ordered_reduction(call: Call) -> Dims | list[Dims]:
     """The result tells positions, so the reduced dimension keeps its size."""
     if call.func._overloadname == "other":  # max(a, b) is element by element
-        from lightning_prune.structure.rules.pointwise import pointwise
-
         return pointwise(call)
     return _reduced(call, ordered=call.func._overloadname != "default" or "arg" in str(call.func))
 

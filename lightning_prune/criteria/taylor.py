@@ -1,0 +1,55 @@
+"""Criteria from a first-order expansion of the loss: what it would change by if a unit were gone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["taylor_activations", "taylor_weights"]
+
+
+def taylor_activations(activations: Tensor, gradients: Tensor) -> Tensor:
+    r"""Expand the loss of every example in the feature maps: :math:`\sum_m a_m \, \partial L / \partial a_m`.
+
+    The criterion is the mean over examples of the absolute value. The paper's mean over positions differs by a factor
+    that is the same for a whole layer, and goes with the layer-wise normalisation.
+
+    Args:
+        activations: Feature maps, ``(N, C, *positions)``.
+        gradients: The loss's gradient with respect to them, ``(N, C, *positions)``.
+
+    Returns:
+        Signed change of each example's loss for each channel, ``(N, C)``.
+
+    Example:
+        >>> taylor_activations(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, -1.0]]]))
+        tensor([[-1.5000]])
+
+    References:
+        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, eq. 8 (arXiv:1611.06440).
+    """
+    return (
+        torch.linalg.vecdot(activations.flatten(2), gradients.flatten(2))
+        if activations.dim() > 2
+        else (activations * gradients)
+    )
+
+
+def taylor_weights(weights: Tensor, gradients: Tensor) -> Tensor:
+    r"""Expand the loss in the weights of every unit, together: :math:`\left(\sum_{s} g_s w_s\right)^2`.
+
+    Args:
+        weights: All weights of each unit, ``(units, n)``.
+        gradients: The loss's gradient with respect to them, ``(units, n)``.
+
+    Returns:
+        One score per unit, ``(units,)``; higher is kept longer.
+
+    Example:
+        >>> taylor_weights(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -1.0]]))
+        tensor([2.2500])
+
+    References:
+        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8 (arXiv:1906.10771).
+    """
+    return torch.linalg.vecdot(weights, gradients).square()

@@ -1,0 +1,237 @@
+"""Scores every unit of a model by a criterion chosen by name, or by a function of the user's; cuts nothing."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import criteria
+from lightning_prune.errors import PruningError
+from lightning_prune.inputs import undisturbed
+from lightning_prune.statistics import (
+    Loss,
+    UnitMeans,
+    batch_gradients,
+    empirical_fisher,
+    hutchinson,
+    over_units,
+    taylor_over_units,
+    watch_contributions,
+    watch_moments,
+)
+from lightning_prune.structure import Structure, named_tensors
+
+__all__ = ["CRITERIA", "Criterion", "by_l2", "by_mean", "score_units"]
+
+Criterion = str | Callable[[Tensor], Tensor]
+"""The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
+
+Scores = dict[str, Tensor]
+_Gather = Callable[[nn.Module, Structure, Iterable[Any], Loss], Scores]
+
+
+def by_mean(scores: Tensor) -> Tensor:
+    """Divide a layer's scores by their mean, so that wide and narrow layers can be compared."""
+    mean = scores.abs().mean()
+    return scores / mean if mean > 0 else scores
+
+
+def by_l2(scores: Tensor) -> Tensor:
+    """Divide a layer's scores by their l2 norm.
+
+    References:
+        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, eq. 10 (arXiv:1611.06440).
+    """
+    norm = torch.linalg.vector_norm(scores)
+    return scores / norm if norm > 0 else scores
+
+
+def _as_is(scores: Tensor) -> Tensor:
+    return scores
+
+
+@dataclass(frozen=True)
+class NamedCriterion:
+    """A criterion that YAML may name.
+
+    Attributes:
+        gather: Scores every unit; gets the model, its structure, batches and loss.
+        needs: ``""``, ``"batches"``, or ``"batches and loss"``.
+        normalise: What makes the scores of one layer comparable with another's.
+    """
+
+    gather: _Gather
+    needs: str
+    normalise: Callable[[Tensor], Tensor]
+
+
+def score_units(
+    model: nn.Module,
+    structure: Structure,
+    criterion: Criterion,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> Scores:
+    """Score the units of every group, comparably across groups.
+
+    Args:
+        model: The model, left as found.
+        structure: Its channel groups.
+        criterion: A name in :data:`CRITERIA`, or a function from a weight ``(out, ...)`` to scores ``(out,)``.
+        batches: Batches of data, for criteria that look at activations or gradients.
+        loss: From model and batch to the mean loss, for criteria that look at gradients. Without one, a batch is called as
+            example inputs are.
+
+    Returns:
+        Group name -> one score per unit, ``(width,)``; higher is kept longer.
+
+    Raises:
+        ValueError: If the criterion needs batches or a loss and there are none, or gives scores of a wrong shape.
+    """
+    named = (
+        CRITERIA[criterion]
+        if isinstance(criterion, str)
+        else NamedCriterion(partial(_of_weights, criterion), "", by_mean)
+    )
+    if named.needs and batches is None:
+        raise ValueError(f"criterion={criterion!r} looks at data: pass {named.needs}.")
+    if "loss" in named.needs and loss is None:
+        raise ValueError(f"criterion={criterion!r} looks at gradients: pass loss=, a function of model and batch.")
+    scores = named.gather(model, structure, batches or (), loss or _call)
+    return {name: named.normalise(score.detach()) for name, score in scores.items()}
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    return (
+        model(*batch)
+        if isinstance(batch, tuple | list)
+        else model(**batch)
+        if isinstance(batch, Mapping)
+        else model(batch)
+    )
+
+
+def _of_weights(
+    score: Callable[[Tensor], Tensor], model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss
+) -> Scores:
+    """Score units by the filters that make them, summed over the layers of the group."""
+    own = named_tensors(model)
+    scores: Scores = {}
+    for name, group in structure.groups.items():
+        for slot in [slot for slot in group.slots if slot.role == "producer"] or group.slots:
+            _add(
+                scores,
+                group.width,
+                name,
+                slot.units,
+                score,
+                own[slot.tensor].detach().transpose(0, slot.dim),
+                slot.tensor,
+            )
+    return scores
+
+
+def _of_norms(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:
+    """Score units by the scales of the normalisations behind them, summed over the layers of the group."""
+    own = named_tensors(model)
+    norms = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__.endswith("Norm") or isinstance(
+        module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)}  # fmt: skip
+    scores: Scores = {}
+    for name, group in structure.groups.items():
+        for slot in group.slots:
+            if slot.tensor in norms and own[slot.tensor].dim() == 1:
+                _add(scores, group.width, name, slot.units, criteria.batch_norm_scale, own[slot.tensor], slot.tensor)
+        if name not in scores:
+            raise PruningError(
+                f"bn_scale: {name} has no normalisation with a scale. Name it in ignore=, or use another criterion."
+            )
+    return scores
+
+
+def _add(
+    scores: Scores, width: int, name: str, units: Any, score: Callable[[Tensor], Tensor], weight: Tensor, tensor: str
+) -> None:
+    found = score(weight)
+    if found.shape != weight.shape[:1]:
+        raise ValueError(
+            f"criterion: for {tensor}, {tuple(weight.shape)}, it gave scores of shape {tuple(found.shape)}; "
+            f"it must give one per filter, ({len(weight)},)."
+        )
+    units = torch.from_numpy(units).to(found.device)
+    total = scores.setdefault(name, torch.zeros(width, dtype=found.dtype, device=found.device))
+    total.index_add_(0, units[units >= 0], found[units >= 0].to(total))
+
+
+def _random(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:
+    """Draw scores: the same for one seed, and leaving the global generator alone."""
+
+    def draw(name: str, width: int) -> Tensor:
+        generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
+        return torch.rand(width, generator=generator)
+
+    return {name: draw(name, group.width) for name, group in structure.groups.items()}
+
+
+def _of_moments(
+    score: Callable[..., Tensor], model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss
+) -> Scores:
+    with undisturbed(model), watch_moments(model, structure) as found:
+        for batch in batches:
+            loss(model, batch)
+    return {name: score(**found[name]) for name in structure.groups}
+
+
+def _taylor_weights(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:
+    means = UnitMeans({name: group.width for name, group in structure.groups.items()})
+    parameters = dict(model.named_parameters())
+    with undisturbed(model), torch.enable_grad():
+        for batch in batches:
+            means.update(taylor_over_units(structure, parameters, batch_gradients(model, batch, loss)))
+    return means.compute()
+
+
+def _taylor_activations(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:
+    means = UnitMeans({name: group.width for name, group in structure.groups.items()})
+    with undisturbed(model), torch.enable_grad(), watch_contributions(model, structure) as found:
+        for batch in batches:
+            found.clear()
+            batch_gradients(model, batch, loss)
+            for (name, examples), rows in found.items():
+                means.update({name: rows.abs().sum(dim=0)}, count=examples)
+    return means.compute()
+
+
+def _obd(
+    diagonal: Callable[..., dict[str, Tensor]],
+    model: nn.Module,
+    structure: Structure,
+    batches: Iterable[Any],
+    loss: Loss,
+) -> Scores:
+    curvature = diagonal(model, batches, loss)
+    parameters = dict(model.named_parameters())
+    saliencies = {name: criteria.obd(parameters[name].detach(), h) for name, h in curvature.items()}
+    found = {name: over_units(group, saliencies) for name, group in structure.groups.items()}
+    return {name: total for name, total in found.items() if total is not None}
+
+
+CRITERIA: dict[str, NamedCriterion] = {
+    "l1": NamedCriterion(partial(_of_weights, criteria.filter_l1), "", by_mean),
+    "l2": NamedCriterion(partial(_of_weights, criteria.filter_l2), "", by_mean),
+    "bn_scale": NamedCriterion(_of_norms, "", _as_is),
+    "random": NamedCriterion(_random, "", _as_is),
+    "activation_mean": NamedCriterion(partial(_of_moments, criteria.activation_mean), "batches", by_l2),
+    "activation_std": NamedCriterion(partial(_of_moments, criteria.activation_std), "batches", by_l2),
+    "apoz": NamedCriterion(partial(_of_moments, criteria.apoz), "batches", by_l2),
+    "taylor": NamedCriterion(_taylor_weights, "batches and loss", _as_is),
+    "taylor_activations": NamedCriterion(_taylor_activations, "batches and loss", by_l2),
+    "obd": NamedCriterion(partial(_obd, empirical_fisher), "batches and loss", _as_is),
+    "obd_hutchinson": NamedCriterion(partial(_obd, hutchinson), "batches and loss", _as_is),
+}
+"""Name -> criterion; a new one is a line here and a function in ``criteria``."""
