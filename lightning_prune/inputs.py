@@ -1,9 +1,11 @@
 """Knows how example inputs reach a model and how tensors are found in what comes back; changes nothing."""
 
 import dataclasses
+import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode without gradients and leave mode, RNG, buffers and module attributes as found.
 
-    What a forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list
+    What torch.compile has compiled runs as it was written, since no compiled code can be traced.     What a forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list
     or dict, a hook) is taken back.
     """
     modules = list(model.modules())
@@ -79,6 +81,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         try:
             for module in modules:
                 module.training = False
+                vars(module).update(_uncompiled(module))
             yield
         finally:
             for module, mode, found in zip(modules, training, attributes, strict=True):
@@ -92,3 +95,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 # Versions do not tell: batch_norm updates its statistics without a new one.
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _uncompiled(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that torch.compile has changed, with the values they had before."""
+    written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in vars(module) else {}
+    for name, value in {"forward": module.forward, **vars(module)}.items():
+        function = getattr(value, "_torchdynamo_orig_callable", None) if inspect.isroutine(value) else None
+        if function is not None:
+            bound = inspect.ismethod(value) and not inspect.ismethod(function)  # compiled in the class
+            written[name] = MethodType(function, module) if bound else function
+    return written

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -52,12 +51,12 @@ class UnitMeans(Metric):
             self.add_state(f"total_{i}", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"count_{i}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, totals: Mapping[str, Tensor], count: int = 1) -> None:
+    def update(self, totals: Mapping[str, Tensor], count: float = 1) -> None:
         """Add sums over ``count`` examples or batches, ``(width,)`` for each group seen."""
         for i, name in enumerate(self.names):
             if name in totals:
-                setattr(self, f"total_{i}", getattr(self, f"total_{i}") + totals[name].to(getattr(self, f"total_{i}")))
-                setattr(self, f"count_{i}", getattr(self, f"count_{i}") + count)
+                getattr(self, f"total_{i}").add_(totals[name].nan_to_num(0.0, 0.0, 0.0))  # a scaled loss may overflow
+                getattr(self, f"count_{i}").add_(count)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means, ``(width,)`` for each group.
@@ -75,6 +74,23 @@ class UnitMeans(Metric):
                 )
             means[name] = getattr(self, f"total_{i}") / count
         return means
+
+
+    def gathered(self) -> dict[str, list[Any]]:
+        """Return what this process has summed so far, as ``group -> [total, count]``, for a checkpoint."""
+        return {
+            name: [getattr(self, f"total_{i}").cpu(), float(getattr(self, f"count_{i}"))] for i, name in enumerate(self.names)
+        }
+
+    def take_up(self, gathered: Mapping[str, list[Any]]) -> None:
+        """Go on from what :meth:`gathered` returned; groups of another width start anew."""
+        fitting = {
+            name: found
+            for i, name in enumerate(self.names)
+            if (found := gathered.get(name)) is not None and found[0].shape == getattr(self, f"total_{i}").shape
+        }
+        for name, (total, count) in fitting.items():
+            self.update({name: total.to(self.device)}, count=count)
 
 
 def over_units(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor | None:
@@ -95,7 +111,7 @@ def over_units(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor | No
         rows = value.sum(dim=[d for d in range(value.dim()) if d != slot.dim]) if value.dim() > 1 else value
         if total is None:
             total = rows.new_zeros(group.width)
-        if len(slot.units) == group.width and (slot.units == np.arange(group.width)).all():
+        if slot.aligned and len(slot.units) == group.width:
             total = total + rows
         else:
             units = torch.from_numpy(slot.units).to(rows.device)
@@ -268,6 +284,7 @@ class _Place:
     width: int
     last: bool  # whether channels are the input's last dimension
     units: Tensor
+    aligned: bool
 
     def channels_second(self, x: Tensor) -> Tensor:
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -276,9 +293,9 @@ class _Place:
 
     def over_units(self, values: Tensor) -> Tensor:
         """Sum ``(N, channels)`` over the channels of each unit: ``(N, width)``."""
-        units = self.units.to(values.device)
-        if len(units) == self.width and torch.equal(units, torch.arange(self.width, device=units.device)):
+        if self.aligned:
             return values
+        units = self.units.to(values.device)
         return values.new_zeros(len(values), self.width).index_add(1, units[units >= 0], values[:, units >= 0])
 
 
@@ -299,7 +316,8 @@ def _places(model: nn.Module, structure: Structure) -> list[_Place]:
             units = torch.from_numpy(slot.units)
             if isinstance(module, nn.modules.conv._ConvNd) and slot.dim == 1 and not module.transposed:
                 units = units.repeat(module.groups)
-            own.append(_Place(path, name, group.width, isinstance(module, nn.Linear), units))
+            aligned = slot.aligned and len(units) == group.width
+            own.append(_Place(path, name, group.width, isinstance(module, nn.Linear), units, aligned))
         if not own:
             raise PruningError(
                 f"{name}: no convolution or linear module sums over its channels, so their activations cannot be watched. "

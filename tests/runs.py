@@ -73,11 +73,11 @@ class Depthwise(Net):
 
 
 def images(count: int = 32, seed: int = 7) -> TensorDataset:
-    """Noise around one pattern per class."""
+    """Noise around one colour per class."""
     generator = torch.Generator().manual_seed(seed)
-    patterns = torch.randn(CLASSES, *IMAGE.shape[1:], generator=torch.Generator().manual_seed(3))
+    colours = 2 * torch.randn(CLASSES, 2, 1, 1, generator=torch.Generator().manual_seed(3))
     labels = torch.randint(CLASSES, (count,), generator=generator)
-    return TensorDataset(patterns[labels] + 0.3 * torch.randn(count, *IMAGE.shape[1:], generator=generator), labels)
+    return TensorDataset(colours[labels] + torch.randn(count, *IMAGE.shape[1:], generator=generator), labels)
 
 
 def batches(count: int = 32, batch_size: int = 8, seed: int = 7) -> DataLoader:

@@ -29,6 +29,7 @@ from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruning import Prepared, count_params, prepare
 from lightning_prune.reports import LayerCost, layer_costs, layer_table
 from lightning_prune.schedules import OneShot, Schedule
+from lightning_prune.scoring import score_units
 from lightning_prune.structure import Structure, find_structure, trace
 from lightning_prune.surgery import cut_, drop_unused_recipe_, recipe_of, take_shapes_
 
@@ -98,6 +99,12 @@ class StructuredPruning(Callback):
     @abstractmethod
     def scores(self, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
+
+    def watch(self, pl_module: LightningModule, structure: Structure) -> None:
+        """Start to gather what the scores need, for the model as it stands; weights need nothing gathered."""
+
+    def rest(self) -> None:
+        """Stop gathering, and take every hook off the model."""
 
     @property
     def state_key(self) -> str:
@@ -185,18 +192,23 @@ class StructuredPruning(Callback):
                 amount_by_group(structure, self.amount),
             )
         if state.share < 1.0:
-            self._prepare(trainer, pl_module, structure, share=1.0)
+            self._prepare(trainer, pl_module, structure, score_units(pl_module, structure, "l1"), share=1.0)
+            self.watch(pl_module, structure)
 
     def _reach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut until the share that is due is gone, and log what is left."""
         state, share = self._state, self.schedule(trainer.current_epoch)
         if share > state.share:
             structure = self._prunable(pl_module, find_structure(trace(pl_module, state.inputs)))
-            prepared = self._prepare(trainer, pl_module, structure, share)
+            scores = trainer.strategy.broadcast(self.scores(pl_module, structure))
+            self.rest()
+            prepared = self._prepare(trainer, pl_module, structure, scores, share)
             if prepared.cut.kept:
                 self._cut(trainer, pl_module, prepared)
             state.widths |= {width.name: width.after for width in prepared.widths}
             state.share = share
+            if share < 1.0:
+                self.watch(pl_module, self._prunable(pl_module, find_structure(trace(pl_module, state.inputs))))
         state.logged_epoch = trainer.current_epoch
         if leads(self, trainer):
             self._log(trainer, pl_module)
@@ -207,15 +219,17 @@ class StructuredPruning(Callback):
         refused = [name for name in self._state.refused if name in structure.groups]
         return structure.without(refused, "an earlier cut of them could not be proved")
 
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule, structure: Structure, share: float) -> Prepared:
-        """Plan and prove a cut; every process follows the scores of the first."""
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, scores: Scores, share: float
+    ) -> Prepared:
+        """Plan and prove a cut."""
         state = self._state
         start, amount = state.start, state.start.amount
         prepared = prepare(
             pl_module,
             state.inputs,
             structure,
-            trainer.strategy.broadcast(self.scores(pl_module, structure)),
+            scores,
             {name: share * a for name, a in amount.items()} if isinstance(amount, Mapping) else share * amount,
             target=self.target,
             scope=self.scope,
@@ -290,6 +304,7 @@ class StructuredPruning(Callback):
             state.start = _Start(**{**start, "layers": layers})
 
     def _detach(self) -> None:
+        self.rest()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

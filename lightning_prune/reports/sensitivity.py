@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from lightning_prune.findings import GroupSensitivity, Sensitivity
+from lightning_prune.findings import GroupSensitivity, Sensitivity
 
-__all__ = ["draw_sensitivity", "figure_class", "sensitivity_table"]
+__all__ = ["draw_sensitivity", "import_matplotlib", "sensitivity_table"]
 
 _MARKERS = "osD^vP*X"
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+def import_matplotlib() -> Any:
+    """Import matplotlib, which only pictures need.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed, saying how to get it.
+    """
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Pictures need matplotlib: pip install 'lightning-prune[plots]'.") from error
+    return matplotlib
+
+
 def draw_sensitivity(found: Sensitivity, path: str | Path, title: str | None = None) -> None:
     """Draw the metric against the share of units removed, one curve per group, and save it as a picture.
 
-    Colours run with depth, from the first group to the last. The groups are listed beside the curves, those that lose most at half
-    of their units first.
+    Colours run with depth, from the first group to the last; the broken line is the whole model.
 
     Args:
         found: The analysis.
@@ -34,31 +46,57 @@ def draw_sensitivity(found: Sensitivity, path: str | Path, title: str | None = N
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, fig. 2 (arXiv:1608.08710).
     """
-    import matplotlib as mpl
-
+    matplotlib = import_matplotlib()
     columns = max(1, math.ceil(len(found.groups) / 30))
-    figure = figure_class()(figsize=(6.6 + 2.4 * columns, 4.8), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(6.6 + 2.0 * columns, 5.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(found.dense, color="0.5", linewidth=1, linestyle=(0, (5, 3)), label="_nolegend_", zorder=1)
-    colours = mpl.colormaps["turbo"]
+    axes.axhline(found.dense, color="0.5", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
     for depth, group in enumerate(found.groups):
         axes.plot(
             [0.0, *(100 * share for share in group.shares)],
             [found.dense, *group.values],
-            color=colours(0.04 + 0.92 * depth / max(1, len(found.groups) - 1)),
+            color=matplotlib.colormaps["turbo"](0.04 + 0.92 * depth / max(1, len(found.groups) - 1)),
             marker=_MARKERS[depth % len(_MARKERS)],
             markersize=3.5,
             linewidth=1.1,
             label=f"{group.name} ({group.width})",
         )
     axes.set(xlabel="units removed of one group, %", ylabel=found.metric, xlim=(0, 100))
-    axes.set_title(title or f"Each group cut alone, smallest {found.criterion} first, not retrained", fontsize=10)
+    axes.set_title(title or f"Each group cut alone, by {found.criterion}, without retraining", fontsize=10)
     axes.grid(color="0.9", linewidth=0.6)
-    if found.mode == "min" and found.dense > 0 and max(max(g.values, default=0.0) for g in found.groups) > 50 * found.dense:
+    worst = max((value for group in found.groups for value in group.values), default=0.0)
+    if found.mode == "min" and worst > 50 * found.dense > 0:
         axes.set_yscale("log")
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside right upper", ncols=columns, fontsize=7, title="group (units)",
-        title_fontsize=8, frameon=False,
-    )  # fmt: skip
+        loc="outside right upper", ncols=columns, fontsize=7, title="group (units)", title_fontsize=8, frameon=False
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
+
+
+def sensitivity_table(found: Sensitivity, drop: float) -> Table:
+    """List for every group how its metric falls and what may leave while it stays within ``drop``."""
+    better = "higher" if found.mode == "max" else "lower"
+    table = Table(
+        title=f"{found.metric} of the whole model: {found.dense:.6g} ({better} is better)",
+        caption="Each group cut alone, without retraining; all together lose more.",
+    )
+    table.add_column("group", overflow="fold")
+    for heading in ("units", "as more leave", "worst", f"may leave for {drop:g}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in found.groups:
+        share, worst = found.within(group, drop), min if found.mode == "max" else max
+        cells = f"{worst(group.values, default=found.dense):.4g}", f"{share:.0%}"
+        table.add_row(group.name, str(group.width), _curve(found, group), *cells)
+    for name, reason in found.skipped.items():
+        table.add_row(name, "", "", "", f"skipped: {reason}", style="dim")
+    return table
+
+
+def _curve(found: Sensitivity, group: GroupSensitivity) -> str:
+    """Draw a group's metric in characters, from the whole model's down to the worst of all groups."""
+    sign = 1 if found.mode == "max" else -1
+    lows = [sign * value for each in found.groups for value in each.values if not math.isnan(value)]
+    low, high = min(lows, default=0.0), sign * found.dense
+    heights = [(sign * value - low) / (high - low) if high > low else 1.0 for value in group.values]
+    return "".join(" " if math.isnan(h) else _BARS[round(min(max(h, 0), 1) * (len(_BARS) - 1))] for h in heights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -33,6 +34,11 @@ class Slot:
     dim: int
     units: NDArray[np.int64]
     role: Literal["producer", "consumer", "follower"]
+
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether index and unit are the same number everywhere."""
+        return bool((self.units == np.arange(len(self.units))).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
-from lightning_prune.surgery.resize import Kept, follow_, narrowed, replace_tensors_
+from lightning_prune.surgery.resize import Kept, followed, narrowed, replace_tensors_
 
 __all__ = ["Cut", "cut_", "draft"]
 
@@ -64,14 +64,20 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
     """Write a cut into the model and the state of its optimizers.
 
     Parameters stay the same objects; their gradients are dropped.
+
+    Raises:
+        PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
     """
     own = named_tensors(model)
-    optimizers = list(optimizers)
-    shapes = {name: own[name].shape for name in cut.kept}
-    for name, kept in cut.kept.items():
-        parameter = own[name]
-        if isinstance(parameter, nn.Parameter):
-            follow_(optimizers, parameter, shapes[name], kept)
+    parameters = [(own[name], kept) for name, kept in cut.kept.items() if isinstance(own[name], nn.Parameter)]
+    states = [
+        (optimizer.state[parameter], followed(optimizer, parameter, kept))
+        for optimizer in optimizers
+        for parameter, kept in parameters
+        if parameter in optimizer.state
+    ]
+    for state, slim in states:
+        state.update(slim)
     replace_tensors_(model, tensors)
     set_attributes_(model, cut.attributes)
 

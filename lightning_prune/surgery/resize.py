@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import named_tensors
 
-__all__ = ["Kept", "follow_", "narrowed", "replace_tensors_"]
+__all__ = ["Kept", "followed", "narrowed", "replace_tensors_"]
 
 Kept = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
@@ -44,30 +43,27 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     module._buffers[leaf] = new.to(old.device)
 
 
-def follow_(
-    optimizers: Iterable[Optimizer], parameter: nn.Parameter, old: torch.Size, kept: Mapping[int, Tensor]
-) -> None:
-    """Cut an optimizer's state like the parameter it belongs to.
+def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    """Return what an optimizer's state of a parameter becomes once the parameter is cut; nothing is written.
 
-    A tensor of the parameter's own rank follows along each dimension in which it has the parameter's old size; this
-    covers factored state, such as Adafactor's, too.
+    A tensor of the parameter's own rank follows along each dimension in which it has the parameter's size; this covers
+    factored state, such as Adafactor's, too. Single numbers stay.
 
     Raises:
         PruningError: If the state cannot belong to the parameter.
     """
-    for optimizer in optimizers:
-        state: dict[str, Any] = optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.dim() == len(old):
-                for dim, indices in kept.items():
-                    if value.shape[dim] == old[dim]:
-                        value = value.index_select(dim, indices.to(value.device))
-                    elif value.shape[dim] != 1:
-                        raise PruningError(
-                            f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its "
-                            f"parameter of shape {tuple(old)}. Prune before loading a state that belongs to another model."
-                        )
-                state[key] = value.contiguous()
+    slim: dict[str, Tensor] = {}
+    for key, value in optimizer.state[parameter].items():
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            continue
+        fits = value.dim() == parameter.dim() and all(value.shape[dim] in (1, parameter.shape[dim]) for dim in kept)
+        if not fits:
+            raise PruningError(
+                f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter of "
+                f"shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
+            )
+        slim[key] = narrowed(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1}).contiguous()
+    return slim
 
 
 def _set_data(parameter: nn.Parameter, new: Tensor) -> None:

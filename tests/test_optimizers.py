@@ -1,0 +1,208 @@
+"""What a cut does to optimizers: the step after it equals the step of a slim twin with the same state."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn, optim
+
+from lightning_prune import PruningError, prune_filters
+
+IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+OPTIMIZERS = {
+    "sgd": lambda p, **how: optim.SGD(p, lr=0.05, **how),
+    "momentum": lambda p, **how: optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2, **how),
+    "nesterov": lambda p, **how: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, **how),
+    "adam": lambda p, **how: optim.Adam(p, lr=0.01, **how),
+    "adamw": lambda p, **how: optim.AdamW(p, lr=0.01, weight_decay=0.1, **how),
+    "amsgrad": lambda p, **how: optim.Adam(p, lr=0.01, amsgrad=True, **how),
+}
+WAYS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+OTHERS = {
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.01),
+    "adadelta": lambda p: optim.Adadelta(p),
+    "adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "nadam": lambda p: optim.NAdam(p, lr=0.01),
+    "radam": lambda p: optim.RAdam(p, lr=0.01),
+    "rprop": lambda p: optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: optim.ASGD(p, lr=0.01),
+}
+EVERY = {f"{name}-{way}": (lambda p, f=f, w=w: f(p, **w)) for name, f in OPTIMIZERS.items() for way, w in WAYS.items()}
+EVERY |= OTHERS
+
+
+def network(first=8, second=6):
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3), nn.BatchNorm2d(first), nn.ReLU(), nn.Conv2d(first, second, 3), nn.PReLU(second),
+        nn.Flatten(), nn.Linear(second * 4, 2),
+    ).double()  # fmt: skip
+
+
+def step_(model, optimizer):
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(IMAGES), TARGETS).backward()
+    optimizer.step()
+
+
+def trained(make, steps=3):
+    torch.manual_seed(0)
+    model = network()
+    optimizer = make(model.parameters())
+    for _ in range(steps):
+        step_(model, optimizer)
+    return model, optimizer
+
+
+def chosen(tensor, dims):
+    for dim, indices in dims.items():
+        tensor = tensor.index_select(dim, indices)
+    return tensor.clone()
+
+
+def slim_twin(full, optimizer, make, kept):
+    """Build the network with the slim widths; copy values and optimizer state by index."""
+    twin = network(len(kept["0.weight"][0]), len(kept["3.weight"][0]))
+    twin.load_state_dict({name: chosen(tensor, kept.get(name, {})) for name, tensor in full.state_dict().items()})
+    steps = make(twin.parameters())
+    for (name, old), new in zip(full.named_parameters(), twin.parameters(), strict=True):
+        if old in optimizer.state:
+            steps.state[new] = {
+                key: chosen(value, kept.get(name, {})) if torch.is_tensor(value) and value.shape == old.shape
+                else copy.deepcopy(value)
+                for key, value in optimizer.state[old].items()
+            }  # fmt: skip
+    return twin, steps
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_step_after_a_cut_is_that_of_a_slim_twin(name):
+    """Two steps after a cut, parameters and buffers are those of a network that was slim all along with the same state."""
+    make = EVERY[name]
+    model, optimizer = trained(make)
+    full, before = copy.deepcopy((model, optimizer))
+    kept = prune_filters(model, IMAGES, 0.5, optimizer=optimizer).kept
+    twin, steps = slim_twin(full, before, make, kept)
+    for _ in range(2):
+        step_(model, optimizer)
+        step_(twin, steps)
+    for (key, found), expected in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14, msg=key)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_state_has_the_shape_of_its_parameter(name):
+    """After a cut every tensor of the state has its parameter's shape (a fused step would not notice), or is one number."""
+    model, optimizer = trained(EVERY[name])
+    prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
+    for parameter in model.parameters():
+        for value in optimizer.state[parameter].values():
+            if torch.is_tensor(value) and value.dim():
+                assert value.shape == parameter.shape and value.is_contiguous()
+                assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_factored_state_follows():
+    """Adafactor's row and column statistics are cut along the dimension that they keep, and training goes on."""
+    model, optimizer = trained(lambda p: optim.Adafactor(p, lr=0.01))
+    full, before = copy.deepcopy((model, optimizer))
+    kept = prune_filters(model, IMAGES, 0.5, optimizer=optimizer).kept
+    old, new = before.state[full[6].weight], optimizer.state[model[6].weight]
+    assert torch.equal(new["col_var"], old["col_var"][:, kept["6.weight"][1]])
+    assert torch.equal(new["row_var"], old["row_var"])
+    step_(model, optimizer)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_groups_and_schedulers_are_untouched():
+    """Parameter groups keep their options and the same Parameter objects, and a scheduler goes on where it was."""
+    model = network()
+    optimizer = optim.AdamW([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1:].parameters()}], lr=0.2)
+    scheduler = optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    for _ in range(3):
+        step_(model, optimizer)
+        scheduler.step()
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = scheduler.state_dict()
+    prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == groups
+    assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == options
+    assert scheduler.state_dict() == state and scheduler.optimizer is optimizer
+    step_(model, optimizer)
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.1 * 0.5**2, 0.2 * 0.5**2]
+
+
+def test_gradients_of_cut_parameters_are_dropped():
+    """No stale gradient of the old shape survives, and backward fills in new ones."""
+    model, optimizer = trained(EVERY["adam-plain"])
+    report = prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
+    assert all(p.grad is None for name, p in model.named_parameters() if name in report.kept)
+    nn.functional.mse_loss(model(IMAGES), TARGETS).backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_several_optimizers_follow():
+    """With several optimizers each keeps the state of its own parameters."""
+    model = network()
+    both = [optim.Adam(model[:4].parameters()), optim.SGD(model[4:].parameters(), lr=0.1, momentum=0.9)]
+    for optimizer in both:
+        step_(model, optimizer)
+    prune_filters(model, IMAGES, 0.5, optimizer=both)
+    for optimizer in both:
+        step_(model, optimizer)
+
+
+def test_a_fresh_optimizer_needs_nothing():
+    """An optimizer that has not stepped yet has no state to cut and works afterwards."""
+    model = network()
+    optimizer = optim.AdamW(model.parameters(), fused=True)
+    prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
+    assert not optimizer.state
+    step_(model, optimizer)
+
+
+def test_state_of_a_cut_model_is_saved_and_loaded():
+    """The optimizer's state_dict after a cut loads into an optimizer of a slim twin."""
+    model, optimizer = trained(EVERY["adam-plain"])
+    prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
+    twin = network(4, 3)
+    twin.load_state_dict(model.state_dict())
+    steps = optim.Adam(twin.parameters(), foreach=False)
+    steps.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step_(model, optimizer)
+    step_(twin, steps)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def assert_refused(model, optimizer, match):
+    values = copy.deepcopy(model.state_dict())
+    state = {p: {k: copy.deepcopy(v) for k, v in s.items()} for p, s in optimizer.state.items()}
+    with pytest.raises(PruningError, match=match):
+        prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
+    assert all(torch.equal(values[name], tensor) for name, tensor in model.state_dict().items())
+    assert repr(model) == repr(network())
+    for parameter, entries in state.items():
+        for key, value in entries.items():
+            found = optimizer.state[parameter][key]
+            assert found.shape == value.shape and torch.equal(found, value)
+
+
+def test_lbfgs_is_refused():
+    """LBFGS keeps one history of all parameters together, so it is refused and the model left as it was."""
+    model = network()
+    assert_refused(model, optim.LBFGS(model.parameters()), "LBFGS keeps one history for all parameters together")
+
+
+def test_state_of_another_model_is_refused():
+    """State whose shape does not fit its parameter is refused before anything is cut, also that of a later parameter."""
+    for index in (0, 6):
+        for wrong in (lambda sizes: [size + 1 for size in sizes], lambda sizes: [*sizes, 2]):
+            model, optimizer = trained(EVERY["adam-plain"])
+            weight = model[index].weight
+            optimizer.state[weight]["exp_avg"] = torch.zeros(wrong(weight.shape), dtype=torch.float64)
+            assert_refused(model, optimizer, "state 'exp_avg' of shape .* does not fit its parameter")
