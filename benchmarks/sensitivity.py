@@ -1,4 +1,4 @@
-"""Draws what each layer of a trained ResNet-56 loses when it is pruned alone, as Fig. 2 of Li et al. 2016 does, on CIFAR-10.
+"""Draws what a trained ResNet-56 loses on CIFAR-10 when one layer is pruned alone, as Fig. 2 of Li et al. 2016 does.
 
     python -m benchmarks.sensitivity --data ../data
 
@@ -42,9 +42,8 @@ def accuracy_from_first_change(model: ResNet, batches: Iterable[tuple[Tensor, Te
 
     def accuracy(net: ResNet) -> float:
         now = [_shapes(part) for part in (net.conv1, *_blocks(net))]
-        first = next(
-            (i for i, (then, is_now) in enumerate(zip(shapes, now, strict=True)) if then != is_now), len(now) - 1
-        )
+        cut = [number for number, (was, is_now) in enumerate(zip(shapes, now, strict=True)) if was != is_now]
+        first = min(cut, default=len(now) - 1)
         right = 0
         for entering, labels in zip(inputs, answers, strict=True):
             x = entering[first] if first else F.relu(net.bn1(net.conv1(entering[0])))
@@ -76,15 +75,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = resnet_cifar(56)
     model.load_state_dict(data_module(options.data).resnet_cifar10(56))
-    images, labels = (
-        tensor[: options.images] for tensor in cifar10(options.data, "test", parts=-(-options.images // 5000))
-    )
+    images, labels = cifar10(options.data, "test")
+    images, labels = images[: options.images], labels[: options.images]
     images = images.to(memory_format=torch.channels_last)  # a third faster on CPUs
     found = sensitivity(
         model.to(memory_format=torch.channels_last),
         EXAMPLE,
         accuracy_from_first_change(model, Batches(images, labels, batch_size=125)),
-        metric=f"accuracy on {options.images:,} test images",
+        metric=f"accuracy on {len(images):,} test images",
         done=Sensitivity.from_json(options.json) if options.json.exists() else None,
         path=options.json,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_prune.arguments import names_module
 
-__all__ = ["GroupSensitivity", "Mode", "Sensitivity"]
+__all__ = ["GroupSensitivity", "Mode", "Sensitivity", "amount_paths"]
 
 Mode = Literal["max", "min"]
 """Whether a higher or a lower metric is better."""
@@ -123,15 +124,30 @@ class Sensitivity:
 
     def _amounts(self, drop: float) -> dict[str, float]:
         shares = {group.name: self.within(group, drop) for group in self.groups}
-        named = {
-            path: [group.name for group in self.groups if any(names_module(path, made) for made in group.producers)]
-            for path in dict.fromkeys(path for group in self.groups for path in group.producers)
-        }
-        keys = {group.name: min(group.producers, key=lambda path: len(named[path])) for group in self.groups}
-        for _ in keys:  # a path that names several groups gives them one amount, the smallest; that may spread
-            for path in keys.values():
-                shares |= dict.fromkeys(named[path], min(shares[name] for name in named[path]))
-        return {path: shares[name] for name, path in keys.items()}
+        producers = {group.name: group.producers for group in self.groups}
+        paths = amount_paths(producers)
+        together = [_named(path, producers) for path in dict.fromkeys(paths.values())]
+        for _ in together:  # a path that names several groups gives them one amount, the smallest; that may spread
+            for names in together:
+                shares |= dict.fromkeys(names, min(shares[name] for name in names))
+        return {path: shares[name] for name, path in paths.items()}
+
+
+def amount_paths(producers: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Find a key of ``amount=`` for every group: the path of a producer, if possible one that names no other group.
+
+    Args:
+        producers: Group name -> paths of the modules that produce its channels.
+
+    Returns:
+        Group name -> path.
+    """
+    named = {path: len(_named(path, producers)) for made in producers.values() for path in made}
+    return {name: min(made, key=named.__getitem__) for name, made in producers.items()}
+
+
+def _named(path: str, producers: Mapping[str, Sequence[str]]) -> list[str]:
+    return [name for name, made in producers.items() if any(names_module(path, other) for other in made)]
 
 
 def _frozen(value: Any) -> Any:

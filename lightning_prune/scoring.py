@@ -158,6 +158,10 @@ def _add(
     scores: Scores, width: int, name: str, units: Any, score: Callable[[Tensor], Tensor], weight: Tensor, tensor: str
 ) -> None:
     found = score(weight)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"criterion: for {tensor}, it gave {type(found).__name__}; it must give a tensor, one score per filter."
+        )
     if found.shape != weight.shape[:1]:
         raise ValueError(
             f"criterion: for {tensor}, {tuple(weight.shape)}, it gave scores of shape {tuple(found.shape)}; "

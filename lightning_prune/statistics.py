@@ -76,6 +76,11 @@ class UnitMeans(Metric):
         return means
 
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether anything was added on this process."""
+        return any(float(getattr(self, f"count_{i}")) for i in range(len(self.names)))
+
     def gathered(self) -> dict[str, list[Any]]:
         """Return what this process has summed so far, as ``group -> [total, count]``, for a checkpoint."""
         return {

@@ -1,6 +1,7 @@
 """Callbacks for Lightning: thin adapters that say when."""
 
 from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
+from lightning_prune.callbacks.metric_guard import MetricGuard
 from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
 
-__all__ = ["FilterL1Pruning", "TaylorFilterPruning"]
+__all__ = ["FilterL1Pruning", "MetricGuard", "TaylorFilterPruning"]

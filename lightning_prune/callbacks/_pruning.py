@@ -23,6 +23,7 @@ from lightning_prune.arguments import (
 )
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target
 from lightning_prune.callbacks._inputs import batch_as_inputs, is_plain, on_device_of
+from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._refusals import leads, pruning_callbacks, refuse_overlap, refuse_run, refuse_short
 from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs
@@ -62,6 +63,7 @@ class _State:
     widths: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     share: float = 0.0  # of the amount, gone so far
+    ceiling: float = 1.0  # of the amount, beyond which a guard lets nothing go
     logged_epoch: int = -1
 
 
@@ -102,6 +104,11 @@ class StructuredPruning(Callback):
 
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
         """Start to gather what the scores need, for the model as it stands; weights need nothing gathered."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was gathered to score by."""
+        return True
 
     def rest(self) -> None:
         """Stop gathering, and take every hook off the model."""
@@ -155,6 +162,8 @@ class StructuredPruning(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what became of every layer."""
+        for guard in guards(trainer):
+            guard.judge(trainer, pl_module)
         start = self._state.start
         if start is not None and self._state.inputs is not None and trainer.is_global_zero and leads(self, trainer):
             flops = self._count_flops(pl_module)
@@ -191,15 +200,17 @@ class StructuredPruning(Callback):
                 layer_costs(pl_module, self._count_flops(pl_module)),
                 amount_by_group(structure, self.amount),
             )
-        if state.share < 1.0:
+        if state.share < state.ceiling:
             self._prepare(trainer, pl_module, structure, score_units(pl_module, structure, "l1"), share=1.0)
             self.watch(pl_module, structure)
 
     def _reach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut until the share that is due is gone, and log what is left."""
-        state, share = self._state, self.schedule(trainer.current_epoch)
-        if share > state.share:
-            structure = self._prunable(pl_module, find_structure(trace(pl_module, state.inputs)))
+        on_probation = [guard.judge(trainer, pl_module) for guard in guards(trainer)]
+        state = self._state
+        share = min(self.schedule(trainer.current_epoch), state.ceiling)
+        if share > state.share and self.ready and not any(on_probation):
+            structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
             scores = trainer.strategy.broadcast(self.scores(pl_module, structure))
             self.rest()
             prepared = self._prepare(trainer, pl_module, structure, scores, share)
@@ -207,11 +218,28 @@ class StructuredPruning(Callback):
                 self._cut(trainer, pl_module, prepared)
             state.widths |= {width.name: width.after for width in prepared.widths}
             state.share = share
-            if share < 1.0:
-                self.watch(pl_module, self._prunable(pl_module, find_structure(trace(pl_module, state.inputs))))
+            self._watch_on(pl_module)
         state.logged_epoch = trainer.current_epoch
         if leads(self, trainer):
             self._log(trainer, pl_module)
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far pruning has come, for :meth:`go_back`."""
+        return {"share": self._state.share, "widths": dict(self._state.widths)}
+
+    def go_back(self, pl_module: LightningModule, progress: dict[str, Any], halve: bool) -> None:
+        """Follow a model that was given back what the last cut took; go on with half the step, or no further."""
+        state = self._state
+        step = state.share - progress["share"]
+        state.share, state.widths, state.flops = progress["share"], dict(progress["widths"]), None
+        if step > 0:
+            state.ceiling = state.share + (step / 2 if halve and step / 2 >= 0.01 else 0.0)
+        self.rest()
+        self._watch_on(pl_module)
+
+    def _watch_on(self, pl_module: LightningModule) -> None:
+        if self._state.share < self._state.ceiling:
+            self.watch(pl_module, self._prunable(pl_module, find_structure(trace(pl_module, self._inputs))))
 
     def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
@@ -223,11 +251,11 @@ class StructuredPruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, structure: Structure, scores: Scores, share: float
     ) -> Prepared:
         """Plan and prove a cut."""
-        state = self._state
-        start, amount = state.start, state.start.amount
+        state, start = self._state, self._start
+        amount = start.amount
         prepared = prepare(
             pl_module,
-            state.inputs,
+            self._inputs,
             structure,
             scores,
             {name: share * a for name, a in amount.items()} if isinstance(amount, Mapping) else share * amount,
@@ -247,19 +275,31 @@ class StructuredPruning(Callback):
         if averaged:
             strategy.model = pl_module
         recipe_of(pl_module).needed = True
+        for guard in guards(trainer):
+            guard.before_cut(trainer, pl_module)
         cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
         if averaged:
-            strategy.configure_ddp()
+            strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback in pruning_callbacks(trainer):
             callback._state.flops = None
 
+    @property
+    def _start(self) -> _Start:
+        assert self._state.start is not None  # set when the model is first traced, before anything is planned
+        return self._state.start
+
+    @property
+    def _inputs(self) -> ExampleInputs:
+        assert self._state.inputs is not None
+        return self._state.inputs
+
     def _count_flops(self, pl_module: LightningModule) -> FlopCount:
         if self._state.flops is None:
-            self._state.flops = count_flops(pl_module, self._state.inputs)
+            self._state.flops = count_flops(pl_module, self._inputs)
         return self._state.flops
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        start, flops, params = self._state.start, self._count_flops(pl_module).total, count_params(pl_module)
+        start, flops, params = self._start, self._count_flops(pl_module).total, count_params(pl_module)
         dense: dict[str, int] = {}
         left: dict[str, int] = {}
         for state in (callback._state for callback in pruning_callbacks(trainer)):
@@ -282,6 +322,7 @@ class StructuredPruning(Callback):
         state, start = self._state, self._state.start
         return {
             "share": state.share,
+            "ceiling": state.ceiling,
             "widths": dict(state.widths),
             "refused": list(state.refused),
             "example": state.example if is_plain(state.example) else None,
@@ -297,7 +338,7 @@ class StructuredPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers."""
         state, start = self._state, state_dict["start"]
-        state.share, state.widths = state_dict["share"], dict(state_dict["widths"])
+        state.share, state.ceiling, state.widths = state_dict["share"], state_dict["ceiling"], dict(state_dict["widths"])
         state.refused, state.example, state.start = list(state_dict["refused"]), state_dict["example"], None
         if start is not None:
             layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}

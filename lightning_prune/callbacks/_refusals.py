@@ -47,11 +47,16 @@ def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: Ligh
             f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and a model that was "
             "cut there does not fit into the one that waits here. Use strategy='ddp', from a script."
         )
+    if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
+        raise PruningError(
+            f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no checkpoint of "
+            "the slim model could be loaded. Leave the plugin out."
+        )
     for name, reason in _CONTRADICTING.items():
-        if any(name in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):
+        if any(name in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise PruningError(f"{where} and {name} contradict: {reason}. Use one of them.")
     last, epochs = schedule.last_epoch, trainer.max_epochs
-    if not trainer.fast_dev_run and epochs is not None and 0 < epochs <= last:
+    if not trainer.fast_dev_run and epochs is not None and 0 < epochs <= last:  # type: ignore[attr-defined]
         raise PruningError(
             f"{where}: {schedule} is complete only before epoch {last} (counted from 0), but training ends after "
             f"max_epochs={epochs}. End the schedule at epoch {epochs - 1} or before, or train for longer."
@@ -66,7 +71,7 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
     """
     steps, batches = trainer.max_steps, trainer.num_training_batches
     needed = schedule.last_epoch * (batches / trainer.accumulate_grad_batches)
-    if not trainer.fast_dev_run and 0 < steps <= needed < math.inf:
+    if not trainer.fast_dev_run and 0 < steps <= needed < math.inf:  # type: ignore[attr-defined]
         raise PruningError(
             f"{where}: {schedule} is complete only before epoch {schedule.last_epoch} (counted from 0), but training "
             f"ends after max_steps={steps}, in epoch {math.ceil(steps * schedule.last_epoch / needed) - 1}. "
@@ -93,7 +98,7 @@ def pruning_callbacks(trainer: Trainer) -> list[StructuredPruning]:
     """Return the trainer's callbacks that cut."""
     from lightning_prune.callbacks._pruning import StructuredPruning
 
-    return [callback for callback in trainer.callbacks if isinstance(callback, StructuredPruning)]
+    return [callback for callback in trainer.callbacks if isinstance(callback, StructuredPruning)]  # type: ignore[attr-defined]
 
 
 def leads(callback: StructuredPruning, trainer: Trainer) -> bool:

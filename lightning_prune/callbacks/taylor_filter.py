@@ -83,6 +83,7 @@ class TaylorFilterPruning(StructuredPruning):
 
     def scores(self, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return the mean of what was gathered on all processes since the last cut, ``(width,)`` for each group."""
+        assert self._means is not None  # ready was asked first
         means = self._means.compute()
         normalise = CRITERIA["taylor" if self.form == "weights" else "taylor_activations"].normalise
         return {
@@ -100,6 +101,11 @@ class TaylorFilterPruning(StructuredPruning):
         if self.form == "activations":
             self._contributions = self._watching.enter_context(watch_contributions(pl_module, structure))
 
+    @property
+    def ready(self) -> bool:
+        """Whether gradients were seen since the last cut."""
+        return self._means is not None and self._means.has_seen
+
     def rest(self) -> None:
         """Stop gathering, and take every hook off the model."""
         self._watching.close()
@@ -107,7 +113,7 @@ class TaylorFilterPruning(StructuredPruning):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather from the gradients that the step is made of: accumulated, averaged over processes, unscaled."""
-        if self._means is not None and self.form == "weights":
+        if self._means is not None and self._structure is not None and self.form == "weights":
             parameters = dict(pl_module.named_parameters())
             gradients = {name: parameter.grad for name, parameter in parameters.items()}
             self._means.update(taylor_over_units(self._structure, parameters, gradients))
@@ -132,7 +138,7 @@ class TaylorFilterPruning(StructuredPruning):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without what belongs to this process alone."""
-        alone = {"_means": None, "_structure": None, "_contributions": {}, "_watching": ExitStack()}
+        alone: dict[str, Any] = {"_means": None, "_structure": None, "_contributions": {}, "_watching": ExitStack()}
         return {**super().__getstate__(), **alone}
 
 

@@ -47,31 +47,51 @@ def draw_sensitivity(found: Sensitivity, path: str | Path, title: str | None = N
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, fig. 2 (arXiv:1608.08710).
     """
     matplotlib = import_matplotlib()
+    close = _close_up(found)
     columns = max(1, math.ceil(len(found.groups) / 30))
-    figure = matplotlib.figure.Figure(figsize=(6.6 + 2.0 * columns, 5.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axhline(found.dense, color="0.5", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-    for depth, group in enumerate(found.groups):
-        axes.plot(
-            [0.0, *(100 * share for share in group.shares)],
-            [found.dense, *group.values],
-            color=matplotlib.colormaps["turbo"](0.04 + 0.92 * depth / max(1, len(found.groups) - 1)),
-            marker=_MARKERS[depth % len(_MARKERS)],
-            markersize=3.5,
-            linewidth=1.1,
-            label=f"{group.name} ({group.width})",
-        )
-    axes.set(xlabel="units removed of one group, %", ylabel=found.metric, xlim=(0, 100))
-    axes.set_title(title or f"Each group cut alone, by {found.criterion}, without retraining", fontsize=10)
-    axes.grid(color="0.9", linewidth=0.6)
+    figure = matplotlib.figure.Figure(figsize=(6.6 + 2.0 * columns, 6.2 if close else 5.0), layout="constrained")
+    panels = figure.subplots(
+        2 if close else 1, sharex=True, squeeze=False, height_ratios=(3, 2) if close else None
+    ).flat
+    for axes in panels:
+        axes.axhline(found.dense, color="0.5", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
+        for depth, group in enumerate(found.groups):
+            axes.plot(
+                [0.0, *(100 * share for share in group.shares)],
+                [found.dense, *group.values],
+                color=matplotlib.colormaps["turbo"](0.04 + 0.92 * depth / max(1, len(found.groups) - 1)),
+                marker=_MARKERS[depth % len(_MARKERS)],
+                markersize=3.5,
+                linewidth=1.1,
+                label=f"{group.name} ({group.width})",
+            )
+        axes.set(ylabel=found.metric, xlim=(0, 100))
+        axes.grid(color="0.9", linewidth=0.6)
+    if close:
+        panels[0].set(ylim=close)
     worst = max((value for group in found.groups for value in group.values), default=0.0)
     if found.mode == "min" and worst > 50 * found.dense > 0:
-        axes.set_yscale("log")
+        panels[-1].set_yscale("log")
+    panels[0].set_title(title or f"Each group cut alone, by {found.criterion}, without retraining", fontsize=10)
+    panels[-1].set_xlabel("units removed of one group, %")
     figure.legend(
-        loc="outside right upper", ncols=columns, fontsize=7, title="group (units)", title_fontsize=8, frameon=False
-    )
+        *panels[0].get_legend_handles_labels(), loc="outside right upper", ncols=columns, fontsize=7,
+        title="group (units)", title_fontsize=8, frameon=False,
+    )  # fmt: skip
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
+
+
+def _close_up(found: Sensitivity) -> tuple[float, float] | None:
+    """Return the range of the metric in which most curves lie, where a few that fall far would squeeze them flat."""
+    sign = 1 if found.mode == "max" else -1
+    falls = sorted(max((sign * (found.dense - value) for value in group.values), default=0.0) for group in found.groups)
+    falls = [fall for fall in falls if math.isfinite(fall)]
+    if len(falls) < 4 or not 0 < (usual := falls[3 * (len(falls) - 1) // 4]) < 0.25 * falls[-1]:
+        return None
+    rise = max(sign * (value - found.dense) for group in found.groups for value in group.values)
+    ends = found.dense - sign * 1.6 * usual, found.dense + sign * (max(rise, 0.0) + 0.15 * usual)
+    return min(ends), max(ends)
 
 
 def sensitivity_table(found: Sensitivity, drop: float) -> Table:

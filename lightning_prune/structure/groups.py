@@ -237,7 +237,7 @@ def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
 
 
 def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
-    roles = {}
+    roles: dict[str, NDArray[np.bool_]] = {}
     for role, labels in ledger.roles.items():
         roles[role] = np.zeros(ledger.size, dtype=bool)
         if labels:

@@ -7,9 +7,9 @@ of a tensor, which atom that slice of the tensor stands for. Atoms that meet mus
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +117,7 @@ class Ledger:
 
     def register(self, name: str, tensor: Tensor) -> Labels:
         """Hand out one atom per index of every dimension of a parameter or buffer."""
-        dims = {}
+        dims: dict[int, tuple[Label, ...]] = {}
         for dim, size in enumerate(tensor.shape):
             if size > 1:
                 self.slots.append(SlotRange(name, dim, self.size, size))
@@ -167,7 +167,7 @@ class Ledger:
         columns = [np.moveaxis(atoms, dim, -1).reshape(-1, atoms.shape[dim]) for dim in dims]
         return self.choose(key, {name: [column] for name, column in zip(names, columns, strict=True)})
 
-    def choose(self, key: Hashable, alternatives: dict[Hashable, list[Atoms]]) -> list[Label]:
+    def choose(self, key: Hashable, alternatives: Mapping[Any, list[Atoms]]) -> list[Label]:
         """Write down a choice.
 
         Args:

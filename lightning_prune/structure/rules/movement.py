@@ -75,8 +75,8 @@ def squeeze(call: Call) -> Dims:
     source = call.args[0]
     kept = list(range(source.dim()))
     if len(call.args) > 1:
-        gone = call.args[1] if isinstance(call.args[1], list | tuple) else [call.args[1]]
-        gone = {dim % max(source.dim(), 1) for dim in gone}
+        asked = call.args[1] if isinstance(call.args[1], list | tuple) else [call.args[1]]
+        gone = {dim % max(source.dim(), 1) for dim in asked}
         kept = [dim for dim in kept if dim not in gone or source.shape[dim] != 1]
     else:
         kept = [dim for dim in kept if source.shape[dim] != 1]

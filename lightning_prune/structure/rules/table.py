@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,11 +72,13 @@ class Call:
 Rule = Callable[[Call], "Dims | list[Dims]"]
 """Given a call, writes down what meets and returns the labels of the output (a list for several outputs)."""
 
+_Rule = TypeVar("_Rule", bound=Rule)
+
 RULES: dict[Any, Rule] = {}
 """Operator (an overload or all overloads of a name) -> its rule."""
 
 
-def coupling_rule(*operators: str) -> Callable[[Rule], Rule]:
+def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
     """Teach the trace how an operator passes labels on.
 
     The rule gets a :class:`Call`; it lets labels meet with ``call.ledger.tie``, pins with ``call.ledger.pin`` and returns
@@ -95,7 +97,7 @@ def coupling_rule(*operators: str) -> Callable[[Rule], Rule]:
         ...     return {**labels.dims, 1: channel}
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: _Rule) -> _Rule:
         for operator in operators:
             namespace, _, name = operator.partition(".")
             name, _, overload = name.partition(".")

@@ -1,0 +1,157 @@
+"""Takes a cut back when a metric does not recover from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_prune.callbacks._guard import Guard
+from lightning_prune.callbacks._refusals import pruning_callbacks
+from lightning_prune.errors import PruningError
+from lightning_prune.surgery import restore_, take_snapshot
+
+__all__ = ["MetricGuard"]
+
+
+@dataclass
+class _State:
+    """Everything that changes in the life of a guard."""
+
+    best: float | None = None
+    last: float | None = None
+    validations: int = 0  # since the last cut
+    before: dict[str, Any] | None = None  # the model, its optimizers and the pruning as they were before the last cut
+    cuts_back: int = 0
+
+
+class MetricGuard(Guard):
+    """Prune on only while a metric stays near its best; a cut that it does not recover from is taken back.
+
+    Put it beside any of our pruning callbacks. ``patience`` validations after a cut, the metric must be within ``drop`` of the
+    best seen so far. If it is not, weights, structure and optimizer state return to what they were before that cut, when the
+    next epoch starts or training ends, and pruning stops there or goes on with half the step.
+
+    Args:
+        monitor: Name of a metric that validation logs.
+        drop: How far it may fall behind its best, in its own units.
+        mode: Whether higher (``max``) or lower (``min``) is better.
+        patience: Validations after a cut until the metric must have recovered.
+        then: ``stop`` ends pruning with the last good model; ``halve`` tries half the step again, until steps are below one
+            hundredth of the amount.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> guard = MetricGuard(monitor="val_acc", drop=0.01)
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        drop: float,
+        mode: Literal["min", "max"] = "max",
+        patience: int = 1,
+        then: Literal["stop", "halve"] = "stop",
+    ) -> None:
+        if not 0 <= drop < math.inf:
+            raise ValueError(f"MetricGuard(drop={drop!r}): drop is a distance from the best, 0 or more.")
+        if mode not in ("min", "max"):
+            raise ValueError(f"MetricGuard(mode={mode!r}): choose 'min' or 'max'.")
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"MetricGuard(patience={patience!r}): it counts validations, from 1.")
+        if then not in ("stop", "halve"):
+            raise ValueError(f"MetricGuard(then={then!r}): choose 'stop' or 'halve'.")
+        self.monitor = monitor
+        self.drop = drop
+        self.mode = mode
+        self.patience = patience
+        self.then = then
+        self._state = _State()
+
+    @property
+    def state_key(self) -> str:
+        """Tell two guards apart by what they monitor."""
+        return self._generate_state_key(monitor=self.monitor)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to guard nothing."""
+        if stage == "fit" and not pruning_callbacks(trainer):
+            raise PruningError("MetricGuard guards a pruning callback, and there is none. Add FilterL1Pruning or another.")
+
+    def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember everything as it is, before the first of the cuts that fall on one epoch."""
+        if self._state.before is not None:
+            return
+        self._state.before = {
+            **take_snapshot(pl_module, trainer.optimizers),
+            "epoch": trainer.current_epoch,
+            "pruning": [callback.progress() for callback in pruning_callbacks(trainer)],
+        }
+        self._state.validations = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the metric."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "nothing"
+            raise PruningError(f"MetricGuard(monitor={self.monitor!r}): validation logs {logged}. Name one of these.")
+        state, value = self._state, float(trainer.callback_metrics[self.monitor])
+        state.last, state.validations = value, state.validations + 1
+        if state.best is None or self._behind(value, state.best) < 0:
+            state.best = value
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the last cut; callbacks that prune ask for this too, wherever they stand in the list."""
+        self.judge(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the last cut, so that training does not end with one that did harm."""
+        self.judge(trainer, pl_module)
+
+    def judge(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Take the last cut back if the metric had its time and has not recovered; else forget what was before it."""
+        state = self._state
+        if state.before is None:
+            return False
+        if state.last is None or state.best is None or state.validations < self.patience:
+            return state.before["epoch"] != trainer.current_epoch
+        before, state.before = state.before, None
+        harmed = math.isnan(state.last) or self._behind(state.last, state.best) > self.drop
+        if trainer.strategy.broadcast(harmed):
+            self._take_back(trainer, pl_module, before)
+        return False
+
+    def _behind(self, value: float, best: float) -> float:
+        return best - value if self.mode == "max" else value - best
+
+    def _take_back(self, trainer: Trainer, pl_module: LightningModule, before: dict[str, Any]) -> None:
+        self._state.cuts_back += 1
+        strategy = trainer.strategy
+        averaged = isinstance(strategy.model, DistributedDataParallel)
+        if averaged:
+            strategy.model = pl_module
+        restore_(pl_module, trainer.optimizers, before)
+        if averaged:
+            strategy.configure_ddp()  # type: ignore[attr-defined]
+        for callback, progress in zip(pruning_callbacks(trainer), before["pruning"], strict=True):
+            callback.go_back(pl_module, progress, halve=self.then == "halve")
+        rank_zero_info(
+            f"MetricGuard: {self.monitor} was {self._state.last:g}, more than {self.drop:g} behind its best "
+            f"{self._state.best:g}; the last cut was taken back."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best metric and, while a cut is on probation, what was before it."""
+        return {entry.name: getattr(self._state, entry.name) for entry in fields(_State)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint remembers."""
+        self._state = _State(**state_dict)
+

@@ -1,0 +1,41 @@
+"""Remembers a model and its optimizers as they stand, and brings them back after later cuts; decides nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_prune.structure import named_tensors
+from lightning_prune.surgery.recipe import RECIPE, recipe_of, resize_
+
+__all__ = ["restore_", "take_snapshot"]
+
+
+def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
+    """Copy every parameter, buffer and optimizer state, and what shapes cannot tell, as plain dicts and tensors."""
+    metadata: dict[str, Any] = {}
+    recipe_of(model)(model, {}, "", metadata)
+    return {
+        "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()},
+        "attributes": metadata[RECIPE]["attributes"],
+        "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
+    }
+
+
+def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[str, Any]) -> None:
+    """Give the model and its optimizers back the shapes and values of a snapshot; learning rates stay as they are.
+
+    Parameters stay the same objects; their gradients are dropped.
+    """
+    resize_(model, snapshot["tensors"], snapshot["attributes"])
+    with torch.no_grad():
+        for name, tensor in named_tensors(model).items():
+            tensor.copy_(snapshot["tensors"][name])
+            tensor.grad = None
+    for optimizer, state in zip(optimizers, snapshot["optimizers"], strict=True):
+        optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,81 @@
+"""The floors of the house: imports point downwards, and each big dependency is known in one place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_prune
+
+ROOT = Path(lightning_prune.__file__).parent
+FLOORS = {
+    "errors": 0,
+    "inputs": 0,
+    "selection": 1,
+    "schedules": 1,
+    "criteria": 1,
+    "structure": 2,
+    "flops": 2,
+    "statistics": 2,
+    "budget": 2,
+    "surgery": 3,
+    "scoring": 4,
+    "arguments": 4,
+    "pruning": 4,
+    "oracle": 4,
+    "findings": 4,
+    "sensitivity": 4,
+    "reports": 4,
+    "checkpoints": 5,
+    "validation": 5,
+    "callbacks": 5,
+    "cli": 5,
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+LIGHTNING = {"lightning", "pytorch_lightning", "lightning_utilities"}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return names
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_never_point_upwards(path):
+    """A file imports from its own floor or from floors below."""
+    own = FLOORS[path.relative_to(ROOT).parts[0].removesuffix(".py")]
+    for name in imported(path):
+        if name.startswith("lightning_prune.") and room(name) in FLOORS:
+            assert FLOORS[room(name)] <= own, f"{path.name} imports {name} from a floor above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lightning_is_known_on_the_top_floor_alone(path):
+    """What is below the callbacks works for plain PyTorch; the one file that imports fvcore is flops.py."""
+    tops = {name.partition(".")[0] for name in imported(path)}
+    if FLOORS[path.relative_to(ROOT).parts[0].removesuffix(".py")] < 5:
+        assert not tops & LIGHTNING
+    if path != ROOT / "flops.py":
+        assert "fvcore" not in tops
+
+
+def test_every_room_has_a_floor():
+    """A new file or folder is given its floor here."""
+    rooms = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set(FLOORS)
+
+
+def test_public_names_exist():
+    """Everything that the package lists can be imported, and is listed in order."""
+    assert lightning_prune.__all__ == sorted(lightning_prune.__all__)
+    assert all(hasattr(lightning_prune, name) for name in lightning_prune.__all__)

@@ -1,0 +1,127 @@
+"""Two processes prune as one: the same filters leave at the same moment, and the weights stay equal."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SCRIPT = """
+    import json, sys
+    from pathlib import Path
+
+    import torch
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader
+
+    from lightning_prune import FilterL1Pruning, Linear
+    from tests.runs import Depthwise, Known, Net, images, trainer, widths
+
+    folder, case = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+    class Compare(Callback):
+        def __init__(self):
+            self.widths, self.apart, self.losses = [], [], []
+
+        def compare(self, trainer, pl_module):
+            flat = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
+            sizes = trainer.strategy.all_gather(torch.tensor([len(flat)])).flatten().tolist()
+            assert len(set(sizes)) == 1, sizes
+            both = trainer.strategy.all_gather(flat)
+            self.apart.append(float((both[0] - both[1]).abs().max()))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.compare(trainer, pl_module)
+            if batch_idx == 0:
+                self.widths.append(list(widths(pl_module).values()))
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.compare(trainer, pl_module)
+            self.losses.append(float(trainer.strategy.reduce(trainer.callback_metrics["loss"])))
+
+
+    compare = Compare()
+    torch.manual_seed(0)
+    module = {"Net": Net, "Known": Known, "Depthwise": Depthwise}[case["kind"]](dropout=0.0, lr=0.1)
+    made = trainer(
+        FilterL1Pruning(amount=0.5, target=case["target"], schedule=Linear(1, 3)),
+        compare,
+        ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1),
+        strategy=DDPStrategy(process_group_backend="gloo", **case["ddp"]),
+        devices=2,
+        enable_checkpointing=True,
+        max_epochs=8,
+        **case["trainer"],
+    )
+    made.fit(module, DataLoader(images(64), 8, shuffle=True))
+    resumed = Compare()
+    if case["resume"]:
+        torch.manual_seed(5)
+        other = type(module)(dropout=0.0, lr=0.1)
+        again = trainer(
+            FilterL1Pruning(amount=0.5, target=case["target"], schedule=Linear(1, 3)),
+            resumed,
+            strategy=DDPStrategy(process_group_backend="gloo", **case["ddp"]),
+            devices=2,
+            max_epochs=8,
+            **case["trainer"],
+        )
+        again.fit(other, DataLoader(images(64), 8, shuffle=True), ckpt_path=str(folder / "epoch=1.ckpt"))
+        assert widths(other) == widths(module)
+        made.test(module, DataLoader(images(16), 8), ckpt_path=str(folder / "epoch=0.ckpt"), verbose=False)
+        assert list(widths(module).values()) == [8, 6, 10]
+    result = {"widths": compare.widths, "apart": compare.apart + resumed.apart, "losses": compare.losses}
+    (folder / f"rank{made.global_rank}.json").write_text(json.dumps(result))
+"""
+
+
+def run(folder, *, kind="Net", target="filters", ddp=None, resume=False, **trainer):
+    """Run the script in two processes and return what each saw."""
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    case = {"kind": kind, "target": target, "ddp": ddp or {}, "trainer": trainer, "resume": resume}
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(script), str(folder), json.dumps(case)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def assert_one_run(ranks, last=(4, 3, 5)):
+    one, other = ranks
+    assert one["widths"] == other["widths"]
+    assert one["widths"][0] == [8, 6, 10]
+    assert last is None or one["widths"][-1] == list(last)
+    assert set(one["apart"]) == {0.0}
+    assert one["losses"] == other["losses"]
+    assert one["losses"][-1] < 0.8 * one["losses"][0] < float("inf")
+
+
+def test_processes_prune_as_one(tmp_path):
+    """After every step and every cut the processes hold equal weights; the loss falls, and the widths are those asked."""
+    ranks = run(tmp_path)
+    assert_one_run(ranks)
+    assert ranks[0]["widths"][:4] == [[8, 6, 10], [6, 5, 8], [5, 4, 6], [4, 3, 5]]
+
+
+CASES = {
+    "unused-parameters": {"ddp": {"find_unused_parameters": True}},
+    "static-graph": {"ddp": {"static_graph": True}},
+    "bucket-views": {"ddp": {"gradient_as_bucket_view": True}},
+    "resume": {"resume": True},
+    "example_input_array": {"kind": "Known", "target": "flops", "resume": True},
+    "depthwise": {"kind": "Depthwise", "target": "flops", "resume": True},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_settings(case, tmp_path):
+    """The same holds under DDP's settings, with budgets, after a resume and with what the Trainer offers."""
+    assert_one_run(run(tmp_path, **CASES[case]), last=None if "target" in CASES[case] else (4, 3, 5))
