@@ -27,7 +27,6 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
     Returns:
         The slim model.
     """
-
     with _taking_shapes(module_class):
         return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
 
@@ -42,7 +41,7 @@ def _taking_shapes(module_class: type[LightningModule]) -> Iterator[None]:
         take_shapes_(self, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
         return load(self, state_dict, *args, **kwargs)
 
-    module_class.load_state_dict = resize_and_load  # type: ignore[method-assign]
+    module_class.load_state_dict = resize_and_load  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

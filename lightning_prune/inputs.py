@@ -64,8 +64,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode without gradients and leave mode, RNG, buffers and module attributes as found.
 
-    What torch.compile has compiled runs as it was written, since no compiled code can be traced.     What a forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list
-    or dict, a hook) is taken back.
+    What torch.compile has compiled runs as it was written, since no compiled code can be traced. What a forward pass
+    writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list or dict, a hook) is
+    taken back.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
@@ -73,7 +74,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     # Among the dicts are each module's parameters, buffers, submodules and hooks.
     found_in = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
     contents = [
-        (container, list(container.items() if isinstance(container, dict) else container)) for container in found_in
+        (container, list(container.items() if isinstance(container, dict) else container) if container else [])
+        for container in found_in
     ]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
@@ -89,6 +91,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 vars(module).update(found)
                 module.training = mode
             for container, content in contents:
+                if not (container or content):  # most are hooks that no module has
+                    continue
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
             for buffer, value in buffers:
@@ -101,7 +105,9 @@ def _uncompiled(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that torch.compile has changed, with the values they had before."""
     written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in vars(module) else {}
     for name, value in {"forward": module.forward, **vars(module)}.items():
-        function = getattr(value, "_torchdynamo_orig_callable", None) if inspect.isroutine(value) else None
+        function = (
+            getattr(value, "_torchdynamo_orig_callable", None) if callable(value) and inspect.isroutine(value) else None
+        )
         if function is not None:
             bound = inspect.ismethod(value) and not inspect.ismethod(function)  # compiled in the class
             written[name] = MethodType(function, module) if bound else function

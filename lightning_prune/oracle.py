@@ -12,10 +12,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
-from lightning_prune.arguments import with_ignored
+from lightning_prune.arguments import check_prunable, with_ignored
+from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.scoring import CRITERIA, by_l2
-from lightning_prune.statistics import Loss
 from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
 
 __all__ = ["Correlation", "compare_criteria", "correlate", "oracle"]
@@ -54,7 +54,8 @@ def oracle(
         Group name -> absolute change of the mean loss, ``(width,)``.
 
     References:
-        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, sec. 2.2, oracle-abs (arXiv:1611.06440).
+        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, sec. 2.2 (arXiv:1611.06440):
+        oracle-abs.
     """
     batches = list(batches)
     changes = {}
@@ -79,9 +80,9 @@ def correlate(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Corr
     """
     names = [name for name in truth if len(truth[name]) > 1]
     layers = [_spearman(scores[name], truth[name]) for name in names]
-    raw = torch.cat([scores[name].double() for name in names])
-    normal = torch.cat([by_l2(scores[name].double()) for name in names])
-    real = torch.cat([truth[name].double() for name in names])
+    raw = torch.cat([scores[name].cpu().double() for name in names])
+    normal = torch.cat([by_l2(scores[name].cpu().double()) for name in names])
+    real = torch.cat([truth[name].cpu().double() for name in names])
     return Correlation(sum(layers) / len(layers), _spearman(raw, real), _spearman(normal, real))
 
 
@@ -113,13 +114,14 @@ def compare_criteria(
         Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, table 1 (arXiv:1611.06440).
     """
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    check_prunable(model, structure)
     batches = list(batches)
     truth = oracle(model, structure, batches, loss, progress=progress)
     return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in criteria}
 
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:
-    return torch.stack([loss(model, batch).detach().double() for batch in batches]).mean()
+    return torch.stack([loss(model, batch).detach().cpu().double() for batch in batches]).mean()
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:

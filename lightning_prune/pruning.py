@@ -20,11 +20,11 @@ from lightning_prune.arguments import (
 )
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target, measure, plan
 from lightning_prune.flops import count_flops
+from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.scoring import Criterion, score_units
-from lightning_prune.statistics import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
-from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove_numbers, prove_structure
+from lightning_prune.surgery import AttributeChange, Cut, Kept, cut_, draft, prove
 
 __all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters"]
 
@@ -214,7 +214,7 @@ def prepare(
         )  # fmt: skip
         cut = draft(model, structure, keep)
         tensors = cut.tensors(model)
-        if not _disproved(model, example_inputs, structure, cut, tensors):
+        if not (cut.keep and prove(model, example_inputs, structure, cut, tensors)):
             break
         for name, reason in _unprovable(model, example_inputs, structure, keep).items():
             structure = structure.without([name], reason)
@@ -228,23 +228,13 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _disproved(
-    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor]
-) -> Disproof | None:
-    if not cut.keep:
-        return None
-    return prove_structure(model, example_inputs, structure, cut) or prove_numbers(
-        model, example_inputs, structure, cut, tensors
-    )
-
-
 def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, keep: Keep) -> dict[str, str]:
     """Find the groups that must stay whole so that the cut of all others can be proved, with the reason."""
     reasons: dict[str, str] = {}
 
     def provable(names: list[str], accepted: list[str]) -> list[str]:
         cut = draft(model, structure, {name: keep[name] for name in accepted + names})
-        failure = _disproved(model, example_inputs, structure, cut, cut.tensors(model))
+        failure = prove(model, example_inputs, structure, cut, cut.tensors(model))
         if failure is None:
             return names
         if len(names) == 1:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from lightning_prune import criteria
 from lightning_prune.errors import PruningError
+from lightning_prune.gradients import Loss, batch_gradients, empirical_fisher, hutchinson
 from lightning_prune.inputs import undisturbed
 from lightning_prune.statistics import (
-    Loss,
     UnitMeans,
-    batch_gradients,
-    empirical_fisher,
-    hutchinson,
+    gather_contributions,
     over_units,
     taylor_over_units,
     watch_contributions,
@@ -85,8 +83,8 @@ def score_units(
         structure: Its channel groups.
         criterion: A name in :data:`CRITERIA`, or a function from a weight ``(out, ...)`` to scores ``(out,)``.
         batches: Batches of data, for criteria that look at activations or gradients.
-        loss: From model and batch to the mean loss, for criteria that look at gradients. Without one, a batch is called as
-            example inputs are.
+        loss: From model and batch to the mean loss, for criteria that look at gradients. Without one, the model is
+            called on a batch as on example inputs.
 
     Returns:
         Group name -> one score per unit, ``(width,)``; higher is kept longer.
@@ -140,8 +138,12 @@ def _of_weights(
 def _of_norms(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:
     """Score units by the scales of the normalisations behind them, summed over the layers of the group."""
     own = named_tensors(model)
-    norms = {f"{path}.weight" for path, module in model.named_modules() if type(module).__name__.endswith("Norm") or isinstance(
-        module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)}  # fmt: skip
+    known = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm
+    norms = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, known) or type(module).__name__.endswith("Norm")
+    }
     scores: Scores = {}
     for name, group in structure.groups.items():
         for slot in group.slots:
@@ -188,6 +190,12 @@ def _of_moments(
     with undisturbed(model), watch_moments(model, structure) as found:
         for batch in batches:
             loss(model, batch)
+    for name in structure.groups:
+        if name not in found:
+            raise PruningError(
+                f"{name}: no batch came, or nothing that reads its channels ran, so there are no activations to score. "
+                f"Pass batches, or name ignore=[{name!r}]."
+            )
     return {name: score(**found[name]) for name in structure.groups}
 
 
@@ -206,8 +214,7 @@ def _taylor_activations(model: nn.Module, structure: Structure, batches: Iterabl
         for batch in batches:
             found.clear()
             batch_gradients(model, batch, loss)
-            for (name, examples), rows in found.items():
-                means.update({name: rows.abs().sum(dim=0)}, count=examples)
+            gather_contributions(means, found)
     return means.compute()
 
 
@@ -222,7 +229,7 @@ def _obd(
     parameters = dict(model.named_parameters())
     saliencies = {name: criteria.obd(parameters[name].detach(), h) for name, h in curvature.items()}
     found = {name: over_units(group, saliencies) for name, group in structure.groups.items()}
-    return {name: total for name, total in found.items() if total is not None}
+    return {name: total for name, total in found.items() if total is not None}  # integers alone have no curvature
 
 
 CRITERIA: dict[str, NamedCriterion] = {

@@ -54,7 +54,7 @@ def sensitivity(
     Args:
         model: The model; anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        evaluate: From the model to the metric.
+        evaluate: From the model to the metric. It may change the mode; it leaves the model on its device.
         shares: Fractions, in (0, 1), of a group's units that leave; rounded up to whole units, and one unit stays.
         metric: What the metric is called in files and pictures.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is.

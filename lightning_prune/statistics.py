@@ -1,4 +1,4 @@
-"""Gathers what criteria need over batches and ranks: gradients, activations, curvature; hooks live in ``with``."""
+"""Gathers what criteria need over batches and ranks, unit by unit; hooks live in ``with``, no loss is known here."""
 
 from __future__ import annotations
 
@@ -10,28 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from lightning_prune.criteria import taylor_activations
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import tensors_in, undisturbed
 from lightning_prune.structure import ChannelGroup, Structure
 
 __all__ = [
-    "Loss",
     "UnitMeans",
-    "batch_gradients",
-    "empirical_fisher",
-    "hutchinson",
+    "gather_contributions",
     "over_units",
     "taylor_over_units",
     "watch_contributions",
     "watch_moments",
 ]
-
-Loss = Callable[[nn.Module, Any], Tensor]
-"""From a model and a batch to the mean loss over the batch, a single number."""
 
 
 class UnitMeans(Metric):
@@ -39,24 +31,31 @@ class UnitMeans(Metric):
 
     full_state_update = False
 
-    def __init__(self, widths: Mapping[str, int]) -> None:
+    def __init__(self, widths: Mapping[str, int], device: torch.device | str = "cpu") -> None:
         """Start from nothing.
 
         Args:
             widths: Group name -> number of units.
+            device: Where the numbers come from.
         """
         super().__init__()
         self.names = list(widths)
         for i, width in enumerate(widths.values()):
-            self.add_state(f"total_{i}", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"count_{i}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(f"total_{i}", torch.zeros(width, dtype=_wide(device), device=device), dist_reduce_fx="sum")
+            self.add_state(f"count_{i}", torch.zeros((), dtype=_wide(device), device=device), dist_reduce_fx="sum")
+        self.to(device)
 
     def update(self, totals: Mapping[str, Tensor], count: float = 1) -> None:
-        """Add sums over ``count`` examples or batches, ``(width,)`` for each group seen."""
+        """Add sums over ``count`` examples or batches, ``(width,)`` for each group seen.
+
+        Sums of which one is not finite, as a loss scaled too far gives them, do not count at all: were only the unit at
+        fault left out, it would look as if the loss did not need it.
+        """
         for i, name in enumerate(self.names):
             if name in totals:
-                getattr(self, f"total_{i}").add_(totals[name].nan_to_num(0.0, 0.0, 0.0))  # a scaled loss may overflow
-                getattr(self, f"count_{i}").add_(count)
+                finite = totals[name].isfinite().all()
+                getattr(self, f"total_{i}").add_(torch.where(finite, totals[name], 0.0))
+                getattr(self, f"count_{i}").add_(finite * count)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means, ``(width,)`` for each group.
@@ -69,12 +68,12 @@ class UnitMeans(Metric):
             count = getattr(self, f"count_{i}")
             if not count:
                 raise PruningError(
-                    f"{name}: nothing was gathered for its channels, because no gradient or activation of it was seen. "
-                    "If its layers are frozen, unfreeze them or name them in ignore=."
+                    f"{name}: nothing was gathered for its channels: no batch came, or no finite gradient of them was "
+                    "seen. If the layers that read these channels are frozen or unused, unfreeze them or name "
+                    f"ignore=[{name!r}]."
                 )
             means[name] = getattr(self, f"total_{i}") / count
         return means
-
 
     @property
     def has_seen(self) -> bool:
@@ -84,7 +83,8 @@ class UnitMeans(Metric):
     def gathered(self) -> dict[str, list[Any]]:
         """Return what this process has summed so far, as ``group -> [total, count]``, for a checkpoint."""
         return {
-            name: [getattr(self, f"total_{i}").cpu(), float(getattr(self, f"count_{i}"))] for i, name in enumerate(self.names)
+            name: [getattr(self, f"total_{i}").cpu().clone(), float(getattr(self, f"count_{i}"))]
+            for i, name in enumerate(self.names)
         }
 
     def take_up(self, gathered: Mapping[str, list[Any]]) -> None:
@@ -99,7 +99,11 @@ class UnitMeans(Metric):
 
 
 def over_units(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor | None:
-    """Sum values of weights over each unit's own: those that make it and follow it, not those that sum over it.
+    """Sum values of weights over those that read each unit: what its removal takes from the rest of the network.
+
+    A unit is gone exactly when every weight that reads it is zero. To add the weights that make it would be to count it
+    again, and those of a normalisation between, yet again. Only where nothing that reads it has values, those that make
+    and follow it count instead.
 
     Args:
         group: The channel group.
@@ -108,56 +112,69 @@ def over_units(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor | No
     Returns:
         One sum per unit, ``(width,)``, or None where no parameter of the group has values.
     """
+    valued = [slot for slot in group.slots if slot.tensor in values]
     total: Tensor | None = None
-    for slot in group.slots:
-        value = values.get(slot.tensor)
-        if value is None or slot.role == "consumer":
-            continue
+    for slot in [slot for slot in valued if slot.role == "consumer"] or valued:
+        value = values[slot.tensor]
         rows = value.sum(dim=[d for d in range(value.dim()) if d != slot.dim]) if value.dim() > 1 else value
-        if total is None:
-            total = rows.new_zeros(group.width)
-        if slot.aligned and len(slot.units) == group.width:
-            total = total + rows
-        else:
-            units = torch.from_numpy(slot.units).to(rows.device)
-            total = total.index_add(0, units[units >= 0], rows[units >= 0])
+        rows = _by_unit(rows, torch.from_numpy(slot.units), group.width, slot.aligned)
+        total = rows if total is None else total + rows
     return total
 
 
 def taylor_over_units(
     structure: Structure, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Return, for each group that has gradients, the square of each unit's expansion of the loss, ``(width,)``.
+    r"""Return, for each group that has gradients, the square of each unit's expansion of the loss, ``(width,)``.
+
+    The paper puts a gate on the unit and takes :math:`\sum_s g_s w_s` over the weights right before it, which is the
+    loss's derivative with respect to the gate. Here the gate stands where the unit is read, and the weights are those
+    right behind it: the derivative is exact whatever lies between, and however many layers write on the unit.
 
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8 (arXiv:1906.10771).
     """
     found = {}
     with torch.no_grad():
+        products = {
+            name: parameters[name].to(_at_least_single(gradient)) * gradient
+            for name, gradient in gradients.items()
+            if gradient is not None
+        }
         for name, group in structure.groups.items():
-            products = {
-                slot.tensor: parameters[slot.tensor] * gradient
-                for slot in group.slots
-                if slot.role != "consumer" and (gradient := gradients.get(slot.tensor)) is not None
-            }
             total = over_units(group, products)
             if total is not None:
                 found[name] = total.square()
     return found
 
 
+def gather_contributions(means: UnitMeans, found: dict[tuple[str, int], Tensor], scale: float = 1.0) -> None:
+    """Add to the means what :func:`watch_contributions` has found, by size, and clear it.
+
+    Each example counts as its own loss does, which the mean loss of a batch holds divided by the number of examples.
+
+    Args:
+        means: What is added to.
+        found: What one backward pass has left.
+        scale: What the loss was multiplied by.
+    """
+    for (name, examples), rows in found.items():
+        means.update({name: rows.abs().sum(dim=0) * (examples / scale)}, count=examples)
+    found.clear()
+
+
 @contextmanager
 def watch_contributions(model: nn.Module, structure: Structure) -> Iterator[dict[tuple[str, int], Tensor]]:
     """Gather, during backward passes inside the block, what each unit's feature map contributes to each example's loss.
 
-    A unit's feature map is what the modules that sum over it receive; the contributions of all of them add up, since all
-    would lose it. Nothing is gathered without gradients, so that validation and traces pass unseen.
+    A unit's feature map is what the modules that sum over it receive; the contributions of all of them add up, since
+    all would lose it. Nothing is gathered without gradients, so that validation and traces pass unseen.
 
     Yields:
         (group name, number of examples) -> signed contributions, ``(N, width)``. Clear it between two passes.
 
     Raises:
-        PruningError: If no module that can be watched sums over a group's channels.
+        PruningError: If something else than a convolution or a linear module sums over a group's channels.
     """
     found: dict[tuple[str, int], Tensor] = {}
 
@@ -167,17 +184,14 @@ def watch_contributions(model: nn.Module, structure: Structure) -> Iterator[dict
         key = place.group, len(rows)
         found[key] = found[key] + rows if key in found else rows
 
-    def enter(place: _Place, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (torch.is_grad_enabled() and args[0].requires_grad):
-            return None
-        seen = args[0].view_as(args[0])  # its gradient is the one through this module alone
-        seen.register_hook(partial(add, place, args[0].detach()))
-        return (seen, *args[1:])
+    def enter(place: _Place, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        seen = x.view_as(x)  # its gradient is the one through this module alone
+        seen.register_hook(partial(add, place, x.detach()))
+        return seen
 
-    with ExitStack() as stack:
-        for place in _places(model, structure):
-            handle = model.get_submodule(place.module).register_forward_pre_hook(partial(enter, place))
-            stack.callback(handle.remove)
+    with _entered(model, _places(model, structure), enter):
         yield found
 
 
@@ -185,99 +199,30 @@ def watch_contributions(model: nn.Module, structure: Structure) -> Iterator[dict
 def watch_moments(model: nn.Module, structure: Structure) -> Iterator[dict[str, dict[str, Tensor]]]:
     """Sum, during forward passes inside the block, every unit's activations, their squares and how many are zero.
 
+    Where several modules read a unit, what each of them receives counts.
+
     Yields:
         Group name -> ``total``, ``squares``, ``zeros`` and ``count``, each ``(width,)``.
     """
     found: dict[str, dict[str, Tensor]] = {}
 
-    def enter(place: _Place, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = place.channels_second(args[0].detach()).flatten(2) if args[0].dim() > 2 else args[0].detach()[..., None]
-        moments = {"total": x, "squares": x.square(), "zeros": (x == 0).to(x), "count": torch.ones_like(x)}
-        sums = {name: place.over_units(value.sum(dim=(0, 2))[None])[0].double() for name, value in moments.items()}
+    def enter(place: _Place, x: Tensor) -> Tensor:
+        maps = place.channels_second(x.detach())
+        maps = maps.flatten(2) if maps.dim() > 2 else maps[..., None]
+        moments = {
+            "total": maps,
+            "squares": maps.square(),
+            "zeros": (maps == 0).to(maps),
+            "count": torch.ones_like(maps),
+        }
+        wide = _wide(x.device)
+        sums = {name: place.over_units(value.sum(dim=(0, 2))[None])[0].to(wide) for name, value in moments.items()}
         before = found.get(place.group, {})
         found[place.group] = {name: before[name] + value if before else value for name, value in sums.items()}
+        return x
 
-    with ExitStack() as stack:
-        seen: set[str] = set()
-        for place in _places(model, structure):
-            if place.group not in seen:
-                seen.add(place.group)
-                handle = model.get_submodule(place.module).register_forward_pre_hook(partial(enter, place))
-                stack.callback(handle.remove)
+    with _entered(model, _places(model, structure), enter):
         yield found
-
-
-def batch_gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, Tensor | None]:
-    """Return the gradient of the loss of one batch for every parameter, frozen or not; ``.grad`` is not touched."""
-    parameters = dict(model.named_parameters())
-    with _differentiable(parameters.values()):
-        gradients = torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, gradients, strict=True))
-
-
-def empirical_fisher(model: nn.Module, batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Approximate the Hessian's diagonal by the mean over examples of their squared gradients, example by example.
-
-    Returns:
-        Parameter name -> diagonal, of the parameter's shape.
-
-    References:
-        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, sec. 4: the outer-product form.
-    """
-    parameters = dict(model.named_parameters())
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    examples = 0
-    with undisturbed(model), torch.enable_grad():
-        for batch in batches:
-            for example in _examples(batch):
-                examples += 1
-                for name, gradient in batch_gradients(model, example, loss).items():
-                    if gradient is not None:
-                        total[name] += gradient.square()
-    return {name: value / max(examples, 1) for name, value in total.items()}
-
-
-def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int = 4) -> dict[str, Tensor]:
-    r"""Estimate the Hessian's diagonal by :math:`E[v \odot H v]` with random signs :math:`v`.
-
-    Args:
-        model: The model.
-        batches: Batches of data.
-        loss: From model and batch to the mean loss.
-        probes: Random vectors per batch.
-
-    Returns:
-        Parameter name -> diagonal, of the parameter's shape. Unbiased; single entries may be negative.
-
-    References:
-        Hutchinson, 1990; Bekas, Kokiopoulou and Saad, An Estimator for the Diagonal of a Matrix, 2007.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    drawn = 0
-    with undisturbed(model), torch.enable_grad(), _differentiable(parameters.values()):
-        for batch in batches:
-            own = list(parameters.values())
-            first = torch.autograd.grad(loss(model, batch), own, create_graph=True, allow_unused=True)
-            used = [
-                (name, p, g)
-                for name, p, g in zip(parameters, own, first, strict=True)
-                if g is not None and g.requires_grad
-            ]
-            for probe in range(probes):
-                signs = [torch.randint_like(p, 2) * 2 - 1 for _, p, _ in used]
-                second = torch.autograd.grad(
-                    [g for _, _, g in used],
-                    [p for _, p, _ in used],
-                    signs,
-                    retain_graph=probe < probes - 1,
-                    allow_unused=True,
-                )
-                drawn += 1
-                for (name, _, _), sign, product in zip(used, signs, second, strict=True):
-                    if product is not None:
-                        total[name] += sign * product
-    return {name: value / max(drawn, 1) for name, value in total.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,68 +233,76 @@ class _Place:
     group: str
     width: int
     last: bool  # whether channels are the input's last dimension
+    alone: int  # dimensions of an input that is one example without a batch
     units: Tensor
     aligned: bool
 
     def channels_second(self, x: Tensor) -> Tensor:
-        x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        x = x[None] if x.dim() == 1 else x
+        x = x.to(_at_least_single(x))
+        x = x[None] if x.dim() == self.alone else x
         return x.movedim(-1, 1) if self.last else x
 
     def over_units(self, values: Tensor) -> Tensor:
         """Sum ``(N, channels)`` over the channels of each unit: ``(N, width)``."""
-        if self.aligned:
-            return values
-        units = self.units.to(values.device)
-        return values.new_zeros(len(values), self.width).index_add(1, units[units >= 0], values[:, units >= 0])
+        return _by_unit(values, self.units, self.width, self.aligned)
 
 
 def _places(model: nn.Module, structure: Structure) -> list[_Place]:
     modules = dict(model.named_modules())
     places = []
     for name, group in structure.groups.items():
-        own = []
         for slot in group.slots:
-            path, _, leaf = slot.tensor.rpartition(".")
-            module = modules.get(path)
-            if (
-                slot.role != "consumer"
-                or leaf != "weight"
-                or not isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-            ):
+            if slot.role != "consumer":
                 continue
+            path = slot.tensor.partition(".parametrizations.")[0].removesuffix(".weight")
+            module = modules.get(path)
             units = torch.from_numpy(slot.units)
-            if isinstance(module, nn.modules.conv._ConvNd) and slot.dim == 1 and not module.transposed:
-                units = units.repeat(module.groups)
-            aligned = slot.aligned and len(units) == group.width
-            own.append(_Place(path, name, group.width, isinstance(module, nn.Linear), units, aligned))
-        if not own:
-            raise PruningError(
-                f"{name}: no convolution or linear module sums over its channels, so their activations cannot be watched. "
-                "Name it in ignore=, or use a criterion of weights."
-            )
-        places += own
+            if isinstance(module, nn.Linear):
+                places.append(
+                    _Place(path, name, group.width, True, 1, units, slot.aligned and len(units) == group.width)
+                )
+            elif isinstance(module, nn.modules.conv._ConvNd):
+                if module.transposed and module.groups == module.in_channels:
+                    continue  # depthwise: it reads each channel to hand it on, and what reads that is watched
+                units = units if module.transposed else units.repeat(module.groups)
+                aligned = slot.aligned and len(units) == group.width
+                places.append(_Place(path, name, group.width, False, module.weight.dim() - 1, units, aligned))
+            else:
+                raise PruningError(
+                    f"{name}: {slot.tensor} sums over its channels and belongs to no convolution or linear module, so "
+                    f"what it receives cannot be watched. Name ignore=[{name!r}], or use a criterion of weights."
+                )
     return places
 
 
 @contextmanager
-def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
+def _entered(model: nn.Module, places: Iterable[_Place], enter: Callable[[_Place, Tensor], Tensor]) -> Iterator[None]:
+    """Hand what each place receives to ``enter``, and on to its module what that returns, inside the block."""
+
+    def hook(place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (enter(place, args[0]), *args[1:]), kwargs
+        return (), {**kwargs, "input": enter(place, kwargs["input"])}
+
+    with ExitStack() as stack:
+        for place in places:
+            module = model.get_submodule(place.module)
+            stack.callback(module.register_forward_pre_hook(partial(hook, place), with_kwargs=True).remove)
         yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
-def _examples(batch: Any) -> Iterator[Any]:
-    sizes = {tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()}
-    if len(sizes) != 1:
-        raise PruningError(
-            f"One example at a time is asked for, but the batch's tensors hold {sorted(sizes)} entries. "
-            "Pass batches whose tensors agree in their first dimension."
-        )
-    for i in range(sizes.pop()):
-        yield pytree.tree_map_only(Tensor, lambda tensor, i=i: tensor[i : i + 1] if tensor.dim() else tensor, batch)
+def _by_unit(values: Tensor, units: Tensor, width: int, aligned: bool) -> Tensor:
+    """Sum over the last dimension's entries of each unit, ``(..., size)`` to ``(..., width)``; unit -1 is nobody's."""
+    if aligned and values.shape[-1] == width:
+        return values
+    places = torch.where(units < 0, width, units).to(values.device)
+    return values.new_zeros(*values.shape[:-1], width + 1).index_add(-1, places, values)[..., :width]
+
+
+def _at_least_single(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(device: torch.device | str) -> torch.dtype:
+    """Return the widest numbers that a device can add."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64

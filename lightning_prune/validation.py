@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ __all__ = ["inputs_from_validation", "trainer_sensitivity"]
 def trainer_sensitivity(
     trainer: Trainer,
     model: LightningModule,
-    datamodule: LightningDataModule | None = None,
+    data: LightningDataModule | Iterable[Any] | None = None,
     *,
     metric: str,
     mode: Mode | None = None,
@@ -44,7 +44,7 @@ def trainer_sensitivity(
     Args:
         trainer: What validates.
         model: The module, with the weights to be judged.
-        datamodule: The data, unless the module has its own.
+        data: A datamodule, or what else ``trainer.validate`` takes, unless the module has its own.
         metric: Name under which the module logs the metric in validation.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
             with ``loss`` or ``error`` in them.
@@ -62,13 +62,13 @@ def trainer_sensitivity(
     """
 
     def evaluate(module: LightningModule) -> float:
-        trainer.validate(module, datamodule=datamodule, verbose=False)
+        trainer.validate(module, dataloaders=data, verbose=False)
         return _logged(trainer, metric)
 
     if mode is None:
         mode = "min" if any(word in metric.lower() for word in ("loss", "error")) else "max"
     with _quiet(trainer):
-        found = inputs_from_validation(trainer, model, datamodule)
+        found = inputs_from_validation(trainer, model, data)
         _logged(trainer, metric)
         return sensitivity(
             model,
@@ -86,13 +86,13 @@ def trainer_sensitivity(
 
 
 def inputs_from_validation(
-    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None = None
+    trainer: Trainer, model: LightningModule, data: LightningDataModule | Iterable[Any] | None = None
 ) -> ExampleInputs:
     """Validate once, and return inputs of ``forward``: ``example_input_array``, or one example of the first batch."""
     seen, callbacks = _FirstBatch(), _callbacks(trainer)
     callbacks.append(seen)
     try:
-        trainer.validate(model, datamodule=datamodule, verbose=False)
+        trainer.validate(model, dataloaders=data, verbose=False)
     finally:
         callbacks.remove(seen)
     own: ExampleInputs | None = model.example_input_array

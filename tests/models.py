@@ -60,7 +60,12 @@ def net(inputs: ExampleInputs, groups: dict[str, int], **expected: Any) -> Calla
 # Plain chains
 
 
-@net(IMAGE, {"0": 4, "3": 6}, flops=2 * (64 * 3 * 4 * 9 + 2 * 64 * 4 + 64 * 4 * 6 * 9 + 6 * 64 + 5 * 6), params=112 + 8 + 222 + 35)
+@net(
+    IMAGE,
+    {"0": 4, "3": 6},
+    flops=2 * (64 * 3 * 4 * 9 + 2 * 64 * 4 + 64 * 4 * 6 * 9 + 6 * 64 + 5 * 6),
+    params=112 + 8 + 222 + 35,
+)
 def plain() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(),
@@ -157,7 +162,12 @@ class Shared(nn.Module):
 # Groups, depth and shuffles
 
 
-@net(IMAGE, {"0": 4, "3": 6}, flops=2 * 64 * (3 * 4 + 4 * 9 + 2 * 4 + 4 * 6) + 2 * (6 * 64 + 12), params=16 + 40 + 8 + 30 + 14)
+@net(
+    IMAGE,
+    {"0": 4, "3": 6},
+    flops=2 * 64 * (3 * 4 + 4 * 9 + 2 * 4 + 4 * 6) + 2 * (6 * 64 + 12),
+    params=16 + 40 + 8 + 30 + 14,
+)
 def depthwise() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1),
@@ -388,7 +398,8 @@ class Bilinear(nn.Module):
 @net(IMAGE, {"0": 6})
 def instance_norm() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+        nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, affine=True),
+        nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
         nn.PReLU(6), nn.Conv2d(6, 1, 1),
     )  # fmt: skip
 
@@ -434,7 +445,11 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.enter, self.attention, self.norm = nn.Linear(6, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8)
+        self.enter, self.attention, self.norm = (
+            nn.Linear(6, 8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.LayerNorm(8),
+        )
         self.fc1, self.fc2, self.out = nn.Linear(8, 9), nn.Linear(9, 8), nn.Linear(8, 2)
 
     def forward(self, x):

@@ -16,6 +16,7 @@ FLOORS = {
     "criteria": 1,
     "structure": 2,
     "flops": 2,
+    "gradients": 2,
     "statistics": 2,
     "budget": 2,
     "surgery": 3,
@@ -29,6 +30,7 @@ FLOORS = {
     "checkpoints": 5,
     "validation": 5,
     "callbacks": 5,
+    "validation": 5,
     "cli": 5,
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -127,7 +127,9 @@ def test_contradicting_patterns_are_refused():
     assert_refused(ValueError, match, model=model, amount={"conv2": 0.5, "shortcut": 0.25})
 
 
-@pytest.mark.parametrize("how", [{"ignore": ["*"]}, {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double()}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"ignore": ["*"]}, {"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double()}], ids=str
+)
 def test_nothing_left_to_prune_is_refused(how):
     """Where every channel stays the error says so and why."""
     assert_refused(PruningError, "Nothing is left to prune in Sequential: every channel stays .*weight: ", **how)
@@ -154,7 +156,9 @@ def test_unreachable_budgets_are_refused(target, scope):
 
 def test_more_filters_than_can_leave_are_refused():
     """With scope="global" no more filters can be asked for than leave each layer one."""
-    assert_refused(PruningError, r"amount=0\.99 of the filters cannot go: .*85\.7% would be gone", amount=0.99, scope="global")
+    assert_refused(
+        PruningError, r"amount=0\.99 of the filters cannot go: .*85\.7% would be gone", amount=0.99, scope="global"
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,9 @@ def test_more_filters_than_can_leave_are_refused():
 )  # fmt: skip
 def test_criteria_of_wrong_shapes_are_refused(criterion):
     """A function that does not give one score per filter is refused, with the layer and both shapes."""
-    assert_refused(ValueError, r"criterion: for 0\.weight, \(8, 3, 3, 3\), it gave .*one per filter, \(8,\)", criterion=criterion)
+    assert_refused(
+        ValueError, r"criterion: for 0\.weight, \(8, 3, 3, 3\), it gave .*one per filter, \(8,\)", criterion=criterion
+    )
 
 
 def test_criteria_that_give_no_tensor_are_refused():

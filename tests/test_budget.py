@@ -77,7 +77,9 @@ def test_budgets_hold(amount, target, round_to):
     except PruningError:
         assert round_to > 1
         return
-    assert getattr(measure(MODEL, STRUCTURE, keep), target) <= (1 - amount) * getattr(DENSE.footprint, target) * (1 + 1e-9)
+    assert getattr(measure(MODEL, STRUCTURE, keep), target) <= (1 - amount) * getattr(DENSE.footprint, target) * (
+        1 + 1e-9
+    )
     assert all(n % round_to == 0 or n == width for n, width in zip(left(keep), (8, 12), strict=True))
 
 

@@ -50,7 +50,7 @@ def test_removing_is_silencing_in_random_architectures(stages, amount, flat):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=3000, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
 @given(stages=architectures(most=8), amount=AMOUNTS, flat=st.booleans())
 def test_removing_is_silencing_in_many_architectures(stages, amount, flat):
     """Removing is silencing in deeper networks too."""
@@ -110,7 +110,7 @@ def assert_follows_report(model, full, report):
 @settings(deadline=None, max_examples=30)
 @given(stages=architectures(norms=tuple(NORMS)), amount=AMOUNTS, flat=st.booleans())
 def test_a_cut_network_is_sound(stages, amount, flat):
-    """Whatever norms it has, a cut network runs, trains, keeps its output shape, and its attributes and report are true."""
+    """Whatever its norms, a cut network runs, trains, keeps its output shape; its attributes and report are true."""
     model = build(stages, flat)
     full = copy.deepcopy(model)
     report = prune_filters(model, INPUTS, amount)
@@ -244,7 +244,7 @@ def test_widths_are_multiples(round_to, target):
 
 
 def test_the_lowest_scores_leave():
-    """With "l1" the filters with the smallest sum of absolute weights leave, with "l2" of squares, with a function its own."""
+    """With "l1" filters of the smallest sum of absolute weights leave, with "l2" of squares, else of the function."""
     for criterion, score in (
         ("l1", lambda w: w.abs().sum((1, 2, 3))), ("l2", lambda w: w.square().sum((1, 2, 3))),
         (lambda w: -w.flatten(1)[:, 0], lambda w: -w.flatten(1)[:, 0]),
@@ -303,7 +303,7 @@ def test_amount_zero_changes_nothing():
 
 @pytest.mark.parametrize("name", NETS)
 def test_identity_names_and_modes_survive(name):
-    """Parameters are the same objects under the same names in the same order; frozen ones stay frozen, modes and mode stay."""
+    """Parameters are the same objects under the same names, in order; what is frozen stays frozen, modes stay."""
     model, inputs = built(name)
     next(iter(model.modules())).train()
     for parameter in model.parameters():
@@ -390,5 +390,3 @@ def test_a_model_full_of_nan_is_cut_all_the_same():
         parameter.data.fill_(math.nan)
     prune_filters(model, IMAGE, 0.5)
     assert (model[0].out_channels, model[3].out_channels) == (4, 6)
-
-

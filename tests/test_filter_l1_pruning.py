@@ -76,7 +76,9 @@ def test_smallest_filters_leave():
     module = net(Still)
     before = weights(module)
     fit(module, FilterL1Pruning(amount=0.5), max_epochs=1)
-    stay = {name: sorted(lowest(before[f"{name}.weight"].abs().flatten(1).sum(1), n // 2)) for name, n in WIDTHS.items()}
+    stay = {
+        name: sorted(lowest(before[f"{name}.weight"].abs().flatten(1).sum(1), n // 2)) for name, n in WIDTHS.items()
+    }
     assert torch.equal(module.first.weight, before["first.weight"][stay["first"]])
     assert torch.equal(module.norm.weight, before["norm.weight"][stay["first"]])
     assert torch.equal(module.second.weight, before["second.weight"][stay["second"]][:, stay["first"]])
@@ -232,7 +234,6 @@ def test_table_shows_the_widths(capsys):
 @pytest.mark.parametrize("kind", [Net, Known, Depthwise])
 def test_loss_falls(kind):
     """The loss goes on falling while the network becomes smaller."""
-
 
     class Trained(kind):
         def configure_optimizers(self):

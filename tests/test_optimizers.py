@@ -79,7 +79,7 @@ def slim_twin(full, optimizer, make, kept):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_step_after_a_cut_is_that_of_a_slim_twin(name):
-    """Two steps after a cut, parameters and buffers are those of a network that was slim all along with the same state."""
+    """Two steps after a cut, parameters and buffers are those of a network that was slim all along."""
     make = EVERY[name]
     model, optimizer = trained(make)
     full, before = copy.deepcopy((model, optimizer))
@@ -94,7 +94,7 @@ def test_the_step_after_a_cut_is_that_of_a_slim_twin(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_state_has_the_shape_of_its_parameter(name):
-    """After a cut every tensor of the state has its parameter's shape (a fused step would not notice), or is one number."""
+    """After a cut every tensor of the state has its parameter's shape (a fused step would not notice)."""
     model, optimizer = trained(EVERY[name])
     prune_filters(model, IMAGES, 0.5, optimizer=optimizer)
     for parameter in model.parameters():
@@ -199,7 +199,7 @@ def test_lbfgs_is_refused():
 
 
 def test_state_of_another_model_is_refused():
-    """State whose shape does not fit its parameter is refused before anything is cut, also that of a later parameter."""
+    """State that does not fit its parameter is refused before anything is cut, also that of a later one."""
     for index in (0, 6):
         for wrong in (lambda sizes: [size + 1 for size in sizes], lambda sizes: [*sizes, 2]):
             model, optimizer = trained(EVERY["adam-plain"])

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, PruningError

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, load_from_checkpoint
+from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, TaylorFilterPruning, load_from_checkpoint
 from tests.runs import (
     IMAGE,
     WIDTHS,
@@ -52,7 +52,7 @@ def saved_run(folder, kind=Net, val=False, max_epochs=6, callback=None, **argume
 @pytest.mark.parametrize("kind", [Net, Known, Depthwise], ids=["first-batch", "example_input_array", "groups"])
 @pytest.mark.parametrize("every", [{}, {"every_n_train_steps": STEPS}], ids=["epoch", "last-batch"])
 def test_resumed_ends_where_uninterrupted_ends(kind, every, tmp_path):
-    """From the checkpoint of any epoch, saved at its end or after its last batch, a new process ends at equal weights."""
+    """From the checkpoint of any epoch, saved at its end or after its last batch, a run ends at equal weights."""
     whole, paths = saved_run(tmp_path, kind, **every)
     assert list(paths) == [STEPS * epoch for epoch in range(1, 7)]
     for path in list(paths.values())[:-1]:
@@ -61,6 +61,22 @@ def test_resumed_ends_where_uninterrupted_ends(kind, every, tmp_path):
         assert made.current_epoch == 6
         assert_same_weights(resumed, weights(whole))
         assert_agrees_with_shapes(resumed)
+
+
+@pytest.mark.parametrize("kind", [Net, Known], ids=["first-batch", "example_input_array"])
+@pytest.mark.parametrize("every", [{}, {"every_n_train_steps": STEPS}], ids=["epoch", "last-batch"])
+@pytest.mark.parametrize("form", ["weights", "activations"])
+def test_gathered_scores_resume(form, every, kind, tmp_path):
+    """What a callback has gathered for its scores goes on, too: cuts that are rare fall on the same units."""
+
+    def gathering():
+        return TaylorFilterPruning(0.5, target="flops", schedule=Linear(2, 5, every=3), form=form)
+
+    whole, paths = saved_run(tmp_path, kind, callback=gathering(), **every)
+    for path in list(paths.values())[:-1]:
+        resumed = net(kind, seed=5, dropout=0.0)
+        fit(resumed, gathering(), ckpt_path=path, max_epochs=6)
+        assert_same_weights(resumed, weights(whole))
 
 
 def test_resume_within_an_epoch(tmp_path):
@@ -84,7 +100,7 @@ def test_resume_within_an_epoch(tmp_path):
 def test_optimizer_and_logs_resume(tmp_path):
     """Momentum and logged values go on, too."""
     callback = pruning()
-    whole, paths = saved_run(tmp_path, callback=callback)
+    _, paths = saved_run(tmp_path, callback=callback)
     other = pruning()
     resumed = net(seed=5, dropout=0.0)
     made = fit(resumed, other, ckpt_path=paths[8], max_epochs=6)
@@ -325,7 +341,7 @@ def test_fit_after_fit():
 
 
 def test_fit_goes_on():
-    """A fit that ended before its schedule would is carried on by the next, as if it had been one."""
+    """A fit that ended before its schedule says so, and is carried on by the next, as if it had been one."""
     module, callback = net(dropout=0.0), FilterL1Pruning(0.5, schedule=Linear(0, 2))
     made = trainer(callback, max_epochs=3)
     made.should_stop = False
@@ -335,7 +351,8 @@ def test_fit_goes_on():
             trainer.should_stop = trainer.current_epoch == 0
 
     made.callbacks.append(Stop())
-    made.fit(module, batches())
+    with pytest.warns(UserWarning, match=r"ended before Linear\(start=0.*33% of amount=0.5 was due and has left"):
+        made.fit(module, batches())
     assert made.current_epoch == 1 and widths(module)["first"] > 4
     made.should_stop = False
     made.fit(module, batches())

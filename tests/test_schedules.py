@@ -13,7 +13,7 @@ SPANS = st.tuples(st.integers(0, 20), st.integers(0, 40), st.integers(1, 7)).map
 
 @given(span=SPANS, kind=st.sampled_from([Linear, Cubic]))
 def test_schedules_rise_from_zero_to_one(span, kind):
-    """Nothing is gone before `start`, something from `start` on, exactly everything from `end` on; shares never fall."""
+    """Nothing is gone before `start`, something from there, exactly everything from `end` on; shares never fall."""
     schedule = kind(*span)
     shares = [schedule(epoch) for epoch in range(schedule.end + 5)]
     assert all(share == 0.0 for share in shares[: schedule.start])

@@ -1,5 +1,6 @@
 """How scores become choices: exactly as many as asked, ties by index."""
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def test_exactly_as_many_stay_as_asked(scores, data):
 def test_larger_counts_keep_a_superset(scores):
     """Whatever stays among few stays among more."""
     keeps = [keep_highest(torch.tensor(scores), count) for count in range(len(scores) + 1)]
-    assert all((few <= more).all() for few, more in zip(keeps, keeps[1:], strict=False))
+    assert all((few <= more).all() for few, more in itertools.pairwise(keeps))
 
 
 @settings(deadline=None, max_examples=50)

@@ -79,7 +79,9 @@ def test_predicted_flops_equal_counted_ones(name):
 
 
 def assert_prediction_holds(model, inputs, structure, amount):
-    fixed = count_flops(model, inputs).total - structure.flops({})  # of operators that no channel that can leave reaches
+    fixed = count_flops(model, inputs).total - structure.flops(
+        {}
+    )  # of operators that no channel that can leave reaches
     report = prune_filters(model, inputs, amount)
     keep = {}
     for name, group in structure.groups.items():
@@ -120,7 +122,9 @@ def assert_same_state(model, before):
 
 
 def global_hooks():
-    return [len(hooks) for name, hooks in vars(torch_module).items() if name.startswith("_global_") and "_hooks" in name]
+    return [
+        len(hooks) for name, hooks in vars(torch_module).items() if name.startswith("_global_") and "_hooks" in name
+    ]
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -219,7 +223,11 @@ def test_operators_pass_labels_on(case):
 
 @pytest.mark.parametrize(
     "function, operator",
-    [(lambda x: x.cumsum(1), "cumsum"), (lambda x: x[:, [3, 1, 2]], "index"), (lambda x: torch.fft.rfft(x).real, "fft")],
+    [
+        (lambda x: x.cumsum(1), "cumsum"),
+        (lambda x: x[:, [3, 1, 2]], "index"),
+        (lambda x: torch.fft.rfft(x).real, "fft"),
+    ],
     ids=["cumsum", "index", "fft"],
 )
 def test_a_reason_names_the_operator(function, operator):
@@ -314,7 +322,10 @@ def test_a_wrong_rule_of_the_users_is_found_out():
         RULES.pop(torch.ops.lightning_prune_tests.scale_channels, None)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_numbers_of_any_kind(dtype, device):
     """Models in half, bfloat16, single and double precision are traced, proved and cut alike, on any device."""

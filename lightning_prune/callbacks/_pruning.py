@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,8 +23,8 @@ from lightning_prune.arguments import (
     with_ignored,
 )
 from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target
-from lightning_prune.callbacks._inputs import batch_as_inputs, is_plain, on_device_of
 from lightning_prune.callbacks._guard import guards
+from lightning_prune.callbacks._inputs import batch_as_inputs, is_plain, on_device_of
 from lightning_prune.callbacks._refusals import leads, pruning_callbacks, refuse_overlap, refuse_run, refuse_short
 from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs
@@ -143,7 +144,9 @@ class StructuredPruning(Callback):
         check_optimizers(type(self).__name__, trainer.optimizers)
         refuse_short(type(self).__name__, self.schedule, trainer)
         given = [callback.example_inputs for callback in (self, *pruning_callbacks(trainer))]
-        known = [inputs for inputs in (*given, pl_module.example_input_array, self._state.example) if inputs is not None]
+        known = [
+            inputs for inputs in (*given, pl_module.example_input_array, self._state.example) if inputs is not None
+        ]
         if known:
             self._begin(trainer, pl_module, known[0])
 
@@ -164,7 +167,12 @@ class StructuredPruning(Callback):
         """Print what became of every layer."""
         for guard in guards(trainer):
             guard.judge(trainer, pl_module)
-        start = self._state.start
+        start, share = self._state.start, self._state.share
+        if share < self._state.ceiling and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended before {self.schedule} did; "
+                f"{share:.0%} of amount={self.amount} was due and has left."
+            )
         if start is not None and self._state.inputs is not None and trainer.is_global_zero and leads(self, trainer):
             flops = self._count_flops(pl_module)
             kept = count_params(pl_module) / max(start.params, 1), flops.total / max(start.flops, 1)
@@ -338,7 +346,11 @@ class StructuredPruning(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers."""
         state, start = self._state, state_dict["start"]
-        state.share, state.ceiling, state.widths = state_dict["share"], state_dict["ceiling"], dict(state_dict["widths"])
+        state.share, state.ceiling, state.widths = (
+            state_dict["share"],
+            state_dict["ceiling"],
+            dict(state_dict["widths"]),
+        )
         state.refused, state.example, state.start = list(state_dict["refused"]), state_dict["example"], None
         if start is not None:
             layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}

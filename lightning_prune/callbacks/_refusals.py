@@ -44,13 +44,13 @@ def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: Ligh
         )
     if hasattr(trainer.strategy.launcher, "_start_method"):
         raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and a model that was "
-            "cut there does not fit into the one that waits here. Use strategy='ddp', from a script."
+            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and a model that "
+            "was cut there does not fit into the one that waits here. Use strategy='ddp', from a script."
         )
     if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
         raise PruningError(
-            f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no checkpoint of "
-            "the slim model could be loaded. Leave the plugin out."
+            f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no "
+            "checkpoint of the slim model could be loaded. Leave the plugin out."
         )
     for name, reason in _CONTRADICTING.items():
         if any(name in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]

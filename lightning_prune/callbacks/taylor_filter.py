@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,7 +16,7 @@ from lightning_prune.budget import Scores
 from lightning_prune.callbacks._pruning import StructuredPruning
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA
-from lightning_prune.statistics import UnitMeans, taylor_over_units, watch_contributions
+from lightning_prune.statistics import UnitMeans, gather_contributions, taylor_over_units, watch_contributions
 from lightning_prune.structure import Structure
 
 __all__ = ["TaylorFilterPruning"]
@@ -24,23 +25,25 @@ __all__ = ["TaylorFilterPruning"]
 class TaylorFilterPruning(StructuredPruning):
     """Remove the filters, neurons and channels that the loss would miss least, to first order, while the model trains.
 
-    The gradients are those of the training itself: no extra passes, no labels. Scores gather from one cut to the next. For the
-    rest, what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
+    The gradients are those of the training itself: no extra passes, no labels. Scores gather from one cut to the next.
+    For the rest, what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
 
     Args:
         amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
             fractions by pattern of module paths, of the channels that these modules produce.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters or FLOPs.
         scope: ``global`` compares scores across layers; ``layer`` takes the same share of every layer.
-        schedule: When how much of it leaves, not before epoch 1, since gradients must be seen first; by default everything
-            before epoch 1.
+        schedule: When how much of it leaves, not before epoch 1, since gradients must be seen first; by default
+            everything before epoch 1.
         ignore: Patterns of module paths whose channels stay.
         round_to: Widths after a cut are multiples of this, rounded up.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default the
-            module's ``example_input_array``, else one example of the first training batch.
-        form: ``weights`` squares each unit's sum of weight times gradient (Molchanov et al. 2019); ``activations`` averages over
-            examples the absolute sum of activation times gradient, and divides by the layer's l2 norm (2016).
-        flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses 0.001.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
+            the module's ``example_input_array``, else one example of the first training batch.
+        form: ``weights`` squares each unit's sum of weight times gradient (Molchanov et al. 2019); ``activations``
+            averages over examples the absolute sum of activation times gradient, and divides by the layer's l2 norm
+            (2016); it takes the training loss to be the mean over the batch.
+        flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
+            0.001.
 
     Raises:
         ValueError: If an argument is out of range, or the schedule cuts before epoch 1.
@@ -67,7 +70,8 @@ class TaylorFilterPruning(StructuredPruning):
         super().__init__(amount, target, scope, schedule, ignore, round_to, example_inputs)
         if self.schedule(0) > 0:
             raise ValueError(
-                f"TaylorFilterPruning(schedule={schedule!r}): gradients must be seen before the first cut. Start at epoch 1."
+                f"TaylorFilterPruning(schedule={schedule!r}): gradients must be seen before the first cut. "
+                "Start at epoch 1."
             )
         if form not in ("weights", "activations"):
             raise ValueError(f"TaylorFilterPruning(form={form!r}): choose 'weights' or 'activations'.")
@@ -87,14 +91,15 @@ class TaylorFilterPruning(StructuredPruning):
         means = self._means.compute()
         normalise = CRITERIA["taylor" if self.form == "weights" else "taylor_activations"].normalise
         return {
-            name: normalise(means[name]) - self.flops_penalty * _mega_flops(structure, name) for name in structure.groups
+            name: normalise(means[name]) - self.flops_penalty * _mega_flops(structure, name)
+            for name in structure.groups
         }
 
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
         """Gather from nothing, or from what a checkpoint brought."""
         self.rest()
         self._structure = structure
-        self._means = UnitMeans({name: group.width for name, group in structure.groups.items()}).to(pl_module.device)
+        self._means = UnitMeans({name: group.width for name, group in structure.groups.items()}, pl_module.device)
         if self._gathered is not None:
             self._means.take_up(self._gathered)
             self._gathered = None
@@ -115,17 +120,31 @@ class TaylorFilterPruning(StructuredPruning):
         """Gather from the gradients that the step is made of: accumulated, averaged over processes, unscaled."""
         if self._means is not None and self._structure is not None and self.form == "weights":
             parameters = dict(pl_module.named_parameters())
-            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            # what other optimizers train may hold gradients of an earlier pass
+            gradients = {name: parameter.grad for name, parameter in parameters.items() if id(parameter) in stepped}
             self._means.update(taylor_over_units(self._structure, parameters, gradients))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Forget what backward passes outside the training step have left."""
+        self._contributions.clear()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather what each example of this backward pass contributes."""
         if self._means is not None and self.form == "activations":
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            for (name, examples), rows in self._contributions.items():
-                self._means.update({name: rows.abs().sum(dim=0) / scale}, count=examples)
-            self._contributions.clear()
+            gather_contributions(self._means, self._contributions, 1.0 if scaler is None else scaler.get_scale())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep each process's share of what all have gathered: the same file is read by all of them."""
+        if self._means is not None and trainer.world_size > 1:
+            gathered = checkpoint["callbacks"][self.state_key]["gathered"]
+            for sums in gathered.values():
+                total, count = (
+                    trainer.strategy.reduce(torch.as_tensor(value).to(self._means.device), reduce_op="mean")
+                    for value in sums
+                )
+                sums[:] = total.cpu(), float(count)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the base remembers, and what was gathered since the last cut."""

@@ -65,10 +65,15 @@ def draw_sensitivity(found: Sensitivity, path: str | Path, title: str | None = N
                 linewidth=1.1,
                 label=f"{group.name} ({group.width})",
             )
-        axes.set(ylabel=found.metric, xlim=(0, 100))
+        axes.set(ylabel=found.metric, xlim=(0, 112), xticks=range(0, 101, 20))
         axes.grid(color="0.9", linewidth=0.6)
     if close:
         panels[0].set(ylim=close)
+    low, high = panels[0].get_ylim()
+    seen = [group for group in found.groups if group.values and low <= group.values[-1] <= high]
+    for group in sorted(seen, key=lambda group: abs(group.values[-1] - found.dense))[-3:]:
+        end = 100 * group.shares[-1], group.values[-1]
+        panels[0].annotate(group.name, end, (5, 0), textcoords="offset points", va="center", fontsize=7)
     worst = max((value for group in found.groups for value in group.values), default=0.0)
     if found.mode == "min" and worst > 50 * found.dense > 0:
         panels[-1].set_yscale("log")
@@ -79,18 +84,18 @@ def draw_sensitivity(found: Sensitivity, path: str | Path, title: str | None = N
         title="group (units)", title_fontsize=8, frameon=False,
     )  # fmt: skip
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=110)
 
 
 def _close_up(found: Sensitivity) -> tuple[float, float] | None:
     """Return the range of the metric in which most curves lie, where a few that fall far would squeeze them flat."""
     sign = 1 if found.mode == "max" else -1
-    falls = sorted(max((sign * (found.dense - value) for value in group.values), default=0.0) for group in found.groups)
-    falls = [fall for fall in falls if math.isfinite(fall)]
-    if len(falls) < 4 or not 0 < (usual := falls[3 * (len(falls) - 1) // 4]) < 0.25 * falls[-1]:
+    falls = [max((sign * (found.dense - value) for value in group.values), default=0.0) for group in found.groups]
+    usual = [fall for fall in falls if fall < 0.25 * max(falls)]
+    if len(usual) < 3 or 2 * len(usual) < len(falls) or max(usual) <= 0:
         return None
     rise = max(sign * (value - found.dense) for group in found.groups for value in group.values)
-    ends = found.dense - sign * 1.6 * usual, found.dense + sign * (max(rise, 0.0) + 0.15 * usual)
+    ends = found.dense - sign * 1.1 * max(usual), found.dense + sign * (max(rise, 0.0) + 0.1 * max(usual))
     return min(ends), max(ends)
 
 

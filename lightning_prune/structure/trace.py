@@ -26,7 +26,16 @@ _ACTIVATION = Labels(weight=False)
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer once, under the first of its names."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():  # one walk where named_parameters and named_buffers take two
+        for found, own in ((parameters, module._parameters), (buffers, module._buffers)):
+            for leaf, tensor in own.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{path}.{leaf}" if path else leaf] = tensor
+    return parameters | buffers
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
@@ -59,8 +68,8 @@ def watch(
     labels: Mapping[str, Labels],
     *,
     meta: bool = False,
-) -> None:
-    """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
+) -> list[Tensor]:
+    """Run the model with labels, inside :func:`undisturbed`, pin what reaches its outputs, and return those.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
@@ -84,10 +93,12 @@ def watch(
             torch.func.functional_call(model, dict(replaced), args, kwargs) if replaced else model(*args, **kwargs)
         )
     ledger.where = ""
-    for tensor in tensors_in(outputs):
+    tensors = list(tensors_in(outputs))
+    for tensor in tensors:
         ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels.get(tensor, _UNLABELLED).dims.values():
             ledger.pin(found, "reaches the model's output")
+    return tensors
 
 
 class _LabelMode(TorchDispatchMode):

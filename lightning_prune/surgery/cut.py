@@ -69,7 +69,7 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
         PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
     """
     own = named_tensors(model)
-    parameters = [(own[name], kept) for name, kept in cut.kept.items() if isinstance(own[name], nn.Parameter)]
+    parameters = [(tensor, kept) for name, kept in cut.kept.items() if isinstance(tensor := own[name], nn.Parameter)]
     states = [
         (optimizer.state[parameter], followed(optimizer, parameter, kept))
         for optimizer in optimizers
@@ -89,9 +89,6 @@ def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[
         old = getattr(model.get_submodule(attribute.module), attribute.name)
         count = int(alive[attribute.atoms].sum())
         new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
-        if attribute.index is None:
-            new = count
-        else:
-            new = (*new[: attribute.index], count, *new[attribute.index + 1 :])
+        new = count if attribute.index is None else (*new[:attribute.index], count, *new[attribute.index + 1:])
         changes[place] = AttributeChange(attribute.module, attribute.name, old, new)
     return list(changes.values())

@@ -59,10 +59,12 @@ def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, T
         fits = value.dim() == parameter.dim() and all(value.shape[dim] in (1, parameter.shape[dim]) for dim in kept)
         if not fits:
             raise PruningError(
-                f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter of "
-                f"shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
+                f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter "
+                f"of shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
             )
-        slim[key] = narrowed(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1}).contiguous()
+        slim[key] = narrowed(
+            value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1}
+        ).contiguous()
     return slim
 
 

@@ -38,4 +38,6 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
             tensor.copy_(snapshot["tensors"][name])
             tensor.grad = None
     for optimizer, state in zip(optimizers, snapshot["optimizers"], strict=True):
-        optimizer.load_state_dict({"state": copy.deepcopy(state), "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(
+            {"state": copy.deepcopy(state), "param_groups": optimizer.state_dict()["param_groups"]}
+        )

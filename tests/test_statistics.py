@@ -1,0 +1,459 @@
+"""What is gathered over batches, against brute force: gates, stored activations, exact Hessians."""
+
+import copy
+import math
+import os
+import socket
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_prune import PruningError
+from lightning_prune.gradients import batch_gradients, empirical_fisher, hutchinson
+from lightning_prune.inputs import run
+from lightning_prune.statistics import (
+    UnitMeans,
+    gather_contributions,
+    over_units,
+    taylor_over_units,
+    watch_contributions,
+    watch_moments,
+)
+from lightning_prune.structure import find_structure, trace
+from tests.models import NETS
+
+# Networks whose units are read by convolutions and linear layers alone
+WATCHED = """plain mlp flatten strided Projection Padded Concat Shared depthwise grouped many_groups transposed
+transposed_groups shuffle pixel_shuffle chunk glu SqueezeExcite Decoder frozen Unused Buffers parametrized instance_norm
+group_norm few_groups layer_norm FunctionalNorm DictInput DataDependent Caching""".split()
+EXACT = {"atol": 1e-12, "rtol": 1e-9}
+
+
+class Conv1d(nn.Module):
+    """A signal, read once by a convolution and once, position by position, by a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.conv, self.rows = nn.Conv1d(2, 5, 3), nn.Conv1d(5, 3, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        return self.conv(x).mean(2) + self.rows(input=x.transpose(1, 2)).tanh().mean(1)
+
+
+class Windows(nn.Module):
+    """Features read by one layer in two windows per image, by another as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.windows, self.whole = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.enter(x).relu()  # (N, 6, 5)
+        windows = self.windows(x.reshape(2 * len(x), 3, 5)).tanh().reshape(len(x), 6, 3)
+        return (windows + self.whole(x)).mean(1)
+
+
+def made(name, seed=3):
+    torch.manual_seed(seed)
+    return NETS[name].build().double().eval(), NETS[name].inputs
+
+
+def structure_of(model, inputs):
+    return find_structure(trace(model, inputs))
+
+
+def squares(output):
+    """A loss whose value for one example does not depend on the others: the mean of each example's."""
+    return torch.stack([x.sin().square().flatten(1).sum(1) for x in [output]])[0]
+
+
+def loss(model, batch):
+    return squares(run(model, batch)).mean()
+
+
+def readers(model, structure, name):
+    """(module, index of the input channel -> unit, whether channels are last) of all that read a group, found by hand."""
+    found = []
+    for slot in structure.groups[name].slots:
+        path = slot.tensor.removesuffix(".weight")
+        module = dict(model.named_modules())[path] if slot.role == "consumer" else None
+        if module is None or (type(module) is nn.ConvTranspose2d and module.groups == module.in_channels):
+            continue
+        units = torch.from_numpy(slot.units)
+        if slot.dim == 1 and not isinstance(module, nn.Linear):
+            units = units.repeat(module.groups)
+        found.append((module, units, isinstance(module, nn.Linear)))
+    return found
+
+
+def gated(model, structure, name, inputs, examples):
+    """The derivative of every example's loss with respect to a gate on every unit, ``(examples, width)``."""
+    gate = torch.ones(examples, structure.groups[name].width + 1, dtype=torch.float64, requires_grad=True)
+
+    def read(units, last, module, args, kwargs):
+        x = args[0] if args else kwargs["input"]
+        own = gate.repeat_interleave(len(x) // examples, 0)[:, units]  # entry -1 is nobody's: the spare gate
+        own = own.reshape(len(x), *[1] * (x.dim() - 2), -1) if last else own.reshape(*own.shape, *[1] * (x.dim() - 2))
+        own = torch.where((units < 0).reshape(-1, *[1] * (0 if last else x.dim() - 2)), 1.0, own)
+        return ((x * own, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x * own})
+
+    from functools import partial
+
+    handles = [
+        module.register_forward_pre_hook(partial(read, units, last), with_kwargs=True)
+        for module, units, last in readers(model, structure, name)
+    ]
+    try:
+        each = squares(run(model, inputs))
+        return torch.autograd.grad(each.sum(), gate)[0][:, :-1]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_contributions_are_gradients_of_gates(model, inputs, structure, examples=2):
+    with watch_contributions(model, structure) as found:
+        squares(run(model, inputs)).sum().backward()
+    means = UnitMeans({name: group.width for name, group in structure.groups.items()})
+    expected = {name: gated(model, structure, name, inputs, examples) for name in structure.groups}
+    for name, gradient in expected.items():
+        rows = sum(r.reshape(examples, -1, r.shape[1]).sum(1) for (group, _), r in found.items() if group == name)
+        torch.testing.assert_close(rows, gradient, **EXACT)
+    gather_contributions(means, found, scale=examples)
+    assert not found
+    for name, mean in means.compute().items():
+        torch.testing.assert_close(mean, expected[name].abs().mean(0), **EXACT)
+
+
+# Taylor expansions
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_contributions_are_gradients_of_gates(name):
+    """What is gathered of a unit and an example is the derivative of its loss by a gate where the unit is read."""
+    model, inputs = made(name)
+    model.requires_grad_(True)
+    assert_contributions_are_gradients_of_gates(model, inputs, structure_of(model, inputs))
+
+
+@pytest.mark.parametrize("kind, shape", [(Conv1d, (2, 2, 9)), (Windows, (2, 6, 4))])
+def test_contributions_of_signals_and_windows(kind, shape):
+    """Positions add up wherever the channels stand, keyword or not, and windows of one example count as one."""
+    torch.manual_seed(0)
+    model, inputs = kind().double(), torch.randn(*shape, dtype=torch.float64)
+    assert_contributions_are_gradients_of_gates(model, inputs, structure_of(model, inputs))
+
+
+def test_contributions_where_the_reader_is_parametrized():
+    """A layer with a weight norm reads as the layer it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), weight_norm(nn.Linear(5, 2))).double()
+    inputs = torch.randn(2, 6, dtype=torch.float64)
+    structure = structure_of(model, inputs)
+    gate = torch.ones(2, 5, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(squares(model[2](model[:2](inputs) * gate)).sum(), gate)[0]
+    with watch_contributions(model, structure) as found:
+        squares(model(inputs)).sum().backward()
+    torch.testing.assert_close(found["0", 2], expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", WATCHED + ["Bare", "BareConv", "Recurrent", "Bilinear"])
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_weights_that_read_a_unit_expand_the_loss_as_its_gate_does(name, train):
+    """Weight times gradient, summed over what reads a unit, is the derivative of the loss by a gate on the unit."""
+    model, inputs = made(name)
+    model.requires_grad_(True)
+    model.train(train and name != "mlp")  # whose dropout would differ
+    structure = structure_of(model, inputs)
+    gradients = batch_gradients(model, inputs, loss)
+    parameters = dict(model.named_parameters())
+    found = taylor_over_units(structure, parameters, gradients)
+    assert found.keys() == structure.groups.keys()
+    for group in structure.groups.values():
+        consumed = [slot for slot in group.slots if slot.role == "consumer"]
+        if any(isinstance(model.get_submodule(slot.tensor.rpartition(".")[0]), nn.ConvTranspose2d) for slot in consumed):
+            continue  # depthwise ones read and make at once
+        gate = torch.ones(group.width, dtype=torch.float64, requires_grad=True)
+        swapped = {}
+        for slot in consumed:  # a gate on a unit is a gate on every weight that reads it
+            units = torch.from_numpy(slot.units)
+            scale = torch.where(units < 0, 1.0, gate[units])
+            value = swapped.get(slot.tensor, parameters[slot.tensor].detach())
+            swapped[slot.tensor] = value * scale.reshape([-1 if d == slot.dim else 1 for d in range(value.dim())])
+        with torch.random.fork_rng():
+            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            call = ((), inputs) if isinstance(inputs, dict) else (args, {})
+            value = squares(torch.func.functional_call(copy.deepcopy(model), swapped, *call)).mean()
+        expected = torch.autograd.grad(value, gate)[0].square()
+        torch.testing.assert_close(found[group.name], expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["plain", "Projection", "mlp", "flatten"])
+def test_weights_expand_as_contributions_do(name):
+    """Both forms expand the loss in the same gate: contributions of all examples sum to that of the weights."""
+    model, inputs = made(name)
+    structure = structure_of(model, inputs)
+    weights = taylor_over_units(structure, dict(model.named_parameters()), batch_gradients(model, inputs, loss))
+    with watch_contributions(model, structure) as found:
+        loss(model, inputs).backward()
+    for group, _ in found:
+        torch.testing.assert_close(found[group, 2].sum(0).square(), weights[group], **EXACT)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch-norm"])
+def test_weights_that_make_a_unit_expand_alike_where_the_paper_says(norm):
+    """With ReLU between, the paper's gate right after the unit's own layer has the same derivative."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), *([nn.BatchNorm2d(4)] if norm else []), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 2)]
+    model, images = nn.Sequential(*layers).double().train(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    structure = structure_of(model, images)
+    gradients = batch_gradients(model, images, loss)
+    last = layers[1] if norm else layers[0]
+    path = "1" if norm else "0"
+    products = last.weight.detach() * gradients[f"{path}.weight"]
+    own = products.reshape(4, -1).sum(1) + last.bias.detach() * gradients[f"{path}.bias"]
+    found = taylor_over_units(structure, dict(model.named_parameters()), gradients)["0"]
+    torch.testing.assert_close(found, own.square(), **EXACT)
+
+
+def test_only_what_makes_a_unit_counts_where_nothing_else_has_gradients():
+    """Where the layers that read a unit are frozen, the weights that make it stand in; where all are, nothing does."""
+    model, inputs = made("plain")
+    group = structure_of(model, inputs).groups["0"]
+    ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    assert over_units(group, ones).tolist() == [6 * 9] * 4
+    made_of = {name: value for name, value in ones.items() if not name.startswith("3.")}
+    assert over_units(group, made_of).tolist() == [27 + 1 + 1 + 1] * 4
+    assert over_units(group, {}) is None
+
+
+def test_half_precision_is_summed_in_single():
+    """Products of half-precision weights and gradients neither vanish nor overflow."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    structure = structure_of(model, torch.randn(2, 6))
+    model.half()
+    parameters = dict(model.named_parameters())
+    for size in (1e-4, 6e3):
+        gradients = {name: torch.full_like(p, size) for name, p in parameters.items()}
+        found = taylor_over_units(structure, {n: torch.full_like(p, 1e-4 if size < 1 else 60.0) for n, p in parameters.items()}, gradients)
+        assert found["0"].dtype == torch.float32
+        expected = (2 * (1e-4 if size < 1 else 60.0) * size) ** 2
+        torch.testing.assert_close(found["0"], torch.full((5,), expected), rtol=0.01, atol=0)
+
+
+def test_nothing_is_gathered_without_gradients():
+    """Passes under no_grad and inference_mode are not gathered, nor are those whose loss is never differentiated."""
+    model, inputs = made("plain")
+    with watch_contributions(model, structure_of(model, inputs)) as found:
+        with torch.no_grad():
+            model(inputs)
+        with torch.inference_mode():
+            model(inputs)
+        model(inputs)
+        assert not found
+
+
+def test_unwatched_readers_are_refused():
+    """A unit that an LSTM or a bare parameter reads is named, with what to do, before any batch is spent."""
+    for name, culprit in (("Recurrent", "lstm.weight_ih_l0"), ("Bare", "b"), ("Bilinear", "both.weight")):
+        model, inputs = made(name)
+        structure = structure_of(model, inputs)
+        with (
+            pytest.raises(PruningError, match=f"{culprit} sums over its channels.*ignore="),
+            watch_contributions(model, structure),
+        ):
+            pass
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_go_and_gradients_are_the_same():
+    """While watched, gradients are bit for bit what they are otherwise; afterwards no hook is left, even on failure."""
+    model, inputs = made("SqueezeExcite")
+    structure = structure_of(model, inputs)
+    loss(model, inputs).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with pytest.raises(ZeroDivisionError), watch_contributions(model, structure):
+        loss(model, inputs).backward()
+        raise ZeroDivisionError
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+
+
+# Moments
+
+
+@pytest.mark.parametrize("name", ["plain", "mlp", "flatten", "grouped", "Projection", "layer_norm"])
+def test_moments_are_those_of_stored_activations(name):
+    """Sums, squares, zeros and counts are those of the activations that the readers receive, over all batches."""
+    model, inputs = made(name)
+    structure = structure_of(model, inputs)
+    batches = [inputs, inputs[:1] * 2]
+    with watch_moments(model, structure) as found, torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for group in structure.groups:
+        values = [[] for _ in range(structure.groups[group].width)]
+        for module, units, last in readers(model, structure, group):
+            handle = module.register_forward_pre_hook(
+                lambda module, args, units=units, last=last: [
+                    values[unit].append((args[0][..., c] if last else args[0][:, c]).flatten())
+                    for c, unit in enumerate(units.tolist())
+                    if unit >= 0
+                ]
+                and None
+            )
+            with torch.no_grad():
+                for batch in batches:
+                    model(batch)
+            handle.remove()
+        for unit, stored in enumerate(map(torch.cat, values)):
+            seen = {key: value[unit].item() for key, value in found[group].items()}
+            assert seen["count"] == len(stored)
+            assert seen["zeros"] == (stored == 0).sum()
+            assert math.isclose(seen["total"], stored.sum(), rel_tol=1e-9, abs_tol=1e-12)
+            assert math.isclose(seen["squares"], stored.square().sum(), rel_tol=1e-9)
+
+
+# Curvature
+
+
+def test_empirical_fisher_is_the_mean_of_squared_gradients():
+    """The empirical Fisher is the mean over examples of squared gradients, as vmap finds them, over uneven batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    images, labels = torch.randn(7, 4, dtype=torch.float64), torch.randint(3, (7,))
+
+    def one(parameters, image, label):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, image[None]), label[None])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(parameters, images, labels)
+    batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
+    found = empirical_fisher(model, batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    assert found.keys() == each.keys()
+    for name, gradients in each.items():
+        torch.testing.assert_close(found[name], gradients.square().mean(0), **EXACT)
+
+
+def test_empirical_fisher_of_half_precision_does_not_vanish():
+    """Squares of small half-precision gradients are kept in single precision."""
+    model = nn.Linear(2, 1, bias=False).half()
+    found = empirical_fisher(model, [torch.full((1, 2), 1e-4).half()], lambda model, x: model(x).sum())
+    assert found["weight"].dtype == torch.float32
+    torch.testing.assert_close(found["weight"], torch.full((1, 2), 1e-8), rtol=0.01, atol=0)
+
+
+def test_ragged_batches_are_refused():
+    """Where tensors of a batch disagree on the number of examples, the numbers are told."""
+    with pytest.raises(PruningError, match=r"\[3, 4\] entries"):
+        empirical_fisher(nn.Linear(2, 1), [(torch.randn(3, 2), torch.randn(4))], lambda model, batch: model(batch[0]).sum())
+
+
+def test_hutchinson_is_exact_on_a_diagonal_quadratic():
+    """Where the Hessian is diagonal, one probe gives it exactly."""
+    model = nn.Linear(5, 1, bias=False).double()
+    h = torch.rand(1, 5, dtype=torch.float64)
+    found = hutchinson(model, [None], lambda model, batch: (h * model.weight.square()).sum() / 2, probes=1)
+    torch.testing.assert_close(found["weight"], h, **EXACT)
+
+
+def test_hutchinson_approaches_the_hessian_diagonal():
+    """Over many probes the estimate approaches the diagonal of the exact Hessian."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.randint(2, (6,))
+
+    def mean_loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    exact = torch.func.hessian(lambda p: F.cross_entropy(torch.func.functional_call(model, p, x), y))(parameters)
+    found = hutchinson(model, [(x, y)], mean_loss, probes=2000)
+    for name, diagonal in found.items():
+        expected = exact[name][name].reshape(diagonal.numel(), -1).diagonal().reshape(diagonal.shape)
+        torch.testing.assert_close(diagonal, expected, atol=0.03, rtol=0)
+
+
+def test_gradients_of_frozen_and_unused_parameters():
+    """Frozen parameters have gradients too and stay frozen, even when the loss fails; unused ones have none."""
+    model, inputs = made("Unused")
+    model.used.requires_grad_(False)
+    found = batch_gradients(model, inputs, loss)
+    assert found["unused.weight"] is None and found["used.weight"] is not None
+    with pytest.raises(ZeroDivisionError):
+        batch_gradients(model, inputs, lambda model, batch: 1 / 0)
+    assert not model.used.weight.requires_grad and model.out.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Means
+
+
+def test_means_are_sums_over_counts():
+    """The mean is the sum over all updates divided by the counts, each group by its own."""
+    means = UnitMeans({"a": 2, "b": 1})
+    means.update({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])}, count=3)
+    means.update({"a": torch.tensor([4.0, 0.0])}, count=2)
+    found = means.compute()
+    assert found["a"].tolist() == [1.0, 0.4]
+    assert found["b"].tolist() == [5 / 3]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_batch_that_overflows_does_not_count(bad):
+    """A batch with a number that is not finite leaves the means as if it had not come, for every unit of the group."""
+    means = UnitMeans({"a": 2, "b": 1})
+    means.update({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0])}, count=2)
+    means.update({"a": torch.tensor([100.0, bad]), "b": torch.tensor([3.0])}, count=2)
+    assert means.compute()["a"].tolist() == [0.5, 1.0]
+    assert means.compute()["b"].tolist() == [1.0]
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_nothing_gathered_says_what_to_do():
+    """A group that nothing was seen of is named, and that its layers may be frozen."""
+    with pytest.raises(PruningError, match=r"conv: nothing was gathered.*frozen.*ignore=\['conv'\]"):
+        UnitMeans({"conv": 2}).compute()
+
+
+def test_gathered_sums_go_on_elsewhere():
+    """What was gathered and taken up elsewhere goes on as if never stopped, and does not follow what it came from."""
+    first, second = UnitMeans({"a": 2, "b": 3}), UnitMeans({"a": 2, "b": 4})
+    first.update({"a": torch.tensor([1.0, 3.0]), "b": torch.ones(3)}, count=4)
+    gathered = first.gathered()
+    first.update({"a": torch.tensor([1.0, 1.0])}, count=4)
+    assert gathered["a"][0].tolist() == [1.0, 3.0] and gathered["a"][1] == 4.0
+    second.take_up(gathered)  # b has another width by now: it starts anew
+    second.update({"a": torch.tensor([1.0, 1.0]), "b": torch.full((4,), 2.0)}, count=4)
+    assert torch.equal(second.compute()["a"], first.compute()["a"])
+    assert second.compute()["b"].tolist() == [0.5] * 4
+
+
+def _one_of_two(rank, port, results):
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    means = UnitMeans({"a": 2})
+    means.update({"a": torch.tensor([1.0, 2.0]) * (1 + 2 * rank)}, count=1 + rank)
+    results[rank] = means.compute()["a"].tolist()
+    assert means.gathered()["a"][1] == 1 + rank  # its own again
+    torch.distributed.destroy_process_group()
+
+
+def test_means_over_processes():
+    """Each process finds the mean over all of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("fork")
+    results = context.Manager().dict()
+    processes = [context.Process(target=_one_of_two, args=(rank, port, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert dict(results) == {0: [4 / 3, 8 / 3], 1: [4 / 3, 8 / 3]}
