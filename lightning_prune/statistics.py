@@ -158,8 +158,13 @@ def gather_contributions(means: UnitMeans, found: dict[tuple[str, int], Tensor],
         found: What one backward pass has left.
         scale: What the loss was multiplied by.
     """
-    for (name, examples), rows in found.items():
-        means.update({name: rows.abs().sum(dim=0) * (examples / scale)}, count=examples)
+    for name in dict.fromkeys(name for name, _ in found):
+        seen = [rows for (group, _), rows in found.items() if group == name]
+        examples = min(map(len, seen))
+        if all(len(rows) % examples == 0 for rows in seen):  # windows of images, one image's after another's
+            seen = [torch.stack([rows.reshape(examples, -1, rows.shape[1]).sum(dim=1) for rows in seen]).sum(dim=0)]
+        for rows in seen:
+            means.update({name: rows.abs().sum(dim=0) * (len(rows) / scale)}, count=len(rows))
     found.clear()
 
 

@@ -38,7 +38,7 @@ SCRIPT = """
 
     class Compare(Callback):
         def __init__(self):
-            self.widths, self.apart, self.losses = [], [], []
+            self.widths, self.apart, self.losses, self.flops = [], [], [], []
 
         def compare(self, trainer, pl_module):
             flat = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
@@ -54,6 +54,7 @@ SCRIPT = """
 
         def on_train_epoch_end(self, trainer, pl_module):
             self.compare(trainer, pl_module)
+            self.flops.append(float(trainer.callback_metrics["prune/flops"]))
             self.losses.append(float(trainer.strategy.reduce(trainer.callback_metrics["loss"])))
 
 
@@ -87,7 +88,8 @@ SCRIPT = """
         assert widths(other) == widths(module)
         made.test(module, DataLoader(images(16), 8), ckpt_path=str(folder / "epoch=0.ckpt"), verbose=False)
         assert list(widths(module).values()) == [8, 6, 10]
-    result = {"widths": compare.widths, "apart": compare.apart + resumed.apart, "losses": compare.losses}
+    result = {"widths": compare.widths, "flops": compare.flops, "losses": compare.losses}
+    result["apart"] = compare.apart + resumed.apart
     (folder / f"rank{made.global_rank}.json").write_text(json.dumps(result))
 """
 
@@ -122,6 +124,7 @@ def assert_one_run(ranks, last=(4, 3, 5), fell=0.8):
     assert last is None or one["widths"][-1] == list(last)
     assert set(one["apart"]) == {0.0}
     assert one["losses"] == other["losses"]
+    assert one["flops"] == other["flops"]
     assert one["losses"][-1] < fell * one["losses"][0] < float("inf")
 
 

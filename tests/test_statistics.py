@@ -1,9 +1,9 @@
 """What is gathered over batches, against brute force: gates, stored activations, exact Hessians."""
 
-import copy
 import math
 import os
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -67,8 +67,8 @@ def structure_of(model, inputs):
 
 
 def squares(output):
-    """A loss whose value for one example does not depend on the others: the mean of each example's."""
-    return torch.stack([x.sin().square().flatten(1).sum(1) for x in [output]])[0]
+    """A loss for each example, ``(N,)``."""
+    return output.sin().square().flatten(1).sum(1)
 
 
 def loss(model, batch):
@@ -100,8 +100,6 @@ def gated(model, structure, name, inputs, examples):
         own = own.reshape(len(x), *[1] * (x.dim() - 2), -1) if last else own.reshape(*own.shape, *[1] * (x.dim() - 2))
         own = torch.where((units < 0).reshape(-1, *[1] * (0 if last else x.dim() - 2)), 1.0, own)
         return ((x * own, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x * own})
-
-    from functools import partial
 
     handles = [
         module.register_forward_pre_hook(partial(read, units, last), with_kwargs=True)
@@ -175,7 +173,9 @@ def test_weights_that_read_a_unit_expand_the_loss_as_its_gate_does(name, train):
     assert found.keys() == structure.groups.keys()
     for group in structure.groups.values():
         consumed = [slot for slot in group.slots if slot.role == "consumer"]
-        if any(isinstance(model.get_submodule(slot.tensor.rpartition(".")[0]), nn.ConvTranspose2d) for slot in consumed):
+        if any(
+            isinstance(model.get_submodule(slot.tensor.rpartition(".")[0]), nn.ConvTranspose2d) for slot in consumed
+        ):
             continue  # depthwise ones read and make at once
         gate = torch.ones(group.width, dtype=torch.float64, requires_grad=True)
         swapped = {}
@@ -184,10 +184,8 @@ def test_weights_that_read_a_unit_expand_the_loss_as_its_gate_does(name, train):
             scale = torch.where(units < 0, 1.0, gate[units])
             value = swapped.get(slot.tensor, parameters[slot.tensor].detach())
             swapped[slot.tensor] = value * scale.reshape([-1 if d == slot.dim else 1 for d in range(value.dim())])
-        with torch.random.fork_rng():
-            args = inputs if isinstance(inputs, tuple) else (inputs,)
-            call = ((), inputs) if isinstance(inputs, dict) else (args, {})
-            value = squares(torch.func.functional_call(copy.deepcopy(model), swapped, *call)).mean()
+        call = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        value = squares(torch.func.functional_call(model, swapped, *call)).mean()
         expected = torch.autograd.grad(value, gate)[0].square()
         torch.testing.assert_close(found[group.name], expected, **EXACT)
 
@@ -208,7 +206,13 @@ def test_weights_expand_as_contributions_do(name):
 def test_weights_that_make_a_unit_expand_alike_where_the_paper_says(norm):
     """With ReLU between, the paper's gate right after the unit's own layer has the same derivative."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 4, 3), *([nn.BatchNorm2d(4)] if norm else []), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 2)]
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        *([nn.BatchNorm2d(4)] if norm else []),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 2, 2),
+    ]
     model, images = nn.Sequential(*layers).double().train(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
     structure = structure_of(model, images)
     gradients = batch_gradients(model, images, loss)
@@ -237,12 +241,13 @@ def test_half_precision_is_summed_in_single():
     structure = structure_of(model, torch.randn(2, 6))
     model.half()
     parameters = dict(model.named_parameters())
-    for size in (1e-4, 6e3):
-        gradients = {name: torch.full_like(p, size) for name, p in parameters.items()}
-        found = taylor_over_units(structure, {n: torch.full_like(p, 1e-4 if size < 1 else 60.0) for n, p in parameters.items()}, gradients)
+    for weight, gradient in ((1e-4, 1e-4), (60.0, 6e3)):
+        weights = {name: torch.full_like(p, weight) for name, p in parameters.items()}
+        found = taylor_over_units(
+            structure, weights, {name: torch.full_like(p, gradient) for name, p in parameters.items()}
+        )
         assert found["0"].dtype == torch.float32
-        expected = (2 * (1e-4 if size < 1 else 60.0) * size) ** 2
-        torch.testing.assert_close(found["0"], torch.full((5,), expected), rtol=0.01, atol=0)
+        torch.testing.assert_close(found["0"], torch.full((5,), (2 * weight * gradient) ** 2), rtol=0.01, atol=0)
 
 
 def test_nothing_is_gathered_without_gradients():
@@ -300,12 +305,14 @@ def test_moments_are_those_of_stored_activations(name):
         values = [[] for _ in range(structure.groups[group].width)]
         for module, units, last in readers(model, structure, group):
             handle = module.register_forward_pre_hook(
-                lambda module, args, units=units, last=last: [
-                    values[unit].append((args[0][..., c] if last else args[0][:, c]).flatten())
-                    for c, unit in enumerate(units.tolist())
-                    if unit >= 0
-                ]
-                and None
+                lambda module, args, units=units, last=last: (
+                    [
+                        values[unit].append((args[0][..., c] if last else args[0][:, c]).flatten())
+                        for c, unit in enumerate(units.tolist())
+                        if unit >= 0
+                    ]
+                    and None
+                )
             )
             with torch.no_grad():
                 for batch in batches:
@@ -351,7 +358,9 @@ def test_empirical_fisher_of_half_precision_does_not_vanish():
 def test_ragged_batches_are_refused():
     """Where tensors of a batch disagree on the number of examples, the numbers are told."""
     with pytest.raises(PruningError, match=r"\[3, 4\] entries"):
-        empirical_fisher(nn.Linear(2, 1), [(torch.randn(3, 2), torch.randn(4))], lambda model, batch: model(batch[0]).sum())
+        empirical_fisher(
+            nn.Linear(2, 1), [(torch.randn(3, 2), torch.randn(4))], lambda model, batch: model(batch[0]).sum()
+        )
 
 
 def test_hutchinson_is_exact_on_a_diagonal_quadratic():
@@ -373,10 +382,10 @@ def test_hutchinson_approaches_the_hessian_diagonal():
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     exact = torch.func.hessian(lambda p: F.cross_entropy(torch.func.functional_call(model, p, x), y))(parameters)
-    found = hutchinson(model, [(x, y)], mean_loss, probes=2000)
+    found = hutchinson(model, [(x, y)], mean_loss, probes=1000)
     for name, diagonal in found.items():
         expected = exact[name][name].reshape(diagonal.numel(), -1).diagonal().reshape(diagonal.shape)
-        torch.testing.assert_close(diagonal, expected, atol=0.03, rtol=0)
+        torch.testing.assert_close(diagonal, expected, atol=0.04, rtol=0)
 
 
 def test_gradients_of_frozen_and_unused_parameters():
@@ -396,22 +405,22 @@ def test_gradients_of_frozen_and_unused_parameters():
 
 def test_means_are_sums_over_counts():
     """The mean is the sum over all updates divided by the counts, each group by its own."""
-    means = UnitMeans({"a": 2, "b": 1})
-    means.update({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])}, count=3)
+    means = UnitMeans({"a": 2, "b": 2})
+    means.update({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0, 1.0])}, count=3)
     means.update({"a": torch.tensor([4.0, 0.0])}, count=2)
     found = means.compute()
     assert found["a"].tolist() == [1.0, 0.4]
-    assert found["b"].tolist() == [5 / 3]
+    assert found["b"].tolist() == [5 / 3, 1 / 3]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_batch_that_overflows_does_not_count(bad):
     """A batch with a number that is not finite leaves the means as if it had not come, for every unit of the group."""
-    means = UnitMeans({"a": 2, "b": 1})
-    means.update({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0])}, count=2)
-    means.update({"a": torch.tensor([100.0, bad]), "b": torch.tensor([3.0])}, count=2)
+    means = UnitMeans({"a": 2, "b": 2})
+    means.update({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0, 0.0])}, count=2)
+    means.update({"a": torch.tensor([100.0, bad]), "b": torch.tensor([3.0, 8.0])}, count=2)
     assert means.compute()["a"].tolist() == [0.5, 1.0]
-    assert means.compute()["b"].tolist() == [1.0]
+    assert means.compute()["b"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
