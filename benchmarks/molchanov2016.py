@@ -135,6 +135,13 @@ def _cell(figures: Sequence[float]) -> str:
     return " | ".join(f"{figure:5.2f}" for figure in figures)
 
 
+def save(results: dict, path: Path) -> None:
+    """Write results as JSON; networks that this run did not look at stay as they were."""
+    found = json.loads(path.read_text())["results"] if path.exists() else {}
+    saved = {"printed": PRINTED, "batch_size": BATCH_SIZE, "results": found | results}
+    path.write_text(json.dumps(saved, indent=2) + "\n")
+
+
 def main() -> None:
     """Read the command line, make the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -172,8 +179,7 @@ def main() -> None:
         results.append(compare(name, load(), batches, ignore, criteria, console.is_terminal))
         console.print(f"{name}: loss {results[-1]['loss']:.3f}, {results[-1]['seconds']:.0f} s")
     console.print(table_of(results))
-    save = {"split": options.split, "batch_size": BATCH_SIZE, "printed": PRINTED, "results": results}
-    options.json.write_text(json.dumps(save, indent=2) + "\n")
+    save({f"{result['network']}, {options.split}": result for result in results}, options.json)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def empirical_fisher(model: nn.Module, batches: Iterable[Any], loss: Loss) -> di
                 for name, gradient in batch_gradients(model, example, loss).items():
                     if gradient is not None:
                         total[name] += gradient.to(total[name]).square()
-    return {name: value / max(examples, 1) for name, value in total.items()}
+    return _mean(total, examples)
 
 
 def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int = 4) -> dict[str, Tensor]:
@@ -89,7 +89,13 @@ def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int
                 for (name, _, _), sign, product in zip(used, signs, second, strict=True):
                     if product is not None:
                         total[name] += sign * product
-    return {name: value / max(drawn, 1) for name, value in total.items()}
+    return _mean(total, drawn)
+
+
+def _mean(total: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    if not count:
+        raise PruningError("The Hessian's diagonal cannot be estimated: no batch came. Pass batches that can be read.")
+    return {name: value / count for name, value in total.items()}
 
 
 def _zeros_for(model: nn.Module) -> dict[str, Tensor]:

@@ -228,7 +228,7 @@ def _obd(
     curvature = diagonal(model, batches, loss)
     parameters = dict(model.named_parameters())
     saliencies = {name: criteria.obd(parameters[name].detach(), h) for name, h in curvature.items()}
-    found = {name: over_units(group, saliencies) for name, group in structure.groups.items()}
+    found = {name: over_units(group.slots, group.width, saliencies) for name, group in structure.groups.items()}
     return {name: total for name, total in found.items() if total is not None}  # integers alone have no curvature
 
 

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_prune.criteria import taylor_activations
 from lightning_prune.errors import PruningError
-from lightning_prune.structure import ChannelGroup, Structure
+from lightning_prune.structure import Slot, Structure
 
 __all__ = [
     "UnitMeans",
@@ -98,27 +98,24 @@ class UnitMeans(Metric):
             self.update({name: total.to(self.device)}, count=count)
 
 
-def over_units(group: ChannelGroup, values: Mapping[str, Tensor]) -> Tensor | None:
-    """Sum values of weights over those that read each unit: what its removal takes from the rest of the network.
-
-    A unit is gone exactly when every weight that reads it is zero. To add the weights that make it would be to count it
-    again, and those of a normalisation between, yet again. Only where nothing that reads it has values, those that make
-    and follow it count instead.
+def over_units(slots: Iterable[Slot], width: int, values: Mapping[str, Tensor]) -> Tensor | None:
+    """Sum values of weights over each unit's own.
 
     Args:
-        group: The channel group.
+        slots: Where to look: all slots of a group, or some.
+        width: Number of units of the group.
         values: By name of parameter, one value per weight. Parameters left out do not count.
 
     Returns:
-        One sum per unit, ``(width,)``, or None where no parameter of the group has values.
+        One sum per unit, ``(width,)``, or None where no slot has values.
     """
-    valued = [slot for slot in group.slots if slot.tensor in values]
     total: Tensor | None = None
-    for slot in [slot for slot in valued if slot.role == "consumer"] or valued:
-        value = values[slot.tensor]
-        rows = value.sum(dim=[d for d in range(value.dim()) if d != slot.dim]) if value.dim() > 1 else value
-        rows = _by_unit(rows, torch.from_numpy(slot.units), group.width, slot.aligned)
-        total = rows if total is None else total + rows
+    for slot in slots:
+        if slot.tensor in values:
+            value = values[slot.tensor]
+            rows = value.sum(dim=[d for d in range(value.dim()) if d != slot.dim]) if value.dim() > 1 else value
+            rows = _by_unit(rows, torch.from_numpy(slot.units), width, slot.aligned)
+            total = rows if total is None else total + rows
     return total
 
 
@@ -129,7 +126,8 @@ def taylor_over_units(
 
     The paper puts a gate on the unit and takes :math:`\sum_s g_s w_s` over the weights right before it, which is the
     loss's derivative with respect to the gate. Here the gate stands where the unit is read, and the weights are those
-    right behind it: the derivative is exact whatever lies between, and however many layers write on the unit.
+    right behind it: the derivative is exact whatever lies between, and however many layers write on the unit. Only
+    where nothing that reads a unit has gradients, the weights that make and follow it stand in.
 
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8 (arXiv:1906.10771).
@@ -142,7 +140,9 @@ def taylor_over_units(
             if gradient is not None
         }
         for name, group in structure.groups.items():
-            total = over_units(group, products)
+            # to add the weights that make a unit would be to count its gate again, and those of a norm, yet again
+            readers = [slot for slot in group.slots if slot.role == "consumer" and slot.tensor in products]
+            total = over_units(readers or group.slots, group.width, products)
             if total is not None:
                 found[name] = total.square()
     return found

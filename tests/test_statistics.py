@@ -76,7 +76,7 @@ def loss(model, batch):
 
 
 def readers(model, structure, name):
-    """(module, index of the input channel -> unit, whether channels are last) of all that read a group, found by hand."""
+    """Of all that read a group: the module, each input channel's unit, whether channels are the last dimension."""
     found = []
     for slot in structure.groups[name].slots:
         path = slot.tensor.removesuffix(".weight")
@@ -159,7 +159,7 @@ def test_contributions_where_the_reader_is_parametrized():
     torch.testing.assert_close(found["0", 2], expected, **EXACT)
 
 
-@pytest.mark.parametrize("name", WATCHED + ["Bare", "BareConv", "Recurrent", "Bilinear"])
+@pytest.mark.parametrize("name", [*WATCHED, "Bare", "BareConv", "Recurrent", "Bilinear"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_weights_that_read_a_unit_expand_the_loss_as_its_gate_does(name, train):
     """Weight times gradient, summed over what reads a unit, is the derivative of the loss by a gate on the unit."""
@@ -224,15 +224,25 @@ def test_weights_that_make_a_unit_expand_alike_where_the_paper_says(norm):
     torch.testing.assert_close(found, own.square(), **EXACT)
 
 
-def test_only_what_makes_a_unit_counts_where_nothing_else_has_gradients():
-    """Where the layers that read a unit are frozen, the weights that make it stand in; where all are, nothing does."""
+def test_sums_over_units_look_where_they_are_told():
+    """Sums are over the slots given that have values: all that leaves, or a part of it."""
     model, inputs = made("plain")
     group = structure_of(model, inputs).groups["0"]
     ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    assert over_units(group, ones).tolist() == [6 * 9] * 4
-    made_of = {name: value for name, value in ones.items() if not name.startswith("3.")}
-    assert over_units(group, made_of).tolist() == [27 + 1 + 1 + 1] * 4
-    assert over_units(group, {}) is None
+    assert over_units(group.slots, 4, ones).tolist() == [27 + 1 + 1 + 1 + 6 * 9] * 4
+    assert over_units([slot for slot in group.slots if slot.role == "consumer"], 4, ones).tolist() == [6 * 9] * 4
+    assert over_units(group.slots, 4, {}) is None
+
+
+def test_what_makes_a_unit_stands_in_where_its_readers_are_frozen():
+    """Where the layers that read a unit have no gradients, the weights that make and follow it are expanded."""
+    model, inputs = made("plain")
+    structure, parameters = structure_of(model, inputs), dict(model.named_parameters())
+    gradients = batch_gradients(model, inputs, loss)
+    without = {name: None if name.startswith("3.") else gradient for name, gradient in gradients.items()}
+    own = sum((p * gradients[name]).detach().reshape(4, -1).sum(1) for name, p in parameters.items() if name[0] in "01")
+    torch.testing.assert_close(taylor_over_units(structure, parameters, without)["0"], own.square(), **EXACT)
+    assert taylor_over_units(structure, parameters, dict.fromkeys(parameters)) == {}
 
 
 def test_half_precision_is_summed_in_single():
@@ -282,8 +292,9 @@ def test_hooks_go_and_gradients_are_the_same():
     loss(model, inputs).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    with pytest.raises(ZeroDivisionError), watch_contributions(model, structure):
+    with watch_contributions(model, structure):
         loss(model, inputs).backward()
+    with pytest.raises(ZeroDivisionError), watch_contributions(model, structure):
         raise ZeroDivisionError
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
@@ -303,17 +314,14 @@ def test_moments_are_those_of_stored_activations(name):
             model(batch)
     for group in structure.groups:
         values = [[] for _ in range(structure.groups[group].width)]
+
+        def store(units, last, module, args, values=values):
+            for channel, unit in enumerate(units.tolist()):
+                if unit >= 0:
+                    values[unit].append((args[0][..., channel] if last else args[0][:, channel]).flatten())
+
         for module, units, last in readers(model, structure, group):
-            handle = module.register_forward_pre_hook(
-                lambda module, args, units=units, last=last: (
-                    [
-                        values[unit].append((args[0][..., c] if last else args[0][:, c]).flatten())
-                        for c, unit in enumerate(units.tolist())
-                        if unit >= 0
-                    ]
-                    and None
-                )
-            )
+            handle = module.register_forward_pre_hook(partial(store, units, last))
             with torch.no_grad():
                 for batch in batches:
                     model(batch)

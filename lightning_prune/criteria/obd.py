@@ -8,7 +8,7 @@ __all__ = ["obd"]
 
 
 def obd(weights: Tensor, hessian_diagonal: Tensor) -> Tensor:
-    r"""Give every weight its saliency :math:`\frac{1}{2} h_{kk} w_k^2`; that of a unit is the sum over its weights.
+    r"""Give every weight its saliency :math:`\frac{1}{2} h_{kk} w_k^2`; a unit's is the sum over what leaves with it.
 
     Args:
         weights: Weights, any shape.
