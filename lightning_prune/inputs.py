@@ -5,7 +5,7 @@ import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -104,10 +104,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def _uncompiled(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that torch.compile has changed, with the values they had before."""
     written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in vars(module) else {}
-    for name, value in {"forward": module.forward, **vars(module)}.items():
-        function = (
-            getattr(value, "_torchdynamo_orig_callable", None) if callable(value) and inspect.isroutine(value) else None
-        )
+    own: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType | MethodType)}
+    forward = getattr(type(module), "forward", None)
+    if forward is not None:
+        own = {"forward": MethodType(forward, module), **own}
+    for name, value in own.items():
+        function = getattr(value, "_torchdynamo_orig_callable", None)
         if function is not None:
             bound = inspect.ismethod(value) and not inspect.ismethod(function)  # compiled in the class
             written[name] = MethodType(function, module) if bound else function

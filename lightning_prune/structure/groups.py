@@ -156,11 +156,14 @@ def find_structure(ledger: Ledger) -> Structure:
         rows = by_kind[which]
         if not roles["producer"][atoms[rows]].any():
             continue  # no operator makes them: they lie unused, or are numbers of the model's own
-        found = np.unique(units[rows])
+        by_slot = np.split(rows, np.flatnonzero(np.diff(slot_of[rows])) + 1)  # rows keep the order of slots
+        found = np.unique(units[by_slot[0]])  # every slot holds all units
         if len(found) < 2:
-            alone.extend(int(slot) for slot in np.unique(slot_of[rows]))
+            alone.extend(int(slot_of[part[0]]) for part in by_slot)
             continue
-        slots = _slots(ledger, found, atoms[rows], units[rows], slot_of[rows], roles)
+        slots = tuple(
+            _slot(ledger.slots[slot_of[part[0]]], found, atoms[part], units[part], roles) for part in by_slot
+        )
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
@@ -250,21 +253,15 @@ def _split_by(values: NDArray[np.uint64], kinds: NDArray[np.uint64]) -> list[Ato
     return np.split(order, np.searchsorted(values[order], kinds)[1:])
 
 
-def _slots(
-    ledger: Ledger, found: Atoms, atoms: Atoms, units: Atoms, slot_of: Atoms, roles: Mapping[str, NDArray[np.bool_]]
-) -> tuple[Slot, ...]:
-    slots = []
-    for which in np.unique(slot_of):
-        rows = slot_of == which
-        slot = ledger.slots[which]
-        index = np.full(slot.size, -1, dtype=np.int64)
-        index[atoms[rows] - slot.start] = np.searchsorted(found, units[rows])
-        first = atoms[rows][0]
-        role: Literal["producer", "consumer", "follower"] = (
-            "consumer" if roles["consumer"][first] else "producer" if roles["producer"][first] else "follower"
-        )
-        slots.append(Slot(slot.tensor, slot.dim, index, role))
-    return tuple(slots)
+def _slot(
+    place: SlotRange, found: Atoms, atoms: Atoms, units: Atoms, roles: Mapping[str, NDArray[np.bool_]]
+) -> Slot:
+    index = np.full(place.size, -1, dtype=np.int64)
+    index[atoms - place.start] = np.searchsorted(found, units)
+    role: Literal["producer", "consumer", "follower"] = (
+        "consumer" if roles["consumer"][atoms[0]] else "producer" if roles["producer"][atoms[0]] else "follower"
+    )
+    return Slot(place.tensor, place.dim, index, role)
 
 
 def _name(slots: tuple[Slot, ...], taken: Mapping[str, ChannelGroup]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturb
 from lightning_prune.structure.labels import Labels, Ledger
 from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
 
-__all__ = ["named_tensors", "trace"]
+__all__ = ["exchange_", "named_tensors", "trace"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -36,6 +36,21 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                     seen.add(id(tensor))
                     found[f"{path}.{leaf}" if path else leaf] = tensor
     return parameters | buffers
+
+
+def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put other tensors where parameters and buffers are, under all their names; :func:`undisturbed` takes this back."""
+    if not tensors:
+        return
+    own = named_tensors(model)
+    other = {id(own[name]): tensor for name, tensor in tensors.items()}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                if id(tensor) in other:
+                    held[leaf] = other[id(tensor)]  # type: ignore[assignment]
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
@@ -85,13 +100,9 @@ def watch(
         mode.labels[replaced.get(name, tensor)] = labels[name]
     for tensor in tensors_in((args, kwargs)):
         mode.labels[tensor] = _ACTIVATION
-    with ExitStack() as stack:
-        stack.enter_context(_unfused())
-        stack.enter_context(mode.knows_modules(model))
-        stack.enter_context(mode)
-        outputs = (
-            torch.func.functional_call(model, dict(replaced), args, kwargs) if replaced else model(*args, **kwargs)
-        )
+    exchange_(model, replaced)
+    with _unfused(), mode.knows_modules(model), mode:
+        outputs = model(*args, **kwargs)
     ledger.where = ""
     tensors = list(tensors_in(outputs))
     for tensor in tensors:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.structure.groups import resolve
 from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger
-from lightning_prune.structure.trace import watch
+from lightning_prune.structure.trace import exchange_, watch
 from lightning_prune.surgery.attributes import set_attributes_
 from lightning_prune.surgery.cut import Cut, draft
 
@@ -165,10 +165,10 @@ def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> dict[str, Ten
 def _outputs(
     model: nn.Module, example_inputs: ExampleInputs, tensors: dict[str, Tensor], attributes: Any
 ) -> list[Tensor]:
-    args, kwargs = as_call(example_inputs)
     with undisturbed(model):
         set_attributes_(model, attributes)
-        return list(tensors_in(torch.func.functional_call(model, tensors, args, kwargs)))
+        exchange_(model, tensors)
+        return list(tensors_in(run(model, example_inputs)))
 
 
 def _to_meta(value: Any) -> Any:

@@ -20,7 +20,7 @@ Kept = dict[str, dict[int, Tensor]]
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """Return a copy of the tensor with only the kept indices of each dimension."""
     with torch.no_grad():
-        for dim, indices in kept.items():
+        for dim, indices in sorted(kept.items()):  # whole rows first: they lie together
             tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor.detach()
 

@@ -1,0 +1,434 @@
+"""Filters leave by what the loss would change by, from the gradients of the run itself."""
+
+import io
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader
+
+from lightning_prune import Cubic, Linear, OneShot, PruningError, TaylorFilterPruning
+from tests.runs import Known, Net, assert_same_weights, batches, fit, net, trainer, weights, widths
+
+FORMS = ["weights", "activations"]
+READERS = {"first": "second", "second": "hidden", "hidden": "head"}
+LAYERS = list(READERS)
+
+
+class Watched(Net):
+    """Keeps what the scores must be made of, found without the library, and the weights around each cut."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.expanded = {name: [] for name in LAYERS}  # per step, by weights
+        self.examples = {name: [] for name in LAYERS}  # per backward pass, by example
+        self.norms, self.before, self.kept, self.read = [], {}, [], {}
+
+    def forward(self, images):
+        x = F.relu(self.norm(self.first(images)))
+        self.read["first"] = x
+        x = F.relu(self.second(x)).mean(dim=(2, 3))
+        self.read["second"] = x
+        x = self.drop(F.relu(self.hidden(x)))
+        self.read["hidden"] = x
+        for value in self.read.values():
+            if value.requires_grad:
+                value.retain_grad()
+        return self.head(x)
+
+    def on_after_backward(self):
+        for name, x in self.read.items():
+            each = (x.detach() * x.grad).double().flatten(2).sum(2) if x.dim() > 2 else (x.detach() * x.grad).double()
+            self.examples[name].append((each * len(x)).abs())
+
+    def on_before_optimizer_step(self, optimizer):
+        for name, reader in READERS.items():
+            weight = getattr(self, reader).weight
+            sums = (weight * weight.grad).detach().double().transpose(0, 1).flatten(1).sum(1)
+            self.expanded[name].append(sums.square())
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.norms.append(float(torch.cat([p.grad.flatten() for p in self.parameters()]).norm()))
+        self.before = {name: getattr(self, name).weight.detach().clone() for name in LAYERS}
+
+    def on_train_epoch_start(self):
+        now = {name: getattr(self, name).weight.detach() for name in LAYERS}
+        if self.before and {n: len(w) for n, w in now.items()} != {n: len(w) for n, w in self.before.items()}:
+            self.kept.append(self._survivors(now))
+
+    def _survivors(self, now):
+        """Which of each layer's filters are left, told by their biases or, without one, by a part that nothing cuts."""
+        found = {}
+        for name, weight in now.items():
+            inputs = found.get({reader: made for made, reader in READERS.items()}.get(name))
+            old = self.before[name] if inputs is None else self.before[name][:, inputs]
+            found[name] = [int((old - row).flatten(1).abs().sum(1).argmin()) for row in weight]
+            assert torch.equal(old[found[name]], weight)
+        return found
+
+    def expected(self, form, amount, first=0, last=None):
+        """Which filters must stay when the lowest scores of all layers leave."""
+        made = self.expanded if form == "weights" else self.examples
+        scores = {}
+        for name, seen in made.items():
+            rows = torch.stack(seen[first:last]).mean(0) if form == "weights" else torch.cat(seen[first:last]).mean(0)
+            scores[name] = rows if form == "weights" else rows / rows.norm()
+        order = sorted((float(s), name, unit) for name, score in scores.items() for unit, s in enumerate(score))
+        left = {name: set(range(len(score))) for name, score in scores.items()}
+        count = math.ceil(amount * len(order) - 1e-9)
+        for _, name, unit in order:
+            if count and len(left[name]) > 1:
+                left[name].remove(unit)
+                count -= 1
+        return {name: sorted(units) for name, units in left.items()}
+
+
+RUNS = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 2},
+    "uneven-accumulate": {"accumulate_grad_batches": 3},
+    "clip-norm": {"gradient_clip_val": 1e-3},
+    "clip-value": {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"},
+    "bf16": {"precision": "bf16-mixed"},
+    "double": {"precision": "64-true"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", RUNS)
+def test_the_lowest_scores_leave(case, form):
+    """What leaves are the units of the lowest scores, whatever the Trainer does with gradients before a step."""
+    module = net(Watched)
+    fit(module, TaylorFilterPruning(0.4, form=form), **RUNS[case])
+    (kept,) = module.kept
+    steps = len(module.expanded["first"]) // 3  # of three epochs
+    assert kept == module.expected(form, 0.4, last=steps if form == "weights" else 4)
+    assert sum(map(len, kept.values())) == 24 - 10
+    if case == "clip-norm":
+        assert max(module.norms) < 2e-3  # the step was clipped, the scores were not
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_gather_anew_after_each_cut(form):
+    """A later cut looks at what was gathered since the one before it."""
+    module = net(Watched)
+    fit(module, TaylorFilterPruning(0.5, form=form, schedule=Linear(1, 3)), max_epochs=5)
+    assert len(module.kept) == 3
+    first = module.expected(form, 8 / 24 * 0.5, last=4)
+    assert module.kept[0] == first
+    second = {n: seen[4:8] for n, seen in (module.expanded if form == "weights" else module.examples).items()}
+    assert all(seen[0].shape[-1] == len(first[name]) for name, seen in second.items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_of_other_sizes_count_by_their_examples(form):
+    """An example in a short last batch weighs as much as any other, where examples are looked at."""
+    module = net(Watched)
+    made = trainer(TaylorFilterPruning(0.4, form=form), max_epochs=2)
+    torch.manual_seed(1)
+    made.fit(module, batches(26))
+    assert module.kept == [module.expected(form, 0.4, last=4)]
+
+
+class Frozen(Watched):
+    """The first layer, and what reads it, does not learn."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.first.requires_grad_(False)
+        self.norm.requires_grad_(False)
+        self.second.requires_grad_(False)
+        self.second.bias.requires_grad_(True)
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+    def on_after_backward(self):
+        pass
+
+    def optimizer_step(self, *args, **kwargs):
+        Net.optimizer_step(self, *args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_without_gradients_are_named(form):
+    """Where no gradient reaches a layer, the cut says which, and how to go on; with it ignored, the rest is cut."""
+    with pytest.raises(PruningError, match=r"first: nothing was gathered.*frozen.*ignore=\['first'\]"):
+        fit(net(Frozen), TaylorFilterPruning(0.4, form=form))
+    module = net(Frozen)
+    fit(module, TaylorFilterPruning(0.4, form=form, scope="layer", ignore=["first"]))
+    assert widths(module) == {"first": 8, "second": 3, "hidden": 6}
+
+
+class Overflows(Known):
+    """One batch whose gradients overflow."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * (math.inf if batch_idx == 2 and self.current_epoch == 0 else 1.0)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        super().optimizer_step(
+            epoch, batch_idx, optimizer, closure if batch_idx != 2 else _without_step(optimizer, closure)
+        )
+
+
+def _without_step(optimizer, closure):
+    def run():
+        closure()
+        optimizer.zero_grad()
+
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_that_overflows_does_not_count(form):
+    """Scores are finite though one batch's gradients were not."""
+    seen = []
+
+    class Kept(TaylorFilterPruning):
+        def scores(self, pl_module, structure):
+            seen.append((super().scores(pl_module, structure), self._means.gathered()))
+            return seen[-1][0]
+
+    fit(net(Overflows), Kept(0.4, form=form))
+    ((scores, gathered),) = seen
+    assert all(score.isfinite().all() and (score > 0).any() for score in scores.values())
+    per_batch = 1 if form == "weights" else 8
+    assert all(count == 3 * per_batch for _, count in gathered.values())
+
+
+# Training is not disturbed
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["plain", "accumulate", "clip-norm", "bf16"])
+def test_gathering_does_not_change_the_training(form, case):
+    """Until the first cut, training is bit for bit what it is without the callback, random numbers included."""
+    states = []
+
+    class Ends(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            states[-1].append((weights(pl_module), torch.get_rng_state()))
+
+    for callbacks in ((), (TaylorFilterPruning(0.5, form=form, schedule=OneShot(3)),)):
+        states.append([])
+        fit(net(), *callbacks, Ends(), max_epochs=4, val=True, **RUNS[case])
+    for (expected, random), (found, drawn) in list(zip(*states, strict=True))[:3]:
+        assert torch.equal(random, drawn)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sum(v.numel() for v in states[1][3][0].values()) < sum(v.numel() for v in states[0][3][0].values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_training_is_gathered(form):
+    """Validation, its sanity check, and backward passes of the user's own elsewhere do not count."""
+    seen = []
+
+    class Kept(TaylorFilterPruning):
+        def scores(self, pl_module, structure):
+            seen.append(self._means.gathered())
+            return super().scores(pl_module, structure)
+
+    class Probes(Net):
+        def validation_step(self, batch, batch_idx):
+            with torch.inference_mode(False), torch.enable_grad():
+                images, labels = (part.clone() for part in batch)
+                F.cross_entropy(self(images), labels).backward()
+            self.zero_grad()
+
+    for kind in (Net, Probes):
+        fit(net(kind), Kept(0.4, form=form), val=True, num_sanity_val_steps=2, inference_mode=kind is Net)
+    plain, probed = seen
+    assert all(count == (4 if form == "weights" else 32) for _, count in plain.values())
+    for name, (total, count) in plain.items():
+        assert count == probed[name][1]
+        assert torch.equal(total, probed[name][0])
+
+
+@pytest.mark.parametrize("ends", ["schedule", "exception", "stop"])
+def test_hooks_are_on_the_model_only_while_needed(ends):
+    """Gathering ends with the last cut, with an exception and with the run; nothing hangs on the model then."""
+    hooks = []
+
+    class Looks(Net):
+        def training_step(self, batch, batch_idx):
+            hooks.append(sum(len(part._forward_pre_hooks) for part in self.modules()))
+            if ends == "exception" and self.global_step == 5:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    module, callback = net(Looks), TaylorFilterPruning(0.5, form="activations", schedule=OneShot(2))
+    if ends == "exception":
+        with pytest.raises(ZeroDivisionError):
+            fit(module, callback)
+    elif ends == "stop":
+        fit(module, callback, max_steps=9, max_epochs=-1)
+        assert hooks == [3] * 8 + [0]
+    else:
+        fit(module, callback, max_epochs=4)
+        assert hooks == [3] * 8 + [0] * 8
+    assert not any(part._forward_pre_hooks for part in module.modules())
+    assert callback._means is None and not callback._contributions
+
+
+# Resume
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", ["epoch-end", "mid-epoch"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(form, where, tmp_path):
+    """What was gathered lies in the checkpoint, which loads with weights_only=True, and the run goes on exactly."""
+
+    def pruning():
+        return TaylorFilterPruning(0.5, form=form, schedule=Cubic(1, 3))
+
+    every = {"every_n_epochs": 1} if where == "epoch-end" else {"every_n_train_steps": 2}
+    keeps = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, **every)
+    module = net(dropout=0.0)
+    repeating = batches(16).dataset  # a loader begins anew mid-epoch: let the third batch be the first again
+    loader = DataLoader(ConcatDataset([repeating, repeating]), 8)
+    trainer(pruning(), keeps, enable_checkpointing=True, max_epochs=4).fit(module, loader)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    steps = {torch.load(path, weights_only=True)["global_step"]: path for path in paths}
+    assert sorted(steps) == ([4, 8, 12, 16] if where == "epoch-end" else list(range(2, 17, 2)))
+    for step, path in steps.items():
+        gathered = [s["gathered"] for k, s in torch.load(path, weights_only=True)["callbacks"].items() if "Taylor" in k]
+        since = step if step <= 4 else (step - 1) % 4 + 1
+        assert (
+            gathered == [None]
+            if step > 12
+            else all(count == since * (1 if form == "weights" else 8) for _, count in gathered[0].values())
+        )
+        if step < 16:
+            resumed = net(dropout=0.0, seed=step)
+            trainer(pruning(), max_epochs=4).fit(resumed, loader, ckpt_path=path)
+            assert_same_weights(resumed, weights(module))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_state_is_a_copy(form):
+    """A state that was taken does not follow the sums that go on growing."""
+    states = []
+
+    class Takes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            file = io.BytesIO()
+            state = pruning.state_dict()["gathered"]
+            torch.save(state, file)
+            states.append((state, file))
+
+    pruning = TaylorFilterPruning(0.5, form=form, schedule=OneShot(2))
+    fit(net(), pruning, Takes(), max_epochs=3)
+    for state, file in states[:8]:
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        assert all(
+            torch.equal(state[name][0], total) and state[name][1] == count for name, (total, count) in saved.items()
+        )
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("schedule", [OneShot(0), OneShot(), Linear(0, 3), Cubic(0, 2)], ids=repr)
+def test_a_cut_before_any_gradient_is_refused(schedule):
+    """A schedule that cuts before epoch 1 is refused at construction."""
+    if schedule(0) > 0:
+        with pytest.raises(ValueError, match="gradients must be seen before the first cut. Start at epoch 1"):
+            TaylorFilterPruning(schedule=schedule)
+    else:
+        TaylorFilterPruning(schedule=schedule)
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ({"form": "gradients"}, "form='gradients'.*'weights' or 'activations'"),
+    ({"flops_penalty": -1.0}, "flops_penalty=-1.0.*0 or more"),
+    ({"flops_penalty": math.nan}, "flops_penalty=nan"),
+])  # fmt: skip
+def test_bad_arguments_are_refused(arguments, told):
+    """What the callback adds to the others' arguments is checked at construction."""
+    with pytest.raises(ValueError, match=told):
+        TaylorFilterPruning(**arguments)
+
+
+class Costly(Net):
+    """The first layer runs on nine times the pixels of the second."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.second = nn.Conv2d(8, 6, 3, stride=3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flops_penalty_moves_cuts_to_costlier_layers(form):
+    """With a penalty on FLOPs, layers whose units cost more lose more of them."""
+    left = []
+    for penalty in (0.0, 1e6):
+        module = net(Costly)
+        fit(module, TaylorFilterPruning(0.25, form=form, flops_penalty=penalty))
+        left.append(widths(module))
+    assert left[1] == {"first": 2, "second": 6, "hidden": 10}  # a unit of the first costs most by far
+    assert left[0] != left[1]
+
+
+class Partly(Watched):
+    """The optimizer steps all but the first layer and its norm."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.second.parameters(), *self.hidden.parameters(), *self.head.parameters()], 0.05)
+
+
+def test_parameters_that_no_optimizer_steps_do_not_count():
+    """Gradients that gather in parameters that no optimizer steps, and so zeroes, are not looked at."""
+    module = net(Partly)
+    fit(module, TaylorFilterPruning(0.4))
+    assert module.kept == [module.expected("weights", 0.4, last=4)]
+
+
+class Bare(Net):
+    """What the hidden layer makes is read by a parameter of no layer, whose input cannot be watched."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.mix = nn.Parameter(torch.eye(4, 10))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images):
+        x = F.relu(self.second(F.relu(self.norm(self.first(images))))).mean(dim=(2, 3))
+        return self.head(F.linear(F.relu(self.hidden(x)), self.mix).tanh())
+
+
+def test_readers_that_cannot_be_watched_are_named_before_training():
+    """Activations that cannot be watched stop the run at its first batch; the form on weights needs no watching."""
+    module = net(Bare)
+    before = weights(module)
+    with pytest.raises(PruningError, match="hidden: mix sums over its channels"):
+        fit(module, TaylorFilterPruning(0.4, form="activations"))
+    assert_same_weights(module, before)
+    fit(module, TaylorFilterPruning(0.4, scope="layer"))
+    assert widths(module) == {"first": 4, "second": 3, "hidden": 6}
+
+
+def test_amounts_scopes_and_targets_are_reached():
+    """Budgets hold as for every other criterion."""
+    for arguments in (
+        {"target": "flops"},
+        {"target": "params"},
+        {"scope": "layer"},
+        {"amount": {"first": 0.5}, "scope": "layer"},
+    ):
+        module = net()
+        made = fit(module, TaylorFilterPruning(**{"amount": 0.5, **arguments}))
+        kept = made.callback_metrics
+        if "target" in arguments:
+            assert kept[f"prune/{arguments['target']}_kept"] <= 0.5
+        elif "amount" in arguments:
+            assert widths(module) == {"first": 4, "second": 6, "hidden": 10}
+        else:
+            assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
