@@ -61,7 +61,8 @@ def first_convolutions(depth: int, percents: tuple[int, int, int], skipped: Sequ
         skipped: Layers left whole. Layer 1 is the convolution before the first stage, so the blocks' first
             convolutions are the even layers: 2, 4, ..., ``depth - 2``.
 
-    Of 16 filters pruned by 60 %, 6 stay: the paper keeps the whole part of what the percentage leaves, as the library does.
+    Of 16 filters pruned by 60 %, 6 stay: the paper keeps the whole part of what the percentage leaves, as the library
+    does.
     """
     blocks = (depth - 2) // 6
     shares = {}

@@ -1,7 +1,7 @@
 """Trains a small network on scikit-learn's digits while half of its FLOPs leave, and shows what that cost and saved.
 
-    python examples/digits.py                        # everything set here
-    python examples/digits_cli.py fit --config examples/digits.yaml   # the same run from YAML
+python examples/digits.py                        # everything set here
+python examples/digits_cli.py fit --config examples/digits.yaml   # the same run from YAML
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def compare(dense: DigitsNet, pruned: DigitsNet, accuracies: tuple[float, float]
     table = Table(title="digits: dense against pruned while training")
     for heading in ("", "dense", "pruned", "ratio"):
         table.add_column(heading, justify="right")
-    table.add_row("test accuracy", *(f"{100 * a:.2f} %" for a in accuracies), f"{100 * (accuracies[1] - accuracies[0]):+.2f}")
+    table.add_row(
+        "test accuracy", *(f"{100 * a:.2f} %" for a in accuracies), f"{100 * (accuracies[1] - accuracies[0]):+.2f}"
+    )
     table.add_row("params", *(f"{n:,}" for n in params), f"{params[1] / params[0]:.3f}")
     table.add_row("FLOPs, one image", *(f"{n:,}" for n in flops), f"{flops[1] / flops[0]:.3f}")
     table.add_row("latency, 256 images", *(f"{t:.2f} ms" for t in times), f"{times[1] / times[0]:.3f}")
@@ -143,7 +145,9 @@ def compare(dense: DigitsNet, pruned: DigitsNet, accuracies: tuple[float, float]
 
 def draw(dense: list[dict[str, str]], pruned: list[dict[str, str]], path: Path) -> None:
     """Draw accuracy and FLOPs against epochs."""
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(6.4, 4.8), height_ratios=(3, 2), layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(6.4, 4.8), height_ratios=(3, 2), layout="constrained"
+    )
     for rows, label, colour in ((dense, "dense", "0.6"), (pruned, "pruned while training", "C0")):
         top.plot([100 * float(row["val_acc"]) for row in rows], color=colour, label=label)
     top.set(ylabel="test accuracy, %", ylim=(80, 100.5))

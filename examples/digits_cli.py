@@ -1,8 +1,8 @@
 """The digits example from the command line: every option of the run, of the model and of pruning may stand in YAML.
 
-    python examples/digits_cli.py fit --config examples/digits.yaml
-    python examples/digits_cli.py fit --config examples/digits.yaml --trainer.callbacks.amount=0.7
-    python examples/digits_cli.py fit --trainer.callbacks.help=FilterL1Pruning
+python examples/digits_cli.py fit --config examples/digits.yaml
+python examples/digits_cli.py fit --config examples/digits.yaml --trainer.callbacks.amount=0.7
+python examples/digits_cli.py fit --trainer.callbacks.help=FilterL1Pruning
 """
 
 from digits import Digits, DigitsNet

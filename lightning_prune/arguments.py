@@ -127,8 +127,9 @@ def amount_by_group(structure: Structure, amount: Amount) -> Amount:
         for name in named:
             if amounts.setdefault(name, fraction) != fraction:
                 raise ValueError(
-                    f"amount: {chosen_by[name]!r} asks for {amounts[name]:g} and {pattern!r} for {fraction:g} of the same "
-                    f"channels, those of {name} (made by {', '.join(structure.groups[name].producers)}). Give them one amount."
+                    f"amount: {chosen_by[name]!r} asks for {amounts[name]:g} and {pattern!r} for {fraction:g} of the "
+                    f"same channels, those of {name} (made by {', '.join(structure.groups[name].producers)}). "
+                    "Give them one amount."
                 )
             chosen_by.setdefault(name, pattern)
     return amounts

@@ -104,7 +104,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def _uncompiled(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that torch.compile has changed, with the values they had before."""
     written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in vars(module) else {}
-    own: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType | MethodType)}
+    own: dict[str, Any] = {
+        name: value for name, value in vars(module).items() if isinstance(value, FunctionType | MethodType)
+    }
     forward = getattr(type(module), "forward", None)
     if forward is not None:
         own = {"forward": MethodType(forward, module), **own}

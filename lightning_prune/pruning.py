@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.scoring import Criterion, score_units
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
-from lightning_prune.surgery import AttributeChange, Cut, Kept, cut_, draft, prove
+from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure
 
 __all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters"]
 
@@ -51,8 +51,7 @@ class Report:
         kept: For every parameter or buffer that changed, dimension -> indices kept.
         attributes: Attributes of modules that changed.
         pinned: What stayed, and why.
-        proved: Whether the cut was proved. A cut that cannot be proved is not made, so this is False only where nothing was
-            cut.
+        proved: That what was cut was proved: what cannot be proved is not cut, but listed under ``pinned``.
         proof: What was proved, in words.
     """
 
@@ -89,8 +88,8 @@ def prune_filters(
     Args:
         model: The model; anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        amount: Fraction, in [0, 1), of the target that leaves; or, by pattern of module paths, of the channels that the modules
-            produce (what no pattern names stays whole).
+        amount: Fraction, in [0, 1), of the target that leaves; or, by pattern of module paths, of the channels that the
+            modules produce (what no pattern names stays whole).
         criterion: ``"l1"``, ``"l2"``, ``"bn_scale"`` or ``"random"``; with ``batches`` ``"activation_mean"``,
             ``"activation_std"`` or ``"apoz"``; with ``batches`` and ``loss`` ``"taylor"``, ``"taylor_activations"``,
             ``"obd"`` or ``"obd_hutchinson"``; or a function from a weight ``(out, ...)`` to scores ``(out,)``.
@@ -99,12 +98,14 @@ def prune_filters(
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
         round_to: Widths after the cut are multiples of this, rounded up.
-        batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read once.
+        batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read
+            once.
         loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
 
     Raises:
         ValueError: If an argument is out of range or missing, or a pattern names no module.
-        PruningError: If the model does not run, nothing can be cut or the target cannot be reached. The model is as it was.
+        PruningError: If the model does not run, nothing can be cut or the target cannot be reached. The model is as it
+            was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
@@ -160,7 +161,8 @@ class Prepared:
         cut: What it changes.
         tensors: The slim values of everything it changes.
         structure: The structure it was planned on, without the groups that were refused.
-        refused: Groups that stay whole because their cut could not be proved; the reason stands under ``structure.pinned``.
+        refused: Groups that stay whole because their cut could not be proved; the reason stands under
+            ``structure.pinned``.
         widths: Every group that can be cut, before and after.
         proof: What was proved, in words.
     """
@@ -230,11 +232,24 @@ def count_params(model: nn.Module) -> int:
 
 def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, keep: Keep) -> dict[str, str]:
     """Find the groups that must stay whole so that the cut of all others can be proved, with the reason."""
+
+    def structural(cut: Cut) -> Disproof | None:
+        return prove_structure(model, example_inputs, structure, cut)
+
+    def whole(cut: Cut) -> Disproof | None:
+        return prove(model, example_inputs, structure, cut, cut.tensors(model))
+
+    return _culprits(model, structure, keep, structural) or _culprits(model, structure, keep, whole)
+
+
+def _culprits(
+    model: nn.Module, structure: Structure, keep: Keep, disproof: Callable[[Cut], Disproof | None]
+) -> dict[str, str]:
+    """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
     reasons: dict[str, str] = {}
 
     def provable(names: list[str], accepted: list[str]) -> list[str]:
-        cut = draft(model, structure, {name: keep[name] for name in accepted + names})
-        failure = prove(model, example_inputs, structure, cut, cut.tensors(model))
+        failure = disproof(draft(model, structure, {name: keep[name] for name in accepted + names}))
         if failure is None:
             return names
         if len(names) == 1:

@@ -30,7 +30,6 @@ FLOORS = {
     "checkpoints": 5,
     "validation": 5,
     "callbacks": 5,
-    "validation": 5,
     "cli": 5,
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

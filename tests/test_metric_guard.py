@@ -51,7 +51,12 @@ def loader():
 
 
 def fit(model, *callbacks, epochs=6, **kwargs):
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), num_sanity_val_steps=0, **{**options, **kwargs})
     trainer.fit(model, loader(), loader(), ckpt_path=kwargs.pop("ckpt_path", None))
     return trainer
@@ -79,7 +84,12 @@ def test_a_harmful_cut_is_taken_back():
 def test_a_harmless_cut_stays():
     """Within the drop of the best, pruning goes on to its end."""
     diary = Diary()
-    fit(Scripted([0.9, 0.85, 0.82, 0.81, 0.95, 0.9]), FilterL1Pruning(0.5, schedule=Linear(1, 4)), MetricGuard("score", 0.1), diary)
+    fit(
+        Scripted([0.9, 0.85, 0.82, 0.81, 0.95, 0.9]),
+        FilterL1Pruning(0.5, schedule=Linear(1, 4)),
+        MetricGuard("score", 0.1),
+        diary,
+    )
     assert diary.widths == [16, 14, 12, 10, 8, 8]
 
 
@@ -148,7 +158,9 @@ def test_a_guard_alone_is_refused():
         fit(Scripted([1.0] * 6), MetricGuard("score", 0.1))
 
 
-@pytest.mark.parametrize("bad", [{"drop": -1}, {"drop": float("nan")}, {"mode": "up"}, {"patience": 0}, {"then": "cry"}])
+@pytest.mark.parametrize(
+    "bad", [{"drop": -1}, {"drop": float("nan")}, {"mode": "up"}, {"patience": 0}, {"then": "cry"}]
+)
 def test_bad_arguments_are_refused(bad):
     """Arguments out of range fail at construction and are named."""
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -32,17 +32,17 @@ class _State:
 class MetricGuard(Guard):
     """Prune on only while a metric stays near its best; a cut that it does not recover from is taken back.
 
-    Put it beside any of our pruning callbacks. ``patience`` validations after a cut, the metric must be within ``drop`` of the
-    best seen so far. If it is not, weights, structure and optimizer state return to what they were before that cut, when the
-    next epoch starts or training ends, and pruning stops there or goes on with half the step.
+    Put it beside any of our pruning callbacks. ``patience`` validations after a cut, the metric must be within ``drop``
+    of the best seen so far. If it is not, weights, structure and optimizer state return to what they were before that
+    cut, when the next epoch starts or training ends, and pruning stops there or goes on with half the step.
 
     Args:
         monitor: Name of a metric that validation logs.
         drop: How far it may fall behind its best, in its own units.
         mode: Whether higher (``max``) or lower (``min``) is better.
         patience: Validations after a cut until the metric must have recovered.
-        then: ``stop`` ends pruning with the last good model; ``halve`` tries half the step again, until steps are below one
-            hundredth of the amount.
+        then: ``stop`` ends pruning with the last good model; ``halve`` tries half the step again, until steps are below
+            one hundredth of the amount.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,7 +82,9 @@ class MetricGuard(Guard):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse to guard nothing."""
         if stage == "fit" and not pruning_callbacks(trainer):
-            raise PruningError("MetricGuard guards a pruning callback, and there is none. Add FilterL1Pruning or another.")
+            raise PruningError(
+                "MetricGuard guards a pruning callback, and there is none. Add FilterL1Pruning or another."
+            )
 
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember everything as it is, before the first of the cuts that fall on one epoch."""
@@ -154,4 +156,3 @@ class MetricGuard(Guard):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers."""
         self._state = _State(**state_dict)
-

@@ -27,7 +27,8 @@ class Slot:
         tensor: Name of the parameter or buffer.
         dim: Its dimension.
         units: For each index along the dimension the unit it belongs to, or -1, ``(size,)``.
-        role: ``"producer"`` where a weight makes the channels, ``"consumer"`` where it sums over them, else ``"follower"``.
+        role: ``"producer"`` where a weight makes the channels, ``"consumer"`` where it sums over them, or
+            ``"follower"``.
     """
 
     tensor: str
@@ -161,9 +162,7 @@ def find_structure(ledger: Ledger) -> Structure:
         if len(found) < 2:
             alone.extend(int(slot_of[part[0]]) for part in by_slot)
             continue
-        slots = tuple(
-            _slot(ledger.slots[slot_of[part[0]]], found, atoms[part], units[part], roles) for part in by_slot
-        )
+        slots = tuple(_slot(ledger.slots[slot_of[part[0]]], found, atoms[part], units[part], roles) for part in by_slot)
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
@@ -253,9 +252,7 @@ def _split_by(values: NDArray[np.uint64], kinds: NDArray[np.uint64]) -> list[Ato
     return np.split(order, np.searchsorted(values[order], kinds)[1:])
 
 
-def _slot(
-    place: SlotRange, found: Atoms, atoms: Atoms, units: Atoms, roles: Mapping[str, NDArray[np.bool_]]
-) -> Slot:
+def _slot(place: SlotRange, found: Atoms, atoms: Atoms, units: Atoms, roles: Mapping[str, NDArray[np.bool_]]) -> Slot:
     index = np.full(place.size, -1, dtype=np.int64)
     index[atoms - place.start] = np.searchsorted(found, units)
     role: Literal["producer", "consumer", "follower"] = (

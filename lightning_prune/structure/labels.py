@@ -89,7 +89,7 @@ class Attribute:
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """Multiply-adds of one operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels."""
+    """Multiply-adds of an operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels."""
 
     operator: str
     factor: float
@@ -112,6 +112,9 @@ class Ledger:
         self.statistics: list[Atoms] = []
         self.notes: list[str] = []
         self.output_shapes: list[tuple[int, ...]] = []
+        self.runs_on_meta: bool | None = (
+            None  # whether the traced model runs where nothing is computed; None: not tried
+        )
         self.step = 0  # counts operators, so that two traces of one model name their choices alike
         self.where = ""  # what is being traced, for reasons
 
@@ -136,7 +139,7 @@ class Ledger:
             self.pins.append((label.atoms, f"{reason} ({self.where})" if self.where else reason))
 
     def tie(self, sides: Sequence[tuple[Label, ...]], reason: str) -> tuple[Label, ...]:
-        """Let the labels that several tensors carry along one shared dimension meet, and return what the result carries.
+        """Let the labels of several tensors along one shared dimension meet, and return what the result carries.
 
         A side without labels has a fixed size, which pins the others.
         """

@@ -39,7 +39,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put other tensors where parameters and buffers are, under all their names; :func:`undisturbed` takes this back."""
+    """Put other tensors where parameters and buffers are, under all their names; ``undisturbed`` takes this back."""
     if not tensors:
         return
     own = named_tensors(model)
@@ -69,8 +69,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
             )
     except Exception as error:
         raise PruningError(
-            f"{type(model).__name__} does not run on the example inputs in eval mode ({type(error).__name__}: {error}). "
-            "Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of keyword inputs."
+            f"{type(model).__name__} fails on the example inputs in eval mode ({type(error).__name__}: {error}). "
+            "Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of keyword "
+            "inputs."
         ) from error
     return ledger
 

@@ -89,6 +89,6 @@ def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[
         old = getattr(model.get_submodule(attribute.module), attribute.name)
         count = int(alive[attribute.atoms].sum())
         new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
-        new = count if attribute.index is None else (*new[:attribute.index], count, *new[attribute.index + 1:])
+        new = count if attribute.index is None else (*new[: attribute.index], count, *new[attribute.index + 1 :])
         changes[place] = AttributeChange(attribute.module, attribute.name, old, new)
     return list(changes.values())

@@ -17,7 +17,7 @@ from lightning_prune.structure.trace import exchange_, watch
 from lightning_prune.surgery.attributes import set_attributes_
 from lightning_prune.surgery.cut import Cut, draft
 
-__all__ = ["Disproof", "prove"]
+__all__ = ["Disproof", "prove", "prove_structure"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,17 @@ def prove(
     return _same_numbers(_outputs(model, example_inputs, _silenced(model, structure, cut), ()), found)
 
 
+def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
+    """Prove the first half alone, computing nothing where the model allows it: a cheap way to look for culprits."""
+    try:
+        ledger, _ = _run_slim(model, example_inputs, structure, cut, None)
+        return _same_shapes(structure, ledger) or _nothing_new(
+            structure, _with_two_left(model, example_inputs, structure, cut) or ledger
+        )
+    except Exception as error:
+        return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
+
+
 def _run_slim(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -75,9 +86,24 @@ def _run_slim(
         meta = {name: torch.empty(shapes[name], dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
         try:
             return _trace_slim(model, _to_meta(example_inputs), structure, cut, meta, meta=True)
-        except Exception:  # some models read numbers on their way: those run in full
-            tensors = cut.tensors(model)
+        except Exception:
+            if cut.keep and _runs_on_meta(model, example_inputs, structure):
+                raise
+            tensors = cut.tensors(model)  # some models read numbers on their way: those run in full
     return _trace_slim(model, example_inputs, structure, cut, tensors, meta=False)
+
+
+def _runs_on_meta(model: nn.Module, example_inputs: ExampleInputs, structure: Structure) -> bool:
+    """Tell whether the whole model runs where nothing is computed, so that a slim one that does not is at fault."""
+    ledger = structure.ledger
+    if ledger.runs_on_meta is None:
+        own = {name: tensor.to("meta") for name, tensor in named_tensors(model).items()}
+        try:
+            _trace_slim(model, _to_meta(example_inputs), structure, draft(model, structure, {}), own, meta=True)
+            ledger.runs_on_meta = True
+        except Exception:
+            ledger.runs_on_meta = False
+    return ledger.runs_on_meta
 
 
 def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger | None:

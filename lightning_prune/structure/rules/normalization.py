@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.structure.labels import Attribute
 from lightning_prune.structure.rules.pointwise import pointwise
@@ -114,100 +112,3 @@ def softmax(call: Call) -> Dims:
     labels = call.labels(x)
     call.ledger.mix(labels.at(call.argument("dim") % max(x.dim(), 1)))
     return labels.dims
-
-
-@coupling_rule(
-    "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.cummax", "aten.cummin"
-)
-def along_one_dimension(call: Call) -> Dims | list[Dims]:
-    """Positions along the dimension count, so it keeps its size; the others pass."""
-    x = call.args[0]
-    dim = call.argument("dim") % max(x.dim(), 1)
-    labels = call.labels(x)
-    call.ledger.pin(labels.at(dim), f"order counts in {call.func.overloadpacket}")
-    dims = {d: found for d, found in labels.dims.items() if d != dim}
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
-
-
-@coupling_rule(
-    "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm", "aten.prod",
-    "aten.logsumexp", "aten.any", "aten.all", "aten.var_mean", "aten.std_mean", "aten.nansum", "aten.count_nonzero",
-)  # fmt: skip
-def reduction(call: Call) -> Dims | list[Dims]:
-    """Statistics over reduced dimensions change when some of their entries leave; the other dimensions pass."""
-    return _reduced(call, ordered=False)
-
-
-@coupling_rule("aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue")
-def ordered_reduction(call: Call) -> Dims | list[Dims]:
-    """The result tells positions, so the reduced dimension keeps its size."""
-    if call.func._overloadname == "other":  # max(a, b) is element by element
-        return pointwise(call)
-    return _reduced(call, ordered=call.func._overloadname != "default" or "arg" in str(call.func))
-
-
-def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
-    x = call.args[0]
-    labels = call.labels(x)
-    gone = call.argument("dim") if call.has("dim") else None
-    gone = [gone] if isinstance(gone, int) else (gone or range(x.dim()))
-    gone = {dim % max(x.dim(), 1) for dim in gone}
-    keepdim = bool(call.has("keepdim") and call.argument("keepdim"))
-    dims: Dims = {}
-    for dim in range(x.dim()):
-        found = labels.at(dim)
-        if dim not in gone:
-            dims[dim if keepdim else dim - sum(g < dim for g in gone)] = found
-        elif ordered:
-            call.ledger.pin(found, f"positions count in {call.func.overloadpacket}")
-        else:
-            call.ledger.mix(found)
-    if _pooled(call, gone, keepdim):
-        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
-
-
-def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:
-    """Tell global average pooling, which torch turns into this very mean, from a mean that was asked for."""
-    return call.func._opname == "mean" and keepdim and call.args[0].dim() == 4 and list(call.args[1]) == [-1, -2]
-
-
-@coupling_rule(
-    *(
-        f"aten.{name}{n}d"
-        for n in (1, 2, 3)
-        for name in (
-            "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "upsample_linear",
-            "upsample_bilinear", "upsample_trilinear", "upsample_bicubic", "fractional_max_pool", "_upsample_nearest_exact",
-            "_upsample_bilinear_aa_", "max_unpool",
-        )
-    ),
-    "aten.max_pool1d", "aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.max_pool2d", "aten.mkldnn_max_pool2d",
-    "aten.upsample_bilinear2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d",
-    "aten.grid_sampler_3d",
-)  # fmt: skip
-def spatial(call: Call) -> Dims | list[Dims]:
-    """Pooling and resampling: batch and channels pass, positions keep their number."""
-    x = call.args[0]
-    labels = call.labels(x)
-    name = call.func._opname
-    positions = int(next(c for c in name if c.isdigit()))
-    dims = {}
-    for dim, found in labels.dims.items():
-        if dim < x.dim() - positions:
-            dims[dim] = found
-        else:
-            call.ledger.pin(found, f"positions of {name}")
-    for other in call.tensors()[1:]:
-        for found in call.labels(other).dims.values():
-            call.ledger.pin(found, f"positions of {name}")
-    _pooling_cost(call, x, name)
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
-
-
-def _pooling_cost(call: Call, x: Tensor, name: str) -> None:
-    if name == "_adaptive_avg_pool2d":
-        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
-    factor = {"upsample_nearest2d": 1, "upsample_bilinear2d": 4, "grid_sampler_2d": 4}.get(name, 0)
-    if factor:
-        call.ledger.cost(name, factor, *call.sizes(x, 0, 1), math.prod(call.out.shape[2:]))

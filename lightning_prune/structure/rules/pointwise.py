@@ -10,11 +10,12 @@ __all__ = ["pointwise"]
 
 
 @coupling_rule(
-    "aten.copy_", "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise", "aten.tril", "aten.triu",
+    "aten.copy_", "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise", "aten.tril",
+    "aten.triu",
     "aten.nan_to_num", "aten.bernoulli", "aten.dropout",
 )  # fmt: skip
 def pointwise(call: Call) -> Dims | list[Dims]:
-    """Labels along the same dimension meet; a tensor of fixed size pins what it meets, size one stretches to anything."""
+    """Labels along one dimension meet; a tensor of fixed size pins what it meets, size one stretches to anything."""
     out = call.out if isinstance(call.out, Tensor) else call.out[0]
     operands = [(tensor, call.labels(tensor)) for tensor in call.tensors() if tensor.dim()]
     if len(operands) == 1 and operands[0][0].dim() == out.dim():

@@ -81,12 +81,13 @@ RULES: dict[Any, Rule] = {}
 def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
     """Teach the trace how an operator passes labels on.
 
-    The rule gets a :class:`Call`; it lets labels meet with ``call.ledger.tie``, pins with ``call.ledger.pin`` and returns
-    the labels of the output, dimension by dimension (a dimension left out has a fixed size). Whatever a rule says, no
-    cut is made that the proof does not confirm.
+    The rule gets a :class:`Call`; it lets labels meet with ``call.ledger.tie``, pins with ``call.ledger.pin`` and
+    returns the labels of the output, dimension by dimension (a dimension left out has a fixed size). Whatever a rule
+    says, no cut is made that the proof does not confirm.
 
     Args:
-        operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names this torch does not have are passed over.
+        operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names this torch does not have are
+            passed over.
 
     Example:
         >>> @coupling_rule("mylib.scale_channels")

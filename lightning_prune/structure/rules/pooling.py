@@ -1,0 +1,55 @@
+"""Rules for pooling and resampling: channels pass, positions keep their number."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__: list[str] = []
+
+
+@coupling_rule(
+    *(
+        f"aten.{name}{n}d"
+        for n in (1, 2, 3)
+        for name in (
+            "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest",
+            "upsample_linear",
+            "upsample_bilinear", "upsample_trilinear", "upsample_bicubic", "fractional_max_pool",
+            "_upsample_nearest_exact",
+            "_upsample_bilinear_aa_", "max_unpool",
+        )
+    ),
+    "aten.max_pool1d", "aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices", "aten.max_pool2d",
+    "aten.mkldnn_max_pool2d",
+    "aten.upsample_bilinear2d", "aten._upsample_bilinear2d_aa", "aten._upsample_bicubic2d_aa", "aten.grid_sampler_2d",
+    "aten.grid_sampler_3d",
+)  # fmt: skip
+def spatial(call: Call) -> Dims | list[Dims]:
+    """Pooling and resampling: batch and channels pass, positions keep their number."""
+    x = call.args[0]
+    labels = call.labels(x)
+    name = call.func._opname
+    positions = int(next(c for c in name if c.isdigit()))
+    dims = {}
+    for dim, found in labels.dims.items():
+        if dim < x.dim() - positions:
+            dims[dim] = found
+        else:
+            call.ledger.pin(found, f"positions of {name}")
+    for other in call.tensors()[1:]:
+        for found in call.labels(other).dims.values():
+            call.ledger.pin(found, f"positions of {name}")
+    _pooling_cost(call, x, name)
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+def _pooling_cost(call: Call, x: Tensor, name: str) -> None:
+    if name == "_adaptive_avg_pool2d":
+        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
+    factor = {"upsample_nearest2d": 1, "upsample_bilinear2d": 4, "grid_sampler_2d": 4}.get(name, 0)
+    if factor:
+        call.ledger.cost(name, factor, *call.sizes(x, 0, 1), math.prod(call.out.shape[2:]))

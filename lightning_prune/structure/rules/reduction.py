@@ -1,0 +1,67 @@
+"""Rules for operators that run along a dimension: reductions, sums so far, orders."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_prune.structure.rules.pointwise import pointwise
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__: list[str] = []
+
+
+@coupling_rule(
+    "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.cummax", "aten.cummin"
+)
+def along_one_dimension(call: Call) -> Dims | list[Dims]:
+    """Positions along the dimension count, so it keeps its size; the others pass."""
+    x = call.args[0]
+    dim = call.argument("dim") % max(x.dim(), 1)
+    labels = call.labels(x)
+    call.ledger.pin(labels.at(dim), f"order counts in {call.func.overloadpacket}")
+    dims = {d: found for d, found in labels.dims.items() if d != dim}
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+@coupling_rule(
+    "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm",
+    "aten.prod",
+    "aten.logsumexp", "aten.any", "aten.all", "aten.var_mean", "aten.std_mean", "aten.nansum", "aten.count_nonzero",
+)  # fmt: skip
+def reduction(call: Call) -> Dims | list[Dims]:
+    """Statistics over reduced dimensions change when some of their entries leave; the other dimensions pass."""
+    return _reduced(call, ordered=False)
+
+
+@coupling_rule("aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue")
+def ordered_reduction(call: Call) -> Dims | list[Dims]:
+    """The result tells positions, so the reduced dimension keeps its size."""
+    if call.func._overloadname == "other":  # max(a, b) is element by element
+        return pointwise(call)
+    return _reduced(call, ordered=call.func._overloadname != "default" or "arg" in str(call.func))
+
+
+def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
+    x = call.args[0]
+    labels = call.labels(x)
+    gone = call.argument("dim") if call.has("dim") else None
+    gone = [gone] if isinstance(gone, int) else (gone or range(x.dim()))
+    gone = {dim % max(x.dim(), 1) for dim in gone}
+    keepdim = bool(call.has("keepdim") and call.argument("keepdim"))
+    dims: Dims = {}
+    for dim in range(x.dim()):
+        found = labels.at(dim)
+        if dim not in gone:
+            dims[dim if keepdim else dim - sum(g < dim for g in gone)] = found
+        elif ordered:
+            call.ledger.pin(found, f"positions count in {call.func.overloadpacket}")
+        else:
+            call.ledger.mix(found)
+    if _pooled(call, gone, keepdim):
+        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:
+    """Tell global average pooling, which torch turns into this very mean, from a mean that was asked for."""
+    return call.func._opname == "mean" and keepdim and call.args[0].dim() == 4 and list(call.args[1]) == [-1, -2]

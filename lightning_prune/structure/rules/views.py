@@ -1,0 +1,127 @@
+"""Rules for operators that show the same elements in another shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from lightning_prune.structure.rules.attach import attach, merge_, unknown
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__: list[str] = []
+
+
+@coupling_rule(
+    "aten.view", "aten._unsafe_view", "aten._reshape_alias", "aten.reshape", "aten._reshape_copy", "aten.view_copy"
+)
+def reshape(call: Call) -> Dims:
+    """Labels follow the blocks of dimensions that a reshape merges and splits."""
+    source = call.args[0]
+    if call.out.dtype != source.dtype and call.out.dim() and call.out.shape[-1] != source.shape[-1]:
+        return unknown(call)  # view(dtype) regroups bytes
+    if not source.numel():
+        return unknown(call)
+    dims: Dims = {}
+    labels = call.labels(source)
+    for inner, outer in _blocks(source.shape, call.out.shape):
+        for position, dim in enumerate(inner):
+            for number, label in enumerate(labels.at(dim)):
+                sizes = [source.shape[d] for d in inner]
+                shape = [1] * len(inner)
+                shape[position] = sizes[position]
+                atoms = np.broadcast_to(label.atoms.reshape(shape), sizes).reshape([call.out.shape[d] for d in outer])
+                merge_(dims, attach(call, (dim, number), atoms, outer, label.conditional))
+    return dims
+
+
+@coupling_rule("aten.permute", "aten.permute_copy")
+def permute(call: Call) -> Dims:
+    """Labels keep to their dimensions."""
+    source = call.args[0]
+    return {new: call.labels(source).at(old % source.dim()) for new, old in enumerate(call.args[1])}
+
+
+@coupling_rule("aten.transpose", "aten.transpose_copy", "aten.swapaxes")
+def transpose(call: Call) -> Dims:
+    """Labels keep to their dimensions."""
+    source, first, second = call.args
+    first, second = first % max(source.dim(), 1), second % max(source.dim(), 1)
+    swap = {first: second, second: first}
+    return {swap.get(dim, dim): labels for dim, labels in call.labels(source).dims.items()}
+
+
+@coupling_rule("aten.t", "aten.numpy_T", "aten.t_copy")
+def t(call: Call) -> Dims:
+    """Labels keep to their dimensions."""
+    last = call.args[0].dim() - 1
+    return {last - dim: labels for dim, labels in call.labels(call.args[0]).dims.items()}
+
+
+@coupling_rule("aten.unsqueeze", "aten.unsqueeze_copy")
+def unsqueeze(call: Call) -> Dims:
+    """Labels keep to their dimensions."""
+    at = call.argument("dim") % call.out.dim()
+    return {dim + (dim >= at): labels for dim, labels in call.labels(call.args[0]).dims.items()}
+
+
+@coupling_rule("aten.squeeze", "aten.squeeze_", "aten.squeeze_copy")
+def squeeze(call: Call) -> Dims:
+    """Only dimensions of size one leave, and those carry no labels."""
+    source = call.args[0]
+    kept = list(range(source.dim()))
+    if len(call.args) > 1:
+        asked = call.args[1] if isinstance(call.args[1], list | tuple) else [call.args[1]]
+        gone = {dim % max(source.dim(), 1) for dim in asked}
+        kept = [dim for dim in kept if dim not in gone or source.shape[dim] != 1]
+    else:
+        kept = [dim for dim in kept if source.shape[dim] != 1]
+    return {new: call.labels(source).at(old) for new, old in enumerate(kept)}
+
+
+@coupling_rule("aten.expand", "aten.expand_copy", "aten.broadcast_to")
+def expand(call: Call) -> Dims:
+    """Labels keep to their dimensions, counted from the last."""
+    shift = call.out.dim() - call.args[0].dim()
+    return {dim + shift: labels for dim, labels in call.labels(call.args[0]).dims.items()}
+
+
+@coupling_rule(
+    "aten.alias", "aten.detach", "aten.lift_fresh", "aten._to_copy", "aten.contiguous", "aten.zeros_like",
+    "aten.ones_like",
+    "aten.empty_like", "aten.full_like", "aten.rand_like", "aten.randn_like", "aten.zero_", "aten.fill_",
+    "aten.detach_",
+    "aten.lift", "aten.native_dropout",
+)  # fmt: skip
+def unmoved(call: Call) -> Dims | list[Dims]:
+    """The result has the shape of the first argument, element for element."""
+    dims = call.labels(call.args[0]).dims
+    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+@coupling_rule("aten.as_strided", "aten.as_strided_")
+def as_strided(call: Call) -> Dims:
+    """Pooling restrides dimensions of size one; anything else reads memory that labels know nothing of."""
+    dims = call.labels(call.args[0]).dims
+    same = all(dim < call.out.dim() and len(found[0].atoms) == call.out.shape[dim] for dim, found in dims.items())
+    return dims if same and sum(size > 1 for size in call.out.shape) <= max(len(dims), 1) else unknown(call)
+
+
+def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Pair up the shortest runs of dimensions of two shapes that hold equally many elements."""
+    i = j = 0
+    while i < len(source) and j < len(target):
+        inner, outer = [i], [j]
+        left, right = source[i], target[j]
+        while left != right:
+            if left < right:
+                i += 1
+                inner.append(i)
+                left *= source[i]
+            else:
+                j += 1
+                outer.append(j)
+                right *= target[j]
+        i, j = i + 1, j + 1
+        yield inner, outer
