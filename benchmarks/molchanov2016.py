@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="images that the loss is measured on")
     parser.add_argument("--split", choices=["train", "test"], default="train")
     parser.add_argument(
-        "--vgg-epochs", type=int, default=10, help="passes over the training images; 0.1 of lr in one more"
+        "--vgg-epochs", type=int, default=8, help="passes over the training images; 0.1 of lr in one more"
     )
     parser.add_argument("--train-parts", type=int, default=4, help="parts of 5,000 images that the VGG is trained on")
     parser.add_argument("--vgg-state", type=Path, default=TRAINED_VGG, help="where the trained VGG is kept")

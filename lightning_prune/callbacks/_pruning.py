@@ -6,7 +6,6 @@ import inspect
 import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,57 +14,27 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.arguments import (
-    Amount,
     amount_by_group,
     check_arguments,
     check_optimizers,
     check_prunable,
     with_ignored,
 )
-from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target
+from lightning_prune.budget import Scope, Scores, Target
 from lightning_prune.callbacks._guard import guards
-from lightning_prune.callbacks._inputs import batch_as_inputs, is_plain, on_device_of
+from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._refusals import leads, pruning_callbacks, refuse_overlap, refuse_run, refuse_short
+from lightning_prune.callbacks._state import Start, State
 from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.pruning import Prepared, count_params, prepare
-from lightning_prune.reports import LayerCost, layer_costs, layer_table
+from lightning_prune.reports import layer_costs, layer_table
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import Structure, find_structure, trace
 from lightning_prune.surgery import cut_, drop_unused_recipe_, recipe_of, take_shapes_
 
 __all__ = ["StructuredPruning"]
-
-
-@dataclass
-class _Start:
-    """What was there when pruning began, of which amounts are fractions, and the amount of every group."""
-
-    widths: dict[str, int]
-    params: int
-    flops: int
-    layers: dict[str, LayerCost]
-    amount: Amount
-
-    @property
-    def dense(self) -> Dense:
-        return Dense(self.widths, Footprint(self.params, self.flops))
-
-
-@dataclass
-class _State:
-    """Everything that changes in the life of a callback."""
-
-    start: _Start | None = None
-    example: ExampleInputs | None = None  # of the first batch, which a resumed run may not see again
-    inputs: ExampleInputs | None = None
-    flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
-    widths: dict[str, int] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
-    share: float = 0.0  # of the amount, gone so far
-    ceiling: float = 1.0  # of the amount, beyond which a guard lets nothing go
-    logged_epoch: int = -1
 
 
 class StructuredPruning(Callback):
@@ -95,7 +64,7 @@ class StructuredPruning(Callback):
         self.ignore = list(ignore)
         self.round_to = round_to
         self.example_inputs = example_inputs
-        self._state = _State()
+        self._state = State()
         self._module: weakref.ref[LightningModule] | None = None
         self._hooks: list[Any] = []
 
@@ -132,7 +101,7 @@ class StructuredPruning(Callback):
         if stage == "fit":
             refuse_run(type(self).__name__, self.schedule, trainer, pl_module)
         if self._module is None or self._module() is not pl_module:
-            self._state = _State()
+            self._state = State()
             self._module = weakref.ref(pl_module)
         self._state.inputs, self._state.logged_epoch = None, -1
         self._detach()
@@ -201,7 +170,7 @@ class StructuredPruning(Callback):
         structure = self._prunable(pl_module, structure)
         if state.start is None:
             check_prunable(pl_module, structure)
-            state.start = _Start(
+            state.start = Start(
                 {name: group.width for name, group in structure.groups.items()},
                 count_params(pl_module),
                 self._count_flops(pl_module).total,
@@ -292,7 +261,7 @@ class StructuredPruning(Callback):
             callback._state.flops = None
 
     @property
-    def _start(self) -> _Start:
+    def _start(self) -> Start:
         assert self._state.start is not None  # set when the model is first traced, before anything is planned
         return self._state.start
 
@@ -327,34 +296,11 @@ class StructuredPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what amounts are fractions of and how much of them has gone, as plain numbers and tensors."""
-        state, start = self._state, self._state.start
-        return {
-            "share": state.share,
-            "ceiling": state.ceiling,
-            "widths": dict(state.widths),
-            "refused": list(state.refused),
-            "example": state.example if is_plain(state.example) else None,
-            "start": None if start is None else {
-                "widths": dict(start.widths),
-                "params": start.params,
-                "flops": start.flops,
-                "layers": {path: list(cost) for path, cost in start.layers.items()},
-                "amount": dict(start.amount) if isinstance(start.amount, Mapping) else start.amount,
-            },
-        }  # fmt: skip
+        return self._state.remembered()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers."""
-        state, start = self._state, state_dict["start"]
-        state.share, state.ceiling, state.widths = (
-            state_dict["share"],
-            state_dict["ceiling"],
-            dict(state_dict["widths"]),
-        )
-        state.refused, state.example, state.start = list(state_dict["refused"]), state_dict["example"], None
-        if start is not None:
-            layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}
-            state.start = _Start(**{**start, "layers": layers})
+        self._state.take_up(state_dict)
 
     def _detach(self) -> None:
         self.rest()

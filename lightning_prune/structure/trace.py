@@ -69,9 +69,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
             )
     except Exception as error:
         raise PruningError(
-            f"{type(model).__name__} fails on the example inputs in eval mode ({type(error).__name__}: {error}). "
-            "Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of keyword "
-            "inputs."
+            f"{type(model).__name__} does not run on the example inputs in eval mode ({type(error).__name__}: {error})"
+            ". Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of "
+            "keyword inputs."
         ) from error
     return ledger
 

@@ -1,0 +1,75 @@
+"""What changes in the life of a pruning callback, and what of it a checkpoint remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_prune.arguments import Amount
+from lightning_prune.budget import Dense, Footprint
+from lightning_prune.callbacks._inputs import is_plain
+from lightning_prune.flops import FlopCount
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.reports import LayerCost
+
+__all__ = ["Start", "State"]
+
+
+@dataclass
+class Start:
+    """What was there when pruning began, of which amounts are fractions, and the amount of every group."""
+
+    widths: dict[str, int]
+    params: int
+    flops: int
+    layers: dict[str, LayerCost]
+    amount: Amount
+
+    @property
+    def dense(self) -> Dense:
+        """The same, as plans want it."""
+        return Dense(self.widths, Footprint(self.params, self.flops))
+
+
+@dataclass
+class State:
+    """Everything that changes in the life of a callback."""
+
+    start: Start | None = None
+    example: ExampleInputs | None = None  # of the first batch, which a resumed run may not see again
+    inputs: ExampleInputs | None = None
+    flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
+    widths: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    share: float = 0.0  # of the amount, gone so far
+    ceiling: float = 1.0  # of the amount, beyond which a guard lets nothing go
+    logged_epoch: int = -1
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what a checkpoint shall remember, as plain numbers and tensors."""
+        start = self.start
+        return {
+            "share": self.share,
+            "ceiling": self.ceiling,
+            "widths": dict(self.widths),
+            "refused": list(self.refused),
+            "example": self.example if is_plain(self.example) else None,
+            "start": None if start is None else {
+                "widths": dict(start.widths),
+                "params": start.params,
+                "flops": start.flops,
+                "layers": {path: list(cost) for path, cost in start.layers.items()},
+                "amount": dict(start.amount) if isinstance(start.amount, Mapping) else start.amount,
+            },
+        }  # fmt: skip
+
+    def take_up(self, remembered: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint remembers."""
+        start = remembered["start"]
+        self.share, self.ceiling = remembered["share"], remembered["ceiling"]
+        self.widths, self.refused = dict(remembered["widths"]), list(remembered["refused"])
+        self.example, self.start = remembered["example"], None
+        if start is not None:
+            layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}
+            self.start = Start(**{**start, "layers": layers})
