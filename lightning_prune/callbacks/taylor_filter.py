@@ -39,9 +39,9 @@ class TaylorFilterPruning(StructuredPruning):
         round_to: Widths after a cut are multiples of this, rounded up.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
             the module's ``example_input_array``, else one example of the first training batch.
-        form: ``weights`` squares each unit's sum of weight times gradient (Molchanov et al. 2019); ``activations``
-            averages over examples the absolute sum of activation times gradient, and divides by the layer's l2 norm
-            (2016); it takes the training loss to be the mean over the batch.
+        form: ``weights`` squares the sum of weight times gradient over the weights that read a unit (Molchanov et al.
+            2019); ``activations`` averages over examples the absolute sum of activation times gradient, and divides by
+            the layer's l2 norm (2016); it takes the training loss to be the mean over the batch.
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
             0.001.
 
