@@ -116,7 +116,13 @@ class Ledger:
             None  # whether the traced model runs where nothing is computed; None: not tried
         )
         self.step = 0  # counts operators, so that two traces of one model name their choices alike
-        self.where = ""  # what is being traced, for reasons
+        self.running: tuple[str, Any] = ("", None)  # path of the module and the operator at hand, for reasons
+
+    @property
+    def where(self) -> str:
+        """Say what is being traced."""
+        path, operator = self.running
+        return f"{path or 'the model'}, {operator.overloadpacket}" if operator is not None else ""
 
     def register(self, name: str, tensor: Tensor) -> Labels:
         """Hand out one atom per index of every dimension of a parameter or buffer."""
@@ -129,9 +135,11 @@ class Ledger:
 
     def meet(self, a: Atoms, b: Atoms) -> None:
         """Write down that atoms of ``a`` and ``b`` (broadcast together) must leave together."""
-        if a is not b:
+        if a is b:
+            return
+        if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
-            self.pairs.append((a.ravel(), b.ravel()))
+        self.pairs.append((a.ravel(), b.ravel()))
 
     def pin(self, labels: Iterable[Label], reason: str) -> None:
         """Write down that nothing of these labels may leave, and why."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
@@ -22,6 +21,8 @@ __all__ = ["exchange_", "named_tensors", "trace"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
+_RIDING = "_lightning_prune_labels"
+_NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -98,17 +99,17 @@ def watch(
     args, kwargs = as_call(example_inputs)
     mode = _LabelMode(ledger, meta)
     for name, tensor in named_tensors(model).items():
-        mode.labels[replaced.get(name, tensor)] = labels[name]
+        mode.give(replaced.get(name, tensor), labels[name])
     for tensor in tensors_in((args, kwargs)):
-        mode.labels[tensor] = _ACTIVATION
+        mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
     with _unfused(), mode.knows_modules(model), mode:
         outputs = model(*args, **kwargs)
-    ledger.where = ""
+    ledger.running = ("", None)
     tensors = list(tensors_in(outputs))
     for tensor in tensors:
         ledger.output_shapes.append(tuple(tensor.shape))
-        for found in mode.labels.get(tensor, _UNLABELLED).dims.values():
+        for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
     return tensors
 
@@ -119,7 +120,8 @@ class _LabelMode(TorchDispatchMode):
     def __init__(self, ledger: Ledger, meta: bool) -> None:
         super().__init__()
         self.ledger = ledger
-        self.labels: Any = WeakIdKeyDictionary()
+        self._given: dict[int, tuple[Tensor, Labels]] = {}
+        self._mark = object()  # tells this trace's labels from another's
         self._meta = meta
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
 
@@ -129,22 +131,36 @@ class _LabelMode(TorchDispatchMode):
             args, kwargs = _on_meta(args), dict(zip(kwargs, _on_meta(tuple(kwargs.values())), strict=True))
         out = func(*args, **kwargs)
         self.ledger.step += 1
-        found = [self.labels.get(t, _UNLABELLED) for t in tensors_among((*args, *kwargs.values()))]
+        found = [self.labels_of(t) for t in tensors_among((*args, *kwargs.values()))]
         weight = all(labels.weight for labels in found)
         if any(labels.dims for labels in found):
-            self.ledger.where = f"{self._running[-1][0] or 'the model'}, {func.overloadpacket}"
-            call = Call(self.ledger, func, args, kwargs, out, self._labels_of, self._running[-1])
+            self.ledger.running = (self._running[-1][0], func)
+            call = Call(self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1])
             rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
             dims = rule(call)
         else:
             dims = {}
         for tensor, own in _outputs(out, dims):
-            self.labels[tensor] = Labels({d: found for d, found in own.items() if found}, weight)
+            self._lay(tensor, Labels({d: found for d, found in own.items() if found}, weight))
         return out
 
-    def _labels_of(self, tensor: Tensor) -> Labels:
-        found: Labels = self.labels.get(tensor, _UNLABELLED)
-        return found
+    def give(self, tensor: Tensor, labels: Labels) -> None:
+        """Let a tensor that is there before the run carry labels; it is kept, and nothing is written on it."""
+        self._given[id(tensor)] = tensor, labels
+
+    def labels_of(self, tensor: Tensor) -> Labels:
+        """Return the labels that a tensor carries."""
+        given = self._given.get(id(tensor))
+        if given is not None:
+            return given[1]
+        mark, labels = getattr(tensor, _RIDING, _NOTHING)
+        return labels if mark is self._mark else _UNLABELLED
+
+    def _lay(self, tensor: Tensor, labels: Labels) -> None:
+        if id(tensor) in self._given:  # written in place
+            self.give(tensor, labels)
+        else:
+            setattr(tensor, _RIDING, (self._mark, labels))  # leaves with the tensor; a table of weak keys costs more
 
     @contextmanager
     def knows_modules(self, model: nn.Module) -> Iterator[None]:
