@@ -209,7 +209,8 @@ def _made(path: str, rest: list[str]) -> nn.Module:
 
     parser = ArgumentParser(prog="lightning-prune inspect")
     parser.add_argument("--model", type=nn.Module, required=True)
-    return parser.instantiate_classes(parser.parse_args([f"--model={path}", *rest])).model  # type: ignore[no-any-return]
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
+    return instantiate(parser.parse_args([f"--model={path}", *rest])).model  # type: ignore[no-any-return]
 
 
 def _load_weights_(model: nn.Module, path: Path) -> None:

@@ -40,6 +40,9 @@ __all__ = ["StructuredPruning"]
 class StructuredPruning(Callback):
     """Base of the callbacks that remove filters and neurons while a model trains; each adds its scores."""
 
+    gathers = False
+    """Whether the scores need something gathered between cuts."""
+
     def __init__(
         self,
         amount: float | dict[str, float],
@@ -73,7 +76,7 @@ class StructuredPruning(Callback):
         """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
 
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
-        """Start to gather what the scores need, for the model as it stands; weights need nothing gathered."""
+        """Start to gather what the scores need, for the model as it stands."""
 
     @property
     def ready(self) -> bool:
@@ -215,7 +218,7 @@ class StructuredPruning(Callback):
         self._watch_on(pl_module)
 
     def _watch_on(self, pl_module: LightningModule) -> None:
-        if self._state.share < self._state.ceiling:
+        if self.gathers and self._state.share < self._state.ceiling:
             self.watch(pl_module, self._prunable(pl_module, find_structure(trace(pl_module, self._inputs))))
 
     def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:

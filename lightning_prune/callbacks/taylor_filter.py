@@ -54,6 +54,8 @@ class TaylorFilterPruning(StructuredPruning):
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv:1906.10771).
     """
 
+    gathers = True
+
     def __init__(
         self,
         amount: float | dict[str, float] = 0.3,

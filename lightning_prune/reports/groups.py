@@ -42,7 +42,7 @@ def group_table(structure: Structure, costs: Mapping[str, GroupCost]) -> Table:
         caption="params, FLOPs: what one unit takes along, times the units; FLOPs of one call, as fvcore counts.",
     )
     table.add_column("group", overflow="fold")
-    table.add_column("made by", overflow="fold", style="dim")
+    table.add_column("also made by", overflow="fold", style="dim")
     for heading in ("units", "params", "FLOPs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, group in structure.groups.items():
