@@ -10,9 +10,10 @@ __all__ = ["pointwise"]
 
 
 @coupling_rule(
-    "aten.copy_", "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise", "aten.tril",
-    "aten.triu",
-    "aten.nan_to_num", "aten.bernoulli", "aten.dropout",
+    "aten.copy_", "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise",
+    "aten.rrelu_with_noise_", "aten.tril", "aten.triu", "aten.nan_to_num", "aten.bernoulli", "aten.dropout",
+    "aten.hardswish", "aten.hardswish_", "aten.log_sigmoid_forward", "aten.floor_divide", "aten.rsub", "aten.gelu_",
+    "aten.threshold_", "aten.mish_", "aten.abs_",
 )  # fmt: skip
 def pointwise(call: Call) -> Dims | list[Dims]:
     """Labels along one dimension meet; a tensor of fixed size pins what it meets, size one stretches to anything."""

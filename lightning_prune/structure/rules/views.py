@@ -90,7 +90,7 @@ def expand(call: Call) -> Dims:
 @coupling_rule(
     "aten.alias", "aten.detach", "aten.lift_fresh", "aten._to_copy", "aten.contiguous", "aten.zeros_like",
     "aten.ones_like",
-    "aten.empty_like", "aten.full_like", "aten.rand_like", "aten.randn_like", "aten.zero_", "aten.fill_",
+    "aten.empty_like", "aten.full_like", "aten.rand_like", "aten.randn_like", "aten.zero_", "aten.fill_", "aten.fill",
     "aten.detach_",
     "aten.lift", "aten.native_dropout",
 )  # fmt: skip
