@@ -9,7 +9,8 @@ from lightning_prune import prune_filters
 ELEMENTWISE = [
     nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
     nn.Mish, nn.PReLU, nn.RReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink,
-    nn.Softsign, nn.Tanh, nn.Tanhshrink, lambda: nn.Threshold(0.1, 0.2), nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink,
+    lambda: nn.Threshold(0.1, 0.2), nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout,
     *(lambda kind=kind: kind(inplace=True) for kind in (
         nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish, nn.RReLU, nn.ReLU, nn.ReLU6,
         nn.SELU, nn.SiLU,
