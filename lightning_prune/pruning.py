@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,8 +29,7 @@ from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, 
 __all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters"]
 
 
-@dataclass(frozen=True)
-class GroupWidth:
+class GroupWidth(NamedTuple):
     """The width of a channel group before and after a cut."""
 
     name: str

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,8 +12,7 @@ from lightning_prune.structure import named_tensors
 __all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
 
 
-@dataclass(frozen=True)
-class AttributeChange:
+class AttributeChange(NamedTuple):
     """A number on a module that a cut changes: path of the module, name of the attribute, value before and after."""
 
     module: str
