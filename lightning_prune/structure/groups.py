@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,8 @@ class ChannelGroup:
         return tuple(dict.fromkeys(_owner(slot.tensor) for slot in made))
 
 
-class Pinned(NamedTuple):
+@dataclass(frozen=True)
+class Pinned:
     """Channels that stay: ``count`` of the ``size`` along a dimension of a parameter, and why."""
 
     tensor: str
