@@ -10,13 +10,11 @@ import copy
 import importlib
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -82,6 +80,13 @@ def torch_pruning(model: nn.Module, criterion: str, scope: str, batches: list[Ba
     return cut(high)
 
 
+def save(options: argparse.Namespace, dense: float, seen: int, rows: list[dict]) -> None:
+    """Write what there is so far, so that a run that is stopped has not run for nothing."""
+    asked = {name: value for name, value in vars(options).items() if name != "data"}
+    result = {**asked, "dense": dense, "images_seen": seen, "rows": rows}
+    Path(__file__).with_name(f"half_flops-{options.depth}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
     """Read the command line, make the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -104,8 +109,8 @@ def main() -> None:
         ("torch-pruning", torch_pruning, *way) for way in OTHER
     ]
     rows = []
-    started = time.perf_counter()
-    for library, cut, criterion, scope in track(methods, "methods", transient=True):
+    seen = options.epochs * len(images)
+    for library, cut, criterion, scope in methods:
         row: dict = {"library": library, "criterion": criterion, "scope": scope, "after_cut": [], "fine_tuned": []}
         for seed in range(options.seeds):
             torch.manual_seed(seed)
@@ -116,8 +121,9 @@ def main() -> None:
             fit(slim, Batches(images, labels, 128, train=True, seed=seed), options.epochs, options.lr)
             row["fine_tuned"].append(accuracy(slim, test))
         rows.append(row)
+        save(options, whole, seen, rows)
+        print(f"{library} {criterion} {scope}: {statistics.mean(row['fine_tuned']):.4f}", flush=True)
 
-    seen = options.epochs * len(images)
     title = f"ResNet-{options.depth} ({100 * whole:.2f} %) at half its FLOPs, fine-tuned on {seen:,} images seen"
     table = Table(title=title, caption=f"Test accuracy: mean and spread over {options.seeds} seeds.")
     for heading in (
@@ -137,14 +143,6 @@ def main() -> None:
         cells = (f"{100 * share:.2f} %" for share in shares)
         table.add_row(row["library"], row["criterion"], row["scope"], *cells, f"{100 * spread:.2f}")
     Console().print(table)
-    result = {
-        **{k: str(v) for k, v in vars(options).items() if k != "data"},
-        "dense": whole,
-        "images_seen": seen,
-        "rows": rows,
-    }
-    result["seconds"] = round(time.perf_counter() - started)
-    Path(__file__).with_name(f"half_flops-{options.depth}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
