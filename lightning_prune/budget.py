@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.selection import ranks
+from lightning_prune.selection import keep_highest
 from lightning_prune.structure import Keep, Structure
 
 __all__ = ["Dense", "Footprint", "Scope", "Scores", "Target", "measure", "plan"]
@@ -159,7 +159,7 @@ def _keep(
     for name, group in structure.groups.items():
         stays = max(1, group.width - max(0, leaving[name]))
         stays = min(group.width, math.ceil(stays / round_to) * round_to)
-        keep[name] = (ranks(scores[name]) >= group.width - stays).cpu().numpy()
+        keep[name] = keep_highest(scores[name], stays).cpu().numpy()
     return keep
 
 

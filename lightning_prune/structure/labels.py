@@ -110,7 +110,6 @@ class Ledger:
         self.costs: list[Cost] = []
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}
         self.statistics: list[Atoms] = []
-        self.notes: list[str] = []
         self.output_shapes: list[tuple[int, ...]] = []
         self.runs_on_meta: bool | None = (
             None  # whether the traced model runs where nothing is computed; None: not tried
