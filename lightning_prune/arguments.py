@@ -18,10 +18,12 @@ from lightning_prune.structure import Structure
 __all__ = [
     "Amount",
     "amount_by_group",
+    "check_amount",
     "check_arguments",
     "check_optimizers",
     "check_prunable",
     "names_module",
+    "near",
     "with_ignored",
 ]
 
@@ -38,13 +40,7 @@ def check_arguments(
         ValueError: If an argument is out of range or unknown.
         TypeError: If an argument is of a wrong kind.
     """
-    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
-        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
-        if not 0 <= fraction < 1:
-            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
-            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+    check_amount(where, amount)
     if isinstance(amount, Mapping) and (target != "filters" or scope != "layer"):
         raise ValueError(
             f"{where}(target={target!r}, scope={scope!r}): amounts by pattern are fractions of each layer's filters; "
@@ -60,6 +56,22 @@ def check_arguments(
         )
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"{where}(round_to={round_to!r}): widths are rounded to multiples of a whole number from 1.")
+
+
+def check_amount(where: str, amount: Amount) -> None:
+    """Refuse amounts that are no fractions.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one is no number.
+    """
+    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
+        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
+        if not 0 <= fraction < 1:
+            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
+            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -84,7 +96,7 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) 
     paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     for pattern in ignore:
         if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
+            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
     ignored = [
         name
         for name, group in structure.groups.items()
@@ -123,7 +135,7 @@ def amount_by_group(structure: Structure, amount: Amount) -> Amount:
         if not named and stays:
             raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
         if not named:
-            raise ValueError(f"amount[{pattern!r}] names no module that produces channels.{_near(pattern, paths)}")
+            raise ValueError(f"amount[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
         for name in named:
             if amounts.setdefault(name, fraction) != fraction:
                 raise ValueError(
@@ -140,6 +152,7 @@ def names_module(pattern: str, path: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 
-def _near(pattern: str, paths: Iterable[str]) -> str:
-    near = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
-    return f" Near it: {', '.join(near)}." if near else ""
+def near(pattern: str, paths: Iterable[str]) -> str:
+    """Name the paths that a mistaken pattern may have meant, as a sentence."""
+    meant = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
+    return f" Near it: {', '.join(meant)}." if meant else ""
