@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.bits import pack_bits, unpack_bits
 from lightning_prune.surgery import Kept, PackedMasks, narrowed, recipe_of
 
-__all__ = ["Masks", "hold_masks", "masks_on"]
+__all__ = ["Masks", "hold_masks", "masks_on", "unpacked"]
 
 
 class Masks:
@@ -45,7 +45,7 @@ class Masks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._masks: dict[str, Tensor] = {}
-        self._handles: dict[int, RemovableHandle] = {}
+        self._held: dict[int, tuple[Optimizer, RemovableHandle]] = {}
         self._pairs: dict[int, _Pairs] = {}
 
     @property
@@ -76,8 +76,8 @@ class Masks:
 
     def lift(self) -> None:
         """Forget all masks; what they hid stays zero until something is written there."""
-        self._masks = {}
-        self._changed()
+        lifted, self._masks = self._masks, {}
+        self._changed(lifted)
 
     def apply_(self, model: nn.Module | None = None) -> None:
         """Zero what is hidden: of the model, or of a copy of it, such as an average of its weights."""
@@ -92,14 +92,14 @@ class Masks:
         self._masks = {name: mask.to(parameters[name]) for name, mask in self._masks.items()}
         self._pairs = {}
         for optimizer in optimizers:
-            if id(optimizer) not in self._handles:
-                self._handles[id(optimizer)] = optimizer.register_step_post_hook(self._after_step)
+            if id(optimizer) not in self._held:
+                self._held[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._after_step)
 
     def release(self) -> None:
         """Take every hook off the optimizers."""
-        for handle in self._handles.values():
+        for _, handle in self._held.values():
             handle.remove()
-        self._handles, self._pairs = {}, {}
+        self._held, self._pairs = {}, {}
 
     def mask_gradients_(self, optimizer: Optimizer) -> None:
         """Zero the gradients of what is hidden, of the parameters that an optimizer owns."""
@@ -123,11 +123,13 @@ class Masks:
         """Return the masks as a checkpoint holds them: packed bits and shapes, by name."""
         return {name: [pack_bits(keep), list(keep.shape)] for name, keep in self.keep.items()}
 
-    def _changed(self) -> None:
+    def _changed(self, lifted: Iterable[str] = ()) -> None:
+        """Tell the recipe, which may hold masks of others, too."""
         self._pairs = {}
         recipe = recipe_of(self._model)
-        recipe.masks = self.packed()
-        recipe.needed = recipe.needed or bool(self._masks)
+        others = {name: mask for name, mask in recipe.masks.items() if name not in lifted}
+        recipe.masks = others | self.packed()
+        recipe.needed = recipe.needed or bool(recipe.masks)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         pairs = self._pairs_of(optimizer)
@@ -155,8 +157,13 @@ class _Pairs(NamedTuple):
 
 
 def masks_on(model: nn.Module) -> dict[str, Tensor]:
-    """Return what stays of every parameter that a model's recipe says is masked, as bool, by name."""
-    return {name: unpack_bits(packed, shape) for name, (packed, shape) in recipe_of(model).masks.items()}
+    """Return what stays of every parameter that a model carries a mask of, as bool, by name."""
+    return unpacked(recipe_of(model).masks)
+
+
+def unpacked(masks: PackedMasks) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of masks as bool, by name."""
+    return {name: unpack_bits(packed, shape) for name, (packed, shape) in masks.items()}
 
 
 @contextmanager

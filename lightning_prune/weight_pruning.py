@@ -251,7 +251,7 @@ def check_weight_arguments(
 
 def _stays(size: int, amount: float) -> int:
     """Return how many of ``size`` stay; a small excess of binary fractions does not cost one."""
-    return size - math.floor(size * amount + 1e-9)
+    return size - math.floor(size * amount + 1e-6)
 
 
 def _left(parameter: Tensor, alive: Tensor | None) -> int:
