@@ -1,21 +1,24 @@
 """Prune networks while they train with PyTorch Lightning: units leave the model between two batches."""
 
-from lightning_prune.callbacks import FilterL1Pruning, MetricGuard, TaylorFilterPruning
+from lightning_prune.callbacks import FilterL1Pruning, IterativeMagnitudePruning, MetricGuard, TaylorFilterPruning
 from lightning_prune.checkpoints import load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Sensitivity
 from lightning_prune.flops import count_flops
+from lightning_prune.masks import hold_masks
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning import Report, prune_filters
 from lightning_prune.schedules import Cubic, Geometric, Linear, OneCycle, OneShot, Schedule
 from lightning_prune.sensitivity import sensitivity
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity
+from lightning_prune.weight_pruning import WeightReport, prune_weights
 
 __all__ = [
     "Cubic",
     "FilterL1Pruning",
     "Geometric",
+    "IterativeMagnitudePruning",
     "Linear",
     "MetricGuard",
     "OneCycle",
@@ -25,11 +28,14 @@ __all__ = [
     "Schedule",
     "Sensitivity",
     "TaylorFilterPruning",
+    "WeightReport",
     "compare_criteria",
     "count_flops",
     "coupling_rule",
+    "hold_masks",
     "load_from_checkpoint",
     "prune_filters",
+    "prune_weights",
     "sensitivity",
     "trainer_sensitivity",
 ]

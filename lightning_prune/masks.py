@@ -62,17 +62,21 @@ class Masks:
             optimizers: The optimizers that train the model.
         """
         parameters = dict(self._model.named_parameters())
-        with torch.inference_mode(False), torch.no_grad():
-            for name, stays in keep.items():
+        self._masks |= {name: stays.to(parameters[name].device, parameters[name].dtype) for name, stays in keep.items()}
+        self._changed()
+        self.clear_(optimizers)
+
+    def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Zero what is hidden, and what optimizers remember of it."""
+        self.apply_()
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, mask in self._masks.items():
                 parameter = parameters[name]
-                mask = stays.to(parameter.device, parameter.dtype)
-                parameter.masked_fill_(~stays.to(parameter.device), 0)
                 for optimizer in optimizers:
                     for value in optimizer.state.get(parameter, {}).values():
                         if isinstance(value, Tensor) and value.shape == parameter.shape:
                             value.mul_(mask.to(value))
-                self._masks[name] = mask
-        self._changed()
 
     def lift(self) -> None:
         """Forget all masks; what they hid stays zero until something is written there."""

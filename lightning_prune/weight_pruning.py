@@ -29,7 +29,8 @@ __all__ = [
     "choose_weights",
     "prune_weights",
     "score_weights",
-    "weight_counts",
+    "shuffled",
+    "weight_count",
     "weights_to_prune",
 ]
 
@@ -114,14 +115,15 @@ def prune_weights(
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015 (arXiv:1506.02626);
         Mishra et al., Accelerating Sparse Deep Neural Networks, 2021 (arXiv:2104.08378).
     """
-    check_weight_arguments("prune_weights", amount, scope, criterion, pattern)
+    check_weight_arguments("prune_weights", amount, scope, criterion, parameters, ignore, pattern)
     found = weights_to_prune(model, amount, parameters, ignore, pattern)
     keep = choose_weights(
         found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
     )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     Masks(model).let_fall_(keep, optimizers)
-    return WeightReport(weight_counts(keep), keep, found.stay)
+    counts = (weight_count(name, weight.parameter, keep[name]) for name, weight in found.weights.items())
+    return WeightReport(tuple(counts), keep, found.stay)
 
 
 class ToPrune(NamedTuple):
@@ -202,7 +204,7 @@ def choose_weights(
         What stays, as bool of each weight's shape, by name.
     """
     ordered = {name: _below(scores[name], alive.get(name)) for name in weights}
-    left = {name: _left(weight.parameter, alive.get(name)) for name, weight in weights.items()}
+    left = {name: weight_count(name, weight.parameter, alive.get(name)).stays for name, weight in weights.items()}
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     if pattern is not None:
         assert not isinstance(amount, Mapping)
@@ -216,13 +218,26 @@ def choose_weights(
     return {name: keep_highest(ordered[name], min(_stays(sizes[name], shares[name]), left[name])) for name in weights}
 
 
-def weight_counts(keep: Mapping[str, Tensor]) -> tuple[WeightCount, ...]:
-    """Count what stays of each weight."""
-    return tuple(WeightCount(name, stays.numel(), int(stays.count_nonzero())) for name, stays in keep.items())
+def shuffled(keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put what stays of each weight at random places of it; the same for one seed, and no random number is used up."""
+    order = {name: _random(name, stays).reshape(-1).argsort() for name, stays in keep.items()}
+    return {name: stays.reshape(-1)[order[name]].view(stays.shape) for name, stays in keep.items()}
+
+
+def weight_count(name: str, weight: Tensor, keep: Tensor | None) -> WeightCount:
+    """Count what stays of a weight; without a mask all of it does."""
+    size = weight.numel()
+    return WeightCount(name, size, size if keep is None else int(keep.count_nonzero()) * size // keep.numel())
 
 
 def check_weight_arguments(
-    where: str, amount: Amount | None, scope: str, criterion: WeightCriterion, pattern: str | None
+    where: str,
+    amount: Amount | None,
+    scope: str,
+    criterion: WeightCriterion,
+    parameters: Sequence[str] | None,
+    ignore: Sequence[str],
+    pattern: str | None,
 ) -> None:
     """Refuse arguments that no model could make sense of.
 
@@ -241,6 +256,11 @@ def check_weight_arguments(
             raise ValueError(
                 f"{where}(amount={amount!r}, pattern={pattern!r}): the pattern says how much leaves. Give one of both."
             )
+    if isinstance(amount, Mapping) and parameters is not None:
+        raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
+    for name, given in (("parameters", parameters), ("ignore", ignore)):
+        if isinstance(given, str):
+            raise TypeError(f"{where}({name}={given!r}): pass a list of patterns, [{given!r}].")
     if scope not in get_args(WeightScope):
         raise ValueError(f"{where}(scope={scope!r}): choose one of {', '.join(map(repr, get_args(WeightScope)))}.")
     if isinstance(criterion, str) and criterion not in _CRITERIA:
@@ -252,12 +272,6 @@ def check_weight_arguments(
 def _stays(size: int, amount: float) -> int:
     """Return how many of ``size`` stay; a small excess of binary fractions does not cost one."""
     return size - math.floor(size * amount + 1e-6)
-
-
-def _left(parameter: Tensor, alive: Tensor | None) -> int:
-    if alive is None:
-        return parameter.numel()
-    return int(alive.expand(parameter.shape).count_nonzero())
 
 
 def _below(scores: Tensor, alive: Tensor | None) -> Tensor:

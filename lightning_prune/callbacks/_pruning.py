@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
 from lightning_prune.schedules import OneShot, Schedule
-from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
+from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
 
 __all__ = ["Course", "Pruning"]
 
@@ -94,6 +94,9 @@ class Pruning(Callback, ABC):
     def ready(self) -> bool:
         """Whether enough was gathered to decide by."""
         return True
+
+    def follow(self, kept: Kept) -> None:
+        """Follow a cut that another callback has made."""
 
     def detach(self, pl_module: LightningModule) -> None:
         """Take every hook off the model and its optimizers."""

@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
-from torch import Tensor, nn, optim
-from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
+from lightning_prune.arguments import Amount
+from lightning_prune.callbacks._averages import restart_averages_
 from lightning_prune.callbacks._guard import guards
-from lightning_prune.callbacks._pruning import Pruning
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_masks, structured_callbacks
+from lightning_prune.callbacks._masked import MaskedPruning
+from lightning_prune.callbacks._refusals import structured_callbacks
 from lightning_prune.callbacks._rewind import draw_anew_, remember, rewind_
 from lightning_prune.errors import PruningError
-from lightning_prune.masks import Masks, unpacked
-from lightning_prune.reports import weight_table
 from lightning_prune.schedules import Schedule
-from lightning_prune.surgery import Kept, PackedMasks, recipe_of
-from lightning_prune.weight_pruning import (
-    ToPrune,
-    WeightCount,
-    check_weight_arguments,
-    choose_weights,
-    score_weights,
-    shuffled,
-    weights_to_prune,
-)
+from lightning_prune.weight_pruning import choose_weights, score_weights, shuffled
 
 __all__ = ["IterativeMagnitudePruning"]
 
-_ELEMENTWISE: tuple[type[Optimizer], ...] = (
-    optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad,
-    optim.Adadelta, optim.ASGD, optim.Rprop,
-)  # fmt: skip
+_Control = Literal["reinitialize", "shuffle"]
 
 
-@dataclass
-class _State:
-    """Everything that changes in the life of the callback, beside how far it has come."""
-
-    masks: PackedMasks = field(default_factory=dict)
-    early: dict[str, Any] | None = None  # what rounds are rewound to
-    to_prune: ToPrune | None = None
-    counts: tuple[WeightCount, ...] = ()
-    mask_gradients: bool = False
-
-
-class IterativeMagnitudePruning(Pruning):
+class IterativeMagnitudePruning(MaskedPruning):
     """Set the weights that are smallest in absolute value to zero while the model trains, and keep them there.
 
     Sparsity is absolute: ``amount`` is what is zero in the end, of all weights there are. Nothing is wrapped or
@@ -117,31 +89,92 @@ class IterativeMagnitudePruning(Pruning):
         control: Literal["reinitialize", "shuffle"] | None = None,
         mask_gradients: bool | Literal["auto"] = "auto",
     ) -> None:
+        super().__init__(amount, scope, schedule, parameters, ignore, pattern, mask_gradients)
         where = type(self).__name__
-        check_weight_arguments(where, amount, scope, "magnitude", parameters, ignore, pattern)
-        super().__init__(schedule)
-        first = next(moment for moment in range(self.schedule.last + 1) if self.schedule.progress(moment) > 0)
         if rewind_to is not None and (isinstance(rewind_to, bool) or not isinstance(rewind_to, int) or rewind_to < 0):
             raise ValueError(f"{where}(rewind_to={rewind_to!r}): it is a number of optimizer steps, from 0.")
-        if rewind_to is not None and self.schedule.by == "steps" and first < rewind_to:
-            raise ValueError(
-                f"{where}(schedule={schedule!r}, rewind_to={rewind_to}): the first cut, at step {first}, comes before "
-                "the step that it rewinds to. Rewind to an earlier one."
-            )
         if control not in (None, "reinitialize", "shuffle"):
             raise ValueError(f"{where}(control={control!r}): choose 'reinitialize', 'shuffle' or None.")
         if control is not None and rewind_to is None:
             raise ValueError(f"{where}(control={control!r}): controls are for runs that rewind. Give rewind_to, too.")
-        if mask_gradients not in (True, False, "auto"):
-            raise ValueError(f"{where}(mask_gradients={mask_gradients!r}): choose True, False or 'auto'.")
-        self.amount = amount
-        self.scope: Literal["global", "layer"] = scope
-        self.parameters = parameters if parameters is None else list(parameters)
-        self.ignore = list(ignore)
-        self.pattern = pattern
         self.rewind_to = rewind_to
-        self.control = control
-        self.mask_gradients = mask_gradients
-        self._first = first
-        self._state = _State()
-        self._masks: Masks | None = None
+        self.control: _Control | None = control
+        self._early: dict[str, Any] | None = None  # the run as it stood at rewind_to
+
+    def choose(self, pl_module: LightningModule, due: Amount, progress: float) -> dict[str, Tensor]:
+        """Return what stays when the smallest leave; what has gone stays so."""
+        weights = self._in_run.to_prune.weights
+        alive = self._in_run.masks.keep
+        keep = choose_weights(weights, score_weights(weights, "magnitude"), alive, due, self.scope, self.pattern)
+        return shuffled(keep) if self.control == "shuffle" and progress >= 1.0 else keep
+
+    def after_masking(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
+        """Go back to where the round began."""
+        if self._early is None:
+            return
+        rewind_(trainer, pl_module, self._early)
+        if self.control == "reinitialize" and progress >= 1.0:
+            draw_anew_(trainer, pl_module)
+        self._in_run.masks.clear_(trainer.optimizers)
+        restart_averages_(trainer, pl_module)
+
+    def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run in which masks cannot hold, or which cannot go back."""
+        super().refuse(trainer, pl_module)
+        if self.rewind_to is None:
+            return
+        others = [*guards(trainer), *structured_callbacks(trainer), *_averaging_late(trainer)]
+        if others:
+            raise PruningError(
+                f"IterativeMagnitudePruning(rewind_to={self.rewind_to}) and {type(others[0]).__name__} contradict: one "
+                "takes the whole run back to where it was, and the other goes by how far it has come. Use one of them."
+            )
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
+        """Begin to mask; remember the run as it stands, if this is where rounds start."""
+        super().begin(trainer, pl_module, batch)
+        if self.rewind_to is None or self._early is not None:
+            return True
+        if trainer.global_step > self.rewind_to:
+            raise PruningError(
+                f"IterativeMagnitudePruning(rewind_to={self.rewind_to}): training starts at step "
+                f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step that is still to come."
+            )
+        first = next(moment for moment in range(self.schedule.last + 1) if self.schedule.progress(moment) > 0)
+        if self.schedule.by == "epochs":
+            first *= math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if first < self.rewind_to:
+            raise PruningError(
+                f"IterativeMagnitudePruning(rewind_to={self.rewind_to}): the first cut of {self.schedule}, at step "
+                f"{first}, comes before. Rewind to an earlier step, or let it come later."
+            )
+        self._remember(trainer, pl_module)
+        return True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Remember the run as it stands, if this is where rounds start."""
+        self._remember(trainer, pl_module)
+
+    def remembered(self) -> dict[str, Any]:
+        """Return masks, and the run as it stood where rounds start."""
+        return {**super().remembered(), "early": self._early}
+
+    def take_up(self, remembered: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint remembers."""
+        super().take_up(remembered)
+        self._early = remembered["early"]
+
+    def forget(self) -> None:
+        """Start anew: the module is another one."""
+        super().forget()
+        self._early = None
+
+    def _remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.rewind_to is not None and self._early is None and trainer.global_step >= self.rewind_to:
+            self._early = remember(trainer, pl_module)
+
+
+def _averaging_late(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks that average weights of a late part of the training, with a schedule of their own."""
+    names = ("StochasticWeightAveraging",)
+    return [callback for callback in trainer.callbacks if type(callback).__name__ in names]  # type: ignore[attr-defined]
