@@ -95,7 +95,9 @@ class Batches:
         seed: Passes with equal seeds are equal, whatever else draws random numbers.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, *, train: bool = False, seed: int = 0, crop: bool = True):
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, *, train: bool = False, seed: int = 0, crop: bool = True
+    ):
         self.images, self.labels = images, labels
         self.batch_size, self.train, self.crop = batch_size, train, crop
         self.generator = torch.Generator().manual_seed(seed)
@@ -108,4 +110,7 @@ class Batches:
         order = torch.randperm(n, generator=self.generator) if self.train else torch.arange(n)
         for indices in order.split(self.batch_size):
             images = self.images[indices]
-            yield augment(images, generator=self.generator) if self.train and self.crop else images, self.labels[indices]
+            yield (
+                augment(images, generator=self.generator) if self.train and self.crop else images,
+                self.labels[indices],
+            )

@@ -1,4 +1,4 @@
-"""The CIFAR-10 and MNIST networks of the papers, with module names that read like the papers; knows nothing of pruning."""
+"""The CIFAR-10 and MNIST networks of the papers, with module names that read like theirs; knows nothing of pruning."""
 
 from collections import OrderedDict
 
