@@ -3,8 +3,8 @@
     python -m benchmarks.han2015 --data DIR
 
 Each network is trained densely, and then pruned while it trains on, by ``IterativeMagnitudePruning``: at the paper's
-own rates layer by layer, and at several compressions with one threshold for all layers. Beside these the dense network is
-trained on for as long. Errors are those after the last pass; no pass is chosen by its error. Results go into
+own rates layer by layer, and at several compressions with one threshold for all layers. Beside these the dense network
+is trained on for as long. Errors are those after the last pass; no pass is chosen by its error. Results go into
 ``han2015.json`` beside this file as they come, and what is there is not trained again.
 """
 
@@ -40,8 +40,8 @@ SNIP = {  # Lee et al. 2019, Table 1: sparsity in %, error in %, of LeNet-300-10
     "L-OBS": {"LeNet-300-100": (98.5, 2.0), "LeNet-5": (99.0, 2.1)},
     "SNIP": {"LeNet-300-100": (95.0, 1.6), "LeNet-5": (98.0, 0.8)},
 }
-PASSES = {"LeNet-300-100": (8, 10), "LeNet-5": (3, 4)}  # over the training images: dense, and in each arm after it
-COMPRESSIONS = {"LeNet-300-100": (12, 20, 30, 45, 60), "LeNet-5": (30,)}
+PASSES = {"LeNet-300-100": (8, 10), "LeNet-5": (4, 6)}  # over the training images: dense, and in each arm after it
+COMPRESSIONS = {"LeNet-300-100": (12, 20, 30, 45, 60), "LeNet-5": (12, 30)}
 
 
 class OneCycle(Classifier):
@@ -97,7 +97,7 @@ def run(name: str, seed: int, data: tuple[Tensor, ...], options: argparse.Namesp
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 
     torch.manual_seed(seed)
-    dense, lr = NETWORKS[name](), options.lr
+    dense, lr = NETWORKS[name]().to(memory_format=torch.channels_last), options.lr  # twice as fast on a CPU
     train(dense, Batches(images, labels, 128, train=True, seed=seed, crop=False), epochs, lr)
     note("dense", dense)
     for arm, amount in todo.items():

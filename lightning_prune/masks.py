@@ -62,7 +62,7 @@ class Masks:
             optimizers: The optimizers that train the model.
         """
         parameters = dict(self._model.named_parameters())
-        self._masks |= {name: stays.to(parameters[name].device, parameters[name].dtype) for name, stays in keep.items()}
+        self._masks |= {name: _as_mask(stays, parameters[name]) for name, stays in keep.items()}
         self._changed()
         self.clear_(optimizers)
 
@@ -202,6 +202,14 @@ def hold_masks(
         yield masks
     finally:
         masks.release()
+
+
+def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
+    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller."""
+    parameter = parameter.detach()
+    if keep.shape != parameter.shape:
+        return keep.to(parameter)
+    return torch.empty_like(parameter).copy_(keep)
 
 
 def _multiply_(tensors: list[Tensor], masks: list[Tensor]) -> None:
