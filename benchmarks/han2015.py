@@ -10,6 +10,7 @@ is trained on for as long. Errors are those after the last pass; no pass is chos
 
 import argparse
 import copy
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,8 +41,8 @@ SNIP = {  # Lee et al. 2019, Table 1: sparsity in %, error in %, of LeNet-300-10
     "L-OBS": {"LeNet-300-100": (98.5, 2.0), "LeNet-5": (99.0, 2.1)},
     "SNIP": {"LeNet-300-100": (95.0, 1.6), "LeNet-5": (98.0, 0.8)},
 }
-PASSES = {"LeNet-300-100": (8, 10), "LeNet-5": (4, 6)}  # over the training images: dense, and in each arm after it
-COMPRESSIONS = {"LeNet-300-100": (12, 20, 30, 45, 60), "LeNet-5": (12, 30)}
+PASSES = {"LeNet-300-100": (4, 6), "LeNet-5": (2, 3)}  # over the training images: dense, and in each arm after it
+COMPRESSIONS = {"LeNet-300-100": (12, 30, 20, 45, 60), "LeNet-5": (12, 30, 60)}
 
 
 class OneCycle(Classifier):
@@ -82,30 +83,43 @@ def left(net: nn.Module) -> float:
     return sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
 
 
-def run(name: str, seed: int, data: tuple[Tensor, ...], options: argparse.Namespace, results: dict) -> None:
-    """Train one network densely and then on in every arm; add what is not in ``results`` yet, and write it."""
-    (epochs, more), compressions = PASSES[name], options.compressions or COMPRESSIONS[name]
-    found = results.setdefault(name, {}).setdefault(str(seed), {})
-    todo = {arm: amount for arm, amount in arms(name, compressions).items() if arm not in found}
-    if not todo:
-        return
-    images, labels, test_images, test_labels = data
-    tests = Batches(test_images, test_labels, 1000)
+class Run:
+    """One network with one seed: trained densely once, and then on in every arm that is asked for.
 
-    def note(arm: str, net: nn.Module) -> None:
-        found[arm] = {"error": round(100 * (1 - accuracy(net, tests)), 2), "left": round(left(net), 5)}
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    Args:
+        name: The network.
+        seed: What its weights and the order of the images start from.
+        data: Images and digits to train on, and to test on.
+        lr: Highest learning rate.
+    """
 
-    torch.manual_seed(seed)
-    dense, lr = NETWORKS[name]().to(memory_format=torch.channels_last), options.lr  # twice as fast on a CPU
-    train(dense, Batches(images, labels, 128, train=True, seed=seed, crop=False), epochs, lr)
-    note("dense", dense)
-    for arm, amount in todo.items():
-        net = copy.deepcopy(dense)
-        batches = Batches(images, labels, 128, train=True, seed=seed + 1000, crop=False)
-        callbacks = [] if amount is None else [pruning(amount, more * len(batches))]
-        train(net, batches, more, lr, callbacks)
-        note(arm, net)
+    def __init__(self, name: str, seed: int, data: tuple[Tensor, ...], lr: float):
+        self.name, self.seed, self.lr = name, seed, lr
+        self.images, self.labels, *tests = data
+        self.tests = Batches(*tests, 1000)
+        self.passes, self.more = PASSES[name]
+        self.net: nn.Module | None = None
+
+    def dense(self) -> nn.Module:
+        """Return the dense network, trained."""
+        if self.net is None:
+            torch.manual_seed(self.seed)
+            self.net = NETWORKS[self.name]().to(memory_format=torch.channels_last)  # twice as fast on a CPU
+            train(self.net, self._batches(self.seed), self.passes, self.lr)
+        return self.net
+
+    def pruned(self, amount: float | dict[str, float] | None) -> nn.Module:
+        """Return a copy that was trained on, and pruned meanwhile."""
+        net, batches = copy.deepcopy(self.dense()), self._batches(self.seed + 1000)
+        train(net, batches, self.more, self.lr, [] if amount is None else [pruning(amount, self.more * len(batches))])
+        return net
+
+    def judge(self, net: nn.Module) -> dict[str, float]:
+        """Return the error on the test images in %, and the share of the weights that is left."""
+        return {"error": round(100 * (1 - accuracy(net, self.tests)), 2), "left": round(left(net), 5)}
+
+    def _batches(self, seed: int) -> Batches:
+        return Batches(self.images, self.labels, 128, train=True, seed=seed, crop=False)
 
 
 def table(name: str, found: dict) -> Table:
@@ -139,9 +153,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = (*mnist(options.data, "train"), *mnist(options.data, "test"))
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
-    for seed in range(options.seeds):
-        for name in options.networks:
-            run(name, seed, data, options, results)
+    for name in options.networks:
+        runs = [Run(name, seed, data, options.lr) for seed in range(options.seeds)]
+        todo = {"dense": None} | arms(name, options.compressions or COMPRESSIONS[name])
+        for arm, seed in itertools.product(todo, range(options.seeds)):
+            found = results.setdefault(name, {}).setdefault(str(seed), {})
+            if arm not in found:
+                net = runs[seed].dense() if arm == "dense" else runs[seed].pruned(todo[arm])
+                found[arm] = runs[seed].judge(net)
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
     for name in options.networks:
         Console().print(table(name, results[name]))
 

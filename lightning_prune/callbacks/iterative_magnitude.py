@@ -138,7 +138,7 @@ class IterativeMagnitudePruning(MaskedPruning):
         if trainer.global_step > self.rewind_to:
             raise PruningError(
                 f"IterativeMagnitudePruning(rewind_to={self.rewind_to}): training starts at step "
-                f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step that is still to come."
+                f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step to come."
             )
         first = next(moment for moment in range(self.schedule.last + 1) if self.schedule.progress(moment) > 0)
         if self.schedule.by == "epochs":
