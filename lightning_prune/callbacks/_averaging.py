@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,7 +27,7 @@ def refuse_order(where: str, callbacks: Iterable[Any], mine: Any) -> None:
     behind = False
     for callback in callbacks:
         behind = behind or callback is mine
-        if behind and isinstance(callback, WeightAveraging):
+        if behind and _is(callback, "WeightAveraging"):
             raise PruningError(
                 f"{where} must stand behind {type(callback).__name__} in callbacks=[...], to add to the averaged "
                 "weights in a checkpoint what tells their shapes. Exchange the two."
@@ -39,9 +38,10 @@ def averaged_copies(trainer: Trainer) -> list[nn.Module]:
     """Return the copies of the model that other callbacks keep."""
     found: list[nn.Module] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        copy = getattr(callback, "_average_model", None)
-        if copy is not None and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-            found.append(copy.module if isinstance(callback, WeightAveraging) else copy)
+        wrapped = _is(callback, "WeightAveraging")
+        if wrapped or _is(callback, "StochasticWeightAveraging"):
+            copy = callback._average_model  # None unless it takes part in a fit
+            found += [] if copy is None else [copy.module if wrapped else copy]
     return found
 
 
@@ -77,3 +77,8 @@ def _take_shapes_of(
     loaded = model()
     if loaded is not None:
         resize_(copy, own, recipe_of(loaded).values(loaded))
+
+
+def _is(callback: Any, name: str) -> bool:
+    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    return any(kind.__name__ == name for kind in type(callback).__mro__)
