@@ -5,7 +5,7 @@ from lightning_prune.checkpoints import load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Sensitivity
 from lightning_prune.flops import count_flops
-from lightning_prune.masks import hold_masks
+from lightning_prune.masks import apply_masks_, hold_masks, masks_on
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning import Report, prune_filters
 from lightning_prune.schedules import Cubic, Geometric, Linear, OneCycle, OneShot, Schedule
@@ -29,11 +29,13 @@ __all__ = [
     "Sensitivity",
     "TaylorFilterPruning",
     "WeightReport",
+    "apply_masks_",
     "compare_criteria",
     "count_flops",
     "coupling_rule",
     "hold_masks",
     "load_from_checkpoint",
+    "masks_on",
     "prune_filters",
     "prune_weights",
     "sensitivity",

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.bits import pack_bits, unpack_bits
-from lightning_prune.surgery import Kept, PackedMasks, narrowed, recipe_of
+from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
-__all__ = ["Masks", "hold_masks", "masks_on", "unpacked"]
+__all__ = ["Masks", "apply_masks_", "hold_masks", "masks_on", "unpacked"]
 
 
 class Masks:
@@ -162,12 +162,40 @@ class _Pairs(NamedTuple):
 
 def masks_on(model: nn.Module) -> dict[str, Tensor]:
     """Return what stays of every parameter that a model carries a mask of, as bool, by name."""
-    return unpacked(recipe_of(model).masks)
+    return unpacked(next((hook.masks for hook in model._state_dict_hooks.values() if isinstance(hook, Recipe)), {}))
 
 
 def unpacked(masks: PackedMasks) -> dict[str, Tensor]:
     """Return what a checkpoint holds of masks as bool, by name."""
     return {name: unpack_bits(packed, shape) for name, (packed, shape) in masks.items()}
+
+
+def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
+    """Zero weights of a model by given masks, which it carries from then on, as after a pruning of its own.
+
+    Args:
+        model: The model.
+        keep: Name of a parameter -> what stays, as bool, such as :func:`masks_on` returns of another model.
+
+    Raises:
+        ValueError: If there is no such parameter, or a mask does not fit its shape.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> apply_masks_(model, {"weight": torch.tensor([[True, False]])})
+        >>> model.weight[0, 1].item(), masks_on(model)
+        (0.0, {'weight': tensor([[ True, False]])})
+    """
+    own = dict(model.named_parameters())
+    for name, stays in keep.items():
+        if name not in own:
+            raise ValueError(f"keep[{name!r}]: {type(model).__name__} has no parameter of this name.")
+        try:
+            stays.expand(own[name].shape)
+        except RuntimeError:
+            shapes = f"{tuple(stays.shape)}, of a parameter of shape {tuple(own[name].shape)}"
+            raise ValueError(f"keep[{name!r}] is of shape {shapes}. Give masks of this model.") from None
+    Masks(model).let_fall_(keep)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.arguments import Amount
 from lightning_prune.bits import pack_bits
-from lightning_prune.callbacks._averages import averages
+from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_masks, refuse_unmaskable, structured_callbacks
@@ -139,8 +139,8 @@ class MaskedPruning(Pruning):
         self._in_run.masks.let_fall_(keep, trainer.optimizers)
         self._noted()
         self.after_masking(trainer, pl_module, progress)
-        for average in averages(trainer):
-            self._in_run.masks.apply_(average)
+        for copy in averaged_copies(trainer):
+            self._in_run.masks.apply_(copy)
 
     def follow(self, kept: Kept) -> None:
         """Follow a cut that another callback made."""
@@ -156,7 +156,7 @@ class MaskedPruning(Pruning):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the sign off zeros, and print what became of the weights."""
         super().on_train_end(trainer, pl_module)
-        for model in (pl_module, *averages(trainer)):
+        for model in (pl_module, *averaged_copies(trainer)):
             self._in_run.masks.apply_(model)
 
     def metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:

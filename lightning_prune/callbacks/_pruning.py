@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
 from lightning_prune.schedules import OneShot, Schedule
@@ -31,7 +33,7 @@ class Course:
     unlogged: bool = False  # whether something changed since the last log
 
 
-class Pruning(Callback, ABC):
+class Pruning(AnyCallback, ABC):
     """Base of the callbacks that prune: it says when, they say what."""
 
     def __init__(self, schedule: Schedule | None) -> None:
@@ -112,6 +114,7 @@ class Pruning(Callback, ABC):
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
         if stage == "fit":
             self.refuse(trainer, pl_module)
+            refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
         if self._module is None or self._module() is not pl_module:
             self._course = Course()
@@ -119,8 +122,11 @@ class Pruning(Callback, ABC):
             self._module = weakref.ref(pl_module)
         self._course.begun, self._course.epoch = False, -1
         self._detach(pl_module)
-        self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_)]
         recipe_of(pl_module)
+        self._hooks = [
+            pl_module.register_load_state_dict_pre_hook(take_shapes_),
+            *let_copies_follow(trainer, pl_module),
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
@@ -211,6 +217,14 @@ class Pruning(Callback, ABC):
         self.undo(pl_module, progress["own"])
 
     # What a checkpoint remembers
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let averaged weights keep what tells their shapes, and let each way of pruning add what it must."""
+        keep_metadata_(checkpoint)
+        self.amend(trainer, checkpoint)
+
+    def amend(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Change what :meth:`remembered` gave on this process into what all processes can take up."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return how much has gone and of what, as plain numbers and tensors."""

@@ -24,13 +24,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-_CONTRADICTING = {
-    "ModelPruning": "one cuts what the other wraps",
-    "WeightAveraging": "one cuts the model of which the other keeps a whole copy",
-    "StochasticWeightAveraging": "one cuts the model of which the other keeps a whole copy",
-}
-
-
 def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse strategies, ways of optimizing and other callbacks beside which no unit can leave.
 
@@ -57,9 +50,8 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
             f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no "
             "checkpoint of the slim model could be loaded. Leave the plugin out."
         )
-    for name, reason in _CONTRADICTING.items():
-        if any(name in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise PruningError(f"{where} and {name} contradict: {reason}. Use one of them.")
+    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise PruningError(f"{where} and ModelPruning contradict: one cuts what the other wraps. Use one of them.")
 
 
 def refuse_masks(where: str, trainer: Trainer) -> None:

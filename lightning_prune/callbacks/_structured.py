@@ -18,6 +18,7 @@ from lightning_prune.arguments import (
     with_ignored,
 )
 from lightning_prune.budget import Scope, Scores, Target
+from lightning_prune.callbacks._averaging import cut_copies_
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._pruning import Pruning
@@ -232,6 +233,7 @@ class StructuredPruning(Pruning):
         for guard in guards(trainer):
             guard.before_cut(trainer, pl_module)
         cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
+        cut_copies_(trainer, pl_module, prepared.cut)
         if averaged:
             strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback in pruning_callbacks(trainer):

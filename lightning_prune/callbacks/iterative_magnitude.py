@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune.arguments import Amount
-from lightning_prune.callbacks._averages import restart_averages_
+from lightning_prune.callbacks._averaging import restart_averages_
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._masked import MaskedPruning
 from lightning_prune.callbacks._refusals import structured_callbacks

@@ -137,7 +137,7 @@ class TaylorFilterPruning(StructuredPruning):
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             gather_contributions(self._means, self._contributions, 1.0 if scaler is None else scaler.get_scale())
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def amend(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Keep each process's share of what all have gathered: the same file is read by all of them."""
         if self._means is not None and trainer.world_size > 1:
             gathered = checkpoint["callbacks"][self.state_key]["gathered"]

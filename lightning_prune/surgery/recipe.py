@@ -41,15 +41,19 @@ class Recipe:
     needed: bool = False
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        """Write ``[module path, name, value]`` of every attribute that is still there, as plain numbers and lists."""
+        """Write the values of the attributes and the masks, as plain numbers, lists and tensors."""
+        masks = {name: mask for name, mask in self.masks.items() if _holds(mask, state_dict.get(prefix + name))}
+        local_metadata[RECIPE] = {"attributes": self.values(module), "masks": masks}
+
+    def values(self, module: nn.Module) -> list[list[Any]]:
+        """Return ``[module path, name, value]`` of every attribute that is still there."""
         modules = dict(module.named_modules(remove_duplicate=False))
         values = []
         for path, name in self.places:
             if hasattr(modules.get(path), name):
                 value = getattr(modules[path], name)
                 values.append([path, name, list(value) if isinstance(value, tuple) else value])
-        masks = {name: mask for name, mask in self.masks.items() if _holds(mask, state_dict.get(prefix + name))}
-        local_metadata[RECIPE] = {"attributes": values, "masks": masks}
+        return values
 
     def note(self, places: Iterable[tuple[str, str]]) -> None:
         """Add attributes that are to be written."""
