@@ -120,7 +120,7 @@ def _usual(model: nn.Module) -> Weights:
         for leaf in next((leaves for kind, leaves in _LEAVES.items() if isinstance(module, kind)), ()):
             parameter, name = module._parameters.get(leaf), f"{path}.{leaf}".lstrip(".")
             if leaf not in module._parameters:
-                weights.stay[name] = "it is made of other parameters, which may be named instead"
+                weights.stay[name] = "it is made of other parameters"
             elif parameter is not None and id(parameter) in embeddings:
                 weights.stay[name] = "it is tied to an embedding"
             elif parameter is not None:
