@@ -62,8 +62,10 @@ class Masks:
             optimizers: The optimizers that train the model.
         """
         parameters = dict(self._model.named_parameters())
-        self._masks |= {name: _as_mask(stays, parameters[name]) for name, stays in keep.items()}
-        self._changed()
+        whole = [name for name, stays in keep.items() if stays.all()]  # where nothing goes no mask is needed
+        masks = {name: _as_mask(stays, parameters[name]) for name, stays in keep.items() if name not in whole}
+        self._masks = {name: mask for name, mask in (self._masks | masks).items() if name not in whole}
+        self._changed(lifted=whole)
         self.clear_(optimizers)
 
     def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:

@@ -189,7 +189,10 @@ class Pruning(AnyCallback, ABC):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left; the last callback does so for all, since values logged twice would be averaged."""
         callbacks = pruning_callbacks(trainer)
-        if callbacks[-1] is not self or not any(callback._course.unlogged for callback in callbacks):
+        courses = [callback._course for callback in callbacks]
+        if callbacks[-1] is not self or not all(course.begun for course in courses):
+            return
+        if not any(course.unlogged for course in courses):
             return
         values: dict[str, float] = {}
         for callback in callbacks:

@@ -97,6 +97,11 @@ class IterativeMagnitudePruning(MaskedPruning):
             raise ValueError(f"{where}(control={control!r}): choose 'reinitialize', 'shuffle' or None.")
         if control is not None and rewind_to is None:
             raise ValueError(f"{where}(control={control!r}): controls are for runs that rewind. Give rewind_to, too.")
+        if rewind_to is not None and self.schedule.by == "steps" and _first_cut(self.schedule) < rewind_to:
+            raise ValueError(
+                f"{where}(schedule={schedule!r}, rewind_to={rewind_to}): the first cut, at step "
+                f"{_first_cut(self.schedule)}, comes before the step that it rewinds to. Rewind to an earlier one."
+            )
         self.rewind_to = rewind_to
         self.control: _Control | None = control
         self._early: dict[str, Any] | None = None  # the run as it stood at rewind_to
@@ -140,7 +145,7 @@ class IterativeMagnitudePruning(MaskedPruning):
                 f"IterativeMagnitudePruning(rewind_to={self.rewind_to}): training starts at step "
                 f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step to come."
             )
-        first = next(moment for moment in range(self.schedule.last + 1) if self.schedule.progress(moment) > 0)
+        first = _first_cut(self.schedule)
         if self.schedule.by == "epochs":
             first *= math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if first < self.rewind_to:
@@ -172,6 +177,11 @@ class IterativeMagnitudePruning(MaskedPruning):
     def _remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.rewind_to is not None and self._early is None and trainer.global_step >= self.rewind_to:
             self._early = remember(trainer, pl_module)
+
+
+def _first_cut(schedule: Schedule) -> int:
+    """Return the moment before which the first cut falls."""
+    return next(moment for moment in range(schedule.last + 1) if schedule.progress(moment) > 0)
 
 
 def _averaging_late(trainer: Trainer) -> list[Callback]:
