@@ -136,19 +136,17 @@ SCHEDULES = {
 def test_sparsity_is_absolute(scope, schedule, shares):
     """After each cut exactly the share that the schedule says is zero, of all weights there are, and logged."""
 
-    class Note(Callback):
-        seen = []
+    seen = []
 
+    class Note(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("prune/")}
-            self.seen.append((zeros(pl_module), values))
+            seen.append((zeros(pl_module), values))
 
-    note = Note()
-    note.seen = []
     module = net()
-    fit(module, pruning(schedule=schedule, scope=scope), note, max_epochs=4)
+    fit(module, pruning(schedule=schedule, scope=scope), Note(), max_epochs=4)
     params = sum(p.numel() for p in module.parameters())
-    for (counts, values), share in zip(note.seen, shares, strict=True):
+    for (counts, values), share in zip(seen, shares, strict=True):
         layers = {name: int(size * share + 1e-6) for name, size in SIZES.items()}
         assert counts == layers if scope == "layer" else sum(counts.values()) == int(TOTAL * share + 1e-6)
         gone = sum(counts.values())
@@ -684,7 +682,7 @@ def test_pickles_with_what_it_knows():
 
 
 def test_nothing_changes_but_the_zeros():
-    """Names, parameters and modules are the same after a run, no hook stays but the recipe, and optimizers have none."""
+    """Names, parameters and modules are the same after a run; no hook stays but the recipe, none on optimizers."""
     everywhere, module = global_hooks(), net()
     keys, parameters, modules = list(module.state_dict()), dict(module.named_parameters()), dict(module.named_modules())
     made = fit(module, pruning())
@@ -714,7 +712,7 @@ def test_a_run_that_fails_leaves_no_hooks():
 
 
 def test_amount_0_changes_nothing():
-    """With nothing to prune a run ends bit for bit where it ends without the callback, and leaves nothing on the model."""
+    """With nothing to prune a run ends bit for bit where it ends without the callback, and nothing stays on."""
     alone, watched = net(), net()
     fit(alone, val=True)
     after = torch.get_rng_state()
