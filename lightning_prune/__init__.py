@@ -9,7 +9,9 @@ from lightning_prune.masks import apply_masks_, hold_masks, masks_on
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning import Report, prune_filters
 from lightning_prune.schedules import Cubic, Geometric, Linear, OneCycle, OneShot, Schedule
+from lightning_prune.semi_structured import to_semi_structured_
 from lightning_prune.sensitivity import sensitivity
+from lightning_prune.sparse import load_sparse, load_sparse_, save_sparse
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity
 from lightning_prune.weight_pruning import WeightReport, prune_weights
@@ -35,9 +37,13 @@ __all__ = [
     "coupling_rule",
     "hold_masks",
     "load_from_checkpoint",
+    "load_sparse",
+    "load_sparse_",
     "masks_on",
     "prune_filters",
     "prune_weights",
+    "save_sparse",
     "sensitivity",
+    "to_semi_structured_",
     "trainer_sensitivity",
 ]

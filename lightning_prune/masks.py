@@ -38,8 +38,8 @@ class Masks:
         >>> masks.hold([optimizer])
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
-        >>> model.weight[0, 1].item()
-        0.0
+        >>> model.weight[0, 1].item() == 0
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -221,8 +221,8 @@ def hold_masks(
         >>> with hold_masks(model, optimizer, {"weight": torch.tensor([[True, False]])}):
         ...     model(torch.ones(1, 2)).sum().backward()
         ...     optimizer.step()
-        >>> model.weight[0, 1].item()
-        0.0
+        >>> model.weight[0, 1].item() == 0
+        True
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     masks = Masks(model)

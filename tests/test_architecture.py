@@ -28,6 +28,7 @@ FLOORS = {
     "weights": 4,
     "weight_pruning": 4,
     "sparse": 4,
+    "semi_structured": 4,
     "oracle": 4,
     "findings": 4,
     "sensitivity": 4,

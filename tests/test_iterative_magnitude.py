@@ -135,7 +135,6 @@ SCHEDULES = {
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_sparsity_is_absolute(scope, schedule, shares):
     """After each cut exactly the share that the schedule says is zero, of all weights there are, and logged."""
-
     seen = []
 
     class Note(Callback):
