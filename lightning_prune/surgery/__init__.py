@@ -18,6 +18,6 @@ from lightning_prune.surgery.temporary import temporarily_cut
 
 __all__ = [
     "AttributeChange", "Cut", "Disproof", "Kept", "PackedMasks", "RECIPE", "Recipe", "cut_", "draft",
-    "drop_unused_recipe_", "narrowed", "prove", "prove_structure", "recipe_of", "replace_tensors_", "resize_", "restore_",
-    "set_attributes_", "shape_attributes", "take_shapes_", "take_snapshot", "temporarily_cut",
+    "drop_unused_recipe_", "narrowed", "prove", "prove_structure", "recipe_of", "replace_tensors_", "resize_",
+    "restore_", "set_attributes_", "shape_attributes", "take_shapes_", "take_snapshot", "temporarily_cut",
 ]  # fmt: skip
