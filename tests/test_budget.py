@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import PruningError
-from lightning_prune.budget import Dense, Footprint, measure, plan
+from lightning_prune.budget import Budget, Dense, Footprint, measure, plan
 from lightning_prune.structure import find_structure, trace
 from tests.models import ROWS
 
@@ -20,9 +20,9 @@ SCORES = {"0": torch.arange(8.0), "2": torch.arange(12.0).flip(0)}
 DENSE = Dense({"0": 8, "2": 12}, measure(MODEL, STRUCTURE, {}))
 
 
-def planned(amount, target="filters", scope="layer", round_to=1, scores=SCORES, dense=DENSE):
+def planned(amount, target="filters", scope="layer", round_to=1, scores=SCORES, dense=DENSE, **limits):
     return plan(
-        STRUCTURE, scores, amount, target=target, scope=scope, round_to=round_to, dense=dense,
+        STRUCTURE, scores, amount, Budget(target, scope, round_to, **limits), dense=dense,
         footprint=lambda keep: measure(MODEL, STRUCTURE, keep),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from lightning_prune.arguments import (
     check_prunable,
     with_ignored,
 )
-from lightning_prune.budget import Scope, Scores, Target
+from lightning_prune.budget import Budget, Scope, Scores, Target
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._refusals import leads, pruning_callbacks, refuse_overlap, refuse_run, refuse_short
@@ -239,9 +239,7 @@ class StructuredPruning(Callback):
             structure,
             scores,
             {name: share * a for name, a in amount.items()} if isinstance(amount, Mapping) else share * amount,
-            target=self.target,
-            scope=self.scope,
-            round_to=self.round_to,
+            Budget(self.target, self.scope, self.round_to),
             dense=start.dense.without(state.refused),
             flops=self._count_flops(pl_module).total,
         )
