@@ -194,37 +194,42 @@ def _first_within(cost: Callable[[int], float], most: int, allowed: float) -> in
 
 
 def _nearest(cost: Callable[[int], float], most: int, allowed: float) -> int:
-    """Return the count whose cost, as measured, comes nearest to what is allowed.
+    """Return the count whose cost, as measured, comes nearest to what is allowed; cost falls with the count, roughly.
 
-    Measurements scatter, and odd widths may cost more than the next even ones: what came near is measured again, and
-    the search goes on where the medians disagree with it.
+    A measurement may be disturbed and lead a bisection astray: where it ends off the mark, another starts afresh.
     """
+    best = (math.inf, most)
+    for _ in range(4):
+        best = min(best, _bisected(cost, most, allowed))
+        if best[0] <= _NEAR / 2 * allowed:
+            break
+    return best[1]
+
+
+def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[float, int]:
+    """Return how far off, as the median of three measurements, the nearest count that a bisection found is, and it."""
     tried: dict[int, list[float]] = {}
 
-    def measure_again(count: int) -> float:
-        tried.setdefault(count, []).append(cost(count))
-        return median(tried[count])
+    def measured(count: int, times: int = 1) -> float:
+        seen = tried.setdefault(count, [])
+        seen += [cost(count) for _ in range(times - len(seen))]
+        return median(seen)
 
-    def miss(count: int) -> tuple[bool, float]:
+    def miss(count: int) -> float:
         found = median(tried[count])
-        return found > allowed * (1 + _NEAR), abs(found - allowed)  # where units are few and large, rather too little
+        # where units are few and weigh much, rather less is left than was asked for
+        return abs(found - allowed) + (1.0 if found > allowed * (1 + _NEAR) else 0.0)
 
-    if measure_again(0) <= allowed:
-        return 0
-    for _ in range(3):
-        low = max((count for count, seen in tried.items() if median(seen) > allowed), default=0)
-        high = min((count for count in tried if count > low), default=most)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if measure_again(middle) > allowed else (low, middle)
-        if high not in tried:
-            measure_again(high)
-        for count in sorted(tried, key=miss)[:3]:
-            measure_again(count)
-        best = min(tried, key=miss)
-        if miss(best)[1] <= _NEAR / 2 * allowed:
-            break
-    return best
+    if measured(0, times=3) <= allowed:
+        return 0.0, 0
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measured(middle) > allowed else (low, middle)
+    measured(high)
+    while len(tried[best := min(tried, key=miss)]) < 3:
+        measured(best, times=len(tried[best]) + 1)
+    return miss(best), best
 
 
 def _share(amount: float, width: float) -> int:
