@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import TypeVar, get_args
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -35,6 +35,8 @@ MinWidth = int | Mapping[str, int]
 """Units that stay at least of every layer, or by pattern of module paths."""
 MaxAmount = float | Mapping[str, float]
 """Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths."""
+
+_Limit = TypeVar("_Limit", int, float)
 
 
 def check_arguments(
@@ -84,8 +86,8 @@ def check_arguments(
     for fraction in max_amount.values() if isinstance(max_amount, Mapping) else [max_amount]:
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
             raise ValueError(
-                f"{where}(max_amount={max_amount!r}): it is the largest fraction of a layer that may leave and must lie "
-                "in [0, 1], or such fractions by pattern of module paths."
+                f"{where}(max_amount={max_amount!r}): it is the largest fraction of a layer that may leave, in "
+                "[0, 1], or such fractions by pattern of module paths."
             )
 
 
@@ -165,15 +167,22 @@ def budget_by_group(structure: Structure, budget: Budget) -> Budget:
     Raises:
         ValueError: If a pattern names no module that produces channels.
     """
-    limits: dict[str, dict[str, float]] = {}
-    for what, strictest in (("min_width", max), ("max_amount", min)):
-        given = getattr(budget, what)
-        if isinstance(given, Mapping):
-            found = limits.setdefault(what, {})
-            for pattern, limit in given.items():
-                for name in _named(structure, what, pattern):
-                    found[name] = strictest(found.get(name, limit), limit)
-    return replace(budget, **limits)
+    min_width, max_amount = budget.min_width, budget.max_amount
+    if isinstance(min_width, Mapping):
+        min_width = _strictest(structure, "min_width", min_width, max)
+    if isinstance(max_amount, Mapping):
+        max_amount = _strictest(structure, "max_amount", max_amount, min)
+    return replace(budget, min_width=min_width, max_amount=max_amount)
+
+
+def _strictest(
+    structure: Structure, what: str, limits: Mapping[str, _Limit], strictest: Callable[[_Limit, _Limit], _Limit]
+) -> dict[str, _Limit]:
+    found: dict[str, _Limit] = {}
+    for pattern, limit in limits.items():
+        for name in _named(structure, what, pattern):
+            found[name] = strictest(found.get(name, limit), limit)
+    return found
 
 
 def _named(structure: Structure, what: str, pattern: str) -> list[str]:

@@ -123,7 +123,7 @@ class _Turn:
 
 
 def _stand_in(model: nn.Module, whole: Shapes) -> Callable[[], AbstractContextManager[None]]:
-    """Return what lets a model have, for the length of a block, the shape that it once had, with numbers of no matter."""
+    """Return what gives a model, for the length of a block, the shape that it once had, with numbers of no matter."""
     own = named_tensors(model)
     shapes = {
         name: tuple(sizes) for name, sizes in whole.sizes.items() if name in own and list(own[name].shape) != sizes

@@ -1,6 +1,7 @@
 """A share of the latency, measured on this machine, leaves."""
 
 import copy
+import itertools
 import random
 import time
 
@@ -156,7 +157,7 @@ def test_real_time():
         return float(np.median(times))
 
     widths = [3, 96, 96, 96, 96]
-    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 256, 10)).eval()
     whole = copy.deepcopy(model)
     x = torch.randn(4, 3, 16, 16)
