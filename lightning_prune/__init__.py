@@ -7,7 +7,7 @@ from lightning_prune.findings import Sensitivity
 from lightning_prune.flops import count_flops
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning import Report, prune_filters
-from lightning_prune.schedules import Cubic, Linear, OneShot, Schedule
+from lightning_prune.schedules import Cubic, Geometric, Linear, OneCycle, OneShot, Schedule
 from lightning_prune.sensitivity import sensitivity
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity
@@ -15,8 +15,10 @@ from lightning_prune.validation import trainer_sensitivity
 __all__ = [
     "Cubic",
     "FilterL1Pruning",
+    "Geometric",
     "Linear",
     "MetricGuard",
+    "OneCycle",
     "OneShot",
     "PruningError",
     "Report",

@@ -1,4 +1,4 @@
-"""What changes in the life of a pruning callback, and what of it a checkpoint remembers."""
+"""What changes in the life of a callback that removes units, and what of it a checkpoint remembers."""
 
 from __future__ import annotations
 
@@ -42,16 +42,11 @@ class State:
     flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
     widths: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    share: float = 0.0  # of the amount, gone so far
-    ceiling: float = 1.0  # of the amount, beyond which a guard lets nothing go
-    logged_epoch: int = -1
 
     def remembered(self) -> dict[str, Any]:
         """Return what a checkpoint shall remember, as plain numbers and tensors."""
         start = self.start
         return {
-            "share": self.share,
-            "ceiling": self.ceiling,
             "widths": dict(self.widths),
             "refused": list(self.refused),
             "example": self.example if is_plain(self.example) else None,
@@ -67,7 +62,6 @@ class State:
     def take_up(self, remembered: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers."""
         start = remembered["start"]
-        self.share, self.ceiling = remembered["share"], remembered["ceiling"]
         self.widths, self.refused = dict(remembered["widths"]), list(remembered["refused"])
         self.example, self.start = remembered["example"], None
         if start is not None:

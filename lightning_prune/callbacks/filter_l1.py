@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule
 
 from lightning_prune.budget import Scores
-from lightning_prune.callbacks._pruning import StructuredPruning
+from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import Structure

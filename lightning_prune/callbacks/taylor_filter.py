@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.budget import Scores
-from lightning_prune.callbacks._pruning import StructuredPruning
+from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA
 from lightning_prune.statistics import UnitMeans, gather_contributions, taylor_over_units, watch_contributions
@@ -68,9 +68,9 @@ class TaylorFilterPruning(StructuredPruning):
         form: Literal["weights", "activations"] = "weights",
         flops_penalty: float = 0.0,
     ) -> None:
-        schedule = schedule if schedule is not None else OneShot(epoch=1)
+        schedule = schedule if schedule is not None else OneShot(at=1)
         super().__init__(amount, target, scope, schedule, ignore, round_to, example_inputs)
-        if self.schedule(0) > 0:
+        if self.schedule.progress(0) > 0:
             raise ValueError(
                 f"TaylorFilterPruning(schedule={schedule!r}): gradients must be seen before the first cut. "
                 "Start at epoch 1."
