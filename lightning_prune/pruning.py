@@ -92,7 +92,7 @@ def prune_filters(
 ) -> Report:
     """Remove filters and neurons from a model, in place.
 
-    Parameters stay the same objects, their gradients are dropped, and the optimizer's state follows. The cut is proved
+    Parameters stay the same objects; their gradients and the optimizer's state follow. The cut is proved
     before it is made; channels whose cut cannot be proved stay, and the report says so.
 
     Args:
