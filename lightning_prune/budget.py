@@ -99,6 +99,7 @@ def plan(
     dense: Dense,
     footprint: Callable[[Keep], Footprint],
     latency: Callable[[Keep], float] | None = None,
+    at_most: int | None = None,
 ) -> Keep:
     """Choose the units that leave, lowest scores first: the fewest with which the amount asked for is gone.
 
@@ -114,6 +115,8 @@ def plan(
         dense: What was there at the start.
         footprint: Tells what the model costs under a choice.
         latency: Measures the share of the latency at the start that a choice leaves; for ``target="latency"``.
+        at_most: Units that may be gone in all, of those at the start: what then leaves are the first of those that
+            would leave without this limit.
 
     Returns:
         For every group which units stay.
@@ -128,6 +131,10 @@ def plan(
             - _gone(structure, dense, name)
             for name in structure.groups
         }
+        if at_most is not None:
+            free = least | {n: Least(structure.groups[n].width - max(0, c), "amount") for n, c in counts.items()}
+            first = _leaving_order(structure, scores, "layer", dense, free)[: _left_to_take(structure, dense, at_most)]
+            counts = {name: min(count, int((first == name).sum())) for name, count in counts.items()}
         return _keep(structure, scores, counts, budget.round_to, least)
     order = _leaving_order(structure, scores, budget.scope, dense, least)
 
@@ -144,7 +151,8 @@ def plan(
         told = rooms_told(what_can_go(structure, budget, dense, footprint))
         raise _beyond(amount, budget, 1 - fewest / whole, told)
     find = _nearest if budget.target == "latency" else _first_within
-    return choose(find(lambda count: cost(choose(count)), len(order), allowed))
+    count = find(lambda count: cost(choose(count)), len(order), allowed)
+    return choose(count if at_most is None else min(count, _left_to_take(structure, dense, at_most)))
 
 
 def what_can_go(
@@ -238,6 +246,13 @@ def _share(amount: float, width: float) -> int:
 
 def _gone(structure: Structure, dense: Dense, name: str) -> int:
     return dense.widths[name] - structure.groups[name].width
+
+
+def _left_to_take(structure: Structure, dense: Dense, at_most: int) -> int:
+    """Return how many more units may leave so that no more than so many have left in all."""
+    lone = len(dense.widths.keys() - structure.groups.keys())
+    now = lone + sum(group.width for group in structure.groups.values())
+    return max(0, at_most - (sum(dense.widths.values()) - now))
 
 
 def _leaving_order(

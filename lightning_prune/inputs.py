@@ -45,7 +45,9 @@ def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
 
 def call_on(model: nn.Module, batch: Any) -> Any:
     """Call the model on a batch: a tuple or list of positional inputs, a mapping of keyword inputs, or one input."""
-    return run(model, batch if isinstance(batch, tuple | list | Mapping) else (batch,))
+    return run(
+        model, batch if isinstance(batch, tuple | Mapping) else tuple(batch) if isinstance(batch, list) else (batch,)
+    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -206,6 +206,7 @@ def prepare(
     dense: Dense,
     flops: int,
     latency: Callable[[Structure, Keep], float] | None = None,
+    at_most: int | None = None,
 ) -> Prepared:
     """Plan a cut that reaches the amount and prove it; groups whose cut cannot be proved stay whole.
 
@@ -221,6 +222,7 @@ def prepare(
         dense: What was there at the start.
         flops: Multiply-adds of the model as it stands, as counted.
         latency: Measures the share of the latency at the start that a choice leaves.
+        at_most: Units that may be gone after the cut, of all that were there at the start, though more were asked for.
 
     Raises:
         PruningError: If the amount cannot be reached.
@@ -233,7 +235,7 @@ def prepare(
             keep = plan(
                 structure, scores, amount, budget, dense=dense.without(refused),
                 footprint=partial(measure, model, structure, uncounted=uncounted),
-                latency=None if latency is None else partial(latency, structure),
+                latency=None if latency is None else partial(latency, structure), at_most=at_most,
             )  # fmt: skip
         except CutDoesNotRunError as error:
             keep, stopped = error.keep, error

@@ -19,6 +19,7 @@ FLOORS = {
     "gradients": 2,
     "statistics": 2,
     "limits": 2,
+    "batch_norm": 3,
     "budget": 2,
     "surgery": 3,
     "latency": 3,

@@ -43,9 +43,7 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, count: int) -
         torch.manual_seed(torch.initial_seed() + trainer.global_step)
         try:
             combined = CombinedLoader(own, loaders._mode)
-            yield (
-                _moved(trainer, pl_module, batch) for batch, _, _ in itertools.islice(iter(combined), count)
-            )
+            yield (_moved(trainer, pl_module, batch) for batch, _, _ in itertools.islice(iter(combined), count))
         finally:
             random.setstate(chance[0])
             np.random.set_state(chance[1])

@@ -1,4 +1,4 @@
-"""What criteria look at, gathered from a run as it goes: each way hands out scores when a cut is due, and cuts nothing."""
+"""Gathers from a run, as it goes, what criteria look at, and hands out scores when a cut is due; cuts nothing."""
 
 from __future__ import annotations
 
@@ -30,11 +30,30 @@ __all__ = ["Gathering", "gathering_for"]
 _MOMENTS = ("total", "squares", "zeros")
 
 
-class Gathering(ABC):
+class Listener:
+    """What a run does as it goes; each way of gathering listens to what it needs."""
+
+    def before_batch(self) -> None:
+        """Forget what was seen outside training."""
+
+    def after_batch(self) -> None:
+        """Gather from the forward passes of one training step."""
+
+    def before_backward(self) -> None:
+        """Forget what backward passes outside the training step have left."""
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Gather from one backward pass."""
+
+    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gather from the gradients that an optimizer is about to step by."""
+
+
+class Gathering(Listener, ABC):
     """Where a callback's scores come from."""
 
-    looks_at_training = True
-    """Whether training must have been seen since the last cut."""
+    looks_at_training: str = ""
+    """What of the training must have been seen since the last cut, if anything."""
 
     @abstractmethod
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
@@ -75,28 +94,9 @@ class Gathering(ABC):
             )
             sums[:] = total.cpu(), float(count)
 
-    # What the run does meanwhile
-
-    def before_batch(self) -> None:
-        """Forget what was seen outside training."""
-
-    def after_batch(self) -> None:
-        """Gather from the forward passes of one training step."""
-
-    def before_backward(self) -> None:
-        """Forget what backward passes outside the training step have left."""
-
-    def after_backward(self, trainer: Trainer) -> None:
-        """Gather from one backward pass."""
-
-    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather from the gradients that an optimizer is about to step by."""
-
 
 class AtTheCut(Gathering):
     """Looks at the model when a cut is due, and at some training batches if its criterion needs any."""
-
-    looks_at_training = False
 
     def __init__(self, criterion: Criterion, batches: int) -> None:
         """Take a criterion, by name or as a function of a weight."""
@@ -197,6 +197,8 @@ class OverTheRun(Gathering, ABC):
 class TaylorOfWeights(OverTheRun):
     """Expands the loss in the weights, from the gradients that steps are made of (Molchanov et al. 2019)."""
 
+    looks_at_training = "gradients"
+
     def sums(self, structure: Structure) -> dict[str, int]:
         """Return one number per unit."""
         return {name: group.width for name, group in structure.groups.items()}
@@ -223,6 +225,8 @@ class TaylorOfWeights(OverTheRun):
 
 class TaylorOfActivations(OverTheRun):
     """Expands each example's loss in the feature maps, during backward passes (Molchanov et al. 2016)."""
+
+    looks_at_training = "gradients"
 
     def __init__(self) -> None:
         """Start from nothing."""
@@ -259,6 +263,8 @@ class TaylorOfActivations(OverTheRun):
 
 class Moments(OverTheRun):
     """Averages activations, their squares and how many are zero, over the training's own forward passes."""
+
+    looks_at_training = "activations"
 
     def __init__(self, criterion: str) -> None:
         """Take the name of a criterion of activations."""

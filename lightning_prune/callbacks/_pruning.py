@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_follow, refuse_order
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
 from lightning_prune.schedules import OneShot, Schedule
@@ -95,6 +96,16 @@ class Pruning(Callback, ABC):
         """Whether enough was gathered to decide by."""
         return True
 
+    @property
+    def units(self) -> int:
+        """How many units leave in all, for schedules that count them."""
+        return 0
+
+    @property
+    def cuts(self) -> Schedule:
+        """The schedule, now that it is known how many units leave in all."""
+        return self.schedule.over(self.units)
+
     def detach(self, pl_module: LightningModule) -> None:
         """Take every hook off the model and its optimizers."""
 
@@ -109,6 +120,7 @@ class Pruning(Callback, ABC):
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
         if stage == "fit":
             self.refuse(trainer, pl_module)
+            refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
         if self._module is None or self._module() is not pl_module:
             self._course = Course()
@@ -116,13 +128,16 @@ class Pruning(Callback, ABC):
             self._module = weakref.ref(pl_module)
         self._course.begun, self._course.epoch = False, -1
         self._detach(pl_module)
-        self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_)]
         recipe_of(pl_module)
+        self._hooks = [
+            pl_module.register_load_state_dict_pre_hook(take_shapes_),
+            *let_copies_follow(trainer, pl_module),
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
-        self._course.begun = self.begin(trainer, pl_module, None)
+        self._begin(trainer, pl_module, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
@@ -137,7 +152,7 @@ class Pruning(Callback, ABC):
         The count of steps moves after an optimizer's step alone, so nothing falls into a window of accumulation.
         """
         if not self._course.begun:
-            self._course.begun = self.begin(trainer, pl_module, batch)
+            self._begin(trainer, pl_module, batch)
         if self.schedule.by == "steps" or self._course.epoch != trainer.current_epoch:
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
@@ -165,12 +180,19 @@ class Pruning(Callback, ABC):
         self._detach(pl_module)
         drop_unused_recipe_(pl_module)
 
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> None:
+        """Begin, and refuse a training too short for as many cuts as it turns out to take."""
+        self._course.begun = self.begin(trainer, pl_module, batch)
+        if self._course.begun and self.cuts is not self.schedule:
+            refuse_run(type(self).__name__, self.cuts, trainer)
+            refuse_short(type(self).__name__, self.cuts, trainer)
+
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due, unless a guard still waits to see what the last cut did."""
         on_probation = [guard.judge(trainer, pl_module) for guard in guards(trainer)]
         course = self._course
         moment = trainer.global_step if self.schedule.by == "steps" else trainer.current_epoch
-        progress = min(self.schedule.progress(moment), course.ceiling)
+        progress = min(self.cuts.progress(moment), course.ceiling)
         if progress > course.progress and self.ready and not any(on_probation):
             self.reach(trainer, pl_module, progress)
             course.progress, course.unlogged = progress, True
@@ -208,6 +230,14 @@ class Pruning(Callback, ABC):
         self.undo(pl_module, progress["own"])
 
     # What a checkpoint remembers
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let averaged weights keep what tells their shapes, and let each way of pruning add what it must."""
+        keep_metadata_(checkpoint)
+        self.amend(trainer, checkpoint)
+
+    def amend(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Change what :meth:`remembered` gave on this process into what all processes can take up."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return how much has gone and of what, as plain numbers and tensors."""
