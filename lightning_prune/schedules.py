@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Cubic", "Geometric", "Gradual", "Linear", "Moments", "OneCycle", "OneShot", "Schedule"]
+__all__ = ["Cubic", "FewUnits", "Geometric", "Gradual", "Linear", "Moments", "OneCycle", "OneShot", "Schedule"]
 
 Moments = Literal["epochs", "steps"]
 """What moments count: epochs, or optimizer steps; both from 0."""
@@ -34,6 +34,14 @@ class Schedule(ABC):
     @abstractmethod
     def last(self) -> int:
         """The moment at which everything is reached."""
+
+    def over(self, units: int) -> Schedule:
+        """Return the schedule for a model of which so many units leave in all."""
+        return self
+
+    def at_most(self, progress: float) -> int | None:
+        """Return how many units may have left after a share of the cuts, if that is limited."""
+        return None
 
     def __call__(self, moment: int, amount: float) -> float:
         """Return what shall be gone by a moment."""
@@ -217,7 +225,94 @@ class OneCycle(Gradual):
         return amount * (1.0 + math.exp(-14.0 + 6.0)) / (1.0 + math.exp(-14.0 * progress + 6.0))
 
 
-def _check(schedule: OneShot | Gradual, possible: bool, rule: str) -> None:
+@dataclass(frozen=True)
+class FewUnits(Schedule):
+    """Remove a few units, train for a while, and so on until the amount is gone.
+
+    How many cuts it takes follows from how many units must leave, which a rehearsal before the first step tells. That
+    is exact where the amount is one of filters; towards parameters, FLOPs or latency, the last cut takes what is still
+    missing.
+
+    Args:
+        units: The most that leave at once, filters and neurons of all layers together.
+        every: Optimizer steps or epochs between two cuts.
+        start: The step or epoch (counted from 0) of the first cut.
+        by: What ``every`` and ``start`` count.
+
+    Raises:
+        ValueError: If ``units`` or ``every`` is below 1, ``start`` negative, or ``by`` unknown.
+
+    Example:
+        >>> schedule = FewUnits(units=2, every=10, start=10).over(5)  # of a model that loses 5
+        >>> schedule.last, [schedule.at_most(schedule.progress(step)) for step in (9, 10, 19, 20, 30)]
+        (30, [0, 2, 2, 4, None])
+
+    References:
+        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, sec. 2 (arXiv:1611.06440).
+    """
+
+    units: int
+    every: int = 1
+    start: int = 0
+    by: Moments = "steps"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        possible = self.units >= 1 and self.every >= 1 and self.start >= 0
+        _check(self, possible, f"{self.by} must satisfy start >= 0, every >= 1 and units >= 1")
+
+    def over(self, units: int) -> Schedule:
+        """Return the schedule for a model of which so many units leave in all."""
+        return FewOf(**vars(self), of=units)
+
+    def progress(self, moment: int) -> float:
+        """Return whether cuts are due: which share of all only :meth:`over` knows."""
+        return float(moment >= self.start)
+
+    def sparsity(self, progress: float, amount: float) -> float:
+        """Return the whole amount: the number of units limits what leaves."""
+        return amount if progress > 0 else 0.0
+
+    @property
+    def last(self) -> int:
+        """The moment of the first cut, which may be the last."""
+        return self.start
+
+
+@dataclass(frozen=True)
+class FewOf(Schedule):
+    """What :class:`FewUnits` comes to for a model that loses ``of`` units."""
+
+    units: int
+    every: int
+    start: int
+    by: Moments
+    of: int
+
+    @property
+    def _number(self) -> int:
+        return max(1, math.ceil(self.of / self.units))
+
+    def progress(self, moment: int) -> float:
+        """Return the share of the cuts that are due."""
+        due = 0 if moment < self.start else (moment - self.start) // self.every + 1
+        return min(1.0, due / self._number)
+
+    def sparsity(self, progress: float, amount: float) -> float:
+        """Return the whole amount: the number of units limits what leaves."""
+        return amount if progress > 0 else 0.0
+
+    def at_most(self, progress: float) -> int | None:
+        """Return the units of the cuts made; after the last one, no limit."""
+        return None if progress >= 1.0 else math.floor(progress * self._number * self.units + 1e-9)
+
+    @property
+    def last(self) -> int:
+        """The moment at which everything is reached."""
+        return self.start + (self._number - 1) * self.every
+
+
+def _check(schedule: OneShot | Gradual | FewUnits, possible: bool, rule: str) -> None:
     if schedule.by not in ("epochs", "steps"):
         raise ValueError(f"{schedule}: by={schedule.by!r}; moments are counted by 'epochs' or by 'steps'.")
     if not possible:

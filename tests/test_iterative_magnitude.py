@@ -22,6 +22,7 @@ from torch import nn
 import lightning_prune
 from lightning_prune import (
     Cubic,
+    FewUnits,
     FilterL1Pruning,
     Geometric,
     IterativeMagnitudePruning,
@@ -628,6 +629,7 @@ ARGUMENTS = {
     "rewind before": ({"rewind_to": 9, "schedule": OneShot(8, by="steps")}, "the first cut, at step 8"),
     "control": ({"rewind_to": 0, "control": "random"}, "choose 'reinitialize', 'shuffle' or None"),
     "control alone": ({"control": "shuffle"}, "Give rewind_to, too"),
+    "units": ({"schedule": FewUnits(2)}, "FewUnits counts filters and neurons"),
     "gradients": ({"mask_gradients": "always"}, "choose True, False or 'auto'"),
 }
 

@@ -24,7 +24,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
 from lightning_prune.pruning import count_params
 from lightning_prune.reports import weight_table
-from lightning_prune.schedules import Schedule
+from lightning_prune.schedules import FewUnits, Schedule
 from lightning_prune.surgery import Kept, PackedMasks, recipe_of
 from lightning_prune.weight_pruning import (
     ToPrune,
@@ -71,6 +71,11 @@ class MaskedPruning(Pruning):
         check_weight_arguments(where, amount, scope, "magnitude", parameters, ignore, pattern)
         if mask_gradients not in (True, False, "auto"):
             raise ValueError(f"{where}(mask_gradients={mask_gradients!r}): choose True, False or 'auto'.")
+        if isinstance(schedule, FewUnits):
+            raise ValueError(
+                f"{where}(schedule={schedule!r}): FewUnits counts filters and neurons, and here single weights leave. "
+                "Use Linear or another schedule of shares."
+            )
         super().__init__(schedule)
         self.amount = amount
         self.scope: WeightScope = scope

@@ -97,6 +97,16 @@ class Pruning(AnyCallback, ABC):
         """Whether enough was gathered to decide by."""
         return True
 
+    @property
+    def units(self) -> int:
+        """How many units leave in all, for schedules that count them."""
+        return 0
+
+    @property
+    def cuts(self) -> Schedule:
+        """The schedule, now that it is known how many units leave in all."""
+        return self.schedule.over(self.units)
+
     def follow(self, kept: Kept) -> None:
         """Follow a cut that another callback has made."""
 
@@ -131,7 +141,7 @@ class Pruning(AnyCallback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
-        self._course.begun = self.begin(trainer, pl_module, None)
+        self._begin(trainer, pl_module, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
@@ -146,7 +156,7 @@ class Pruning(AnyCallback, ABC):
         The count of steps moves after an optimizer's step alone, so nothing falls into a window of accumulation.
         """
         if not self._course.begun:
-            self._course.begun = self.begin(trainer, pl_module, batch)
+            self._begin(trainer, pl_module, batch)
         if self.schedule.by == "steps" or self._course.epoch != trainer.current_epoch:
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
@@ -174,12 +184,19 @@ class Pruning(AnyCallback, ABC):
         self._detach(pl_module)
         drop_unused_recipe_(pl_module)
 
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> None:
+        """Begin, and refuse a training too short for as many cuts as it turns out to take."""
+        self._course.begun = self.begin(trainer, pl_module, batch)
+        if self._course.begun and self.cuts is not self.schedule:
+            refuse_run(type(self).__name__, self.cuts, trainer)
+            refuse_short(type(self).__name__, self.cuts, trainer)
+
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is due, unless a guard still waits to see what the last cut did."""
         on_probation = [guard.judge(trainer, pl_module) for guard in guards(trainer)]
         course = self._course
         moment = trainer.global_step if self.schedule.by == "steps" else trainer.current_epoch
-        progress = min(self.schedule.progress(moment), course.ceiling)
+        progress = min(self.cuts.progress(moment), course.ceiling)
         if progress > course.progress and self.ready and not any(on_probation):
             self.reach(trainer, pl_module, progress)
             course.progress, course.unlogged = progress, True

@@ -15,17 +15,18 @@ from lightning_prune.schedules import Schedule
 from lightning_prune.structure import Structure
 
 if TYPE_CHECKING:
+    from lightning_prune.callbacks._gathering import Gathering
     from lightning_prune.callbacks._pruning import Pruning
     from lightning_prune.callbacks._structured import StructuredPruning
 
 __all__ = [
-    "pruning_callbacks", "refuse_masks", "refuse_overlap", "refuse_removal", "refuse_run", "refuse_short",
-    "refuse_unmaskable", "structured_callbacks",
+    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_overlap", "refuse_removal", "refuse_run",
+    "refuse_short", "refuse_unmaskable", "structured_callbacks",
 ]  # fmt: skip
 
 
-def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse strategies, ways of optimizing and other callbacks beside which no unit can leave.
+def refuse_removal(where: str, trainer: Trainer) -> None:
+    """Refuse strategies and other callbacks beside which no unit can leave.
 
     Raises:
         PruningError: Saying what to use instead.
@@ -34,11 +35,6 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
         raise PruningError(
             f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, from which no unit can be cut. "
             "Prune on one device or with strategy='ddp', then shard the slim model."
-        )
-    if not pl_module.automatic_optimization:
-        raise PruningError(
-            f"{where}: {type(pl_module).__name__} optimizes manually, so a cut could fall between its backward passes. "
-            "Use automatic optimization, or call lightning_prune.prune_filters between two of your steps."
         )
     if hasattr(trainer.strategy.launcher, "_start_method"):
         raise PruningError(
@@ -122,6 +118,20 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
         f"{where}: {schedule} is complete only before {schedule.by[:-1]} {schedule.last} (counted from 0), but "
         f"training ends after {ends}. End the schedule earlier, or train for longer."
     )
+
+
+def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse to wait for what a whole epoch did not show.
+
+    Raises:
+        PruningError: Saying how a training step that optimizes manually lets its gradients be seen.
+    """
+    if gathering.watching and not gathering.ready and not pl_module.automatic_optimization:
+        raise PruningError(
+            f"{where}: of the {gathering.looks_at_training} of a whole epoch nothing was seen. "
+            f"{type(pl_module).__name__} optimizes manually: call self.manual_backward(loss) and step what "
+            "self.optimizers() returns, not optimizers of torch, so that callbacks are told."
+        )
 
 
 def refuse_overlap(mine: StructuredPruning, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> None:
