@@ -2,11 +2,11 @@
 
     python -m benchmarks.masks
 
-Four trainers, each with its own copy of the network, take turns step by step in threads of one process; two are bare, to
-show how far two of a kind differ. Half of the weights are masked after a first epoch of two steps; then steps are timed,
-in seconds of their thread's CPU time, from the end of one to the end of the next. Figures are medians of the ratios to
-the mean bare step of the same turn, which other work on the machine disturbs least; they are printed and written into
-``masks.json`` beside this file.
+Four trainers, each with its own copy of the network, take turns step by step in threads of one process; two are bare,
+to show how far two of a kind differ. Half of the weights are masked after a first epoch of two steps; then steps are
+timed, in seconds of their thread's CPU time, from the end of one to the end of the next. Figures are medians of the
+ratios to the mean bare step of the same turn, which other work on the machine disturbs least; they are printed and
+written into ``masks.json`` beside this file.
 """
 
 import argparse

@@ -629,7 +629,7 @@ ARGUMENTS = {
     "rewind before": ({"rewind_to": 9, "schedule": OneShot(8, by="steps")}, "the first cut, at step 8"),
     "control": ({"rewind_to": 0, "control": "random"}, "choose 'reinitialize', 'shuffle' or None"),
     "control alone": ({"control": "shuffle"}, "Give rewind_to, too"),
-    "units": ({"schedule": FewUnits(2)}, "FewUnits counts filters and neurons"),
+    "units": ({"schedule": FewUnits(2)}, "it counts filters and neurons, and weights leave here"),
     "gradients": ({"mask_gradients": "always"}, "choose True, False or 'auto'"),
 }
 

@@ -71,12 +71,12 @@ class MaskedPruning(Pruning):
         check_weight_arguments(where, amount, scope, "magnitude", parameters, ignore, pattern)
         if mask_gradients not in (True, False, "auto"):
             raise ValueError(f"{where}(mask_gradients={mask_gradients!r}): choose True, False or 'auto'.")
+        super().__init__(schedule)
         if isinstance(schedule, FewUnits):
             raise ValueError(
-                f"{where}(schedule={schedule!r}): FewUnits counts filters and neurons, and here single weights leave. "
-                "Use Linear or another schedule of shares."
+                f"{type(self).__name__}(schedule={schedule!r}): it counts filters and neurons, and weights leave here. "
+                "Use Linear or another with by='steps'."
             )
-        super().__init__(schedule)
         self.amount = amount
         self.scope: WeightScope = scope
         self.parameters = None if parameters is None else list(parameters)
