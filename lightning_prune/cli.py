@@ -36,7 +36,7 @@ from lightning_prune.sensitivity import TENTHS
 from lightning_prune.sparse import save_sparse
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import take_shapes_
-from lightning_prune.validation import inputs_from_validation, trainer_sensitivity
+from lightning_prune.validation import inputs_from_validation, trainer_sensitivity, trainer_weight_sensitivity
 
 __all__ = ["main"]
 
@@ -131,7 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for the results")
     add("--drop", type=float, default=0.01, help="how much worse the metric may be (default: 0.01)")
     add("--shares", type=float, nargs="+", default=TENTHS, help="shares that leave (default: 0.1 0.2 ... 0.9)")
-    add("--criterion", choices=named, default="l1", help="what says which leave first (default: l1)")
+    add("--weights", action="store_true", help="zero single weights, layer by layer, instead of cutting channels")
+    add(
+        "--criterion", choices=[*named, "magnitude"],
+        help="what says which leave first (default: l1; with --weights: magnitude, or random)",
+    )  # fmt: skip
     add = inspect.add_argument
     add("--model", help="import path of what makes the model")
     add("--input_shape", type=_shape, help="shape of one input, such as 1,3,32,32")
@@ -144,9 +148,14 @@ def _sensitivity(options: argparse.Namespace, rest: list[str]) -> None:
     import_matplotlib()  # what is missing is told before hours are spent
     trainer, model, datamodule = _load(options, rest)
     results = options.out / "sensitivity.json"
-    found = trainer_sensitivity(
+    if (options.criterion or "random") not in (("magnitude", "random") if options.weights else CRITERIA):
+        raise PruningError(
+            f"--criterion {options.criterion} scores {'units' if options.weights else 'single weights'}."
+        )
+    analyse: Any = trainer_weight_sensitivity if options.weights else trainer_sensitivity
+    found = analyse(
         trainer, model, datamodule, metric=options.metric, mode=options.mode, shares=options.shares,
-        criterion=options.criterion, ignore=options.ignore, path=results,
+        criterion=options.criterion or ("magnitude" if options.weights else "l1"), ignore=options.ignore, path=results,
         done=Sensitivity.from_json(results) if results.exists() else None,
     )  # fmt: skip
     found.to_json(results)

@@ -30,6 +30,7 @@ FLOORS = {
     "pruning": 4,
     "weights": 4,
     "weight_pruning": 4,
+    "weight_sensitivity": 4,
     "sparse": 4,
     "semi_structured": 4,
     "oracle": 4,
