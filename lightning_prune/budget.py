@@ -155,12 +155,26 @@ def _leaving_order(structure: Structure, scores: Scores, scope: Scope, dense: De
 def _keep(
     structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int
 ) -> dict[str, NDArray[np.bool_]]:
+    stay = {name: max(1, group.width - max(0, leaving[name])) for name, group in structure.groups.items()}
+    for link in structure.links:
+        stay |= _alike({name: structure.groups[name].width for name in link}, stay, round_to)
     keep = {}
     for name, group in structure.groups.items():
-        stays = max(1, group.width - max(0, leaving[name]))
-        stays = min(group.width, math.ceil(stays / round_to) * round_to)
+        stays = min(group.width, math.ceil(stay[name] / round_to) * round_to)
         keep[name] = keep_highest(scores[name], stays).cpu().numpy()
     return keep
+
+
+def _alike(widths: Mapping[str, int], stay: Mapping[str, int], round_to: int) -> dict[str, int]:
+    """Let linked groups keep the same share: the largest whole one within what they were to keep together."""
+    steps = math.gcd(*widths.values())
+    share = sum(stay[name] for name in widths) / sum(widths.values())
+    if any(stay[name] == width for name, width in widths.items()):  # one that was to stay whole holds the others
+        return dict(widths)
+    least = max(1, math.floor(share * steps + _ROUNDING))
+    fits = (k for k in range(least, steps) if all(k * width // steps % round_to == 0 for width in widths.values()))
+    kept = next(fits, steps)
+    return {name: kept * width // steps for name, width in widths.items()}
 
 
 def _beyond(amount: float, target: str, most: float) -> PruningError:
