@@ -187,5 +187,7 @@ def test_settings(case, tmp_path):
     fell = 1.0 if case == "accumulate" else 0.8  # a third of the steps
     ranks = run(tmp_path, **CASES[case])
     assert_one_run(ranks, last, fell)
+    if case == "latency":  # of 24 units that take equal time half, less what the forward pass takes anyway
+        assert 10 <= sum(ranks[0]["widths"][-1]) <= 13
     if case == "recalibrate":  # after the cuts before epochs 1, 2 and 3
         assert ranks[0]["statistics"][1:4] == [0.0] * 3 and ranks[0]["statistics"][4] > 0
