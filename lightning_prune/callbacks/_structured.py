@@ -30,7 +30,13 @@ from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks._pruning import Pruning
-from lightning_prune.callbacks._refusals import refuse_blind, refuse_overlap, refuse_removal, structured_callbacks
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_blind,
+    refuse_overlap,
+    refuse_removal,
+    structured_callbacks,
+)
 from lightning_prune.callbacks._state import Start, State
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import FlopCount, count_flops
@@ -41,7 +47,7 @@ from lightning_prune.reports import layer_costs, layer_table
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import Keep, Structure, find_structure, trace
-from lightning_prune.surgery import cut_, recipe_of
+from lightning_prune.surgery import Kept, cut_, recipe_of
 
 __all__ = ["StructuredPruning"]
 
@@ -227,6 +233,10 @@ class StructuredPruning(Pruning):
         if self._course.progress < self._course.ceiling:
             self._watch_on(pl_module)
 
+    def follow(self, kept: Kept) -> None:
+        """Count anew after a cut, whoever made it."""
+        self._state.flops = None
+
     def detach(self, pl_module: LightningModule) -> None:
         """Take every hook off the model."""
         self._gathering.rest()
@@ -318,8 +328,8 @@ class StructuredPruning(Pruning):
         cut_copies_(trainer, pl_module, prepared.cut)
         if averaged:
             strategy.configure_ddp()  # type: ignore[attr-defined]
-        for callback in structured_callbacks(trainer):
-            callback._state.flops = None
+        for callback in pruning_callbacks(trainer):
+            callback.follow(prepared.cut.kept)
 
     @property
     def _start(self) -> Start:
