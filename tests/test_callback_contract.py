@@ -12,7 +12,7 @@ import torch
 
 import lightning_prune
 from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from lightning_prune.callbacks._pruning import StructuredPruning
+from lightning_prune.callbacks._structured import StructuredPruning
 from tests.runs import (
     IMAGE,
     Depthwise,
@@ -82,7 +82,7 @@ def test_pickles(kind, after_a_run):
     for other in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
         assert arguments_of(other) == arguments_of(callback)
         assert other.state_dict().keys() == callback.state_dict().keys()
-        assert other.state_dict()["share"] == callback.state_dict()["share"]
+        assert other.state_dict()["progress"] == callback.state_dict()["progress"]
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def test_state_is_a_copy(form):
 @pytest.mark.parametrize("schedule", [OneShot(0), OneShot(), Linear(0, 3), Cubic(0, 2)], ids=repr)
 def test_a_cut_before_any_gradient_is_refused(schedule):
     """A schedule that cuts before epoch 1 is refused at construction."""
-    if schedule(0) > 0:
+    if schedule.progress(0) > 0:
         with pytest.raises(ValueError, match="gradients must be seen before the first cut. Start at epoch 1"):
             TaylorFilterPruning(schedule=schedule)
     else:

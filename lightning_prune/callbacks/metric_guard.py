@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import Guard
 from lightning_prune.callbacks._refusals import pruning_callbacks
 from lightning_prune.errors import PruningError
@@ -92,6 +93,7 @@ class MetricGuard(Guard):
             return
         self._state.before = {
             **take_snapshot(pl_module, trainer.optimizers),
+            "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
             "epoch": trainer.current_epoch,
             "pruning": [callback.progress() for callback in pruning_callbacks(trainer)],
         }
@@ -140,6 +142,8 @@ class MetricGuard(Guard):
         if averaged:
             strategy.model = pl_module
         restore_(pl_module, trainer.optimizers, before)
+        for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
+            restore_(copy, (), own)
         if averaged:
             strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback, progress in zip(pruning_callbacks(trainer), before["pruning"], strict=True):

@@ -34,14 +34,18 @@ class Recipe:
     needed: bool = False
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        """Write ``[module path, name, value]`` of every attribute that is still there, as plain numbers and lists."""
+        """Write the values of the attributes, as plain numbers and lists."""
+        local_metadata[RECIPE] = {"attributes": self.values(module)}
+
+    def values(self, module: nn.Module) -> list[list[Any]]:
+        """Return ``[module path, name, value]`` of every attribute that is still there."""
         modules = dict(module.named_modules(remove_duplicate=False))
         values = []
         for path, name in self.places:
             if hasattr(modules.get(path), name):
                 value = getattr(modules[path], name)
                 values.append([path, name, list(value) if isinstance(value, tuple) else value])
-        local_metadata[RECIPE] = {"attributes": values}
+        return values
 
     def note(self, places: Iterable[tuple[str, str]]) -> None:
         """Add attributes that are to be written."""
