@@ -44,19 +44,17 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    *(
-        Method("ours", criterion, scope)
-        for scope in ("layer", "global")
-        for criterion in ("l1", "taylor", "taylor_activations")
-    ),
-    Method("ours", "random", "layer"),
+    Method("ours", "l1", "layer"),
+    Method("ours", "output_change", "global"),
+    Method("ours", "taylor", "global"),
     *(Method("torch-pruning", criterion, scope) for scope in ("layer", "global") for criterion in ("l1", "taylor")),
-    *(
-        Method(library, criterion, scope, "inner")
-        for library in ("ours", "torch-pruning")
-        for scope in ("layer", "global")
-        for criterion in ("l1", "taylor")
-    ),
+    Method("torch-pruning", "l1", "layer", "inner"),
+    Method("torch-pruning", "taylor", "global", "inner"),
+    Method("ours", "l1", "global"),
+    Method("ours", "taylor", "layer"),
+    Method("ours", "taylor_activations", "global"),
+    Method("ours", "output_change", "global", "inner"),
+    Method("ours", "random", "layer"),
 )
 
 

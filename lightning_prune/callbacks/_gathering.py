@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.budget import Scores
 from lightning_prune.callbacks._batches import losses_of, training_batches
-from lightning_prune.scoring import CRITERIA, Criterion, score_units
+from lightning_prune.scoring import CRITERIA, Criterion, adds_up, score_units
 from lightning_prune.statistics import (
     UnitMeans,
     gather_contributions,
@@ -54,6 +54,8 @@ class Gathering(Listener, ABC):
 
     looks_at_training: str = ""
     """What of the training must have been seen since the last cut, if anything."""
+    adding_up: bool = False
+    """Whether scores are losses, so that those of several units add up."""
 
     @abstractmethod
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
@@ -319,7 +321,9 @@ _OVER_THE_RUN: dict[str, Callable[[], Gathering]] = {
 def gathering_for(criterion: Criterion, batches: int = 1) -> Gathering:
     """Return what gathers for a criterion: over the run where the run's own passes show it, else when a cut is due."""
     named = criterion if isinstance(criterion, str) else ""
-    return _OVER_THE_RUN[named]() if named in _OVER_THE_RUN else AtTheCut(criterion, batches)
+    gathering = _OVER_THE_RUN[named]() if named in _OVER_THE_RUN else AtTheCut(criterion, batches)
+    gathering.adding_up = adds_up(criterion)
+    return gathering
 
 
 def _same(one: Optimizer, other: Optimizer) -> bool:
