@@ -303,7 +303,7 @@ def test_amount_zero_changes_nothing():
 
 @pytest.mark.parametrize("name", NETS)
 def test_identity_names_and_modes_survive(name):
-    """Parameters are the same objects under the same names, in order; what is frozen stays frozen, modes stay, gradients follow."""
+    """Parameters are the same objects under the same names, in order, with their gradients; frozen and modes stay."""
     model, inputs = built(name)
     next(iter(model.modules())).train()
     for parameter in model.parameters():

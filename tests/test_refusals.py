@@ -26,12 +26,6 @@ from tests.runs import (
 )
 
 
-class Manual(Net):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class UsesLBFGS(Net):
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters())
@@ -85,11 +79,6 @@ def refused():
 
 
 # Ways of training
-
-
-def test_manual_optimization(refused):
-    """Manual optimization is refused, with what to do instead."""
-    refused(net(Manual), FilterL1Pruning(), told="Manual optimizes manually.*prune_filters")
 
 
 def test_lbfgs(refused):

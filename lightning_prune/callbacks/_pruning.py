@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
 from lightning_prune.schedules import OneShot, Schedule
@@ -32,7 +33,7 @@ class Course:
     unlogged: bool = False  # whether something changed since the last log
 
 
-class Pruning(Callback, ABC):
+class Pruning(AnyCallback, ABC):
     """Base of the callbacks that prune: it says when, they say what."""
 
     def __init__(self, schedule: Schedule | None) -> None:

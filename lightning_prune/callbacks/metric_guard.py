@@ -88,13 +88,13 @@ class MetricGuard(Guard):
             )
 
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember everything as it is, before the first of the cuts that fall on one epoch."""
+        """Remember everything as it is, before the first of the cuts that fall on one moment."""
         if self._state.before is not None:
             return
         self._state.before = {
             **take_snapshot(pl_module, trainer.optimizers),
             "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
-            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
             "pruning": [callback.progress() for callback in pruning_callbacks(trainer)],
         }
         self._state.validations = 0
@@ -125,7 +125,7 @@ class MetricGuard(Guard):
         if state.before is None:
             return False
         if state.last is None or state.best is None or state.validations < self.patience:
-            return state.before["epoch"] != trainer.current_epoch
+            return state.before["step"] != trainer.global_step  # cuts of one moment stand together
         before, state.before = state.before, None
         harmed = math.isnan(state.last) or self._behind(state.last, state.best) > self.drop
         if trainer.strategy.broadcast(harmed):
