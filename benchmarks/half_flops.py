@@ -147,29 +147,26 @@ def method_of(run: dict) -> Method:
     return Method(*(run[field] for field in Method._fields))
 
 
+def contenders(runs: list[dict], leaders: int) -> list[Method]:
+    """Return the methods that go on to another seed: of each library those that did best with the first."""
+    first = sorted((run for run in runs if run["seed"] == 0), key=lambda run: -run["fine_tuned"])
+    best = {library: [method_of(run) for run in first if run["library"] == library][:leaders] for library in CUTS}
+    return [method for method in METHODS if method in best[method.library]]
+
+
 def run_all(
     results: Results,
-    dense: nn.Module,
     seeds: int,
-    cut: Callable[[Method, int], nn.Module],
-    tune: Callable,
-    test: Batches,
+    leaders: int,
+    cut: Callable[[Method, int], tuple[nn.Module, dict]],
+    tune: Callable[[nn.Module, int], float],
 ) -> None:
-    """Make the runs that are missing, seed by seed, so that all methods have as many."""
-    flops, params = count_flops(dense, ONE_IMAGE).total, size(dense)
+    """Make the runs that are missing, seed by seed: all methods with the first, the leaders with the others."""
     for seed in range(seeds):
-        for method in METHODS:
-            if results.holds(method, seed):
-                continue
-            slim = copy.deepcopy(cut(method, seed if method.criterion == "random" else 0))
-            figures = {
-                "seed": seed,
-                "flops_left": count_flops(slim, ONE_IMAGE).total / flops,
-                "params_left": size(slim) / params,
-                "after_cut": accuracy(slim, test),
-            }
-            tune(slim, seed)
-            results.add(method, **figures, fine_tuned=accuracy(slim, test))
+        for method in contenders(results.runs, leaders) if seed else METHODS:
+            if not results.holds(method, seed):
+                slim, figures = cut(method, seed if method.criterion == "random" else 0)
+                results.add(method, seed=seed, **figures, fine_tuned=tune(copy.deepcopy(slim), seed))
 
 
 def size(model: nn.Module) -> int:
@@ -201,6 +198,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with load.py, see benchmarks/README.md")
     parser.add_argument("--depth", type=int, default=20, choices=(20, 32, 44, 56))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--leaders", type=int, default=3, help="methods of each library that go on to further seeds")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--train-parts", type=int, default=2, help="parts of 5,000 training images")
     parser.add_argument("--test-parts", type=int, default=2, help="parts of 5,000 test images")
@@ -216,15 +214,24 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("depth", "epochs", "train_parts", "test_parts", "lr")}
     results = Results(Path(__file__).with_name(f"half_flops-{options.depth}.json"), settings)
 
+    flops, params = count_flops(dense, ONE_IMAGE).total, size(dense)
+
     @cache  # only chance cuts differently from seed to seed
-    def cut(method: Method, seed: int) -> nn.Module:
+    def cut(method: Method, seed: int) -> tuple[nn.Module, dict]:
         torch.manual_seed(seed)
-        return CUTS[method.library](dense, method, scored)
+        slim = CUTS[method.library](dense, method, scored)
+        left = {
+            "flops_left": count_flops(slim, ONE_IMAGE).total / flops,
+            "params_left": size(slim) / params,
+            "after_cut": accuracy(slim, test),
+        }
+        return slim, left
 
-    def tune(slim: nn.Module, seed: int) -> None:
+    def tune(slim: nn.Module, seed: int) -> float:
         fit(slim, Batches(images, labels, 128, train=True, seed=seed), options.epochs, options.lr)
+        return accuracy(slim, test)
 
-    run_all(results, dense, options.seeds, cut, tune, test)
+    run_all(results, options.seeds, options.leaders, cut, tune)
     title = f"ResNet-{options.depth} at half its FLOPs, fine-tuned on {options.epochs * len(images):,} images seen"
     Console(width=120).print(table(results.runs, title))
 
