@@ -52,6 +52,7 @@ METHODS = (
     Method("torch-pruning", "taylor", "global", "inner"),
     Method("ours", "l1", "global"),
     Method("ours", "taylor", "layer"),
+    Method("ours", "taylor_activations", "layer"),
     Method("ours", "taylor_activations", "global"),
     Method("ours", "output_change", "global", "inner"),
     Method("ours", "random", "layer"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,17 +120,27 @@ def _mean_changes(
 
 @contextmanager
 def _outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Note what calls of the model inside the block return and can be differentiated, but for single numbers."""
+    """Note what the model returns inside the block and can be differentiated, but for single numbers.
+
+    All its calls count; where parts of it are called by themselves, as in a training step, the last of them.
+    """
     seen: list[Tensor] = []
+    running: list[nn.Module] = []
 
-    def note(module: nn.Module, args: Any, outputs: Any) -> None:
-        seen.extend(z for z in tensors_in(outputs) if z.dim() and z.requires_grad and z.is_floating_point())
+    def begin(module: nn.Module, args: Any) -> None:
+        running.append(module)
 
-    handle = model.register_forward_hook(note)
-    try:
+    def end(module: nn.Module, args: Any, outputs: Any) -> None:
+        running.pop()
+        found = [z for z in tensors_in(outputs) if z.dim() and z.requires_grad and z.is_floating_point()]
+        if not running and found:
+            seen[:] = [*seen, *found] if module is model else found
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+            stack.callback(module.register_forward_hook(end).remove)
         yield seen
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,9 +160,9 @@ class _Outputs:
     def __post_init__(self) -> None:
         if len({len(z) for z in self.tensors}) != 1:
             raise PruningError(
-                f"Outputs are looked at example by example, but calls of the model returned "
-                f"{[tuple(z.shape) for z in self.tensors]}. Let the loss call the model itself, which returns tensors "
-                "with one row for each example, or use another criterion."
+                f"Outputs are looked at example by example, but the model returned "
+                f"{[tuple(z.shape) for z in self.tensors]}. Let the loss call the model, and the model return tensors "
+                "with one row for each example; or use another criterion."
             )
 
     def contributions(self, direction: Tensor) -> dict[str, Tensor]:

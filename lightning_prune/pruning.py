@@ -102,11 +102,14 @@ def prune_filters(
             modules produce (what no pattern names stays whole).
         criterion: ``"l1"``, ``"l2"``, ``"bn_scale"`` or ``"random"``; with ``batches`` ``"activation_mean"``,
             ``"activation_std"`` or ``"apoz"``; with ``batches`` and ``loss`` ``"taylor"``, ``"taylor_activations"``,
+            ``"taylor_second_order"``, ``"output_change"`` (needs no loss where the model takes batches as they are),
             ``"obd"`` or ``"obd_hutchinson"``; or a function from a weight ``(out, ...)`` to scores ``(out,)``.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
             latency: of one call on the example inputs, in eval mode, measured on this machine and reached within 5 %
             where single units weigh less.
-        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers.
+        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers; those of
+            ``taylor``, ``taylor_second_order``, ``output_change`` and ``obd`` are losses, and for a target other than
+            filters they are divided by what the unit saves of it (of latency: by its multiply-adds).
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
         round_to: Widths after the cut are multiples of this, rounded up.

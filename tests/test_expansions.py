@@ -139,13 +139,28 @@ def test_feature_maps_of_many_layers_are_watched(changes):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_parts_called_by_themselves_are_the_model():
+    """A loss that calls the model's parts, as training steps do, is expanded in the last one's outputs."""
+    model, structure, batches = small()
+
+    def in_parts(model, batch):
+        return (model[2](model[1](model[0](batch[0]))) - batch[1]).square().sum(dim=1).mean()
+
+    found = second_order_changes(model, structure, batches, in_parts)
+    torch.testing.assert_close(found, second_order_changes(model, structure, batches, squared_error), **EXACT)
+
+
 @pytest.mark.parametrize("changes", [output_changes, second_order_changes])
-def test_a_loss_that_passes_the_model_by_is_refused(changes):
-    """Where the model itself is not called, its outputs are not known: that is said."""
+@pytest.mark.parametrize("outputs", ["none", "no rows"])
+def test_outputs_without_a_row_for_each_example_are_refused(changes, outputs):
+    """Where the model is not called, or returns something else than a row for each example, that is said."""
     model, structure, batches = small()
 
     def loss(model, batch):
-        return model[2](model[1](model[0](batch[0]))).square().mean()
+        hidden = F.relu(F.linear(batch[0], model[0].weight))
+        if outputs == "no rows":
+            hidden = model(batch[0]), model(batch[0][:1])
+        return sum(part.square().mean() for part in hidden)
 
-    with pytest.raises(PruningError, match="Let the loss call the model itself"):
+    with pytest.raises(PruningError, match="Let the loss call the model"):
         changes(model, structure, batches, loss)
