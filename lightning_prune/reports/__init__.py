@@ -1,6 +1,6 @@
 """Tables and pictures of what a pruning did, or would do."""
 
-from lightning_prune.reports.groups import GroupCost, group_costs, group_table, pinned_table
+from lightning_prune.reports.groups import GroupCost, group_costs, group_table, pinned_table, room_table
 from lightning_prune.reports.layers import LayerCost, layer_costs, layer_table
 from lightning_prune.reports.sensitivity import draw_sensitivity, import_matplotlib, sensitivity_table
 
@@ -14,5 +14,6 @@ __all__ = [
     "layer_costs",
     "layer_table",
     "pinned_table",
+    "room_table",
     "sensitivity_table",
 ]
