@@ -98,7 +98,8 @@ def main() -> None:
     rows: list[dict] = []
     for name in options.models:
         rows += [halve(name, scope, options.size) for scope in SCOPES]
-        options.out.write_text(json.dumps({"torch": torch.__version__, "size": options.size, "rows": rows}, indent=1))
+        found = {"torch": torch.__version__, "size": options.size, "rows": rows}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
     Console(width=120).print(table(rows))
 
 
