@@ -174,19 +174,20 @@ class _Outputs:
     def slopes(self, value: Tensor) -> Tensor:
         """Return the gradient of every example's loss, of which ``value`` is the mean."""
         gradients = torch.autograd.grad(value, self.tensors, create_graph=True, allow_unused=True)
-        return self._together(gradients)
+        return self._together(gradients) * len(self.tensors[0])
 
     def curvature(self, slopes: Tensor, direction: Tensor) -> Tensor:
         """Return the change of the slopes along a direction."""
         if not slopes.requires_grad:  # of a loss that is linear
             return torch.zeros_like(slopes)
+        direction = direction.to(slopes)
         return self._together(
-            torch.autograd.grad(slopes, self.tensors, direction.to(slopes), retain_graph=True, allow_unused=True), 1
+            torch.autograd.grad(slopes, self.tensors, direction, retain_graph=True, allow_unused=True)
         )
 
     def random_signs(self) -> Tensor:
         """Draw a direction of ones and minus ones."""
-        return self._together([torch.randint_like(z, 2) * 2 - 1 for z in self.tensors], 1)
+        return self._together([torch.randint_like(z, 2) * 2 - 1 for z in self.tensors])
 
     def _by_example(self, name: str, seen: list[Tensor]) -> Tensor:
         examples = len(self.tensors[0])
@@ -197,11 +198,10 @@ class _Outputs:
             )
         return seen[0].reshape(examples, -1, seen[0].shape[1]).sum(dim=1)
 
-    def _together(self, tensors: Iterable[Tensor | None], scale: int | None = None) -> Tensor:
-        scale = len(self.tensors[0]) if scale is None else scale
+    def _together(self, tensors: Iterable[Tensor | None]) -> Tensor:
         pairs = zip(tensors, self.tensors, strict=True)
         rows = [(torch.zeros_like(z) if x is None else x).reshape(len(z), -1) for x, z in pairs]
-        return torch.cat(rows, dim=1) * scale
+        return torch.cat(rows, dim=1)
 
     def _apart(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split([z[0].numel() for z in self.tensors], dim=1)
