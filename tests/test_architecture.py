@@ -19,6 +19,7 @@ FLOORS = {
     "flops": 2,
     "gradients": 2,
     "statistics": 2,
+    "expansions": 2,
     "limits": 2,
     "batch_norm": 3,
     "budget": 2,
