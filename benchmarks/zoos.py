@@ -34,7 +34,7 @@ def _torchvision(name: str) -> tuple[nn.Module, Tensor]:
     arguments: dict[str, Any] = {"weights_backbone": None} if kind == "segmentation" else {}
     model = models.get_model(name, weights=None, **arguments)
     if kind == "video":
-        side = 224 if name.startswith(("mvit", "swin")) else 112
+        side = 224 if name.startswith(("mvit", "swin", "s3d")) else 112
         return model, torch.randn(1, 3, 16, side, side)
     side = 299 if name == "inception_v3" else 224
     return model, torch.randn(1, 3, side, side)
