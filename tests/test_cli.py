@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, load_from_checkpoint
+from lightning_prune import Cubic, FewUnits, FilterL1Pruning, FilterPruning, Linear, OneShot, load_from_checkpoint
 from tests.runs import Depthwise, Net, assert_same_weights, batches, trainer, weights, widths
 
 QUIET = {
@@ -32,7 +32,7 @@ def run(*args, module=Net, **arguments):
     """What ``python main.py ...`` runs; returns the trainer's pruning callbacks and the module."""
     torch.manual_seed(0)
     cli = LightningCLI(module, Data, args=list(args), trainer_defaults=QUIET, save_config_callback=None, **arguments)
-    return [c for c in cli.trainer.callbacks if isinstance(c, FilterL1Pruning)], cli.model
+    return [c for c in cli.trainer.callbacks if isinstance(c, FilterL1Pruning | FilterPruning)], cli.model
 
 
 def configured(folder, *callbacks):
@@ -57,6 +57,22 @@ def test_yaml(name, given, schedule, tmp_path):
     (found,), module = run("fit", "--config", str(configured(tmp_path, callback)))
     assert repr(found) == repr(FilterL1Pruning(amount=0.5, schedule=schedule))
     assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
+
+
+def test_yaml_of_a_criterion_of_ones_own(tmp_path):
+    """A criterion is a name or an import path; limits may go by pattern."""
+    arguments = {
+        "amount": 0.5,
+        "criterion": "tests.runs.largest_weight",
+        "min_width": {"*": 2, "hidden": 8},
+        "max_amount": {"first": 0.25},
+        "recalibrate": 2,
+        "schedule": {"class_path": "FewUnits", "init_args": {"units": 4}},
+    }
+    callback = {"class_path": "FilterPruning", "init_args": arguments}
+    (found,), module = run("fit", "--config", str(configured(tmp_path, callback)))
+    assert repr(found) == repr(FilterPruning(**{**arguments, "schedule": FewUnits(4)}))
+    assert widths(module) == {"first": 6, "second": 3, "hidden": 8}
 
 
 def test_yaml_patterns(tmp_path):
@@ -117,7 +133,7 @@ def test_help(capsys):
     for name in ("amount", "target", "scope", "schedule", "ignore", "round_to", "example_inputs"):
         assert f"--trainer.callbacks.{name}" in shown
     for words in (
-        "{filters,params,flops}",
+        "{filters,params,flops,latency}",
         "{layer,global}",
         "Fraction, in [0, 1), of the target",
         "lightning_prune.OneShot, lightning_prune.Linear, lightning_prune.Cubic",
@@ -131,13 +147,14 @@ def test_help_of_a_schedule(capsys):
     with pytest.raises(SystemExit):
         run("fit", "--trainer.callbacks+=FilterL1Pruning", "--trainer.callbacks.schedule.help=Cubic")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "The epoch (counted from 0) of the first cut." in shown and "Epochs between two cuts." in shown
+    assert "The epoch or optimizer step (counted from 0) of the first cut." in shown
+    assert "Epochs or steps between two cuts." in shown
 
 
 @pytest.mark.parametrize(
     "argument, told",
     [
-        ("target=speed", "Literal['filters', 'params', 'flops']"),
+        ("target=speed", "Literal['filters', 'params', 'flops', 'latency']"),
         ("scope=all", "Literal['layer', 'global']"),
         ("amonut=0.5", "Option 'amonut' is not accepted"),
         ("amount=half", "amount"),

@@ -198,6 +198,20 @@ def test_inspect_refuses(arguments, told):
     assert told in str(stop.value)
 
 
+def test_inspect_tells_what_can_go(capsys):
+    """A table says of every group how many units may leave inside the limits, and what keeps the others."""
+    model = ["inspect", "--model", "cli_script.mlp", "--model.width", "9", "--input_shape", "1,4"]
+    cli.main([*model, "--min_width", "3"])
+    text = text_of(capsys)
+    assert "At most" in text and "min_width=3" in text and " 6 " in text
+    cli.main([*model, "--max_amount", "{'0': 0.5}", "--round_to", "2"])
+    text = text_of(capsys)
+    assert "round_to=2" in text and " 3 " in text  # of nine, four may leave, and six is even
+    for limit in (["--min_width", "0"], ["--max_amount", "2"]):
+        with pytest.raises(SystemExit, match=f"inspect.{limit[0][2:]}="):
+            cli.main([*model, *limit])
+
+
 @pytest.mark.parametrize("command", ["sensitivity", "inspect"])
 def test_help_needs_no_manual(command, capsys):
     """--help names every option, says where classes come from and ends with a call that works."""
