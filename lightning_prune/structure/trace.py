@@ -17,7 +17,7 @@ from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturb
 from lightning_prune.structure.labels import Labels, Ledger
 from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
 
-__all__ = ["exchange_", "named_tensors", "trace"]
+__all__ = ["exchange_", "named_tensors", "trace", "unfused"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -103,7 +103,7 @@ def watch(
     for tensor in tensors_in((args, kwargs)):
         mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
-    with _unfused(), mode.knows_modules(model), mode:
+    with unfused(), mode.knows_modules(model), mode:
         outputs = model(*args, **kwargs)
     ledger.running = ("", None)
     tensors = list(tensors_in(outputs))
@@ -200,7 +200,7 @@ def _on_meta(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Take attention apart into products, which have rules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -1,0 +1,210 @@
+r"""Gathers the Gram matrices :math:`H = X X^T` of what weights multiply, over batches; watches products, whoever calls them.
+
+A product is known by its weight's memory, so linear and convolution modules, fused projections, attention's own and bare
+parameters are all found alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.errors import PruningError
+from lightning_prune.inputs import undisturbed
+from lightning_prune.structure import named_tensors
+from lightning_prune.structure.trace import unfused
+from lightning_prune.unrolled import Convolution, Matmul, Reading
+
+__all__ = ["Gram", "Products", "Run", "find_products", "gather_grams", "watch_inputs"]
+
+Run = Callable[[nn.Module, Any], Any]
+"""Calls a model on a batch; what it returns does not matter."""
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Gram:
+    """What a weight's inputs look like.
+
+    Attributes:
+        reading: How weight and inputs are laid out.
+        hessian: Mean over columns of inputs of their outer products, ``(groups, columns, columns)``: the Hessian of
+            half the squared error of an output, its mean over positions.
+        mean: Mean column, ``(groups, columns)``.
+        count: How many columns were seen.
+    """
+
+    reading: Reading
+    hessian: Tensor
+    mean: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Products:
+    """Which weights of a model multiply what.
+
+    Attributes:
+        readings: Name of a parameter -> how it multiplies its inputs, in the order in which they first run.
+        calls: Name -> how many products one run of the model takes with it.
+        sizes: Name -> entries of its Gram matrices.
+        otherwise: Name -> why its inputs do not tell all that it does.
+    """
+
+    readings: dict[str, Reading]
+    calls: dict[str, int]
+    sizes: dict[str, int]
+    otherwise: dict[str, str]
+
+
+def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
+    """Run the model once and see which parameters multiply what, and which are used in other ways too."""
+    readings: dict[str, Reading] = {}
+    calls: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    otherwise: dict[str, str] = {}
+
+    def receive(name: str, reading: Reading, inputs: Tensor) -> None:
+        if readings.setdefault(name, reading) != reading:
+            otherwise[name] = "it multiplies its inputs in two ways"
+        calls[name] = calls.get(name, 0) + 1
+        rows = reading.rows(named[name])
+        sizes[name] = rows.shape[0] * rows.shape[2] ** 2
+
+    named = dict(model.named_parameters())
+    with undisturbed(model), watch_inputs(model, named, receive, otherwise):
+        run(model, batch)
+    return Products(readings, calls, sizes, otherwise)
+
+
+def gather_grams(
+    model: nn.Module, batches: Iterable[Any], run: Run, names: Collection[str], dtype: torch.dtype = torch.float64
+) -> dict[str, Gram]:
+    """Sum the Gram matrices of the named weights' inputs over all batches, in eval mode; the model is left as found.
+
+    Raises:
+        PruningError: If one of them multiplied nothing.
+    """
+    grams: dict[str, Gram] = {}
+
+    def receive(name: str, reading: Reading, inputs: Tensor) -> None:
+        columns = reading.unrolled(inputs.detach())
+        single = columns.to(torch.promote_types(columns.dtype, torch.float32))
+        add_columns(grams, name, reading, single, dtype)
+
+    with undisturbed(model), watch_inputs(model, names, receive):
+        for batch in batches:
+            run(model, batch)
+    for name in names:
+        if name not in grams:
+            raise PruningError(
+                f"{name}: no batch came, or nothing was multiplied by it on these batches, so it has no Hessian. "
+                "Pass batches that reach it, or leave it out by ignore=."
+            )
+    return {name: _mean(grams[name]) for name in names}
+
+
+def add_columns(grams: dict[str, Gram], name: str, reading: Reading, columns: Tensor, dtype: torch.dtype) -> None:
+    """Add the outer products of some columns of inputs, ``(groups, columns, n)``."""
+    product, total = (columns @ columns.transpose(1, 2)).to(dtype), columns.sum(dim=2).to(dtype)
+    if name not in grams:
+        grams[name] = Gram(reading, product, total, columns.shape[2])
+        return
+    gram = grams[name]
+    gram.hessian += product
+    gram.mean += total
+    gram.count += columns.shape[2]
+
+
+@contextmanager
+def watch_inputs(
+    model: nn.Module,
+    names: Collection[str],
+    receive: Callable[[str, Reading, Tensor], None],
+    otherwise: dict[str, str] | None = None,
+) -> Iterator[None]:
+    """Hand the inputs of every product with a named weight to ``receive``, inside the block, in forward passes.
+
+    Args:
+        model: Whose weights.
+        names: Which of its parameters.
+        receive: Gets the parameter's name, how it is laid out, and what it is about to multiply.
+        otherwise: Gets, by name, other uses of these parameters.
+    """
+    own = named_tensors(model)
+    weights = {own[name].data_ptr(): (name, own[name]) for name in names if name in own and own[name].dim() > 1}
+    with unfused(), _ProductMode(weights, receive, {} if otherwise is None else otherwise):
+        yield
+
+
+class _ProductMode(TorchDispatchMode):
+    """Looks at every operator that runs for a weight it is to watch."""
+
+    def __init__(
+        self,
+        weights: Mapping[int, tuple[str, Tensor]],
+        receive: Callable[[str, Reading, Tensor], None],
+        otherwise: dict[str, str],
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.receive = receive
+        self.otherwise = otherwise
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        watched = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.data_ptr() in self.weights]
+        for i in watched:
+            name, weight = self.weights[args[i].data_ptr()]
+            read = _READERS.get((func.overloadpacket, i))
+            if read is not None and args[i].numel() == weight.numel():
+                reading, inputs = read(weight, args)
+                self.receive(name, reading, inputs)
+            elif not func.is_view and func.overloadpacket is not aten.detach:
+                self.otherwise[name] = f"{func.overloadpacket} reads it too"
+        return func(*args, **kwargs)
+
+
+def _from_right(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
+    """Read ``x @ w``, with or without something added."""
+    x, w = args[-2:]
+    return Matmul(outputs_first=not _same_layout(w, weight)), x
+
+
+def _from_left(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
+    """Read ``w @ x``."""
+    w, x = args[-2:]
+    return Matmul(outputs_first=_same_layout(w, weight)), x.T
+
+
+def _convolved(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
+    x, _, _, stride, padding, dilation, transposed, output_padding, groups = args
+    kernel = tuple(weight.shape[2:])
+    spread = [tuple(value) * (len(kernel) if len(value) < len(kernel) else 1) for value in (stride, padding, dilation)]
+    return Convolution(kernel, *spread, transposed, tuple(output_padding), groups), x
+
+
+def _same_layout(seen: Tensor, weight: Tensor) -> bool:
+    return seen.shape == weight.shape and seen.stride() == weight.stride()
+
+
+_READERS: dict[tuple[Any, int], Callable[[Tensor, tuple[Any, ...]], tuple[Reading, Tensor]]] = {
+    (aten.mm, 1): _from_right,
+    (aten.addmm, 2): _from_right,
+    (aten.mm, 0): _from_left,
+    (aten.addmm, 1): _from_left,
+    (aten.convolution, 1): _convolved,
+}
+
+
+def _mean(gram: Gram) -> Gram:
+    gram.hessian /= gram.count
+    gram.mean /= gram.count
+    return gram
