@@ -19,6 +19,7 @@ __all__ = [
     "Amount",
     "amount_by_group",
     "check_arguments",
+    "check_ignored",
     "check_optimizers",
     "check_prunable",
     "names_module",
@@ -81,16 +82,25 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) 
     Raises:
         ValueError: If a pattern names no module.
     """
-    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
-    for pattern in ignore:
-        if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
+    check_ignored(model, ignore)
     ignored = [
         name
         for name, group in structure.groups.items()
         if any(names_module(pattern, producer) for pattern in ignore for producer in group.producers)
     ]
     return structure.without(ignored, "named in ignore=")
+
+
+def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Refuse patterns that name no module.
+
+    Raises:
+        ValueError: If a pattern names no module.
+    """
+    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
+    for pattern in ignore:
+        if not any(names_module(pattern, path) for path in paths):
+            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
 
 
 def check_prunable(model: nn.Module, structure: Structure) -> None:

@@ -7,7 +7,7 @@ parameters are all found alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
 from lightning_prune.structure import named_tensors
-from lightning_prune.structure.trace import unfused
+from lightning_prune.structure.trace import exchange_, unfused
 from lightning_prune.unrolled import Convolution, Matmul, Reading
 
-__all__ = ["Gram", "Products", "Run", "find_products", "gather_grams", "watch_inputs"]
+__all__ = ["Gram", "Pair", "Products", "Run", "find_products", "gather_grams", "gather_pair", "watch_inputs"]
 
 Run = Callable[[nn.Module, Any], Any]
 """Calls a model on a batch; what it returns does not matter."""
@@ -47,6 +47,21 @@ class Gram:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """What a weight's inputs look like in two runs of a model, before and after layers in front of it changed.
+
+    Attributes:
+        before: Mean over columns of the outer products of the inputs before, ``(groups, columns, columns)``.
+        cross: Of the inputs before and those after.
+        after: Of the inputs after.
+    """
+
+    before: Tensor
+    cross: Tensor
+    after: Tensor
+
+
 @dataclass(frozen=True)
 class Products:
     """Which weights of a model multiply what.
@@ -54,13 +69,13 @@ class Products:
     Attributes:
         readings: Name of a parameter -> how it multiplies its inputs, in the order in which they first run.
         calls: Name -> how many products one run of the model takes with it.
-        sizes: Name -> entries of its Gram matrices.
+        shapes: Name -> groups, rows and columns of the weight so laid out.
         otherwise: Name -> why its inputs do not tell all that it does.
     """
 
     readings: dict[str, Reading]
     calls: dict[str, int]
-    sizes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
     otherwise: dict[str, str]
 
 
@@ -68,20 +83,19 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
     """Run the model once and see which parameters multiply what, and which are used in other ways too."""
     readings: dict[str, Reading] = {}
     calls: dict[str, int] = {}
-    sizes: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     otherwise: dict[str, str] = {}
 
     def receive(name: str, reading: Reading, inputs: Tensor) -> None:
         if readings.setdefault(name, reading) != reading:
             otherwise[name] = "it multiplies its inputs in two ways"
         calls[name] = calls.get(name, 0) + 1
-        rows = reading.rows(named[name])
-        sizes[name] = rows.shape[0] * rows.shape[2] ** 2
+        shapes[name] = tuple(reading.rows(named[name]).shape)
 
     named = dict(model.named_parameters())
     with undisturbed(model), watch_inputs(model, named, receive, otherwise):
         run(model, batch)
-    return Products(readings, calls, sizes, otherwise)
+    return Products(readings, calls, shapes, otherwise)
 
 
 def gather_grams(
@@ -95,9 +109,12 @@ def gather_grams(
     grams: dict[str, Gram] = {}
 
     def receive(name: str, reading: Reading, inputs: Tensor) -> None:
-        columns = reading.unrolled(inputs.detach())
-        single = columns.to(torch.promote_types(columns.dtype, torch.float32))
-        add_columns(grams, name, reading, single, dtype)
+        columns = _single(reading.unrolled(inputs.detach()))
+        product, total = (columns @ columns.transpose(1, 2)).to(dtype), columns.sum(dim=2).to(dtype)
+        gram = grams.setdefault(name, Gram(reading, torch.zeros_like(product), torch.zeros_like(total), 0))
+        gram.hessian += product
+        gram.mean += total
+        gram.count += columns.shape[2]
 
     with undisturbed(model), watch_inputs(model, names, receive):
         for batch in batches:
@@ -111,16 +128,59 @@ def gather_grams(
     return {name: _mean(grams[name]) for name in names}
 
 
-def add_columns(grams: dict[str, Gram], name: str, reading: Reading, columns: Tensor, dtype: torch.dtype) -> None:
-    """Add the outer products of some columns of inputs, ``(groups, columns, n)``."""
-    product, total = (columns @ columns.transpose(1, 2)).to(dtype), columns.sum(dim=2).to(dtype)
-    if name not in grams:
-        grams[name] = Gram(reading, product, total, columns.shape[2])
-        return
-    gram = grams[name]
-    gram.hessian += product
-    gram.mean += total
-    gram.count += columns.shape[2]
+def gather_pair(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Run,
+    name: str,
+    replaced: Mapping[str, Tensor],
+    calls: int,
+    dtype: torch.dtype = torch.float64,
+) -> Pair:
+    """Compare the inputs of one weight with what they are once other parameters are replaced; runs stop behind it.
+
+    Raises:
+        PruningError: If one of the two runs multiplies other numbers of inputs than the other.
+    """
+    sums: list[Tensor] = []
+    count = 0
+    for batch in batches:
+        x, y = (_columns(model, batch, run, name, other, calls) for other in ({}, replaced))
+        if x.shape != y.shape:
+            raise PruningError(
+                f"{name}: it multiplies {x.shape[2]} inputs, and {y.shape[2]} once layers before it are pruned, so the "
+                "two cannot be compared. Prune with sequential=False."
+            )
+        products = [(a @ b.transpose(1, 2)).to(dtype) for a, b in ((x, x), (x, y), (y, y))]
+        sums = [total + product for total, product in zip(sums, products, strict=True)] if sums else products
+        count += x.shape[2]
+    return Pair(*(total / count for total in sums))
+
+
+class _EnoughError(Exception):
+    """Everything was seen that was to be seen."""
+
+
+def _columns(
+    model: nn.Module, batch: Any, run: Run, name: str, replaced: Mapping[str, Tensor], calls: int
+) -> Tensor:
+    """Return what a weight multiplies in one run, ``(groups, columns, n)``."""
+    found: list[Tensor] = []
+
+    def receive(_: str, reading: Reading, inputs: Tensor) -> None:
+        found.append(_single(reading.unrolled(inputs.detach())))
+        if len(found) == calls:
+            raise _EnoughError
+
+    with undisturbed(model), suppress(_EnoughError):
+        exchange_(model, replaced)
+        with watch_inputs(model, [name], receive):
+            run(model, batch)
+    return torch.cat(found, dim=2)
+
+
+def _single(columns: Tensor) -> Tensor:
+    return columns.to(torch.promote_types(columns.dtype, torch.float32))
 
 
 @contextmanager

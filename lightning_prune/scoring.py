@@ -25,7 +25,7 @@ from lightning_prune.statistics import (
 )
 from lightning_prune.structure import Structure, named_tensors
 
-__all__ = ["CRITERIA", "Criterion", "by_l2", "by_mean", "score_units"]
+__all__ = ["CRITERIA", "Criterion", "by_l2", "by_mean", "call", "score_units"]
 
 Criterion = str | Callable[[Tensor], Tensor]
 """The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
@@ -101,11 +101,12 @@ def score_units(
         raise ValueError(f"criterion={criterion!r} looks at data: pass {named.needs}.")
     if "loss" in named.needs and loss is None:
         raise ValueError(f"criterion={criterion!r} looks at gradients: pass loss=, a function of model and batch.")
-    scores = named.gather(model, structure, batches or (), loss or _call)
+    scores = named.gather(model, structure, batches or (), loss or call)
     return {name: named.normalise(score.detach()) for name, score in scores.items()}
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch as on example inputs."""
     return (
         model(*batch)
         if isinstance(batch, tuple | list)

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from lightning_prune.selection import keep_highest
 from lightning_prune.solvers.admm import alternate
 from lightning_prune.solvers.blocked import factor, sweep
 from lightning_prune.solvers.damping import inverse
@@ -81,11 +80,15 @@ class Blocked(RowSolver):
         share = leaving if isinstance(leaving, Pattern) else leaving / self.weights.numel()
         block = _WIDTH if isinstance(share, float) else _whole_blocks(share)
         found = [
-            sweep(w, factor(h), partial(_highest_of_block, share, i * w.numel()), block)
-            for i, (w, h) in enumerate(zip(self.weights, self.hessian, strict=True))
+            sweep(w, u, partial(_highest_of_block, share, i * w.numel()), block)
+            for i, (w, u) in enumerate(zip(self.weights, self._factors, strict=True))
         ]
         start, keep = torch.stack([w for w, _ in found]), torch.stack([k for _, k in found])
         return nearer_on_support(self.weights, self.hessian, keep, start, steps=10), keep
+
+    @cached_property
+    def _factors(self) -> list[Tensor]:
+        return [factor(h) for h in self.hessian]
 
 
 SOLVERS: dict[str, type[RowSolver]] = {"exact": Exact, "admm": Admm, "blocked": Blocked}
@@ -94,8 +97,10 @@ SOLVERS: dict[str, type[RowSolver]] = {"exact": Exact, "admm": Admm, "blocked": 
 def _highest(scores: Tensor, leaving: Leaving) -> Tensor:
     if isinstance(leaving, Pattern):
         return leaving.highest(scores.reshape(-1, scores.shape[-1])).view_as(scores)
+    # As exact as selection.keep_highest, but for the order of ties, and many times faster in a loop.
     flat = scores.reshape(-1)
-    return keep_highest(flat, len(flat) - leaving).view_as(scores)
+    kept = flat.topk(len(flat) - leaving, sorted=False).indices
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(scores)
 
 
 def _highest_of_block(share: float | Pattern, before: int, saliency: Tensor, start: int) -> Tensor:

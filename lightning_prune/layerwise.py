@@ -1,0 +1,175 @@
+"""Takes every layer's Hessian to a solver: all layers at once or one after the other; writes nothing into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.grams import Products, Run, gather_grams, gather_pair
+from lightning_prune.inputs import tensors_in, undisturbed
+from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
+from lightning_prune.structure.trace import exchange_
+
+__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one"]
+
+Leaving = Mapping[str, int | Pattern]
+"""By parameter name, how many of its weights leave, or by what pattern."""
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
+_MEMORY = 2 * 2**30  # bytes of Hessians held at a time
+_COMPARED = 0.25  # share of the batches on which the model's outputs are compared
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What a layer's weight becomes.
+
+    Attributes:
+        weight: Its new value.
+        keep: True for each weight that stays, in its shape.
+        error: Share of the energy of its outputs on the batches that is lost.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Surgery:
+    """A model, the data that its layers shall go on to serve, and how each layer is solved.
+
+    Attributes:
+        model: The model.
+        batches: Batches of data.
+        forward: Calls the model on a batch and returns its outputs.
+        products: Which of its parameters multiply what.
+        solver: Prunes the rows of one layer.
+        damping: Share of the mean diagonal entry that is added to Hessians.
+        dtype: What Hessians are summed and solved in.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    forward: Run
+    products: Products
+    solver: type[RowSolver]
+    damping: float
+    dtype: torch.dtype
+    parameters: Mapping[str, nn.Parameter]
+    _held: dict[str, _Patient] = field(default_factory=dict)
+
+    def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
+        """Yield each layer with its Hessian; where those of all fit into memory, they are gathered once."""
+        for part in self._fitting(names):
+            if part[0] not in self._held:
+                self._held.clear()
+                grams = gather_grams(self.model, self.batches, self.forward, part, self.dtype)
+                self._held.update(
+                    {n: _Patient(self.rows(n), g.hessian, damped(g.hessian, self.damping)) for n, g in grams.items()}
+                )
+            for name in part:
+                yield name, self._held[name]
+
+    def rows(self, name: str) -> Tensor:
+        """Return a layer's weights as ``(groups, rows, columns)``."""
+        return self.products.readings[name].rows(self.parameters[name].detach()).to(self.dtype)
+
+    def solved(self, name: str, rows: Tensor, keep: Tensor, error: Tensor) -> Solved:
+        """Lay what a solver returned out as the layer's weight."""
+        reading = self.products.readings[name]
+        return Solved(reading.weight(rows).to(self.parameters[name].dtype), reading.weight(keep), float(error))
+
+    def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
+        part: list[str] = []
+        held = 0
+        for name in names:
+            groups, _, columns = self.products.shapes[name]
+            size = 2 * groups * columns**2 * self.dtype.itemsize
+            if part and held + size > _MEMORY:
+                yield part
+                part, held = [], 0
+            part.append(name)
+            held += size
+        if part:
+            yield part
+
+
+@dataclass(frozen=True, eq=False)
+class _Patient:
+    """One layer: its weights as ``(groups, rows, columns)`` and its Hessian, without damping and with."""
+
+    weights: Tensor
+    hessian: Tensor
+    damped: Tensor
+
+
+def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
+    """Solve every layer for the inputs that the whole model gives it."""
+    found = {}
+    patients = surgery.patients(list(leaving))
+    for _ in progress(list(leaving)):
+        name, patient = next(patients)
+        new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
+        lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
+        found[name] = surgery.solved(name, new, keep, lost / whole)
+    return found
+
+
+def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
+    r"""Solve layer after layer for the inputs that the pruned ones before give it, aiming at the whole model's outputs.
+
+    With inputs X before and Y after, :math:`\|W X - \hat W Y\|^2` is, up to a constant, the distance of
+    :math:`\hat W` from :math:`W X Y^T (Y Y^T)^{-1}` measured by :math:`Y Y^T`.
+    """
+    found: dict[str, Solved] = {}
+    for name in progress(list(leaving)):
+        pruned = {other: solved.weight for other, solved in found.items()}
+        calls = surgery.products.calls[name]
+        pair = gather_pair(surgery.model, surgery.batches, surgery.forward, name, pruned, calls, surgery.dtype)
+        weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
+        aim = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
+        new, keep = surgery.solver(torch.linalg.solve(hessian, aim, left=False), hessian).solve(leaving[name])
+        whole = rise(weights, pair.before).sum()
+        lost = whole + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
+        found[name] = surgery.solved(name, new, keep, lost / whole)
+    return found
+
+
+def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: Progress) -> dict[str, Curve]:
+    """Return what pruning ever more of each layer alone does to the model's outputs.
+
+    How a layer's own error grows is found by the fastest solver, whichever prunes in the end. What it means for the
+    model is measured once, at the level nearest to ``amount``: how far, squared, the outputs move.
+    """
+    level = min(_LEVELS, key=lambda level: abs(level - amount))
+    compared = surgery.batches[: max(1, round(_COMPARED * len(surgery.batches)))]
+    whole = list(_outputs(surgery, compared, {}))
+    curves = {}
+    patients = surgery.patients(names)
+    for _ in progress(names):
+        name, patient = next(patients)
+        solver = Blocked(patient.weights, patient.damped)
+        counts = [int(share * patient.weights.numel()) for share in _LEVELS]
+        found = {share: solver.solve(count) for share, count in zip(_LEVELS, counts, strict=True)}
+        errors = {s: float(rise(new - patient.weights, patient.hessian).sum()) for s, (new, _) in found.items()}
+        pruned = {name: surgery.products.readings[name].weight(found[level][0]).to(surgery.parameters[name])}
+        pairs = zip(_outputs(surgery, compared, pruned), whole, strict=True)
+        moved = sum(float((a - b).square().sum()) for a, b in pairs)
+        scale = moved / errors[level] if errors[level] > 0 else 0.0
+        curves[name] = Curve([0, *counts], [0.0, *(scale * error for error in errors.values())])
+    return curves
+
+
+def _outputs(surgery: Surgery, batches: Sequence[Any], replaced: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        with undisturbed(surgery.model):
+            exchange_(surgery.model, replaced)
+            found = [tensor for tensor in tensors_in(surgery.forward(surgery.model, batch))]
+        yield from (tensor.detach() for tensor in found if tensor.is_floating_point())
