@@ -1,7 +1,7 @@
-r"""Gathers the Gram matrices :math:`H = X X^T` of what weights multiply, over batches; watches products, whoever calls them.
+r"""Gathers the Gram matrices :math:`X X^T` of what weights multiply, over batches; watches products, whoever calls.
 
-A product is known by its weight's memory, so linear and convolution modules, fused projections, attention's own and bare
-parameters are all found alike.
+A product is known by its weight's memory, so linear and convolution modules, fused projections, attention's own and
+bare parameters are all found alike.
 """
 
 from __future__ import annotations
@@ -161,9 +161,7 @@ class _EnoughError(Exception):
     """Everything was seen that was to be seen."""
 
 
-def _columns(
-    model: nn.Module, batch: Any, run: Run, name: str, replaced: Mapping[str, Tensor], calls: int
-) -> Tensor:
+def _columns(model: nn.Module, batch: Any, run: Run, name: str, replaced: Mapping[str, Tensor], calls: int) -> Tensor:
     """Return what a weight multiplies in one run, ``(groups, columns, n)``."""
     found: list[Tensor] = []
 
@@ -247,8 +245,8 @@ def _from_left(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
 def _convolved(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
     x, _, _, stride, padding, dilation, transposed, output_padding, groups = args
     kernel = tuple(weight.shape[2:])
-    spread = [tuple(value) * (len(kernel) if len(value) < len(kernel) else 1) for value in (stride, padding, dilation)]
-    return Convolution(kernel, *spread, transposed, tuple(output_padding), groups), x
+    sizes = tuple(stride), tuple(padding), tuple(dilation)
+    return Convolution(kernel, *sizes, transposed, tuple(output_padding), groups), x
 
 
 def _same_layout(seen: Tensor, weight: Tensor) -> bool:

@@ -156,14 +156,16 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     for _ in progress(names):
         name, patient = next(patients)
         solver = Blocked(patient.weights, patient.damped)
-        counts = [int(share * patient.weights.numel()) for share in _LEVELS]
-        found = {share: solver.solve(count) for share, count in zip(_LEVELS, counts, strict=True)}
-        errors = {s: float(rise(new - patient.weights, patient.hessian).sum()) for s, (new, _) in found.items()}
-        pruned = {name: surgery.products.readings[name].weight(found[level][0]).to(surgery.parameters[name])}
+        size = patient.weights.numel()
+        found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
+        errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
+        asked = int(level * size)
+        pruned = {name: surgery.products.readings[name].weight(found[asked]).to(surgery.parameters[name])}
         pairs = zip(_outputs(surgery, compared, pruned), whole, strict=True)
         moved = sum(float((a - b).square().sum()) for a, b in pairs)
-        scale = moved / errors[level] if errors[level] > 0 else 0.0
-        curves[name] = Curve([0, *counts], [0.0, *(scale * error for error in errors.values())])
+        scale = moved / errors[asked] if errors[asked] > 0 else 0.0
+        curve = {0: 0.0} | {count: scale * error for count, error in errors.items()}
+        curves[name] = Curve(list(curve), list(curve.values()))
     return curves
 
 
@@ -171,5 +173,5 @@ def _outputs(surgery: Surgery, batches: Sequence[Any], replaced: Mapping[str, Te
     for batch in batches:
         with undisturbed(surgery.model):
             exchange_(surgery.model, replaced)
-            found = [tensor for tensor in tensors_in(surgery.forward(surgery.model, batch))]
+            found = list(tensors_in(surgery.forward(surgery.model, batch)))
         yield from (tensor.detach() for tensor in found if tensor.is_floating_point())

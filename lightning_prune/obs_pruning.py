@@ -68,17 +68,17 @@ def prune_obs(
     dtype: torch.dtype = torch.float64,
     progress: Progress = iter,
 ) -> ObsReport:
-    """Set the least needed weights of a trained model to zero, in place, and let the others of each layer make up for it.
+    """Set the least needed weights of a trained model to zero, in place; the others of each layer make up for it.
 
-    No labels, no loss and no training: every layer keeps its outputs on the batches as well as it can. Weights of linear
-    and convolution layers, attention's projections and any other parameter that is multiplied with inputs are pruned.
-    What may not be zeroed without harm elsewhere, such as a weight shared with an embedding, stays; the report says so.
+    No labels, no loss and no training: every layer keeps its outputs on the batches as well as it can. Weights of
+    linear and convolution layers, attention's projections and any other parameter that is multiplied with inputs are
+    pruned. What does more than that, such as a weight shared with an embedding, stays; the report says so.
 
     Args:
         model: The model; the batches run in eval mode.
         batches: Batches of data: a few hundred examples like those trained on.
-        amount: Fraction, in [0, 1), of the weights that leaves; or, by pattern of module paths, of each layer's (what no
-            pattern names stays whole); or ``"2:4"``: of every 4 input channels at one place 2 stay.
+        amount: Fraction, in [0, 1), of the weights that leaves; or, by pattern of module paths, of each layer's (what
+            no pattern names stays whole); or ``"2:4"``: of every 4 input channels at one place 2 stay.
         solver: ``"exact"`` removes greedily, one weight at a time; ``"admm"`` negotiates over a whole layer, most often
             with less error and in less time; ``"blocked"`` sweeps once, for layers thousands wide.
         scope: With one fraction for all, ``"layer"`` takes it of every layer; ``"global"`` splits the weights to be
@@ -189,7 +189,8 @@ def _leaving(surgery: Surgery, names: Sequence[str], amount: Share, scope: Split
     reach = sum(curve.counts[-1] for curve in curves.values())
     if total > reach:
         raise PruningError(
-            f"amount={amount:g}: split over the layers, at most {reach / sum(sizes.values()):.1%} can leave. Ask for less."
+            f"amount={amount:g}: split over the layers, at most {reach / sum(sizes.values()):.1%} can leave. "
+            "Ask for less."
         )
     return split(curves, total)
 

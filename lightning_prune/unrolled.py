@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,10 +104,9 @@ class Convolution(Reading):
             inputs = inputs[None]
         if self.transposed:
             inputs = self._spread(inputs)
-        padding, stride = (self._margins(), [1] * len(self.kernel)) if self.transposed else (self.padding, self.stride)
-        before_last = [margin for pad in reversed(padding) for margin in (pad if isinstance(pad, tuple) else (pad, pad))]
-        patches = F.pad(inputs, before_last)
-        for i, (size, step, gap) in enumerate(zip(self.kernel, stride, self.dilation, strict=True)):
+        steps = [1] * len(self.kernel) if self.transposed else self.stride
+        patches = F.pad(inputs, [margin for both in reversed(self._margins()) for margin in both])
+        for i, (size, step, gap) in enumerate(zip(self.kernel, steps, self.dilation, strict=True)):
             patches = patches.unfold(2 + i, (size - 1) * gap + 1, step)[..., ::gap]
         n, channels = patches.shape[:2]
         ndim = len(self.kernel)
@@ -126,10 +126,14 @@ class Convolution(Reading):
     def _spread(self, inputs: Tensor) -> Tensor:
         sizes = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], self.stride, strict=True)]
         spread = inputs.new_zeros(*inputs.shape[:2], *sizes)
-        spread[(..., *(slice(None, None, step) for step in self.stride))] = inputs
+        between: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+        spread[between] = inputs
         return spread
 
     def _margins(self) -> list[tuple[int, int]]:
+        """Return the zeros laid before and after each dimension."""
+        if not self.transposed:
+            return [(pad, pad) for pad in self.padding]
         reach = [gap * (size - 1) for size, gap in zip(self.kernel, self.dilation, strict=True)]
         return [
             (r - pad, r - pad + extra) for r, pad, extra in zip(reach, self.padding, self.output_padding, strict=True)

@@ -5,7 +5,7 @@ What leaves in a column moves only the columns behind it, so all rows share one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,7 @@ def factor(hessian: Tensor) -> Tensor:
 
 
 def sweep(
-    weights: Tensor,
-    factor: Tensor,
-    choose: Callable[[Tensor, int], Tensor],
-    block: int,
+    weights: Tensor, factor: Tensor, choose: Callable[[Tensor, int], Tensor], blocks: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Prune block after block of columns; those behind make up for what leaves.
 
@@ -38,7 +35,7 @@ def sweep(
         weights: Rows of weights, ``(rows, columns)``.
         factor: U of :func:`factor`, ``(columns, columns)``.
         choose: From saliencies of a block, ``(rows, width)``, and its first column to what stays of it.
-        block: Columns per block.
+        blocks: Columns per block; blocks within blocks, wide ones first, where choices shall be made in narrow ones.
 
     Returns:
         The new weights and what stayed, both ``(rows, columns)``.
@@ -46,20 +43,30 @@ def sweep(
     References:
         Frantar and Alistarh, SparseGPT, ICML 2023, alg. 1 (arXiv:2301.00774).
     """
-    weights, keep = weights.clone(), torch.ones_like(weights, dtype=torch.bool)
-    for start in range(0, weights.shape[1], block):
-        columns = slice(start, min(start + block, weights.shape[1]))
-        own = factor[columns, columns]
-        keep[:, columns] = choose(0.5 * (weights[:, columns] / own.diagonal()).square(), start)
-        errors = _within(weights[:, columns], own, keep[:, columns])
-        weights[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
+    weights, errors, keep = weights.clone(), torch.zeros_like(weights), torch.ones_like(weights, dtype=torch.bool)
+    _sweep_(weights, errors, keep, factor, choose, blocks, 0)
     return weights * keep, keep
 
 
-def _within(weights: Tensor, factor: Tensor, keep: Tensor) -> Tensor:
-    """Sweep over the columns of one block, in place, and return what each removal leaves to be made up for."""
-    errors = torch.zeros_like(weights)
-    for j in range(weights.shape[1]):
-        errors[:, j] = weights[:, j] * ~keep[:, j] / factor[j, j]
-        weights[:, j:] -= errors[:, j : j + 1] * factor[j, j:]
-    return errors
+def _sweep_(
+    weights: Tensor,
+    errors: Tensor,
+    keep: Tensor,
+    factor: Tensor,
+    choose: Callable[[Tensor, int], Tensor],
+    blocks: Sequence[int],
+    first: int,
+) -> None:
+    """Sweep in place; ``errors`` is what each removal leaves to be made up for."""
+    width, *narrower = blocks
+    for start in range(0, weights.shape[1], width):
+        columns = slice(start, min(start + width, weights.shape[1]))
+        w, e, k, u = weights[:, columns], errors[:, columns], keep[:, columns], factor[columns, columns]
+        if narrower:
+            _sweep_(w, e, k, u, choose, narrower, first + start)
+        else:
+            k.copy_(choose(0.5 * (w / u.diagonal()).square(), first + start))
+            for j in range(w.shape[1]):
+                e[:, j] = w[:, j] * ~k[:, j] / u[j, j]
+                w[:, j:] -= e[:, j : j + 1] * u[j, j:]
+        weights[:, columns.stop :] -= e @ factor[columns, columns.stop :]

@@ -78,9 +78,9 @@ class Blocked(RowSolver):
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
         """Sweep; then some steps of conjugate gradients let the columns in front move as well."""
         share = leaving if isinstance(leaving, Pattern) else leaving / self.weights.numel()
-        block = _WIDTH if isinstance(share, float) else _whole_blocks(share)
+        blocks = [_WIDTH] if isinstance(share, float) else _whole_blocks(share)
         found = [
-            sweep(w, u, partial(_highest_of_block, share, i * w.numel()), block)
+            sweep(w, u, partial(_highest_of_block, share, i * w.numel()), blocks)
             for i, (w, u) in enumerate(zip(self.weights, self._factors, strict=True))
         ]
         start, keep = torch.stack([w for w, _ in found]), torch.stack([k for _, k in found])
@@ -110,7 +110,7 @@ def _highest_of_block(share: float | Pattern, before: int, saliency: Tensor, sta
     return _highest(saliency, round(share * (before + saliency.numel())) - round(share * before))
 
 
-def _whole_blocks(pattern: Pattern) -> int:
-    """Return a width near the usual one that parts into whole blocks of the pattern."""
+def _whole_blocks(pattern: Pattern) -> list[int]:
+    """Return a width near the usual one that parts into whole blocks of the pattern, and theirs."""
     period = pattern.of * pattern.apart
-    return period * max(1, round(_WIDTH / period))
+    return [period * max(1, round(_WIDTH / period)), period]

@@ -1,9 +1,9 @@
 r"""Prunes rows of weights that share a quadratic error, one weight at a time, exactly; knows no layers.
 
-The error of a row is :math:`\frac{1}{2}(w - w_0) H (w - w_0)^T`. Removing the weights one by one, the cheapest first, and moving the
-others along, is a Cholesky factorisation of :math:`H^{-1}` whose pivots are chosen on the way: after k removals the
-inverse of what is left is :math:`H^{-1} - U^T U`, U the k scaled columns so far. As in a blocked Cholesky factorisation,
-the inverse itself follows only after every so many removals, in one product of matrices, and without what has left.
+The error of a row is :math:`\frac{1}{2}(w - w_0) H (w - w_0)^T`. Removing the weights one by one, the cheapest first,
+and moving the others along, is a Cholesky factorisation of :math:`H^{-1}` whose pivots are chosen on the way: after k
+removals the inverse of what is left is :math:`H^{-1} - U^T U`, U the k scaled columns so far. As in a blocked
+factorisation, the inverse follows only after every so many removals, in one product, and without what has left.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def greedy_paths(weights: Tensor, inverse: Tensor, steps: int | None = None, pat
     flat = weights.reshape(groups * rows, columns)
     group = torch.arange(groups, device=weights.device).repeat_interleave(rows)
     size = max(1, _MEMORY // (columns * columns * weights.element_size()))
-    found = [
-        _paths(w, inverse, g, steps, pattern) for w, g in zip(flat.split(size), group.split(size), strict=True)
-    ]
+    found = [_paths(w, inverse, g, steps, pattern) for w, g in zip(flat.split(size), group.split(size), strict=True)]
     return Paths(torch.cat([order for order, _ in found]), torch.cat([rises for _, rises in found]), columns)
 
 
@@ -70,7 +68,7 @@ def keep_along(paths: Paths, count: int) -> Tensor:
     Returns:
         True for each weight that stays, ``(rows, columns)`` bool.
     """
-    rows, steps = paths.order.shape
+    rows = len(paths.order)
     # A weight is reached only after those before it, so what counts is the highest rise so far; the earlier step first.
     reached = paths.rises.cummax(dim=1).values.T.reshape(-1)  # (steps * rows)
     leaving = torch.argsort(reached, stable=True)[:count]

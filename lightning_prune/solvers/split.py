@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ def _steps(curve: Curve) -> list[tuple[float, int]]:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [(_slope(a, b), int(b[0] - a[0])) for a, b in zip(hull, hull[1:], strict=False)]
+    return [(_slope(a, b), int(b[0] - a[0])) for a, b in pairwise(hull)]
 
 
 def _slope(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
