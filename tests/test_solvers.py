@@ -69,7 +69,7 @@ def test_best_weights_of_fewer_columns_are_those_of_least_squares():
 @given(CASES)
 @settings(max_examples=25, deadline=None)
 def test_greedy_paths_are_those_of_brute_force(case):
-    """At every step the weight leaves without which the best fit of all others is nearest, and its rise is that loss."""
+    """At every step the weight leaves without which the best fit of all others is nearest; its rise is that loss."""
     weights, hessian, inputs = problem(*case)
     paths = greedy_paths(weights, inverse(hessian))
     for which, (g, r) in enumerate(itertools.product(range(case[0]), range(case[1]))):

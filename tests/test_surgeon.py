@@ -84,7 +84,7 @@ def test_limits_stop_the_surgeon():
         assert [r.entry for r in report.removals] == [r.entry for r in free.removals[:3]]
         assert sum(int((p == 0).sum()) for p in slim.parameters()) == 3
         assert report.removals[-1].loss == pytest.approx(
-            sum(float(F.mse_loss(slim(x), y)) * len(x) for x, y in batches) / 60
+            sum(F.mse_loss(slim(x), y).item() * len(x) for x, y in batches) / 60
         )
     refusing = prune_exact(copy.deepcopy(model), batches, F.mse_loss, accept=lambda model: False)
     assert not refusing.removals
@@ -102,8 +102,8 @@ def test_removal_goes_on_where_masks_left_off():
 
 def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
     """From trained starts, more weights of an XOR net leave by OBS, before it fails, than by magnitude."""
-    nets = [net for net in map(trained_xor, range(6)) if net is not None]
-    assert len(nets) >= 3
+    nets = [net for net in map(trained_xor, range(3)) if net is not None]
+    assert len(nets) >= 2
     left = {
         method: sum(
             prune_exact(copy.deepcopy(net), [(XOR, TARGETS)], F.mse_loss, method=method, accept=solves).left
