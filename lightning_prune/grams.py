@@ -7,7 +7,7 @@ bare parameters are all found alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
 from lightning_prune.structure import named_tensors
-from lightning_prune.structure.trace import exchange_, unfused
+from lightning_prune.structure.trace import unfused
 from lightning_prune.unrolled import Convolution, Matmul, Reading
 
-__all__ = ["Gram", "Pair", "Products", "Run", "find_products", "gather_grams", "gather_pair", "watch_inputs"]
+__all__ = ["Change", "Gram", "Pair", "Products", "Run", "find_products", "gather_grams", "gather_pair", "watch_inputs"]
 
 Run = Callable[[nn.Module, Any], Any]
 """Calls a model on a batch; what it returns does not matter."""
+Change = Callable[[], AbstractContextManager[None]]
+"""Makes a block in which the model is another."""
 
 aten = torch.ops.aten
 
@@ -55,11 +57,15 @@ class Pair:
         before: Mean over columns of the outer products of the inputs before, ``(groups, columns, columns)``.
         cross: Of the inputs before and those after.
         after: Of the inputs after.
+        mean_before: Mean column before, ``(groups, columns)``.
+        mean_after: And after.
     """
 
     before: Tensor
     cross: Tensor
     after: Tensor
+    mean_before: Tensor
+    mean_after: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,11 +139,13 @@ def gather_pair(
     batches: Iterable[Any],
     run: Run,
     name: str,
-    replaced: Mapping[str, Tensor],
+    change: Change,
     calls: int,
     dtype: torch.dtype = torch.float64,
 ) -> Pair:
-    """Compare the inputs of one weight with what they are once other parameters are replaced; runs stop behind it.
+    """Compare the inputs of one weight with what they are once the model has changed; runs stop behind it.
+
+    ``change`` is entered around the second run of every batch, and left again.
 
     Raises:
         PruningError: If one of the two runs multiplies other numbers of inputs than the other.
@@ -145,14 +153,20 @@ def gather_pair(
     sums: list[Tensor] = []
     count = 0
     for batch in batches:
-        x, y = (_columns(model, batch, run, name, other, calls) for other in ({}, replaced))
-        if x.shape != y.shape:
+        x = _columns(model, batch, run, name, calls)
+        with change():
+            y = _columns(model, batch, run, name, calls)
+        if x.shape[2] != y.shape[2]:
             raise PruningError(
                 f"{name}: it multiplies {x.shape[2]} inputs, and {y.shape[2]} once layers before it are pruned, so the "
                 "two cannot be compared. Prune with sequential=False."
             )
-        products = [(a @ b.transpose(1, 2)).to(dtype) for a, b in ((x, x), (x, y), (y, y))]
-        sums = [total + product for total, product in zip(sums, products, strict=True)] if sums else products
+        found = [_product(x, x), _product(x, y), _product(y, y), x.sum(dim=2), y.sum(dim=2)]
+        sums = (
+            [total + new.to(dtype) for total, new in zip(sums, found, strict=True)]
+            if sums
+            else [new.to(dtype) for new in found]
+        )
         count += x.shape[2]
     return Pair(*(total / count for total in sums))
 
@@ -161,7 +175,7 @@ class _EnoughError(Exception):
     """Everything was seen that was to be seen."""
 
 
-def _columns(model: nn.Module, batch: Any, run: Run, name: str, replaced: Mapping[str, Tensor], calls: int) -> Tensor:
+def _columns(model: nn.Module, batch: Any, run: Run, name: str, calls: int) -> Tensor:
     """Return what a weight multiplies in one run, ``(groups, columns, n)``."""
     found: list[Tensor] = []
 
@@ -170,11 +184,13 @@ def _columns(model: nn.Module, batch: Any, run: Run, name: str, replaced: Mappin
         if len(found) == calls:
             raise _EnoughError
 
-    with undisturbed(model), suppress(_EnoughError):
-        exchange_(model, replaced)
-        with watch_inputs(model, [name], receive):
-            run(model, batch)
+    with undisturbed(model), suppress(_EnoughError), watch_inputs(model, [name], receive):
+        run(model, batch)
     return torch.cat(found, dim=2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.transpose(1, 2)
 
 
 def _single(columns: Tensor) -> Tensor:

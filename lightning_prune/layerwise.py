@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from lightning_prune.inputs import tensors_in, undisturbed
 from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.structure.trace import exchange_
 
-__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one"]
+__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one", "replaced"]
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
@@ -130,9 +132,9 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[s
     """
     found: dict[str, Solved] = {}
     for name in progress(list(leaving)):
-        pruned = {other: solved.weight for other, solved in found.items()}
+        change = partial(replaced, surgery.model, {other: solved.weight for other, solved in found.items()})
         calls = surgery.products.calls[name]
-        pair = gather_pair(surgery.model, surgery.batches, surgery.forward, name, pruned, calls, surgery.dtype)
+        pair = gather_pair(surgery.model, surgery.batches, surgery.forward, name, change, calls, surgery.dtype)
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
         aim = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
         new, keep = surgery.solver(torch.linalg.solve(hessian, aim, left=False), hessian).solve(leaving[name])
@@ -169,9 +171,16 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     return curves
 
 
-def _outputs(surgery: Surgery, batches: Sequence[Any], replaced: Mapping[str, Tensor]) -> Iterator[Tensor]:
+def _outputs(surgery: Surgery, batches: Sequence[Any], others: Mapping[str, Tensor]) -> Iterator[Tensor]:
     for batch in batches:
-        with undisturbed(surgery.model):
-            exchange_(surgery.model, replaced)
+        with replaced(surgery.model, others):
             found = list(tensors_in(surgery.forward(surgery.model, batch)))
         yield from (tensor.detach() for tensor in found if tensor.is_floating_point())
+
+
+@contextmanager
+def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let other tensors of the same shapes stand in for parameters inside the block."""
+    with undisturbed(model):  # it takes the exchange back
+        exchange_(model, tensors)
+        yield

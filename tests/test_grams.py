@@ -1,5 +1,7 @@
 """What weights multiply is found and summed, whatever calls the product."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 from lightning_prune import PruningError
 from lightning_prune.grams import find_products, gather_grams, gather_pair, watch_inputs
+from lightning_prune.layerwise import replaced
 from lightning_prune.scoring import call
 
 LAYERS = {
@@ -33,7 +36,7 @@ def test_rows_times_columns_are_the_outputs(layer):
     seen = []
     with (
         torch.no_grad(),
-        watch_inputs(module, ["weight"], lambda name, reading, inputs: seen.append((reading, inputs))),
+        watch_inputs(module, ["weight"], lambda name, *found: seen.append(found)),
     ):
         y = module(x)
     (used, inputs), bias = seen[0], module.bias.detach()
@@ -93,7 +96,7 @@ def test_pairs_compare_inputs_before_and_after():
     """The three means of a pair are those of the inputs with the old and with the new weights in front."""
     model, batches = Odd().double(), [torch.randn(n, 6, dtype=torch.float64) for n in (3, 5)]
     new = torch.randn(4, 6, dtype=torch.float64)
-    pair = gather_pair(model, batches, call, "right", {"left": new}, calls=1)
+    pair = gather_pair(model, batches, call, "right", partial(replaced, model, {"left": new}), 1)
     x, y = torch.cat(batches) @ model.left.detach().T, torch.cat(batches) @ new.T
     for found, expected in ((pair.before, x.T @ x), (pair.cross, x.T @ y), (pair.after, y.T @ y)):
         torch.testing.assert_close(found[0], expected / 8)
