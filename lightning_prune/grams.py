@@ -21,7 +21,10 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.structure.trace import unfused
 from lightning_prune.unrolled import Convolution, Matmul, Reading
 
-__all__ = ["Change", "Gram", "Pair", "Products", "Run", "find_products", "gather_grams", "gather_pair", "watch_inputs"]
+__all__ = [
+    "Change", "Gram", "Pair", "Products", "Run", "find_products", "fitting", "gather_grams", "gather_pair",
+    "watch_inputs",
+]  # fmt: skip
 
 Run = Callable[[nn.Module, Any], Any]
 """Calls a model on a batch; what it returns does not matter."""
@@ -47,6 +50,18 @@ class Gram:
     hessian: Tensor
     mean: Tensor
     count: int
+
+    def without(self, groups: Tensor, columns: Tensor) -> Pair:
+        """Return this beside what is left of it once only some columns are there.
+
+        Args:
+            groups: Groups that are left, ``(slim groups,)``.
+            columns: Columns that are left of each, ``(slim groups, slim columns)``.
+        """
+        before, mean = self.hessian[groups], self.mean[groups]
+        cross = before.gather(2, columns[:, None].expand(-1, before.shape[1], -1))
+        after = cross.gather(1, columns[:, :, None].expand(-1, -1, columns.shape[1]))
+        return Pair(before, cross, after, mean, mean.gather(1, columns))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +92,31 @@ class Products:
         calls: Name -> how many products one run of the model takes with it.
         shapes: Name -> groups, rows and columns of the weight so laid out.
         otherwise: Name -> why its inputs do not tell all that it does.
+        biases: Name -> name of the parameter that is added to each of its rows.
     """
 
     readings: dict[str, Reading]
     calls: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     otherwise: dict[str, str]
+    biases: dict[str, str]
+
+    def bytes(self, name: str, dtype: torch.dtype) -> int:
+        """Return what a weight's Gram matrices take up."""
+        groups, _, columns = self.shapes[name]
+        return groups * columns**2 * dtype.itemsize
+
+
+def fitting(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Part names, in order, so that the sizes of each part come to at most so much, or it has one name."""
+    part: list[str] = []
+    for name, size in sizes.items():
+        if part and sum(sizes[other] for other in part) + size > most:
+            yield part
+            part = []
+        part.append(name)
+    if part:
+        yield part
 
 
 def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
@@ -101,7 +135,12 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
     named = dict(model.named_parameters())
     with undisturbed(model), watch_inputs(model, named, receive, otherwise):
         run(model, batch)
-    return Products(readings, calls, shapes, otherwise)
+    biases = {
+        name: bias
+        for name, shape in shapes.items()
+        if (bias := name.removesuffix("weight") + "bias") in named and named[bias].numel() == shape[0] * shape[1]
+    }
+    return Products(readings, calls, shapes, otherwise, biases)
 
 
 def gather_grams(
@@ -142,10 +181,12 @@ def gather_pair(
     change: Change,
     calls: int,
     dtype: torch.dtype = torch.float64,
+    groups: Tensor | None = None,
 ) -> Pair:
     """Compare the inputs of one weight with what they are once the model has changed; runs stop behind it.
 
-    ``change`` is entered around the second run of every batch, and left again.
+    ``change`` is entered around the second run of every batch, and left again; ``groups`` says which groups of the
+    first run belong to those of the second, where not all are left.
 
     Raises:
         PruningError: If one of the two runs multiplies other numbers of inputs than the other.
@@ -154,6 +195,7 @@ def gather_pair(
     count = 0
     for batch in batches:
         x = _columns(model, batch, run, name, calls)
+        x = x if groups is None else x[groups]
         with change():
             y = _columns(model, batch, run, name, calls)
         if x.shape[2] != y.shape[2]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.grams import Products, Run, gather_grams, gather_pair
-from lightning_prune.inputs import tensors_in, undisturbed
+from lightning_prune.grams import Products, Run, fitting, gather_grams, gather_pair
+from lightning_prune.outputs import Outputs, replaced
 from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
-from lightning_prune.structure.trace import exchange_
 
-__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one", "replaced"]
+__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one"]
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
@@ -24,7 +22,6 @@ Progress = Callable[[Sequence[str]], Iterable[str]]
 
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time
-_COMPARED = 0.25  # share of the batches on which the model's outputs are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +86,7 @@ class Surgery:
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
-        part: list[str] = []
-        held = 0
-        for name in names:
-            groups, _, columns = self.products.shapes[name]
-            size = 2 * groups * columns**2 * self.dtype.itemsize
-            if part and held + size > _MEMORY:
-                yield part
-                part, held = [], 0
-            part.append(name)
-            held += size
-        if part:
-            yield part
+        return fitting({name: 2 * self.products.bytes(name, self.dtype) for name in names}, _MEMORY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +137,7 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     model is measured once, at the level nearest to ``amount``: how far, squared, the outputs move.
     """
     level = min(_LEVELS, key=lambda level: abs(level - amount))
-    compared = surgery.batches[: max(1, round(_COMPARED * len(surgery.batches)))]
-    whole = list(_outputs(surgery, compared, {}))
+    outputs = Outputs(surgery.model, surgery.batches, surgery.forward)
     curves = {}
     patients = surgery.patients(names)
     for _ in progress(names):
@@ -163,24 +148,8 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
         errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
         asked = int(level * size)
         pruned = {name: surgery.products.readings[name].weight(found[asked]).to(surgery.parameters[name])}
-        pairs = zip(_outputs(surgery, compared, pruned), whole, strict=True)
-        moved = sum(float((a - b).square().sum()) for a, b in pairs)
+        moved = outputs.moved(pruned)
         scale = moved / errors[asked] if errors[asked] > 0 else 0.0
         curve = {0: 0.0} | {count: scale * error for count, error in errors.items()}
         curves[name] = Curve(list(curve), list(curve.values()))
     return curves
-
-
-def _outputs(surgery: Surgery, batches: Sequence[Any], others: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    for batch in batches:
-        with replaced(surgery.model, others):
-            found = list(tensors_in(surgery.forward(surgery.model, batch)))
-        yield from (tensor.detach() for tensor in found if tensor.is_floating_point())
-
-
-@contextmanager
-def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let other tensors of the same shapes stand in for parameters inside the block."""
-    with undisturbed(model):  # it takes the exchange back
-        exchange_(model, tensors)
-        yield

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune import PruningError
 from lightning_prune.grams import find_products, gather_grams, gather_pair, watch_inputs
-from lightning_prune.layerwise import replaced
+from lightning_prune.outputs import replaced
 from lightning_prune.scoring import call
 
 LAYERS = {

@@ -100,7 +100,7 @@ def test_layers_that_matter_less_lose_more():
 
 
 def test_patterns_hold_along_input_channels():
-    """A pattern of 2:4 leaves, at each place of a kernel, two of every four input channels; what it does not fit is told."""
+    """A pattern of 2:4 leaves, at each place of a kernel, two of every four input channels; the rest is told."""
     model = net()
     report = prune_obs(model, images(), amount="2:4")
     assert (model[5].weight.reshape(16, -1, 4) != 0).sum(dim=-1).eq(2).all()

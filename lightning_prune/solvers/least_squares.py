@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_prune.solvers.damping import cholesky
+from lightning_prune.solvers.damping import cholesky, damped
 
-__all__ = ["best_on_columns", "best_on_support", "nearer_on_support", "rise"]
+__all__ = ["best_on_columns", "best_on_support", "nearer_on_support", "refit", "rise"]
 
 _MEMORY = 256 * 2**20  # bytes of Hessians held at a time
 
@@ -78,15 +78,13 @@ def nearer_on_support(
     return found
 
 
-def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor, pull: Tensor | None = None) -> Tensor:
+def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     """Return the best rows of fewer columns: what is left makes up for the columns that leave, in all rows alike.
 
     Args:
         weights: Rows of weights, ``(rows, columns)``.
         hessian: Positive definite on the kept columns, ``(columns, columns)``.
         keep: True for each column that stays, ``(columns,)`` bool.
-        pull: What the rows must add up to against each column, ``(rows, columns)``; ``weights @ hessian`` unless the
-            target is another than the rows' own outputs.
 
     Returns:
         The kept columns' new weights, ``(rows, kept)``.
@@ -94,9 +92,41 @@ def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor, pull: Tensor
     Raises:
         PruningError: If H is singular on the kept columns.
     """
-    pull = weights @ hessian if pull is None else pull
-    factor = cholesky(hessian[keep][:, keep])
-    return torch.cholesky_solve(pull[:, keep].T, factor).T
+    return torch.cholesky_solve((weights @ hessian)[:, keep].T, cholesky(hessian[keep][:, keep])).T
+
+
+def refit(
+    weights: Tensor,
+    start: Tensor,
+    cross: Tensor,
+    after: Tensor,
+    mean_before: Tensor,
+    mean_after: Tensor,
+    damping: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Fit rows to new inputs y so that they give what others gave for x: :math:`W x \approx \hat W y + s`.
+
+    Args:
+        weights: W, ``(groups, rows, columns)``.
+        start: What :math:`\hat W` is held on to by the damping, ``(groups, rows, new columns)``.
+        cross: Mean of :math:`x y^T`, ``(groups, columns, new columns)``.
+        after: Mean of :math:`y y^T`, ``(groups, new columns, new columns)``.
+        mean_before: Mean of x, ``(groups, columns)``; zeros where no shift can be had.
+        mean_after: Mean of y, ``(groups, new columns)``; likewise.
+        damping: Share of the mean variance of y.
+
+    Returns:
+        :math:`\hat W`, and the shift s, ``(groups, rows)``.
+
+    Raises:
+        PruningError: If the inputs are linearly dependent and not damped.
+    """
+    cross = cross - mean_before[:, :, None] * mean_after[:, None]
+    after = after - mean_after[:, :, None] * mean_after[:, None]
+    regular = damped(after, damping)
+    pull = weights @ cross + start @ (regular - after)
+    new = torch.cholesky_solve(pull.transpose(1, 2), cholesky(regular)).transpose(1, 2)
+    return new, (weights @ mean_before[..., None] - new @ mean_after[..., None])[..., 0]
 
 
 def rise(change: Tensor, hessian: Tensor) -> Tensor:
