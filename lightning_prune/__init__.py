@@ -5,6 +5,7 @@ from lightning_prune.checkpoints import load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Sensitivity
 from lightning_prune.flops import count_flops
+from lightning_prune.obs_filters import RepairReport, prune_filters_obs
 from lightning_prune.obs_pruning import ObsReport, prune_obs
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning import Report, prune_filters
@@ -22,6 +23,7 @@ __all__ = [
     "ObsReport",
     "OneShot",
     "PruningError",
+    "RepairReport",
     "Report",
     "Schedule",
     "Sensitivity",
@@ -33,6 +35,7 @@ __all__ = [
     "load_from_checkpoint",
     "prune_exact",
     "prune_filters",
+    "prune_filters_obs",
     "prune_obs",
     "sensitivity",
     "trainer_sensitivity",
