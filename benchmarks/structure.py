@@ -27,7 +27,7 @@ from torch import Tensor, nn
 with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning imports it
     importlib.import_module("torchvision_cpu")
 
-from lightning_prune.budget import Dense, Footprint, measure, plan
+from lightning_prune.budget import Budget, Dense, Footprint, measure, plan
 from lightning_prune.flops import count_flops
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import find_structure, trace
@@ -61,7 +61,7 @@ def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
     with timed(seconds, "plan"):
         widths = {name: group.width for name, group in structure.groups.items()}
         keep = plan(
-            structure, score_units(model, structure, "l1"), AMOUNT, target="filters", scope="layer", round_to=1,
+            structure, score_units(model, structure, "l1"), AMOUNT, Budget(),
             dense=Dense(widths, Footprint(0, 0)), footprint=partial(measure, model, structure),
         )  # fmt: skip
         cut = draft(model, structure, keep)

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import TypeVar, get_args
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_prune.budget import Scope, Target
+from lightning_prune.budget import Budget, Scope, Target
 from lightning_prune.errors import PruningError
 from lightning_prune.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
 __all__ = [
     "Amount",
+    "MaxAmount",
+    "MinWidth",
     "amount_by_group",
+    "budget_by_group",
+    "check_amount",
     "check_arguments",
     "check_ignored",
     "check_optimizers",
     "check_prunable",
     "names_module",
+    "near",
     "with_ignored",
 ]
 
 Amount = float | Mapping[str, float]
 """A fraction in [0, 1), or fractions by pattern of module paths."""
+MinWidth = int | Mapping[str, int]
+"""Units that stay at least of every layer, or by pattern of module paths."""
+MaxAmount = float | Mapping[str, float]
+"""Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths."""
+
+_Limit = TypeVar("_Limit", int, float)
 
 
 def check_arguments(
-    where: str, amount: Amount, criterion: Criterion, target: Target, scope: Scope, round_to: int
+    where: str,
+    amount: Amount,
+    criterion: Criterion,
+    target: Target,
+    scope: Scope,
+    round_to: int,
+    min_width: MinWidth = 1,
+    max_amount: MaxAmount = 1.0,
 ) -> None:
     """Refuse arguments that no model could make sense of.
 
@@ -39,13 +58,7 @@ def check_arguments(
         ValueError: If an argument is out of range or unknown.
         TypeError: If an argument is of a wrong kind.
     """
-    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
-        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
-        if not 0 <= fraction < 1:
-            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
-            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+    check_amount(where, amount)
     if isinstance(amount, Mapping) and (target != "filters" or scope != "layer"):
         raise ValueError(
             f"{where}(target={target!r}, scope={scope!r}): amounts by pattern are fractions of each layer's filters; "
@@ -61,6 +74,34 @@ def check_arguments(
         )
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"{where}(round_to={round_to!r}): widths are rounded to multiples of a whole number from 1.")
+    for number in min_width.values() if isinstance(min_width, Mapping) else [min_width]:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(
+                f"{where}(min_width={min_width!r}): it is the number of units that stay of a layer at least, a whole "
+                "number from 1, or such numbers by pattern of module paths."
+            )
+    for fraction in max_amount.values() if isinstance(max_amount, Mapping) else [max_amount]:
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+            raise ValueError(
+                f"{where}(max_amount={max_amount!r}): it is the largest fraction of a layer that may leave, in "
+                "[0, 1], or such fractions by pattern of module paths."
+            )
+
+
+def check_amount(where: str, amount: Amount) -> None:
+    """Refuse amounts that are no fractions.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one is no number.
+    """
+    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
+        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
+        if not 0 <= fraction < 1:
+            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
+            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -100,7 +141,7 @@ def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
     paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     for pattern in ignore:
         if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
+            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
 
 
 def check_prunable(model: nn.Module, structure: Structure) -> None:
@@ -126,14 +167,11 @@ def amount_by_group(structure: Structure, amount: Amount) -> Amount:
     amounts: dict[str, float] = {}
     chosen_by: dict[str, str] = {}
     pinned = {pin.tensor.rpartition(".")[0]: pin.reason for pin in structure.pinned}
-    paths = [*dict.fromkeys(p for group in structure.groups.values() for p in group.producers), *pinned]
     for pattern, fraction in amount.items():
-        named = [n for n, group in structure.groups.items() if any(names_module(pattern, p) for p in group.producers)]
-        stays = next((f"{path}: {reason}" for path, reason in pinned.items() if names_module(pattern, path)), None)
-        if not named and stays:
-            raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
+        named = _named(structure, "amount", pattern)
         if not named:
-            raise ValueError(f"amount[{pattern!r}] names no module that produces channels.{_near(pattern, paths)}")
+            stays = next(f"{path}: {reason}" for path, reason in pinned.items() if names_module(pattern, path))
+            raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
         for name in named:
             if amounts.setdefault(name, fraction) != fraction:
                 raise ValueError(
@@ -145,11 +183,47 @@ def amount_by_group(structure: Structure, amount: Amount) -> Amount:
     return amounts
 
 
+def budget_by_group(structure: Structure, budget: Budget) -> Budget:
+    """Turn limits by pattern of module paths into limits by group name; where several name a group, the strictest.
+
+    Raises:
+        ValueError: If a pattern names no module that produces channels.
+    """
+    min_width, max_amount = budget.min_width, budget.max_amount
+    if isinstance(min_width, Mapping):
+        min_width = _strictest(structure, "min_width", min_width, max)
+    if isinstance(max_amount, Mapping):
+        max_amount = _strictest(structure, "max_amount", max_amount, min)
+    return replace(budget, min_width=min_width, max_amount=max_amount)
+
+
+def _strictest(
+    structure: Structure, what: str, limits: Mapping[str, _Limit], strictest: Callable[[_Limit, _Limit], _Limit]
+) -> dict[str, _Limit]:
+    found: dict[str, _Limit] = {}
+    for pattern, limit in limits.items():
+        for name in _named(structure, what, pattern):
+            found[name] = strictest(found.get(name, limit), limit)
+    return found
+
+
+def _named(structure: Structure, what: str, pattern: str) -> list[str]:
+    """Return the groups of which a pattern names a producer: none, where all channels that it names stay anyway."""
+    named = [n for n, group in structure.groups.items() if any(names_module(pattern, p) for p in group.producers)]
+    paths = [p for group in structure.groups.values() for p in group.producers]
+    pinned = [pin.tensor.rpartition(".")[0] for pin in structure.pinned]
+    if not named and not any(names_module(pattern, path) for path in pinned):
+        paths = [*dict.fromkeys(paths), *pinned]
+        raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
+    return named
+
+
 def names_module(pattern: str, path: str) -> bool:
     """Tell whether a pattern names a module, or one above it."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 
-def _near(pattern: str, paths: Iterable[str]) -> str:
-    near = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
-    return f" Near it: {', '.join(near)}." if near else ""
+def near(pattern: str, paths: Iterable[str]) -> str:
+    """Name the paths that a mistaken pattern may have meant, as a sentence."""
+    meant = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
+    return f" Near it: {', '.join(meant)}." if meant else ""

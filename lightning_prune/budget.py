@@ -1,10 +1,11 @@
-"""From scores and a target to a plan: which units leave, so that a count of filters, parameters or FLOPs is reached."""
+"""From scores and a budget to a plan: which units leave, so that what is asked for is gone; measures nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -12,17 +13,42 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
+from lightning_prune.limits import Least, Room, least_widths, rooms_told
 from lightning_prune.selection import keep_highest
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["Dense", "Footprint", "Scope", "Scores", "Target", "measure", "plan"]
+__all__ = ["Budget", "Dense", "Footprint", "Scope", "Scores", "Target", "measure", "plan", "what_can_go"]
 
-Target = Literal["filters", "params", "flops"]
+Target = Literal["filters", "params", "flops", "latency"]
 Scope = Literal["layer", "global"]
 Scores = Mapping[str, Tensor]
 """Group name -> one score per unit, ``(width,)``; higher is kept longer."""
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
+_NEAR = 0.05  # of a latency: how near what is measured must come to what was asked
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an amount is a fraction of, how it is spread over the layers, and what every layer keeps.
+
+    Attributes:
+        target: ``"filters"`` that can leave, or ``"params"``, ``"flops"`` or ``"latency"`` of the whole model.
+        scope: ``"layer"`` takes the same share of every group, ``"global"`` compares scores across groups.
+        round_to: Widths after the cut are multiples of this, rounded up.
+        min_width: Units that stay at least: of every group, or by group name.
+        max_amount: Largest fraction, in [0, 1], of a group's units that may leave: of every group, or by group name.
+    """
+
+    target: Target = "filters"
+    scope: Scope = "layer"
+    round_to: int = 1
+    min_width: int | Mapping[str, int] = 1
+    max_amount: float | Mapping[str, float] = 1.0
+
+    def least(self, structure: Structure, dense: Dense) -> dict[str, Least]:
+        """Return the smallest width that every group may have."""
+        return least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
 
 
 @dataclass(frozen=True)
@@ -68,68 +94,153 @@ def plan(
     structure: Structure,
     scores: Scores,
     amount: float | Mapping[str, float],
+    budget: Budget,
     *,
-    target: Target,
-    scope: Scope,
-    round_to: int,
     dense: Dense,
     footprint: Callable[[Keep], Footprint],
+    latency: Callable[[Keep], float] | None = None,
+    at_most: int | None = None,
 ) -> Keep:
     """Choose the units that leave, lowest scores first: the fewest with which the amount asked for is gone.
+
+    Amounts of each layer's filters (by group name, or with ``scope="layer"``) stop at the least width of the layer;
+    every other amount is made up for by the layers that have more to give.
 
     Args:
         structure: The channel groups of the model as it stands.
         scores: One score per unit of every group.
         amount: Fraction, in [0, 1), of what was there at the start: of the target over the whole model, or, by group
             name, of the filters of each group.
-        target: What ``amount`` is a fraction of.
-        scope: ``"layer"`` takes the same share of every group, ``"global"`` compares scores across groups.
-        round_to: Widths after the cut are multiples of this, rounded up.
+        budget: What the amount is a fraction of, and what every layer keeps.
         dense: What was there at the start.
         footprint: Tells what the model costs under a choice.
+        latency: Measures the share of the latency at the start that a choice leaves; for ``target="latency"``.
+        at_most: Units that may be gone in all, of those at the start: what then leaves are the first of those that
+            would leave without this limit.
 
     Returns:
-        For every group which units stay. Each group keeps at least one.
+        For every group which units stay.
 
     Raises:
-        PruningError: If the target lies beyond what can be cut.
+        PruningError: If the target lies beyond what can be cut, with a table of what can.
     """
-    if isinstance(amount, Mapping):
-        counts = {name: _share(amount.get(name, 0.0), dense.widths[name]) for name in structure.groups}
-        return _keep(structure, scores, {n: c - _gone(structure, dense, n) for n, c in counts.items()}, round_to)
-    order = _leaving_order(structure, scores, scope, dense)
+    least = budget.least(structure, dense)
+    if isinstance(amount, Mapping) or (budget.target == "filters" and budget.scope == "layer"):
+        counts = {
+            name: _share(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
+            - _gone(structure, dense, name)
+            for name in structure.groups
+        }
+        if at_most is not None:
+            free = least | {n: Least(structure.groups[n].width - max(0, c), "amount") for n, c in counts.items()}
+            first = _leaving_order(structure, scores, "layer", dense, free)[: _left_to_take(structure, dense, at_most)]
+            counts = {name: min(count, int((first == name).sum())) for name, count in counts.items()}
+        return _keep(structure, scores, counts, budget.round_to, least)
+    order = _leaving_order(structure, scores, budget.scope, dense, least)
 
     def choose(count: int) -> Keep:
         leaving = dict.fromkeys(structure.groups, 0)
         for name, units in zip(*np.unique(order[:count], return_counts=True), strict=True):
             leaving[name] = int(units)
-        return _keep(structure, scores, leaving, round_to)
+        return _keep(structure, scores, leaving, budget.round_to, least)
 
-    if target == "filters" and scope == "layer":
-        counts = {name: _share(amount, dense.widths[name]) - _gone(structure, dense, name) for name in structure.groups}
-        return _keep(structure, scores, counts, round_to)
+    whole, cost = _cost(structure, budget.target, dense, footprint, latency)
+    allowed = whole - _share(amount, whole) if budget.target == "filters" else (1.0 - amount) * whole
+    fewest = cost(choose(len(order)))
+    if fewest > allowed * (1 + (_NEAR if budget.target == "latency" else _ROUNDING)):
+        told = rooms_told(what_can_go(structure, budget, dense, footprint))
+        raise _beyond(amount, budget, 1 - fewest / whole, told)
+    find = _nearest if budget.target == "latency" else _first_within
+    count = find(lambda count: cost(choose(count)), len(order), allowed)
+    return choose(count if at_most is None else min(count, _left_to_take(structure, dense, at_most)))
+
+
+def what_can_go(
+    structure: Structure, budget: Budget, dense: Dense, footprint: Callable[[Keep], Footprint]
+) -> list[Room]:
+    """Tell of every group how many units may leave, what keeps the others, and how much of the model they hold."""
+    now, rooms = footprint({}), []
+    for name, least in budget.least(structure, dense).items():
+        width = structure.groups[name].width
+        slim = footprint({name: np.arange(width) < least.width})
+        shares = (
+            (getattr(now, what) - getattr(slim, what)) / max(getattr(dense.footprint, what), 1)
+            for what in ("params", "flops")
+        )
+        rooms.append(Room(name, width, least.width, least.why, *shares))
+    return rooms
+
+
+def _cost(
+    structure: Structure,
+    target: Target,
+    dense: Dense,
+    footprint: Callable[[Keep], Footprint],
+    latency: Callable[[Keep], float] | None,
+) -> tuple[float, Callable[[Keep], float]]:
+    """Return what the whole model costs, by the target, and what tells the cost of a choice."""
     if target == "filters":
-        whole, left = sum(dense.widths.values()), sum(group.width for group in structure.groups.values())
-        left += len(dense.widths.keys() - structure.groups.keys())  # a group of one unit is no group any more
-        if _share(amount, whole) > whole - len(dense.widths):
-            raise _beyond(amount, target, 1 - len(dense.widths) / whole)
-        return choose(max(0, _share(amount, whole) - (whole - left)))
-    whole = getattr(dense.footprint, target)
-    budget = (1.0 - amount) * whole
-    least = getattr(footprint(choose(len(order))), target)
-    if least > budget:
-        raise _beyond(amount, target, 1 - least / whole)
-    low, high = 0, len(order)  # the cost of choose(count) never rises with count
+        lone = len(dense.widths.keys() - structure.groups.keys())  # a group of one unit is no group any more
+        return sum(dense.widths.values()), lambda keep: lone + sum(int(stays.sum()) for stays in keep.values())
+    if target == "latency":
+        if latency is None:
+            raise ValueError("plan(target='latency'): pass latency=, which measures what a choice leaves of it.")
+        return 1.0, latency
+    return getattr(dense.footprint, target), lambda keep: getattr(footprint(keep), target)
+
+
+def _first_within(cost: Callable[[int], float], most: int, allowed: float) -> int:
+    """Return the smallest count that costs no more than is allowed; the cost never rises with the count."""
+    low, high = 0, most
     while low < high:
         middle = (low + high) // 2
-        if getattr(footprint(choose(middle)), target) <= budget * (1 + _ROUNDING):
+        if cost(middle) <= allowed * (1 + _ROUNDING):
             high = middle
         else:
             low = middle + 1
-    return choose(low)
+    return low
 
 
-def _share(amount: float, width: int) -> int:
+def _nearest(cost: Callable[[int], float], most: int, allowed: float) -> int:
+    """Return the count whose cost, as measured, comes nearest to what is allowed; cost falls with the count, roughly.
+
+    A measurement may be disturbed and lead a bisection astray: where it ends off the mark, another starts afresh.
+    """
+    best = (math.inf, most)
+    for _ in range(4):
+        best = min(best, _bisected(cost, most, allowed))
+        if best[0] <= _NEAR / 2 * allowed:
+            break
+    return best[1]
+
+
+def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[float, int]:
+    """Return how far off, as the median of three measurements, the nearest count that a bisection found is, and it."""
+    tried: dict[int, list[float]] = {}
+
+    def measured(count: int, times: int = 1) -> float:
+        seen = tried.setdefault(count, [])
+        seen += [cost(count) for _ in range(times - len(seen))]
+        return median(seen)
+
+    def miss(count: int) -> float:
+        found = median(tried[count])
+        # where units are few and weigh much, rather less is left than was asked for
+        return abs(found - allowed) + (1.0 if found > allowed * (1 + _NEAR) else 0.0)
+
+    if measured(0, times=3) <= allowed:
+        return 0.0, 0
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measured(middle) > allowed else (low, middle)
+    measured(high)
+    while len(tried[best := min(tried, key=miss)]) < 3:
+        measured(best, times=len(tried[best]) + 1)
+    return miss(best), best
+
+
+def _share(amount: float, width: float) -> int:
     return math.ceil(amount * width - _ROUNDING)  # Li et al. keep int((1 - amount) * width)
 
 
@@ -137,34 +248,46 @@ def _gone(structure: Structure, dense: Dense, name: str) -> int:
     return dense.widths[name] - structure.groups[name].width
 
 
-def _leaving_order(structure: Structure, scores: Scores, scope: Scope, dense: Dense) -> NDArray[np.str_]:
-    """Return the group that loses its next lowest unit, again and again, until each has one left."""
+def _left_to_take(structure: Structure, dense: Dense, at_most: int) -> int:
+    """Return how many more units may leave so that no more than so many have left in all."""
+    lone = len(dense.widths.keys() - structure.groups.keys())
+    now = lone + sum(group.width for group in structure.groups.values())
+    return max(0, at_most - (sum(dense.widths.values()) - now))
+
+
+def _leaving_order(
+    structure: Structure, scores: Scores, scope: Scope, dense: Dense, least: Mapping[str, Least]
+) -> NDArray[np.str_]:
+    """Return the group that loses its next lowest unit, again and again, until each is at its least width."""
     names, keys = [], []
     for name, group in structure.groups.items():
         if scope == "layer":  # by the share of the group that would then be gone
             key = (np.arange(group.width) + 1 + _gone(structure, dense, name)) / dense.widths[name]
         else:
             key = np.sort(scores[name].double().nan_to_num(nan=-math.inf).cpu().numpy())
-        keys.append(key[:-1])
-        names.append(np.full(group.width - 1, name))
+        free = group.width - least[name].width
+        keys.append(key[:free])
+        names.append(np.full(free, name))
     if not names:
         return np.empty(0, dtype=np.str_)
     return np.concatenate(names)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
 def _keep(
-    structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int
+    structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int, least: Mapping[str, Least]
 ) -> dict[str, NDArray[np.bool_]]:
     keep = {}
     for name, group in structure.groups.items():
-        stays = max(1, group.width - max(0, leaving[name]))
+        stays = max(least[name].width, group.width - max(0, leaving[name]))
         stays = min(group.width, math.ceil(stays / round_to) * round_to)
         keep[name] = keep_highest(scores[name], stays).cpu().numpy()
     return keep
 
 
-def _beyond(amount: float, target: str, most: float) -> PruningError:
+def _beyond(amount: float, budget: Budget, most: float, told: str) -> PruningError:
+    free = (budget.min_width, budget.max_amount, budget.round_to) == (1, 1.0, 1)
+    stay = "one unit left in" if free else "no more than min_width, max_amount and round_to keep of"
     return PruningError(
-        f"amount={amount:g} of the {target} cannot go: with one unit left in every group that can be cut, "
-        f"{most:.1%} would be gone. Ask for less, or free more of the model (see the report's pinned channels)."
+        f"amount={amount:g} of the {budget.target} cannot go: with {stay} every group that can be cut, "
+        f"{most:.1%} would be gone. Ask for less, or free more of the model (see the report's pinned channels).\n{told}"
     )

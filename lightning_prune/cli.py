@@ -29,9 +29,11 @@ from lightning_prune.reports import (
     import_matplotlib,
     pinned_table,
     sensitivity_table,
+    stored_table,
 )
 from lightning_prune.scoring import CRITERIA
 from lightning_prune.sensitivity import TENTHS
+from lightning_prune.sparse import save_sparse
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import take_shapes_
 from lightning_prune.validation import inputs_from_validation, trainer_sensitivity
@@ -65,6 +67,15 @@ follow as --model.width 64) with --input_shape.
 examples:
   lightning-prune inspect --config run.yaml
   lightning-prune inspect --model torchvision.models.resnet18 --input_shape 1,3,224,224
+"""
+_EXPORT = """\
+Store the weights of a checkpoint, or of a state dict, compactly.
+
+--sparse keeps of every tensor that is mostly zero the entries that are left, in a safetensors file without any code,
+and prints the bytes before and after. lightning_prune.load_sparse_(model, path) loads it into the original class.
+
+example:
+  lightning-prune export --sparse --ckpt_path last.ckpt --out model.safetensors
 """
 _SWITCHED_OFF = {
     "callbacks": None,
@@ -104,6 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data_class", help="import path of the datamodule's class, likewise")
         command.add_argument("--ckpt_path", type=Path, help="weights, of a pruned run, too; else as initialised")
         command.add_argument("--ignore", nargs="+", default=[], help="patterns of modules whose channels stay")
+    export = commands.add_parser(
+        "export", help=_EXPORT.partition("\n")[0], description=_EXPORT, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    export.set_defaults(run=_export)
+    export.add_argument("--sparse", action="store_true", required=True, help="leave out what is zero")
+    export.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of Lightning, or a saved state dict")
+    export.add_argument("--out", type=Path, required=True, help="the file, such as model.safetensors")
     sensitivity, inspect = (commands.choices[name] for name in ("sensitivity", "inspect"))
     named = [name for name, criterion in CRITERIA.items() if not criterion.needs]
     add = sensitivity.add_argument
@@ -168,6 +187,20 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
         console.print(pinned_table(structure))
 
 
+def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    """Write the compact file and print what it saves."""
+    if rest:
+        raise PruningError(f"unknown arguments: {' '.join(rest)}.")
+    report = save_sparse(_saved_weights(options.ckpt_path), options.out)
+    console = Console()
+    console.print(stored_table(report))
+    source = options.ckpt_path.stat().st_size
+    console.print(
+        f"Written: {options.out}, {report.bytes_after:,} bytes; the weights alone were {report.bytes_before:,}, "
+        f"{options.ckpt_path} is {source:,}.", soft_wrap=True,
+    )  # fmt: skip
+
+
 def _load(options: argparse.Namespace, rest: list[str]) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
     """Make trainer, module and data as LightningCLI does from the same YAML."""
     from lightning.pytorch.cli import LightningCLI
@@ -213,9 +246,13 @@ def _made(path: str, rest: list[str]) -> nn.Module:
     return instantiate(parser.parse_args([f"--model={path}", *rest])).model  # type: ignore[no-any-return]
 
 
-def _load_weights_(model: nn.Module, path: Path) -> None:
+def _saved_weights(path: Path) -> Any:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = checkpoint.get("state_dict", checkpoint)
+    return checkpoint.get("state_dict", checkpoint)
+
+
+def _load_weights_(model: nn.Module, path: Path) -> None:
+    state = _saved_weights(path)
     take_shapes_(model, state, "", getattr(state, "_metadata", {}).get("", {}))
     model.load_state_dict(state)
 

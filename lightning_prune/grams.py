@@ -6,10 +6,10 @@ bare parameters are all found alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,19 @@ class Pair:
     mean_before: Tensor
     mean_after: Tensor
 
+    def centred(self) -> Pair:
+        """Return the same of the inputs less their means."""
+        x, y = self.mean_before, self.mean_after
+        outer = [a[:, :, None] * b[:, None] for a, b in ((x, x), (x, y), (y, y))]
+        return Pair(self.before - outer[0], self.cross - outer[1], self.after - outer[2], x, y)
+
+
+class Shift(NamedTuple):
+    """What is added to the rows of a product: a bias, or, with the other sign, the running mean of a BatchNorm."""
+
+    name: str
+    sign: int
+
 
 @dataclass(frozen=True)
 class Products:
@@ -92,14 +105,14 @@ class Products:
         calls: Name -> how many products one run of the model takes with it.
         shapes: Name -> groups, rows and columns of the weight so laid out.
         otherwise: Name -> why its inputs do not tell all that it does.
-        biases: Name -> name of the parameter that is added to each of its rows.
+        shifts: Name -> what is added to each of its rows.
     """
 
     readings: dict[str, Reading]
     calls: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     otherwise: dict[str, str]
-    biases: dict[str, str]
+    shifts: dict[str, Shift]
 
     def bytes(self, name: str, dtype: torch.dtype) -> int:
         """Return what a weight's Gram matrices take up."""
@@ -133,14 +146,24 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
         shapes[name] = tuple(reading.rows(named[name]).shape)
 
     named = dict(model.named_parameters())
-    with undisturbed(model), watch_inputs(model, named, receive, otherwise):
+    uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {}
+    with undisturbed(model), watch_inputs(model, named, receive, otherwise, uses):
         run(model, batch)
-    biases = {
-        name: bias
-        for name, shape in shapes.items()
-        if (bias := name.removesuffix("weight") + "bias") in named and named[bias].numel() == shape[0] * shape[1]
-    }
-    return Products(readings, calls, shapes, otherwise, biases)
+    shifts = {name: shift for name, used in uses.items() if (shift := _normalised(model, used)) is not None}
+    for name, (groups, rows, _) in shapes.items():
+        bias = name.removesuffix("weight") + "bias"
+        if bias in named and named[bias].numel() == groups * rows:
+            shifts[name] = Shift(bias, 1)
+    return Products(readings, calls, shapes, otherwise, shifts)
+
+
+def _normalised(model: nn.Module, uses: Sequence[tuple[Any, tuple[Any, ...]]]) -> Shift | None:
+    """Return the running mean of the BatchNorm that is all that uses what a product made, if it is so."""
+    if len(uses) != 1 or "batch_norm" not in str(uses[0][0]):
+        return None
+    mean = uses[0][1][3]
+    found = [name for name, b in model.named_buffers() if isinstance(mean, Tensor) and b.data_ptr() == mean.data_ptr()]
+    return Shift(found[0], -1) if found else None
 
 
 def gather_grams(
@@ -245,6 +268,7 @@ def watch_inputs(
     names: Collection[str],
     receive: Callable[[str, Reading, Tensor], None],
     otherwise: dict[str, str] | None = None,
+    uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] | None = None,
 ) -> Iterator[None]:
     """Hand the inputs of every product with a named weight to ``receive``, inside the block, in forward passes.
 
@@ -253,10 +277,11 @@ def watch_inputs(
         names: Which of its parameters.
         receive: Gets the parameter's name, how it is laid out, and what it is about to multiply.
         otherwise: Gets, by name, other uses of these parameters.
+        uses: Gets, by name, operators that use what the products made, and their arguments.
     """
     own = named_tensors(model)
     weights = {own[name].data_ptr(): (name, own[name]) for name in names if name in own and own[name].dim() > 1}
-    with unfused(), _ProductMode(weights, receive, {} if otherwise is None else otherwise):
+    with unfused(), _ProductMode(weights, receive, {} if otherwise is None else otherwise, uses):
         yield
 
 
@@ -268,24 +293,35 @@ class _ProductMode(TorchDispatchMode):
         weights: Mapping[int, tuple[str, Tensor]],
         receive: Callable[[str, Reading, Tensor], None],
         otherwise: dict[str, str],
+        uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] | None,
     ) -> None:
         super().__init__()
+        self.uses = uses
+        self.made: dict[int, tuple[Tensor, str]] = {}
         self.weights = weights
         self.receive = receive
         self.otherwise = otherwise
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, made = kwargs or {}, None
         watched = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.data_ptr() in self.weights]
         for i in watched:
             name, weight = self.weights[args[i].data_ptr()]
             read = _READERS.get((func.overloadpacket, i))
             if read is not None and args[i].numel() == weight.numel():
                 reading, inputs = read(weight, args)
+                made = name
                 self.receive(name, reading, inputs)
             elif not func.is_view and func.overloadpacket is not aten.detach:
                 self.otherwise[name] = f"{func.overloadpacket} reads it too"
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.uses is not None:
+            for arg in args:
+                if id(arg) in self.made:
+                    self.uses.setdefault(self.made[id(arg)][1], []).append((func.overloadpacket, args))
+            if made is not None:
+                self.made[id(out)] = out, made  # held, so that no other tensor takes its number
+        return out
 
 
 def _from_right(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExampleInputs", "as_call", "run", "tensors_in", "undisturbed"]
+__all__ = ["ExampleInputs", "as_call", "call_on", "run", "tensors_in", "undisturbed"]
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor (the one positional input), a tuple of positional inputs or a mapping of keyword inputs."""
@@ -41,6 +41,13 @@ def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Call the model on example inputs and return whatever it returns."""
     args, kwargs = as_call(example_inputs)
     return model(*args, **kwargs)
+
+
+def call_on(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch: a tuple or list of positional inputs, a mapping of keyword inputs, or one input."""
+    return run(
+        model, batch if isinstance(batch, tuple | Mapping) else tuple(batch) if isinstance(batch, list) else (batch,)
+    )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

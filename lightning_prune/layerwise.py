@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.grams import Products, Run, fitting, gather_grams, gather_pair
+from lightning_prune.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
 from lightning_prune.outputs import Outputs, replaced
 from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
 
@@ -31,12 +31,15 @@ class Solved:
     Attributes:
         weight: Its new value.
         keep: True for each weight that stays, in its shape.
-        error: Share of the energy of its outputs on the batches that is lost.
+        error: Share of the energy of its outputs on the batches that is lost; where a bias or BatchNorm makes up for
+            the mean, of their variance.
+        others: What else changes, by name: its bias, or the running mean of the BatchNorm behind it.
     """
 
     weight: Tensor
     keep: Tensor
     error: float
+    others: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ class Surgery:
         solver: Prunes the rows of one layer.
         damping: Share of the mean diagonal entry that is added to Hessians.
         dtype: What Hessians are summed and solved in.
+        tensors: The model's parameters and buffers, by name.
     """
 
     model: nn.Module
@@ -60,7 +64,7 @@ class Surgery:
     solver: type[RowSolver]
     damping: float
     dtype: torch.dtype
-    parameters: Mapping[str, nn.Parameter]
+    tensors: Mapping[str, Tensor]
     _held: dict[str, _Patient] = field(default_factory=dict)
 
     def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
@@ -69,20 +73,37 @@ class Surgery:
             if part[0] not in self._held:
                 self._held.clear()
                 grams = gather_grams(self.model, self.batches, self.forward, part, self.dtype)
-                self._held.update(
-                    {n: _Patient(self.rows(n), g.hessian, damped(g.hessian, self.damping)) for n, g in grams.items()}
-                )
+                self._held.update({name: self._patient(name, gram) for name, gram in grams.items()})
             for name in part:
                 yield name, self._held[name]
 
     def rows(self, name: str) -> Tensor:
         """Return a layer's weights as ``(groups, rows, columns)``."""
-        return self.products.readings[name].rows(self.parameters[name].detach()).to(self.dtype)
+        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.dtype)
 
-    def solved(self, name: str, rows: Tensor, keep: Tensor, error: Tensor) -> Solved:
-        """Lay what a solver returned out as the layer's weight."""
+    def solved(self, name: str, rows: Tensor, keep: Tensor, error: Tensor, lost: Tensor) -> Solved:
+        """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
+
+        Args:
+            name: The layer's weight.
+            rows: Its new rows.
+            keep: What stays of them.
+            error: Share of the energy that is lost.
+            lost: Mean of each output that is lost, ``(groups, rows)``.
+        """
         reading = self.products.readings[name]
-        return Solved(reading.weight(rows).to(self.parameters[name].dtype), reading.weight(keep), float(error))
+        others = {}
+        if (shift := self.products.shifts.get(name)) is not None:
+            held = self.tensors[shift.name].detach()
+            others[shift.name] = held + shift.sign * lost.flatten().to(held)
+        weight = reading.weight(rows).to(self.tensors[name].dtype)
+        return Solved(weight, reading.weight(keep), float(error), others)
+
+    def _patient(self, name: str, gram: Gram) -> _Patient:
+        hessian = gram.hessian
+        if name in self.products.shifts:
+            hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
+        return _Patient(self.rows(name), hessian, damped(hessian, self.damping), gram.mean)
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
@@ -91,11 +112,12 @@ class Surgery:
 
 @dataclass(frozen=True, eq=False)
 class _Patient:
-    """One layer: its weights as ``(groups, rows, columns)`` and its Hessian, without damping and with."""
+    """One layer: its weights, ``(groups, rows, columns)``, its Hessian, plain and damped, and its mean input."""
 
     weights: Tensor
     hessian: Tensor
     damped: Tensor
+    mean: Tensor
 
 
 def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
@@ -106,7 +128,8 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict
         name, patient = next(patients)
         new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
         lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
-        found[name] = surgery.solved(name, new, keep, lost / whole)
+        mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
+        found[name] = surgery.solved(name, new, keep, lost / whole, mean)
     return found
 
 
@@ -118,15 +141,21 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[s
     """
     found: dict[str, Solved] = {}
     for name in progress(list(leaving)):
-        change = partial(replaced, surgery.model, {other: solved.weight for other, solved in found.items()})
-        calls = surgery.products.calls[name]
-        pair = gather_pair(surgery.model, surgery.batches, surgery.forward, name, change, calls, surgery.dtype)
+        others = {other: solved.weight for other, solved in found.items()}
+        for solved in found.values():
+            others |= solved.others
+        pair = gather_pair(
+            surgery.model, surgery.batches, surgery.forward, name, partial(replaced, surgery.model, others),
+            surgery.products.calls[name], surgery.dtype,
+        )  # fmt: skip
+        pair = pair.centred() if name in surgery.products.shifts else pair
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
         aim = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
         new, keep = surgery.solver(torch.linalg.solve(hessian, aim, left=False), hessian).solve(leaving[name])
         whole = rise(weights, pair.before).sum()
         lost = whole + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
-        found[name] = surgery.solved(name, new, keep, lost / whole)
+        mean = (weights @ pair.mean_before[..., None] - new @ pair.mean_after[..., None])[..., 0]
+        found[name] = surgery.solved(name, new, keep, lost / whole, mean)
     return found
 
 
@@ -147,8 +176,10 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
         found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
         errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
         asked = int(level * size)
-        pruned = {name: surgery.products.readings[name].weight(found[asked]).to(surgery.parameters[name])}
-        moved = outputs.moved(pruned)
+        new = found[asked]
+        mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
+        solved = surgery.solved(name, new, new != 0, new.new_zeros(()), mean)
+        moved = outputs.moved({name: solved.weight, **solved.others})
         scale = moved / errors[asked] if errors[asked] > 0 else 0.0
         curve = {0: 0.0} | {count: scale * error for count, error in errors.items()}
         curves[name] = Curve(list(curve), list(curve.values()))

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
-from lightning_prune.budget import Dense, Footprint, Scope, Target, measure
+from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target, measure
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.gradients import Loss
 from lightning_prune.grams import Run, find_products
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.inputs import ExampleInputs, call_on
 from lightning_prune.pruning import Report, count_params, prepare
 from lightning_prune.readers import score_by_readers
 from lightning_prune.repair import Repair, repaired
-from lightning_prune.scoring import Criterion, call, score_units
+from lightning_prune.scoring import Criterion, score_units
 from lightning_prune.structure import Structure, find_structure, trace
 from lightning_prune.surgery import cut_
 
@@ -56,7 +56,7 @@ def prune_filters_obs(
     damping: float = 0.01,
     ignore: Sequence[str] = (),
     round_to: int = 1,
-    forward: Run = call,
+    forward: Run = call_on,
     loss: Loss | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> RepairReport:
@@ -122,7 +122,7 @@ def prune_filters_obs(
         Footprint(count_params(model), count_flops(model, example_inputs).total),
     )
     prepared = prepare(
-        model, example_inputs, structure, scores, amount, target=target, scope=scope, round_to=round_to,
+        model, example_inputs, structure, scores, amount, Budget(target, scope, round_to),
         dense=dense, flops=dense.footprint.flops,
     )  # fmt: skip
     tensors, repairs, skipped = repaired(

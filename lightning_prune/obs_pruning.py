@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.grams import Products, Run, find_products
+from lightning_prune.inputs import call_on
 from lightning_prune.layerwise import Leaving, Progress, Surgery, all_together, error_curves, one_by_one
-from lightning_prune.scoring import call
-from lightning_prune.solvers import SOLVERS, Pattern, parse_pattern, split
+from lightning_prune.selection import parse_pattern
+from lightning_prune.solvers import SOLVERS, Pattern, split
+from lightning_prune.structure import named_tensors
 from lightning_prune.unrolled import Reading
+from lightning_prune.weight_pruning import check_weight_arguments
 
-__all__ = ["LayerFit", "ObsReport", "prune_obs"]
+__all__ = ["Asked", "LayerFit", "ObsPlan", "ObsReport", "Solver", "Split", "plan_obs", "prune_obs", "write_"]
 
 Solver = Literal["exact", "admm", "blocked"]
 Split = Literal["layer", "global"]
@@ -58,13 +61,14 @@ class ObsReport:
 def prune_obs(
     model: nn.Module,
     batches: Iterable[Any],
-    amount: Share = 0.5,
+    amount: float | Mapping[str, float] | None = None,
     solver: Solver = "admm",
     scope: Split = "global",
+    pattern: str | None = None,
     sequential: bool = False,
     damping: float = 0.01,
     ignore: Sequence[str] = (),
-    forward: Run = call,
+    forward: Run = call_on,
     dtype: torch.dtype = torch.float64,
     progress: Progress = iter,
 ) -> ObsReport:
@@ -78,11 +82,12 @@ def prune_obs(
         model: The model; the batches run in eval mode.
         batches: Batches of data: a few hundred examples like those trained on.
         amount: Fraction, in [0, 1), of the weights that leaves; or, by pattern of module paths, of each layer's (what
-            no pattern names stays whole); or ``"2:4"``: of every 4 input channels at one place 2 stay.
+            no pattern names stays whole). By default 0.5, or what ``pattern`` says.
         solver: ``"exact"`` removes greedily, one weight at a time; ``"admm"`` negotiates over a whole layer, most often
             with less error and in less time; ``"blocked"`` sweeps once, for layers thousands wide.
         scope: With one fraction for all, ``"layer"`` takes it of every layer; ``"global"`` splits the weights to be
             removed over the layers so that the model's outputs change least.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension, at one place of a kernel, N stay.
         sequential: Let each layer see the inputs that the pruned layers before it give, and aim at the outputs of the
             whole model. Takes one more run over the batches per layer.
         damping: Share of its mean diagonal entry that is added to every Hessian's diagonal.
@@ -108,50 +113,96 @@ def prune_obs(
         Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; Frantar and Alistarh, Optimal Brain
         Compression, NeurIPS 2022 (arXiv:2208.11580); Meng et al., ALPS, NeurIPS 2024 (arXiv:2406.07831).
     """
-    _check(amount, solver, scope, damping)
+    asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, forward, dtype, progress)
+    plan = plan_obs("prune_obs", model, batches, asked)
+    write_(model, plan.tensors)
+    return plan.report
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What :func:`prune_obs` is asked for; ``only``, names of the parameters that may be pruned, by default all."""
+
+    amount: float | Mapping[str, float] | None
+    solver: Solver
+    scope: Split
+    pattern: str | None
+    sequential: bool
+    damping: float
+    ignore: Sequence[str]
+    forward: Run
+    dtype: torch.dtype
+    progress: Progress
+    only: Collection[str] | None = None
+
+    def check(self, where: str) -> None:
+        """Refuse what no model could make sense of; ``where`` it was asked."""
+        check_weight_arguments(where, self.amount, self.scope, "magnitude", None, self.ignore, self.pattern)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"{where}(solver={self.solver!r}): choose one of {', '.join(map(repr, SOLVERS))}.")
+        if not self.damping >= 0:
+            raise ValueError(
+                f"{where}(damping={self.damping!r}): a share of the mean diagonal entry, from 0; 0.01 is 1 %."
+            )
+
+    @property
+    def share(self) -> Share:
+        """What leaves, in one."""
+        return self.pattern if self.pattern is not None else 0.5 if self.amount is None else self.amount
+
+
+@dataclass(frozen=True, eq=False)
+class ObsPlan:
+    """A second-order pruning, worked out and not yet done.
+
+    Attributes:
+        tensors: New values of weights, biases and running means, by name.
+        report: What it comes to.
+    """
+
+    tensors: dict[str, Tensor]
+    report: ObsReport
+
+
+def plan_obs(where: str, model: nn.Module, batches: Iterable[Any], asked: Asked) -> ObsPlan:
+    """Work out what :func:`prune_obs` does; the model is left as found."""
+    asked.check(where)
     batches = list(batches)
     if not batches:
-        raise PruningError("prune_obs: no batch came. Pass a list or loader of at least one batch.")
-    products = find_products(model, batches[0], forward)
-    parameters = dict(model.named_parameters())
-    names, skipped = _prunable(model, products, parameters, ignore, amount)
-    surgery = Surgery(model, batches, forward, products, SOLVERS[solver], damping, dtype, parameters)
-    leaving = _leaving(surgery, names, amount, scope, progress)
-    solved = (one_by_one if sequential else all_together)(surgery, leaving, progress)
-    with torch.no_grad():
-        for name, layer in solved.items():
-            parameters[name].copy_(layer.weight)
-    return ObsReport(
+        raise PruningError(f"{where}: no batch came. Pass a list or loader of at least one batch.")
+    products = find_products(model, batches[0], asked.forward)
+    names, skipped = _prunable(model, products, asked)
+    solver = SOLVERS[asked.solver]
+    surgery = Surgery(model, batches, asked.forward, products, solver, asked.damping, asked.dtype, named_tensors(model))
+    leaving = _leaving(surgery, names, asked)
+    solved = (one_by_one if asked.sequential else all_together)(surgery, leaving, asked.progress)
+    tensors = {name: layer.weight for name, layer in solved.items()}
+    for layer in solved.values():
+        tensors |= layer.others
+    report = ObsReport(
         {name: layer.keep for name, layer in solved.items()},
         tuple(LayerFit(n, s.keep.numel(), int(s.keep.sum()), s.error) for n, s in solved.items()),
         skipped,
-        damping,
+        asked.damping,
     )
+    return ObsPlan(tensors, report)
 
 
-def _check(amount: Share, solver: str, scope: str, damping: float) -> None:
-    for name, value, allowed in (("solver", solver, get_args(Solver)), ("scope", scope, get_args(Split))):
-        if value not in allowed:
-            raise ValueError(f"prune_obs({name}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
-    if isinstance(amount, str):
-        Pattern(*parse_pattern(amount))
-    for fraction in amount.values() if isinstance(amount, Mapping) else [] if isinstance(amount, str) else [amount]:
-        if not 0 <= fraction < 1:
-            raise ValueError(
-                f"prune_obs(amount={amount!r}): amount is the fraction of weights that leaves and must lie in [0, 1)."
-            )
-    if not damping >= 0:
-        raise ValueError(f"prune_obs(damping={damping!r}): a share of the mean diagonal entry, from 0; 0.01 is 1 %.")
+def write_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters and buffers new values of the same shapes, in place."""
+    own = named_tensors(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
-def _prunable(
-    model: nn.Module, products: Products, parameters: Mapping[str, nn.Parameter], ignore: Sequence[str], amount: Share
-) -> tuple[list[str], dict[str, str]]:
+def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[str], dict[str, str]]:
     """Part the weights into those to prune, in the order in which they run, and those that stay, with the reason."""
+    ignore, amount, only = asked.ignore, asked.share, asked.only
     check_ignored(model, [*ignore, *(amount if isinstance(amount, Mapping) else ())])
     skipped = {}
-    for name, parameter in parameters.items():
-        if parameter.dim() < 2:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or (only is not None and name not in only):
             continue
         if any(_names(pattern, name) for pattern in ignore):
             skipped[name] = "named in ignore="
@@ -163,29 +214,30 @@ def _prunable(
             skipped[name] = f"its rows do not part into blocks of {amount}"
         elif isinstance(amount, Mapping) and not any(_names(pattern, name) for pattern in amount):
             skipped[name] = "named in no pattern of amount="
-    names = [name for name in products.readings if name not in skipped]
+    names = [name for name in products.readings if name not in skipped and (only is None or name in only)]
     if not names:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every weight stays ({why}).")
     return names, skipped
 
 
-def _leaving(surgery: Surgery, names: Sequence[str], amount: Share, scope: Split, progress: Progress) -> Leaving:
+def _leaving(surgery: Surgery, names: Sequence[str], asked: Asked) -> Leaving:
     """Work out how much leaves each layer."""
+    amount = asked.share
     if isinstance(amount, str):
         return {name: _pattern(amount, surgery.products.readings[name]) for name in names}
-    sizes = {name: surgery.parameters[name].numel() for name in names}
+    sizes = {name: surgery.tensors[name].numel() for name in names}
     if isinstance(amount, Mapping):
         return {name: round(_share(amount, name) * size) for name, size in sizes.items()}
     total = round(amount * sum(sizes.values()))
-    if scope == "layer" or len(names) == 1 or not total:
+    if asked.scope == "layer" or len(names) == 1 or not total:
         done = 0
         counts = {}
         for name, size in sizes.items():
             counts[name] = round(amount * (done + size)) - round(amount * done)
             done += size
         return counts
-    curves = error_curves(surgery, names, amount, progress)
+    curves = error_curves(surgery, names, amount, asked.progress)
     reach = sum(curve.counts[-1] for curve in curves.values())
     if total > reach:
         raise PruningError(

@@ -12,16 +12,21 @@ from torch.optim import Optimizer
 
 from lightning_prune.arguments import (
     Amount,
+    MaxAmount,
+    MinWidth,
     amount_by_group,
+    budget_by_group,
     check_arguments,
     check_optimizers,
     check_prunable,
     with_ignored,
 )
-from lightning_prune.budget import Dense, Footprint, Scope, Scores, Target, measure, plan
+from lightning_prune.budget import Budget, Dense, Footprint, Scope, Scores, Target, measure, plan
+from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs
+from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.scoring import Criterion, score_units
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure
@@ -52,6 +57,8 @@ class Report:
         pinned: What stayed, and why.
         proved: That what was cut was proved: what cannot be proved is not cut, but listed under ``pinned``.
         proof: What was proved, in words.
+        latency_kept: Share of the latency that is left, as measured, where that was the target.
+        measured: What the latency was measured on.
     """
 
     params_before: int
@@ -64,6 +71,8 @@ class Report:
     pinned: tuple[Pinned, ...]
     proved: bool
     proof: str
+    latency_kept: float | None = None
+    measured: str = ""
 
 
 def prune_filters(
@@ -78,10 +87,12 @@ def prune_filters(
     round_to: int = 1,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    min_width: MinWidth = 1,
+    max_amount: MaxAmount = 1.0,
 ) -> Report:
     """Remove filters and neurons from a model, in place.
 
-    Parameters stay the same objects, their gradients are dropped, and the optimizer's state follows. The cut is proved
+    Parameters stay the same objects; their gradients and the optimizer's state follow. The cut is proved
     before it is made; channels whose cut cannot be proved stay, and the report says so.
 
     Args:
@@ -92,7 +103,9 @@ def prune_filters(
         criterion: ``"l1"``, ``"l2"``, ``"bn_scale"`` or ``"random"``; with ``batches`` ``"activation_mean"``,
             ``"activation_std"`` or ``"apoz"``; with ``batches`` and ``loss`` ``"taylor"``, ``"taylor_activations"``,
             ``"obd"`` or ``"obd_hutchinson"``; or a function from a weight ``(out, ...)`` to scores ``(out,)``.
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters or FLOPs.
+        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
+            latency: of one call on the example inputs, in eval mode, measured on this machine and reached within 5 %
+            where single units weigh less.
         scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers.
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
@@ -100,6 +113,10 @@ def prune_filters(
         batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read
             once.
         loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
+        min_width: Units that stay of every layer at least; or by pattern of module paths, the largest that names a
+            layer.
+        max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
+            smallest that names a layer. Budgets of the whole model are made up for by other layers.
 
     Raises:
         ValueError: If an argument is out of range or missing, or a pattern names no module.
@@ -115,28 +132,28 @@ def prune_filters(
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017 (arXiv:1608.08710).
     """
-    check_arguments("prune_filters", amount, criterion, target, scope, round_to)
+    check_arguments("prune_filters", amount, criterion, target, scope, round_to, min_width, max_amount)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers("prune_filters", optimizers)
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
-    amount = amount_by_group(structure, amount)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
         Footprint(count_params(model), count_flops(model, example_inputs).total),
     )
+    clock = partial(latency_kept, model, example_inputs, whole=shapes_of(model, structure))
     prepared = prepare(
         model,
         example_inputs,
         structure,
         score_units(model, structure, criterion, batches, loss),
-        amount,
-        target=target,
-        scope=scope,
-        round_to=round_to,
+        amount_by_group(structure, amount),
+        budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
         dense=dense,
         flops=dense.footprint.flops,
+        latency=clock,
     )
+    kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
     cut_(model, prepared.cut, prepared.tensors, optimizers)
     return Report(
         params_before=dense.footprint.params,
@@ -149,6 +166,8 @@ def prune_filters(
         pinned=tuple(prepared.structure.pinned),
         proved=True,
         proof=prepared.proof,
+        latency_kept=kept,
+        measured=circumstances(model, example_inputs) if target == "latency" else "",
     )
 
 
@@ -160,6 +179,7 @@ class Prepared:
         cut: What it changes.
         tensors: The slim values of everything it changes.
         structure: The structure it was planned on, without the groups that were refused.
+        keep: For every group which units stay.
         refused: Groups that stay whole because their cut could not be proved; the reason stands under
             ``structure.pinned``.
         widths: Every group that can be cut, before and after.
@@ -169,6 +189,7 @@ class Prepared:
     cut: Cut
     tensors: dict[str, Tensor]
     structure: Structure
+    keep: Keep
     refused: tuple[str, ...]
     widths: tuple[GroupWidth, ...]
     proof: str
@@ -180,12 +201,12 @@ def prepare(
     structure: Structure,
     scores: Scores,
     amount: Amount,
+    budget: Budget,
     *,
-    target: Target,
-    scope: Scope,
-    round_to: int,
     dense: Dense,
     flops: int,
+    latency: Callable[[Structure, Keep], float] | None = None,
+    at_most: int | None = None,
 ) -> Prepared:
     """Plan a cut that reaches the amount and prove it; groups whose cut cannot be proved stay whole.
 
@@ -197,11 +218,11 @@ def prepare(
         structure: Its channel groups.
         scores: One score per unit of every group.
         amount: Fraction of what ``dense`` says was there, or one fraction per group.
-        target: What ``amount`` is a fraction of.
-        scope: ``"layer"`` or ``"global"``.
-        round_to: Widths after the cut are multiples of this.
+        budget: What ``amount`` is a fraction of, and what every group keeps.
         dense: What was there at the start.
         flops: Multiply-adds of the model as it stands, as counted.
+        latency: Measures the share of the latency at the start that a choice leaves.
+        at_most: Units that may be gone after the cut, of all that were there at the start, though more were asked for.
 
     Raises:
         PruningError: If the amount cannot be reached.
@@ -209,19 +230,26 @@ def prepare(
     uncounted = flops - structure.flops({})  # what only the counter knows of, taken as fixed
     refused: list[str] = []
     while True:
-        keep = plan(
-            structure, scores, amount, target=target, scope=scope, round_to=round_to, dense=dense.without(refused),
-            footprint=partial(measure, model, structure, uncounted=uncounted),
-        )  # fmt: skip
+        stopped: CutDoesNotRunError | None = None
+        try:
+            keep = plan(
+                structure, scores, amount, budget, dense=dense.without(refused),
+                footprint=partial(measure, model, structure, uncounted=uncounted),
+                latency=None if latency is None else partial(latency, structure), at_most=at_most,
+            )  # fmt: skip
+        except CutDoesNotRunError as error:
+            keep, stopped = error.keep, error
         cut = draft(model, structure, keep)
         tensors = cut.tensors(model)
         if not (cut.keep and prove(model, example_inputs, structure, cut, tensors)):
+            if stopped is not None:
+                raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
             break
         for name, reason in _unprovable(model, example_inputs, structure, keep).items():
             structure = structure.without([name], reason)
             refused.append(name)
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
-    return Prepared(cut, tensors, structure, tuple(refused), widths, _words(structure, cut))
+    return Prepared(cut, tensors, structure, keep, tuple(refused), widths, _words(structure, cut))
 
 
 def count_params(model: nn.Module) -> int:

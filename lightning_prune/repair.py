@@ -125,18 +125,18 @@ def _refitted(
     products: Products,
     damping: float,
 ) -> tuple[dict[str, Tensor], Repair]:
-    """Return the new weight, and bias where there is one, and what they are worth."""
+    """Return the new weight, and what is added behind it where that can shift, and what they are worth."""
     own = named_tensors(model)
     rows = products.readings[name].rows(own[name].detach()).to(pair.before)[place.groups]
     rows = rows.gather(1, place.rows[:, :, None].expand(-1, -1, rows.shape[2]))
     start = slim.rows(tensors[name]).to(rows)
-    bias = products.biases.get(name)
-    moments = pair if bias is not None else _uncentred(pair)
+    added = products.shifts.get(name)
+    moments = pair if added is not None else _uncentred(pair)
     weights, shift = refit(rows, start, moments.cross, moments.after, moments.mean_before, moments.mean_after, damping)
     new = {name: slim.weight(weights).to(tensors[name])}
-    if bias is not None:
-        held = tensors.get(bias, own[bias].detach())
-        new[bias] = held + shift.flatten().to(held)
+    if added is not None:
+        held = tensors.get(added.name, own[added.name].detach())
+        new[added.name] = held + added.sign * shift.flatten().to(held)
     return new, Repair(name, _lost(rows, start, pair, torch.zeros_like(shift)), _lost(rows, weights, pair, shift))
 
 

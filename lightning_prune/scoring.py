@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune import criteria
 from lightning_prune.errors import PruningError
 from lightning_prune.gradients import Loss, batch_gradients, empirical_fisher, hutchinson
-from lightning_prune.inputs import undisturbed
+from lightning_prune.inputs import call_on, undisturbed
 from lightning_prune.statistics import (
     UnitMeans,
     gather_contributions,
@@ -25,7 +25,7 @@ from lightning_prune.statistics import (
 )
 from lightning_prune.structure import Structure, named_tensors
 
-__all__ = ["CRITERIA", "Criterion", "by_l2", "by_mean", "call", "score_units"]
+__all__ = ["CRITERIA", "Criterion", "by_l2", "by_mean", "score_units"]
 
 Criterion = str | Callable[[Tensor], Tensor]
 """The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
@@ -62,11 +62,13 @@ class NamedCriterion:
         gather: Scores every unit; gets the model, its structure, batches and loss.
         needs: ``""``, ``"batches"``, or ``"batches and loss"``.
         normalise: What makes the scores of one layer comparable with another's.
+        of_moments: For criteria of activations, what makes scores of their moments.
     """
 
     gather: _Gather
     needs: str
     normalise: Callable[[Tensor], Tensor]
+    of_moments: Callable[..., Tensor] | None = None
 
 
 def score_units(
@@ -101,19 +103,8 @@ def score_units(
         raise ValueError(f"criterion={criterion!r} looks at data: pass {named.needs}.")
     if "loss" in named.needs and loss is None:
         raise ValueError(f"criterion={criterion!r} looks at gradients: pass loss=, a function of model and batch.")
-    scores = named.gather(model, structure, batches or (), loss or call)
+    scores = named.gather(model, structure, batches or (), loss or call_on)
     return {name: named.normalise(score.detach()) for name, score in scores.items()}
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch as on example inputs."""
-    return (
-        model(*batch)
-        if isinstance(batch, tuple | list)
-        else model(**batch)
-        if isinstance(batch, Mapping)
-        else model(batch)
-    )
 
 
 def _of_weights(
@@ -233,14 +224,18 @@ def _obd(
     return {name: total for name, total in found.items() if total is not None}  # integers alone have no curvature
 
 
+def _of_activations(score: Callable[..., Tensor]) -> NamedCriterion:
+    return NamedCriterion(partial(_of_moments, score), "batches", by_l2, score)
+
+
 CRITERIA: dict[str, NamedCriterion] = {
     "l1": NamedCriterion(partial(_of_weights, criteria.filter_l1), "", by_mean),
     "l2": NamedCriterion(partial(_of_weights, criteria.filter_l2), "", by_mean),
     "bn_scale": NamedCriterion(_of_norms, "", _as_is),
     "random": NamedCriterion(_random, "", _as_is),
-    "activation_mean": NamedCriterion(partial(_of_moments, criteria.activation_mean), "batches", by_l2),
-    "activation_std": NamedCriterion(partial(_of_moments, criteria.activation_std), "batches", by_l2),
-    "apoz": NamedCriterion(partial(_of_moments, criteria.apoz), "batches", by_l2),
+    "activation_mean": _of_activations(criteria.activation_mean),
+    "activation_std": _of_activations(criteria.activation_std),
+    "apoz": _of_activations(criteria.apoz),
     "taylor": NamedCriterion(_taylor_weights, "batches and loss", _as_is),
     "taylor_activations": NamedCriterion(_taylor_activations, "batches and loss", by_l2),
     "obd": NamedCriterion(partial(_obd, empirical_fisher), "batches and loss", _as_is),

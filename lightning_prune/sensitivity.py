@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from lightning_prune.arguments import check_arguments, check_prunable, with_ignored
-from lightning_prune.budget import Dense, Footprint, Scores, plan
+from lightning_prune.budget import Budget, Dense, Footprint, Scores, plan
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import GroupSensitivity, Mode, Sensitivity
 from lightning_prune.inputs import ExampleInputs, undisturbed
@@ -150,7 +150,7 @@ def _counts(structure: Structure, scores: Scores, name: str, shares: Iterable[fl
     gone = set()
     for share in shares:
         keep = plan(
-            structure, scores, {name: share}, target="filters", scope="layer", round_to=1,
+            structure, scores, {name: share}, Budget(),
             dense=Dense(widths, Footprint(0, 0)), footprint=lambda keep: Footprint(0, 0),
         )  # fmt: skip
         gone.add(int((~keep[name]).sum()))
@@ -176,8 +176,8 @@ def _measure(
     values = {}
     for count in gone:
         prepared = prepare(
-            model, example_inputs, structure, scores, {name: count / group.width}, target="filters", scope="layer",
-            round_to=1, dense=dense, flops=flops,
+            model, example_inputs, structure, scores, {name: count / group.width}, Budget(), dense=dense,
+            flops=flops,
         )  # fmt: skip
         if prepared.refused:
             return _reason(group, prepared.structure)

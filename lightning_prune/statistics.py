@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +120,10 @@ def over_units(slots: Iterable[Slot], width: int, values: Mapping[str, Tensor]) 
 
 
 def taylor_over_units(
-    structure: Structure, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
+    structure: Structure,
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+    elsewhere: Collection[str] = (),
 ) -> dict[str, Tensor]:
     r"""Return, for each group that has gradients, the square of each unit's expansion of the loss, ``(width,)``.
 
@@ -128,6 +131,13 @@ def taylor_over_units(
     loss's derivative with respect to the gate. Here the gate stands where the unit is read, and the weights are those
     right behind it: the derivative is exact whatever lies between, and however many layers write on the unit. Only
     where nothing that reads a unit has gradients, the weights that make and follow it stand in.
+
+    Args:
+        structure: The channel groups.
+        parameters: Weights by name.
+        gradients: Their gradients, where they have any.
+        elsewhere: Parameters whose gradients count at another time, as another optimizer steps them: units that only
+            these read are left out now.
 
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8 (arXiv:1906.10771).
@@ -142,6 +152,8 @@ def taylor_over_units(
         for name, group in structure.groups.items():
             # to add the weights that make a unit would be to count its gate again, and those of a norm, yet again
             readers = [slot for slot in group.slots if slot.role == "consumer" and slot.tensor in products]
+            if not readers and any(slot.role == "consumer" and slot.tensor in elsewhere for slot in group.slots):
+                continue
             total = over_units(readers or group.slots, group.width, products)
             if total is not None:
                 found[name] = total.square()
@@ -201,10 +213,17 @@ def watch_contributions(model: nn.Module, structure: Structure) -> Iterator[dict
 
 
 @contextmanager
-def watch_moments(model: nn.Module, structure: Structure) -> Iterator[dict[str, dict[str, Tensor]]]:
+def watch_moments(
+    model: nn.Module, structure: Structure, differentiated: bool = False
+) -> Iterator[dict[str, dict[str, Tensor]]]:
     """Sum, during forward passes inside the block, every unit's activations, their squares and how many are zero.
 
     Where several modules read a unit, what each of them receives counts.
+
+    Args:
+        model: The model.
+        structure: Its channel groups.
+        differentiated: Whether only passes with gradients count, so that validation and traces pass unseen.
 
     Yields:
         Group name -> ``total``, ``squares``, ``zeros`` and ``count``, each ``(width,)``.
@@ -212,6 +231,8 @@ def watch_moments(model: nn.Module, structure: Structure) -> Iterator[dict[str, 
     found: dict[str, dict[str, Tensor]] = {}
 
     def enter(place: _Place, x: Tensor) -> Tensor:
+        if differentiated and not torch.is_grad_enabled():
+            return x
         maps = place.channels_second(x.detach())
         maps = maps.flatten(2) if maps.dim() > 2 else maps[..., None]
         moments = {

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks._pruning import StructuredPruning
+from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Mode, Sensitivity
 from lightning_prune.inputs import ExampleInputs
@@ -127,7 +127,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
     """Validate without writing to loggers, terminal or disk."""
     callbacks, loggers = _callbacks(trainer), trainer.loggers
     everything = list(callbacks)
-    resting = ProgressBar, Checkpoint, ModelSummary, StructuredPruning
+    resting = ProgressBar, Checkpoint, ModelSummary, Pruning
     callbacks[:] = [callback for callback in everything if not isinstance(callback, resting)]
     trainer.loggers = []
     try:

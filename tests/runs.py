@@ -72,6 +72,11 @@ class Depthwise(Net):
         return self.head(F.relu(self.layer_norm(self.hidden(x))))
 
 
+def largest_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A criterion of one's own: a filter's largest weight."""
+    return weight.abs().flatten(1).amax(dim=1)
+
+
 def images(count: int = 32, seed: int = 7) -> TensorDataset:
     """Noise around one colour per class."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ import lightning_prune
 
 ROOT = Path(lightning_prune.__file__).parent
 FLOORS = {
+    "bits": 0,
     "errors": 0,
     "inputs": 0,
     "selection": 1,
@@ -23,11 +24,19 @@ FLOORS = {
     "grams": 2,
     "outputs": 2,
     "curvature": 2,
+    "limits": 2,
+    "batch_norm": 3,
     "budget": 2,
     "surgery": 3,
+    "latency": 3,
+    "masks": 3,
     "scoring": 4,
     "arguments": 4,
     "pruning": 4,
+    "weights": 4,
+    "weight_pruning": 4,
+    "sparse": 4,
+    "semi_structured": 4,
     "oracle": 4,
     "layerwise": 4,
     "readers": 4,

@@ -1,5 +1,6 @@
 """How scores and a target become a plan."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import PruningError
-from lightning_prune.budget import Dense, Footprint, measure, plan
+from lightning_prune import PruningError, count_flops, prune_filters
+from lightning_prune.budget import Budget, Dense, Footprint, measure, plan
 from lightning_prune.structure import find_structure, trace
+from tests.architectures import INPUTS, architectures, build
 from tests.models import ROWS
 
 MODEL = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 2)).double()
@@ -20,9 +22,9 @@ SCORES = {"0": torch.arange(8.0), "2": torch.arange(12.0).flip(0)}
 DENSE = Dense({"0": 8, "2": 12}, measure(MODEL, STRUCTURE, {}))
 
 
-def planned(amount, target="filters", scope="layer", round_to=1, scores=SCORES, dense=DENSE):
+def planned(amount, target="filters", scope="layer", round_to=1, scores=SCORES, dense=DENSE, **limits):
     return plan(
-        STRUCTURE, scores, amount, target=target, scope=scope, round_to=round_to, dense=dense,
+        STRUCTURE, scores, amount, Budget(target, scope, round_to, **limits), dense=dense,
         footprint=lambda keep: measure(MODEL, STRUCTURE, keep),
     )  # fmt: skip
 
@@ -98,6 +100,136 @@ def test_scores_that_are_not_numbers_leave_first():
 
 
 def test_what_cannot_be_reached_is_refused():
-    """Beyond what one unit per group leaves, the error says how much can go."""
-    with pytest.raises(PruningError, match=r"amount=0\.95 of the params cannot go.*93\.2% would be gone"):
+    """Beyond what one unit per group leaves, the error says how much can go, group by group."""
+    with pytest.raises(PruningError, match=r"amount=0\.95 of the params cannot go.*93\.2% would be gone") as refused:
         planned(0.95, "params")
+    told = str(refused.value).splitlines()
+    # of 190 parameters the first group's seven units hold 7 * (6 + 1 + 12), of 336 multiply-adds 7 * 2 * (6 + 12)
+    assert told[-2:] == [
+        "  0: 8 units, 1 stay (one unit stays); the others hold 70.0% of the params, 75.0% of the FLOPs",
+        "  2: 12 units, 1 stay (one unit stays); the others hold 63.7% of the params, 65.5% of the FLOPs",
+    ]
+
+
+@pytest.mark.parametrize("target", ["filters", "params", "flops"])
+def test_limits_make_budgets_unreachable(target):
+    """What limits keep cannot go: the error says which limit keeps how many units of which group."""
+    with pytest.raises(PruningError, match=f"amount=0.7 of the {target} cannot go: with no more than min_width") as no:
+        planned(0.7, target, scope="global", min_width={"0": 7}, max_amount={"2": 0.5})
+    assert "0: 8 units, 7 stay (min_width=7)" in str(no.value)
+    assert "2: 12 units, 6 stay (max_amount=0.5)" in str(no.value)
+
+
+LIMITS = st.fixed_dictionaries(
+    {"round_to": st.integers(1, 4), "min_width": st.integers(1, 6), "max_amount": st.floats(0.1, 1.0)}
+)
+
+
+def one_by_one(structure, scores, allowed, cost, scope, limits):
+    """Take the lowest unit of all that may leave, again and again, until the cost is allowed; None if it never is."""
+    left = {name: group.width for name, group in structure.groups.items()}
+    dense = dict(left)
+
+    def keep():
+        found = {}
+        for name, width in left.items():
+            rounded = min(dense[name], -(-width // limits["round_to"]) * limits["round_to"])
+            found[name] = np.isin(np.arange(dense[name]), np.argsort(scores[name], kind="stable")[::-1][:rounded])
+        return found
+
+    while cost(keep()) > allowed * (1 + 1e-9):
+        free = [
+            name
+            for name, width in left.items()
+            if width - 1 >= max(1, limits["min_width"])
+            and dense[name] - width + 1 <= limits["max_amount"] * dense[name] + 1e-9
+        ]
+        if not free:
+            return None
+        if scope == "global":
+            lowest = min(free, key=lambda name: np.sort(scores[name])[dense[name] - left[name]])
+        else:
+            lowest = min(free, key=lambda name: (dense[name] - left[name] + 1) / dense[name])
+        left[lowest] -= 1
+    return keep()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    stages=architectures(most=3),
+    amount=st.floats(0, 0.95),
+    target=st.sampled_from(["filters", "params", "flops"]),
+    scope=st.sampled_from(["layer", "global"]),
+    limits=LIMITS,
+    seed=st.integers(0, 9),
+)
+def test_plans_are_those_of_one_unit_after_another(stages, amount, target, scope, limits, seed):
+    """Every plan is what taking unit by unit ends at: the budget is reached within one unit, inside all limits."""
+    if target == "filters" and scope == "layer":
+        return  # each layer's own share: see above
+    model = build(stages)
+    structure = find_structure(trace(model, INPUTS))
+    if not structure.groups:
+        return
+    random = np.random.default_rng(seed)
+    scores = {name: random.permutation(group.width) + random.random() for name, group in structure.groups.items()}
+    whole = measure(model, structure, {})
+
+    def cost(keep):
+        if target == "filters":
+            return sum(int(stays.sum()) for stays in keep.values())
+        return getattr(measure(model, structure, keep), target)
+
+    dense = Dense({name: group.width for name, group in structure.groups.items()}, whole)
+    total = cost({name: np.ones(width, dtype=bool) for name, width in dense.widths.items()})
+    allowed = total - math.ceil(amount * total - 1e-9) if target == "filters" else (1 - amount) * total
+    expected = one_by_one(structure, scores, allowed, cost, scope, limits)
+    arguments = {
+        "dense": dense,
+        "footprint": lambda keep: measure(model, structure, keep),
+    }
+    tensors = {name: torch.from_numpy(score) for name, score in scores.items()}
+    if expected is None:
+        with pytest.raises(PruningError, match="cannot go"):
+            plan(structure, tensors, amount, Budget(target, scope, **limits), **arguments)
+    else:
+        keep = plan(structure, tensors, amount, Budget(target, scope, **limits), **arguments)
+        assert {name: stays.tolist() for name, stays in keep.items()} == {
+            name: stays.tolist() for name, stays in expected.items()
+        }
+
+
+@given(amount=st.floats(0, 1, exclude_max=True), limits=LIMITS, by_group=st.booleans())
+def test_each_layers_share_stops_at_its_limits(amount, limits, by_group):
+    """Amounts of each layer's filters take what the limits let go and no more."""
+    keep = planned({"0": amount, "2": amount} if by_group else amount, **limits)
+    for name, dense in (("0", 8), ("2", 12)):
+        asked = dense - math.ceil(amount * dense - 1e-9)
+        least = max(1, limits["min_width"], dense - math.floor(limits["max_amount"] * dense + 1e-9))
+        rounded = -(-max(asked, least) // limits["round_to"]) * limits["round_to"]
+        assert int(keep[name].sum()) == min(dense, rounded)
+
+
+def test_limits_by_pattern():
+    """Limits may go by pattern of module paths: the strictest of those that name a layer holds; unknown names fail."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 2))
+    x = torch.ones(1, 6)
+    slim = copy.deepcopy(model)
+    report = prune_filters(slim, x, 0.9, min_width={"*": 2, "2": 5}, max_amount={"0": 0.5, "4": 0.5})
+    assert {width.name: width.after for width in report.groups} == {"0": 4, "2": 5}
+    with pytest.raises(ValueError, match=r"min_width\['3'\] names no module that produces channels"):
+        prune_filters(copy.deepcopy(model), x, 0.5, min_width={"3": 2})
+
+
+@settings(deadline=None, max_examples=15)
+@given(stages=architectures(most=3), amount=st.floats(0, 0.8), target=st.sampled_from(["params", "flops"]))
+def test_what_is_counted_after_the_cut_is_within_the_budget(stages, amount, target):
+    """What is counted anew on the slim model keeps the budget that was planned from the groups."""
+    model = build(stages)
+    try:
+        report = prune_filters(model, INPUTS, amount, "random", target, "global")
+    except PruningError:  # beyond what can go: see above
+        return
+    counted = {"params": sum(p.numel() for p in model.parameters()), "flops": count_flops(model, INPUTS).total}
+    before = {"params": report.params_before, "flops": report.flops_before}
+    assert counted[target] <= (1 - amount) * before[target] * (1 + 1e-9)

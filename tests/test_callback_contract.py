@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lightning_prune
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from lightning_prune.callbacks._pruning import StructuredPruning
+from lightning_prune import Cubic, FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
+from lightning_prune.callbacks._structured import StructuredPruning
 from tests.runs import (
     IMAGE,
     Depthwise,
@@ -30,6 +30,9 @@ CALLBACKS = {
     "filter-l1": FilterL1Pruning,
     "taylor-weights": TaylorFilterPruning,
     "taylor-activations": partial(TaylorFilterPruning, form="activations"),
+    "apoz": partial(FilterPruning, criterion="apoz"),
+    "obd": partial(FilterPruning, criterion="obd", batches=1),
+    "own": partial(FilterPruning, criterion="tests.runs.largest_weight", recalibrate=1),
 }
 
 pytestmark = pytest.mark.parametrize("kind", CALLBACKS.values(), ids=CALLBACKS)
@@ -82,7 +85,7 @@ def test_pickles(kind, after_a_run):
     for other in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
         assert arguments_of(other) == arguments_of(callback)
         assert other.state_dict().keys() == callback.state_dict().keys()
-        assert other.state_dict()["share"] == callback.state_dict()["share"]
+        assert other.state_dict()["progress"] == callback.state_dict()["progress"]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,9 @@ def test_arguments_are_attributes(kind):
         "ignore": ["head"],
         "round_to": 2,
         "example_inputs": IMAGE,
+        "min_width": 2,
+        "max_amount": {"first": 0.7},
+        "recalibrate": 2,
     }
     callback = kind(**given)
     fit(net(), callback)
@@ -133,11 +139,16 @@ def test_arguments_are_attributes(kind):
         ({"amount": {"first": "half"}}, TypeError, "'first': 'half'"),
         ({"amount": {"first": 0.5}, "target": "flops"}, ValueError, "target='flops'"),
         ({"amount": {"first": 0.5}, "scope": "global"}, ValueError, "scope='global'"),
-        ({"target": "speed"}, ValueError, "target='speed'.*'filters', 'params', 'flops'"),
+        ({"target": "speed"}, ValueError, "target='speed'.*'filters', 'params', 'flops', 'latency'"),
         ({"scope": "everywhere"}, ValueError, "scope='everywhere'.*'layer', 'global'"),
         ({"round_to": 0}, ValueError, "round_to=0"),
         ({"round_to": 2.0}, ValueError, "round_to=2.0"),
         ({"round_to": True}, ValueError, "round_to=True"),
+        ({"min_width": 0}, ValueError, "min_width=0"),
+        ({"min_width": {"first": 1.5}}, ValueError, "min_width=.*1.5"),
+        ({"max_amount": 1.5}, ValueError, "max_amount=1.5"),
+        ({"max_amount": {"first": -1}}, ValueError, "max_amount=.*-1"),
+        ({"recalibrate": -1}, ValueError, "recalibrate=-1"),
         ({"ignore": "head"}, TypeError, r"ignore='head'.*\['head'\]"),
         ({"schedule": 0.5}, TypeError, "schedule=0.5.*OneShot, Linear, Cubic"),
         ({"schedule": Cubic}, TypeError, "schedule="),
@@ -225,9 +236,8 @@ def test_a_cut_draws_no_random_numbers(kind, module_kind):
     drawn = []
 
     class Watched(module_kind):
-        def training_step(self, batch, batch_idx):
+        def on_train_batch_start(self, batch, batch_idx):  # comes after that of callbacks
             drawn.append(torch.get_rng_state())
-            return super().training_step(batch, batch_idx)
 
     fit(net(Watched, dropout=0.0), kind(amount=0.0))
     alone = list(drawn)
@@ -241,7 +251,7 @@ def test_modes_stay(kind):
     seen = []
 
     class Watched(Known):
-        def training_step(self, batch, batch_idx):
+        def on_train_batch_start(self, batch, batch_idx):  # comes after that of callbacks
             if batch_idx == 0:
                 seen.append(
                     (
@@ -251,7 +261,6 @@ def test_modes_stay(kind):
                         bool((self.norm.running_mean == 0).all()),
                     )
                 )
-            return super().training_step(batch, batch_idx)
 
     module = net(Watched)
     module.drop.eval()

@@ -66,6 +66,37 @@ def test_a_layer_becomes_the_best_on_what_it_keeps():
     assert report.layers[0].error == pytest.approx(lost.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_biases_and_running_means_make_up_for_the_mean(sequential):
+    """With a bias, or a BatchNorm behind it alone, a layer becomes the least-squares fit with an intercept."""
+    x = 3 + torch.randn(300, 10, dtype=torch.float64)
+    for model in (nn.Linear(10, 3), nn.Sequential(nn.Linear(10, 3, bias=False), nn.BatchNorm1d(3))):
+        model = model.double().eval()
+        before = model(x).detach()
+        report = prune_obs(model, [x[:100], x[100:]], 0.4, "exact", damping=0.0, sequential=sequential)
+        for row, keep in enumerate(next(iter(report.masks.values()))):
+            design = torch.cat([x[:, keep], torch.ones(300, 1, dtype=torch.float64)], dim=1)
+            fit = design @ torch.linalg.lstsq(design, before[:, row : row + 1]).solution
+            torch.testing.assert_close(model(x)[:, row].detach(), fit[:, 0], rtol=1e-8, atol=1e-8)
+
+
+def test_a_batch_norm_that_shares_its_input_makes_up_for_nothing():
+    """Where something else reads what BatchNorm reads, its running mean stays."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            x = self.linear(x)
+            return self.norm(x) + x
+
+    model = Shared().eval()
+    prune_obs(model, [1 + torch.randn(50, 6)], 0.5)
+    assert not model.norm.running_mean.any()
+
+
 def test_a_later_layer_aims_at_what_the_whole_model_gave():
     """One after the other, the last layer is the least-squares map from what it now sees to the outputs of before."""
     model, x = (
@@ -102,12 +133,12 @@ def test_layers_that_matter_less_lose_more():
 def test_patterns_hold_along_input_channels():
     """A pattern of 2:4 leaves, at each place of a kernel, two of every four input channels; the rest is told."""
     model = net()
-    report = prune_obs(model, images(), amount="2:4")
+    report = prune_obs(model, images(), pattern="2:4")
     assert (model[5].weight.reshape(16, -1, 4) != 0).sum(dim=-1).eq(2).all()
     assert set(report.skipped) == {"0.weight", "3.weight"}
     assert all("blocks of 2:4" in reason for reason in report.skipped.values())
     conv = nn.Conv2d(8, 5, 3)
-    prune_obs(conv, [torch.randn(16, 8, 5, 5)], amount="2:4")
+    prune_obs(conv, [torch.randn(16, 8, 5, 5)], pattern="2:4")
     assert (conv.weight.reshape(5, 2, 4, 3, 3) != 0).sum(dim=2).eq(2).all()
 
 
@@ -123,7 +154,7 @@ def test_shares_by_pattern():
         "7.weight": "named in ignore=",
     }
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name != "5.weight")
+        assert torch.equal(tensor, before[name]) == (name not in ("5.weight", "5.bias"))
 
 
 def test_nothing_else_of_the_model_changes():
@@ -187,9 +218,9 @@ def test_singular_hessians_are_refused_and_the_model_is_left():
     "asked, error",
     [
         ({"amount": 1.0}, "must lie in"),
-        ({"amount": "4:2"}, "2:4"),
+        ({"pattern": "4:2"}, "2:4"),
         ({"solver": "exakt"}, "choose one of 'exact'"),
-        ({"scope": "net"}, "choose one of 'layer'"),
+        ({"scope": "net"}, "'global', 'layer'"),
         ({"damping": -1}, "mean diagonal"),
         ({"ignore": ["nine"]}, "names no module"),
         ({"amount": {"5": 0.5, "*": 0.1}}, "Give it one amount"),

@@ -351,7 +351,7 @@ def test_fit_goes_on():
             trainer.should_stop = trainer.current_epoch == 0
 
     made.callbacks.append(Stop())
-    with pytest.warns(UserWarning, match=r"ended before Linear\(start=0.*33% of amount=0.5 was due and has left"):
+    with pytest.warns(UserWarning, match=r"ended before Linear\(start=0.*33% of its cuts were due and were made"):
         made.fit(module, batches())
     assert made.current_epoch == 1 and widths(module)["first"] > 4
     made.should_stop = False

@@ -192,8 +192,8 @@ def test_a_batch_that_overflows_does_not_count(form):
     seen = []
 
     class Kept(TaylorFilterPruning):
-        def scores(self, pl_module, structure):
-            seen.append((super().scores(pl_module, structure), self._means.gathered()))
+        def scores(self, trainer, pl_module, structure):
+            seen.append((super().scores(trainer, pl_module, structure), self._gathering.gathered()))
             return seen[-1][0]
 
     fit(net(Overflows), Kept(0.4, form=form))
@@ -231,9 +231,9 @@ def test_only_training_is_gathered(form):
     seen = []
 
     class Kept(TaylorFilterPruning):
-        def scores(self, pl_module, structure):
-            seen.append(self._means.gathered())
-            return super().scores(pl_module, structure)
+        def scores(self, trainer, pl_module, structure):
+            seen.append(self._gathering.gathered())
+            return super().scores(trainer, pl_module, structure)
 
     class Probes(Net):
         def validation_step(self, batch, batch_idx):
@@ -274,7 +274,7 @@ def test_hooks_are_on_the_model_only_while_needed(ends):
         fit(module, callback, max_epochs=4)
         assert hooks == [3] * 8 + [0] * 8
     assert not any(part._forward_pre_hooks for part in module.modules())
-    assert callback._means is None and not callback._contributions
+    assert not callback._gathering.watching
 
 
 # Resume
@@ -339,7 +339,7 @@ def test_state_is_a_copy(form):
 @pytest.mark.parametrize("schedule", [OneShot(0), OneShot(), Linear(0, 3), Cubic(0, 2)], ids=repr)
 def test_a_cut_before_any_gradient_is_refused(schedule):
     """A schedule that cuts before epoch 1 is refused at construction."""
-    if schedule(0) > 0:
+    if schedule.progress(0) > 0:
         with pytest.raises(ValueError, match="gradients must be seen before the first cut. Start at epoch 1"):
             TaylorFilterPruning(schedule=schedule)
     else:

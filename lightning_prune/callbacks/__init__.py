@@ -1,7 +1,9 @@
 """Callbacks for Lightning: thin adapters that say when."""
 
 from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
+from lightning_prune.callbacks.filter_pruning import FilterPruning
+from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
 from lightning_prune.callbacks.metric_guard import MetricGuard
 from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
 
-__all__ = ["FilterL1Pruning", "MetricGuard", "TaylorFilterPruning"]
+__all__ = ["FilterL1Pruning", "FilterPruning", "IterativeMagnitudePruning", "MetricGuard", "TaylorFilterPruning"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_prune.callbacks._base import AnyCallback
 
 __all__ = ["Guard", "guards"]
 
 
-class Guard(Callback, ABC):
+class Guard(AnyCallback, ABC):
     """Base of the callbacks that decide whether a cut stays."""
 
     @abstractmethod

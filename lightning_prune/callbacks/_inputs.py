@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 
-__all__ = ["batch_as_inputs", "is_plain", "on_device_of"]
+__all__ = ["batch_as_inputs", "inputs_of", "is_plain", "on_device_of"]
 
 
 def on_device_of(trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> ExampleInputs:
@@ -37,13 +37,10 @@ def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
         for found in (_one_example(inputs), inputs):
             if found is None:
                 continue
-            try:
-                with undisturbed(pl_module):
-                    run(pl_module, pytree.tree_map_only(Tensor, torch.clone, found))
+            failure = _failure(pl_module, found)
+            if failure is None:
                 return found
-            except Exception as error:
-                failure = f"{told}: {type(error).__name__}: {error}"
-        failures.append(failure)
+        failures.append(f"{told}: {failure}")
     raise PruningError(
         f"{type(pl_module).__name__}.forward accepts nothing of the first training batch ("
         + "; ".join(failures)
@@ -52,10 +49,39 @@ def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
     )
 
 
+def inputs_of(pl_module: LightningModule, batches: Iterable[Any]) -> Iterator[ExampleInputs]:
+    """Yield of each batch, whole, what the module's forward takes.
+
+    Raises:
+        PruningError: If forward accepts none of the parts tried.
+    """
+    place: int | None = None
+    for batch in batches:
+        candidates = list(_candidates(pl_module, batch))
+        if place is None:
+            fits = [i for i, (_, inputs) in enumerate(candidates) if _failure(pl_module, inputs) is None]
+            if not fits:
+                raise PruningError(
+                    f"{type(pl_module).__name__}.forward accepts nothing of the training batches, so BatchNorm cannot "
+                    "see them. Leave out recalibrate=, or let forward take a part of the batch."
+                )
+            place = fits[0]
+        yield candidates[place][1]
+
+
 def is_plain(inputs: ExampleInputs | None) -> bool:
     """Tell whether a checkpoint that is loaded with ``weights_only=True`` may hold the inputs."""
     leaves = pytree.tree_leaves(inputs)
     return all(type(leaf) in (Tensor, bool, int, float, complex, str, bytes, type(None)) for leaf in leaves)
+
+
+def _failure(pl_module: LightningModule, inputs: ExampleInputs) -> str | None:
+    try:
+        with undisturbed(pl_module):
+            run(pl_module, pytree.tree_map_only(Tensor, torch.clone, inputs))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _candidates(pl_module: LightningModule, batch: Any) -> Iterator[tuple[str, ExampleInputs]]:

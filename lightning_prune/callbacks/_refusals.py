@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.arguments import amount_by_group, with_ignored
 from lightning_prune.errors import PruningError
@@ -14,20 +15,18 @@ from lightning_prune.schedules import Schedule
 from lightning_prune.structure import Structure
 
 if TYPE_CHECKING:
-    from lightning_prune.callbacks._pruning import StructuredPruning
+    from lightning_prune.callbacks._gathering import Gathering
+    from lightning_prune.callbacks._pruning import Pruning
+    from lightning_prune.callbacks._structured import StructuredPruning
 
-__all__ = ["leads", "pruning_callbacks", "refuse_overlap", "refuse_run", "refuse_short"]
-
-
-_CONTRADICTING = {
-    "ModelPruning": "one cuts what the other wraps",
-    "WeightAveraging": "one cuts the model of which the other keeps a whole copy",
-    "StochasticWeightAveraging": "one cuts the model of which the other keeps a whole copy",
-}
+__all__ = [
+    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_overlap", "refuse_removal", "refuse_run",
+    "refuse_short", "refuse_unmaskable", "structured_callbacks",
+]  # fmt: skip
 
 
-def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse strategies, ways of optimizing and lengths of training that pruning cannot work with.
+def refuse_removal(where: str, trainer: Trainer) -> None:
+    """Refuse strategies and other callbacks beside which no unit can leave.
 
     Raises:
         PruningError: Saying what to use instead.
@@ -36,11 +35,6 @@ def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: Ligh
         raise PruningError(
             f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, from which no unit can be cut. "
             "Prune on one device or with strategy='ddp', then shard the slim model."
-        )
-    if not pl_module.automatic_optimization:
-        raise PruningError(
-            f"{where}: {type(pl_module).__name__} optimizes manually, so a cut could fall between its backward passes. "
-            "Use automatic optimization, or call lightning_prune.prune_filters between two of your steps."
         )
     if hasattr(trainer.strategy.launcher, "_start_method"):
         raise PruningError(
@@ -52,30 +46,91 @@ def refuse_run(where: str, schedule: Schedule, trainer: Trainer, pl_module: Ligh
             f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no "
             "checkpoint of the slim model could be loaded. Leave the plugin out."
         )
-    for name, reason in _CONTRADICTING.items():
-        if any(name in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise PruningError(f"{where} and {name} contradict: {reason}. Use one of them.")
-    last, epochs = schedule.last_epoch, trainer.max_epochs
-    if not trainer.fast_dev_run and epochs is not None and 0 < epochs <= last:  # type: ignore[attr-defined]
+    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise PruningError(f"{where} and ModelPruning contradict: one cuts what the other wraps. Use one of them.")
+
+
+def refuse_masks(where: str, trainer: Trainer) -> None:
+    """Refuse strategies and other callbacks beside which masks cannot hold.
+
+    Raises:
+        PruningError: Saying what to use instead.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:
         raise PruningError(
-            f"{where}: {schedule} is complete only before epoch {last} (counted from 0), but training ends after "
-            f"max_epochs={epochs}. End the schedule at epoch {epochs - 1} or before, or train for longer."
+            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, on which no mask of the whole "
+            "fits. Prune on one device or with strategy='ddp'."
+        )
+    if hasattr(trainer.strategy.launcher, "_start_method"):
+        raise PruningError(
+            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and what is known "
+            "of the masks ends with them. Use strategy='ddp', from a script."
+        )
+    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise PruningError(f"{where} and ModelPruning contradict: one masks what the other wraps. Use one of them.")
+
+
+def refuse_unmaskable(where: str, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that look at the model within a step, where no mask holds.
+
+    Raises:
+        PruningError: For LBFGS.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise PruningError(
+            f"{where}: LBFGS runs the model several times within a step, with weights that no mask has seen. "
+            "Train with a first-order optimizer, such as SGD or AdamW, while pruning."
+        )
+
+
+def refuse_run(where: str, schedule: Schedule, trainer: Trainer) -> None:
+    """Refuse a training whose stated length ends before the schedule.
+
+    Raises:
+        PruningError: Saying how long it takes.
+    """
+    stated = trainer.max_epochs if schedule.by == "epochs" else trainer.max_steps
+    if not trainer.fast_dev_run and stated is not None and 0 < stated <= schedule.last:  # type: ignore[attr-defined]
+        raise PruningError(
+            f"{where}: {schedule} is complete only before {schedule.by[:-1]} {schedule.last} (counted from 0), but "
+            f"training ends after max_{schedule.by}={stated}. End the schedule at {schedule.by[:-1]} {stated - 1} or "
+            "before, or train for longer."
         )
 
 
 def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
-    """Refuse a training that ``max_steps`` ends before the schedule, now that the length of an epoch is known.
+    """Refuse a training that ends before the schedule, now that the length of an epoch is known.
 
     Raises:
-        PruningError: Saying how many steps it takes.
+        PruningError: Saying in which epoch or step it ends.
     """
-    steps, batches = trainer.max_steps, trainer.num_training_batches
-    needed = schedule.last_epoch * (batches / trainer.accumulate_grad_batches)
-    if not trainer.fast_dev_run and 0 < steps <= needed < math.inf:  # type: ignore[attr-defined]
+    if trainer.fast_dev_run or not math.isfinite(trainer.num_training_batches):  # type: ignore[attr-defined]
+        return
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    each = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # the last window may be short
+    if schedule.by == "epochs" and 0 < steps <= schedule.last * each:
+        ends = f"max_steps={steps}, in epoch {math.ceil(steps / each) - 1}"
+    elif schedule.by == "steps" and epochs is not None and 0 < epochs * each <= schedule.last:
+        ends = f"max_epochs={epochs} of {each} steps, before step {epochs * each}"
+    else:
+        return
+    raise PruningError(
+        f"{where}: {schedule} is complete only before {schedule.by[:-1]} {schedule.last} (counted from 0), but "
+        f"training ends after {ends}. End the schedule earlier, or train for longer."
+    )
+
+
+def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse to wait for what a whole epoch did not show.
+
+    Raises:
+        PruningError: Saying how a training step that optimizes manually lets its gradients be seen.
+    """
+    if gathering.watching and not gathering.ready and not pl_module.automatic_optimization:
         raise PruningError(
-            f"{where}: {schedule} is complete only before epoch {schedule.last_epoch} (counted from 0), but training "
-            f"ends after max_steps={steps}, in epoch {math.ceil(steps * schedule.last_epoch / needed) - 1}. "
-            "End the schedule earlier, or train for longer."
+            f"{where}: of the {gathering.looks_at_training} of a whole epoch nothing was seen. "
+            f"{type(pl_module).__name__} optimizes manually: call self.manual_backward(loss) and step what "
+            "self.optimizers() returns, not optimizers of torch, so that callbacks are told."
         )
 
 
@@ -85,7 +140,7 @@ def refuse_overlap(mine: StructuredPruning, trainer: Trainer, pl_module: Lightni
     Raises:
         PruningError: Naming both and the channels.
     """
-    for other in pruning_callbacks(trainer):
+    for other in structured_callbacks(trainer):
         shared = set() if other is mine else _claims(mine, pl_module, structure) & _claims(other, pl_module, structure)
         if shared:
             raise PruningError(
@@ -94,16 +149,18 @@ def refuse_overlap(mine: StructuredPruning, trainer: Trainer, pl_module: Lightni
             )
 
 
-def pruning_callbacks(trainer: Trainer) -> list[StructuredPruning]:
+def pruning_callbacks(trainer: Trainer) -> list[Pruning]:
+    """Return the trainer's callbacks that prune."""
+    from lightning_prune.callbacks._pruning import Pruning
+
+    return [callback for callback in trainer.callbacks if isinstance(callback, Pruning)]  # type: ignore[attr-defined]
+
+
+def structured_callbacks(trainer: Trainer) -> list[StructuredPruning]:
     """Return the trainer's callbacks that cut."""
-    from lightning_prune.callbacks._pruning import StructuredPruning
+    from lightning_prune.callbacks._structured import StructuredPruning
 
-    return [callback for callback in trainer.callbacks if isinstance(callback, StructuredPruning)]  # type: ignore[attr-defined]
-
-
-def leads(callback: StructuredPruning, trainer: Trainer) -> bool:
-    """Tell whether this is the last of our callbacks, which logs for all: values logged twice would be averaged."""
-    return pruning_callbacks(trainer)[-1] is callback
+    return [callback for callback in pruning_callbacks(trainer) if isinstance(callback, StructuredPruning)]
 
 
 def _claims(callback: StructuredPruning, pl_module: LightningModule, structure: Structure) -> set[str]:

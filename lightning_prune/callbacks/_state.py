@@ -1,16 +1,17 @@
-"""What changes in the life of a pruning callback, and what of it a checkpoint remembers."""
+"""What changes in the life of a callback that removes units, and what of it a checkpoint remembers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_prune.arguments import Amount
-from lightning_prune.budget import Dense, Footprint
+from lightning_prune.budget import Budget, Dense, Footprint
 from lightning_prune.callbacks._inputs import is_plain
 from lightning_prune.flops import FlopCount
 from lightning_prune.inputs import ExampleInputs
+from lightning_prune.latency import Shapes
 from lightning_prune.reports import LayerCost
 
 __all__ = ["Start", "State"]
@@ -25,6 +26,9 @@ class Start:
     flops: int
     layers: dict[str, LayerCost]
     amount: Amount
+    budget: Budget
+    shapes: Shapes | None  # where the latency is a target: of the model that it is measured against
+    units: int = 0  # that leave in all, as the rehearsal found
 
     @property
     def dense(self) -> Dense:
@@ -42,18 +46,15 @@ class State:
     flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
     widths: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    share: float = 0.0  # of the amount, gone so far
-    ceiling: float = 1.0  # of the amount, beyond which a guard lets nothing go
-    logged_epoch: int = -1
+    latency: float = 1.0  # share of it that was left after the last cut, where it is a target
 
     def remembered(self) -> dict[str, Any]:
         """Return what a checkpoint shall remember, as plain numbers and tensors."""
         start = self.start
         return {
-            "share": self.share,
-            "ceiling": self.ceiling,
             "widths": dict(self.widths),
             "refused": list(self.refused),
+            "latency": self.latency,
             "example": self.example if is_plain(self.example) else None,
             "start": None if start is None else {
                 "widths": dict(start.widths),
@@ -61,15 +62,19 @@ class State:
                 "flops": start.flops,
                 "layers": {path: list(cost) for path, cost in start.layers.items()},
                 "amount": dict(start.amount) if isinstance(start.amount, Mapping) else start.amount,
+                "budget": asdict(start.budget),
+                "shapes": None if start.shapes is None else asdict(start.shapes),
+                "units": start.units,
             },
         }  # fmt: skip
 
     def take_up(self, remembered: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers."""
         start = remembered["start"]
-        self.share, self.ceiling = remembered["share"], remembered["ceiling"]
+        self.latency = remembered["latency"]
         self.widths, self.refused = dict(remembered["widths"]), list(remembered["refused"])
         self.example, self.start = remembered["example"], None
         if start is not None:
             layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}
-            self.start = Start(**{**start, "layers": layers})
+            shapes = None if start["shapes"] is None else Shapes(**start["shapes"])
+            self.start = Start(**{**start, "layers": layers, "budget": Budget(**start["budget"]), "shapes": shapes})

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
-
-from lightning_prune.budget import Scores
-from lightning_prune.callbacks._pruning import StructuredPruning
+from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import Schedule
-from lightning_prune.scoring import score_units
-from lightning_prune.structure import Structure
 
 __all__ = ["FilterL1Pruning"]
 
@@ -28,7 +24,11 @@ class FilterL1Pruning(StructuredPruning):
         amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
             fractions by pattern of module paths, ``{"layer1.*.conv1": 0.6}``: of the channels that these modules
             produce (what no pattern names stays whole).
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters or FLOPs.
+        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
+            latency. That is the time of one call on the example inputs, in eval mode, measured on this machine (on the
+            first process) whenever a cut is due, and reached within 5 % where single units weigh less; it is logged as
+            ``prune/latency_kept``. Pass ``example_inputs`` of the batch that counts; widths often run fastest in
+            multiples of 8 or so, see ``round_to``.
         scope: ``layer`` takes the same share of every layer; ``global`` compares norms, divided by their layer's mean,
             across layers.
         schedule: When how much of it leaves; by default everything before the first batch, as when a trained model is
@@ -37,6 +37,13 @@ class FilterL1Pruning(StructuredPruning):
         round_to: Widths after a cut are multiples of this, rounded up.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
             the module's ``example_input_array``, else one example of the first training batch.
+        min_width: Units that stay of every layer at least; or by pattern of module paths, the largest that names a
+            layer.
+        max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
+            smallest that names a layer. What layers may not give towards the whole model's budget, others do; an
+            ``amount`` of each layer's own filters stops there.
+        recalibrate: Training batches over which BatchNorm's means and variances are averaged anew after each cut; by
+            default they follow as training goes on.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -54,15 +61,17 @@ class FilterL1Pruning(StructuredPruning):
     def __init__(
         self,
         amount: float | dict[str, float] = 0.3,
-        target: Literal["filters", "params", "flops"] = "filters",
+        target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
         ignore: Sequence[str] = (),
         round_to: int = 1,
         example_inputs: Any = None,
+        min_width: int | dict[str, int] = 1,
+        max_amount: float | dict[str, float] = 1.0,
+        recalibrate: int = 0,
     ) -> None:
-        super().__init__(amount, target, scope, schedule, ignore, round_to, example_inputs)
-
-    def scores(self, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Return the L1 norm of each unit's filters, ``(width,)`` for each group."""
-        return score_units(pl_module, structure, "l1")
+        super().__init__(
+            amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
+            gathering_for("l1"),
+        )  # fmt: skip

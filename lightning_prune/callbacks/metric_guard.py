@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import Guard
 from lightning_prune.callbacks._refusals import pruning_callbacks
 from lightning_prune.errors import PruningError
@@ -87,12 +88,13 @@ class MetricGuard(Guard):
             )
 
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember everything as it is, before the first of the cuts that fall on one epoch."""
+        """Remember everything as it is, before the first of the cuts that fall on one moment."""
         if self._state.before is not None:
             return
         self._state.before = {
             **take_snapshot(pl_module, trainer.optimizers),
-            "epoch": trainer.current_epoch,
+            "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
+            "step": trainer.global_step,
             "pruning": [callback.progress() for callback in pruning_callbacks(trainer)],
         }
         self._state.validations = 0
@@ -123,7 +125,7 @@ class MetricGuard(Guard):
         if state.before is None:
             return False
         if state.last is None or state.best is None or state.validations < self.patience:
-            return state.before["epoch"] != trainer.current_epoch
+            return state.before["step"] != trainer.global_step  # cuts of one moment stand together
         before, state.before = state.before, None
         harmed = math.isnan(state.last) or self._behind(state.last, state.best) > self.drop
         if trainer.strategy.broadcast(harmed):
@@ -140,6 +142,8 @@ class MetricGuard(Guard):
         if averaged:
             strategy.model = pl_module
         restore_(pl_module, trainer.optimizers, before)
+        for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
+            restore_(copy, (), own)
         if averaged:
             strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback, progress in zip(pruning_callbacks(trainer), before["pruning"], strict=True):

@@ -3,6 +3,8 @@
 from lightning_prune.reports.groups import GroupCost, group_costs, group_table, pinned_table
 from lightning_prune.reports.layers import LayerCost, layer_costs, layer_table
 from lightning_prune.reports.sensitivity import draw_sensitivity, import_matplotlib, sensitivity_table
+from lightning_prune.reports.stored import stored_table
+from lightning_prune.reports.weights import weight_table
 
 __all__ = [
     "GroupCost",
@@ -15,4 +17,6 @@ __all__ = [
     "layer_table",
     "pinned_table",
     "sensitivity_table",
+    "stored_table",
+    "weight_table",
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Pattern", "parse_pattern"]
+__all__ = ["Pattern"]
 
 
 @dataclass(frozen=True)
@@ -61,20 +60,3 @@ class Pattern:
         order = torch.argsort(blocks, dim=-1, stable=True)
         keep = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[..., self.of - self.stay :], True)
         return keep.unflatten(-2, (-1, self.apart)).transpose(-1, -2).flatten(-3)
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Read ``"2:4"``: of every 4 weights 2 stay.
-
-    Raises:
-        ValueError: If it is not two whole numbers, the first from 1 to below the second.
-
-    Example:
-        >>> parse_pattern("2:4")
-        (2, 4)
-    """
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    stay, of = map(int, found.groups()) if found else (0, 0)
-    if not 0 < stay < of:
-        raise ValueError(f'amount={pattern!r}: write "2:4" to keep 2 of every 4 consecutive weights of a row.')
-    return stay, of

@@ -63,7 +63,7 @@ def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:
 def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
     """Write a cut into the model and the state of its optimizers.
 
-    Parameters stay the same objects; their gradients are dropped.
+    Parameters stay the same objects, and what has gathered in their gradients is cut like themselves.
 
     Raises:
         PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
@@ -76,9 +76,12 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
         for parameter, kept in parameters
         if parameter in optimizer.state
     ]
+    gradients = [(p, narrowed(p.grad, kept)) for p, kept in parameters if p.grad is not None]
     for state, slim in states:
         state.update(slim)
     replace_tensors_(model, tensors)
+    for parameter, gradient in gradients:
+        parameter.grad = gradient
     set_attributes_(model, cut.attributes)
 
 

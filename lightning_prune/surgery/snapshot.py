@@ -11,18 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.recipe import RECIPE, recipe_of, resize_
+from lightning_prune.surgery.recipe import recipe_of, resize_
 
 __all__ = ["restore_", "take_snapshot"]
 
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
     """Copy every parameter, buffer and optimizer state, and what shapes cannot tell, as plain dicts and tensors."""
-    metadata: dict[str, Any] = {}
-    recipe_of(model)(model, {}, "", metadata)
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()},
-        "attributes": metadata[RECIPE]["attributes"],
+        "attributes": recipe_of(model).values(model),
         "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
     }
 

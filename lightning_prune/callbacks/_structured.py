@@ -1,0 +1,375 @@
+"""What the callbacks share that remove units from a model: scores to plan, proof and cut, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from rich.console import Console
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_prune.arguments import (
+    MaxAmount,
+    MinWidth,
+    amount_by_group,
+    budget_by_group,
+    check_arguments,
+    check_optimizers,
+    check_prunable,
+    with_ignored,
+)
+from lightning_prune.batch_norm import batch_norms, recalibrate_batch_norm
+from lightning_prune.budget import Budget, Scope, Scores, Target
+from lightning_prune.callbacks._averaging import cut_copies_
+from lightning_prune.callbacks._batches import training_batches
+from lightning_prune.callbacks._gathering import Gathering
+from lightning_prune.callbacks._guard import guards
+from lightning_prune.callbacks._inputs import batch_as_inputs, inputs_of, on_device_of
+from lightning_prune.callbacks._pruning import Pruning
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_blind,
+    refuse_overlap,
+    refuse_removal,
+    structured_callbacks,
+)
+from lightning_prune.callbacks._state import Start, State
+from lightning_prune.errors import PruningError
+from lightning_prune.flops import FlopCount, count_flops
+from lightning_prune.inputs import ExampleInputs, run
+from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
+from lightning_prune.pruning import Prepared, count_params, prepare
+from lightning_prune.reports import layer_costs, layer_table
+from lightning_prune.schedules import Schedule
+from lightning_prune.scoring import score_units
+from lightning_prune.structure import Keep, Structure, find_structure, trace
+from lightning_prune.surgery import Kept, cut_, recipe_of
+
+__all__ = ["StructuredPruning"]
+
+
+class StructuredPruning(Pruning):
+    """Base of the callbacks that remove filters and neurons while a model trains; each brings what it scores by."""
+
+    def __init__(
+        self,
+        amount: float | dict[str, float],
+        target: Target,
+        scope: Scope,
+        schedule: Schedule | None,
+        ignore: Sequence[str],
+        round_to: int,
+        example_inputs: Any,
+        min_width: MinWidth,
+        max_amount: MaxAmount,
+        recalibrate: int,
+        gathering: Gathering,
+    ) -> None:
+        """Check the arguments and keep them."""
+        where = type(self).__name__
+        check_arguments(where, amount, "l1", target, scope, round_to, min_width, max_amount)
+        if isinstance(ignore, str):
+            raise TypeError(f"{where}(ignore={ignore!r}): pass a list of patterns, [{ignore!r}].")
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise ValueError(f"{where}(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
+        super().__init__(schedule)
+        if gathering.looks_at_training and self.schedule.progress(0) > 0:
+            raise ValueError(
+                f"{where}(schedule={self.schedule!r}): {gathering.looks_at_training} must be seen before the first "
+                f"cut. Start at {self.schedule.by[:-1]} 1."
+            )
+        self.amount = amount
+        self.target: Target = target
+        self.scope: Scope = scope
+        self.ignore = list(ignore)
+        self.round_to = round_to
+        self.example_inputs = example_inputs
+        self.min_width = min_width
+        self.max_amount = max_amount
+        self.recalibrate = recalibrate
+        self._state = State()
+        self._gathering = gathering
+
+    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
+        """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
+        return self._gathering.scores(trainer, pl_module, structure)
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was gathered to score by."""
+        return self._gathering.ready
+
+    @property
+    def units(self) -> int:
+        """How many units leave in all, as the rehearsal found."""
+        return 0 if self._state.start is None else self._state.start.units
+
+    @property
+    def state_key(self) -> str:
+        """Tell two callbacks of one class apart by the modules they are about."""
+        named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
+        return self._generate_state_key(amount=named, ignore=self.ignore)
+
+    def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a run in which no unit can leave."""
+        refuse_removal(type(self).__name__, trainer)
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
+        """Trace the model on known inputs, or on the first batch, and rehearse the whole amount."""
+        check_optimizers(type(self).__name__, trainer.optimizers)
+        if batch is not None:
+            self._state.example = batch_as_inputs(pl_module, batch)
+        given = [callback.example_inputs for callback in (self, *structured_callbacks(trainer))]
+        known = [*given, pl_module.example_input_array, self._state.example]
+        inputs = next((inputs for inputs in known if inputs is not None), None)
+        if inputs is None:
+            return False
+        state = self._state
+        state.inputs, state.flops = on_device_of(trainer, pl_module, inputs), None
+        structure = find_structure(trace(pl_module, state.inputs))
+        refuse_overlap(self, trainer, pl_module, structure)
+        structure = self._prunable(pl_module, structure)
+        if state.start is None:
+            check_prunable(pl_module, structure)
+            state.start = Start(
+                {name: group.width for name, group in structure.groups.items()},
+                count_params(pl_module),
+                self._count_flops(pl_module).total,
+                layer_costs(pl_module, self._count_flops(pl_module)),
+                amount_by_group(structure, self.amount),
+                self._budget_of(structure),
+                shapes_of(pl_module, structure) if self.target == "latency" else None,
+            )
+        if self.target == "latency" and state.start.shapes is None:
+            raise PruningError(
+                f"{type(self).__name__}(target='latency'): the checkpoint is of a run with another target and does not "
+                "tell the shape that the whole model had. Go on with that target, or start anew."
+            )
+        if self._course.progress < self._course.ceiling:
+            scores = score_units(pl_module, structure, "l1")
+            prepared = self._prepare(trainer, pl_module, structure, scores, progress=1.0)
+            state.start.units = state.start.units or sum(width.before - width.after for width in prepared.widths)
+            self._gathering.watch(pl_module, structure)
+        return True
+
+    def reach(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
+        """Cut until what is due is gone."""
+        structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+        scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
+        self._gathering.rest()
+        prepared = self._prepare(trainer, pl_module, structure, scores, progress)
+        if prepared.cut.kept:
+            self._cut(trainer, pl_module, prepared)
+            self._recalibrate(trainer, pl_module)
+            if self.target == "latency":
+                self._state.latency = self._latency(trainer, pl_module, structure, {})
+        self._state.widths |= {width.name: width.after for width in prepared.widths}
+        if progress < self._course.ceiling:
+            self._watch_on(pl_module)
+
+    def metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Return parameters, multiply-adds, and the share of filters that could leave and have left."""
+        if not self._speaks(trainer):
+            return {}
+        start, flops, params = self._start, self._count_flops(pl_module).total, count_params(pl_module)
+        dense: dict[str, int] = {}
+        left: dict[str, int] = {}
+        for state in (callback._state for callback in structured_callbacks(trainer)):
+            for name, width in (state.start.widths if state.start is not None else {}).items():
+                dense[name] = max(dense.get(name, 0), width)
+                left[name] = min(left.get(name, width), state.widths.get(name, width))
+        values = {
+            "prune/params": params,
+            "prune/flops": flops,
+            "prune/params_kept": params / max(start.params, 1),
+            "prune/flops_kept": flops / max(start.flops, 1),
+            "prune/sparsity": 1 - sum(left.values()) / max(sum(dense.values()), 1),
+        }
+        for state in (callback._state for callback in structured_callbacks(trainer)):
+            if state.start is not None and state.start.shapes is not None:
+                values["prune/latency_kept"] = state.latency
+        return {name: float(value) for name, value in values.items()}
+
+    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what became of every layer."""
+        if self._speaks(trainer):
+            start, flops = self._start, self._count_flops(pl_module)
+            kept = count_params(pl_module) / max(start.params, 1), flops.total / max(start.flops, 1)
+            title = f"Left: {kept[0]:.1%} of params, {kept[1]:.1%} of FLOPs"
+            if self.target == "latency":
+                title += f", {self._state.latency:.1%} of the latency {circumstances(pl_module, self._inputs)}"
+            Console().print(layer_table(start.layers, layer_costs(pl_module, flops), title))
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what amounts are fractions of, what has gone, and what was gathered since."""
+        return {**self._state.remembered(), "gathered": self._gathering.gathered()}
+
+    def take_up(self, remembered: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint remembers."""
+        self._state.take_up(remembered)
+        self._gathering.take_up(remembered["gathered"])
+
+    def amend(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Let what was gathered be what all processes have."""
+        self._gathering.amend(trainer, checkpoint["callbacks"][self.state_key]["gathered"])
+
+    def forget(self) -> None:
+        """Start anew: the module is another one."""
+        self._state = State()
+
+    def undoable(self) -> dict[str, Any]:
+        """Return the widths and the latency."""
+        return {"widths": dict(self._state.widths), "latency": self._state.latency}
+
+    def undo(self, pl_module: LightningModule, undoable: dict[str, Any]) -> None:
+        """Follow a model that was given back what the last cut took."""
+        self._state.widths, self._state.flops = dict(undoable["widths"]), None
+        self._state.latency = undoable["latency"]
+        self._gathering.rest()
+        if self._course.progress < self._course.ceiling:
+            self._watch_on(pl_module)
+
+    def follow(self, kept: Kept) -> None:
+        """Count anew after a cut, whoever made it."""
+        self._state.flops = None
+
+    def detach(self, pl_module: LightningModule) -> None:
+        """Take every hook off the model."""
+        self._gathering.rest()
+
+    # What the run shows to the criterion
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Do what is due, and look at what follows alone."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._gathering.before_batch()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Gather from the forward passes of one training step."""
+        self._gathering.after_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Forget what backward passes outside the training step have left."""
+        self._gathering.before_backward()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather from one backward pass."""
+        self._gathering.after_backward(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Gather from the gradients that a step is made of."""
+        self._gathering.before_step(trainer, pl_module, optimizer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to wait for what an epoch did not show."""
+        refuse_blind(type(self).__name__, self._gathering, trainer, pl_module)
+
+    def _speaks(self, trainer: Trainer) -> bool:
+        """Tell whether this callback logs and reports for all that remove units."""
+        return structured_callbacks(trainer)[-1] is self
+
+    def _watch_on(self, pl_module: LightningModule) -> None:
+        if self._gathering.looks_at_training:
+            structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+            self._gathering.watch(pl_module, structure)
+
+    def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
+        recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
+        structure = with_ignored(pl_module, structure, self.ignore)
+        refused = [name for name in self._state.refused if name in structure.groups]
+        return structure.without(refused, "an earlier cut of them could not be proved")
+
+    def _budget_of(self, structure: Structure) -> Budget:
+        budget = Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
+        return budget_by_group(structure, budget)
+
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, scores: Scores, progress: float
+    ) -> Prepared:
+        """Plan and prove a cut."""
+        state, amount, schedule = self._state, self._start.amount, self.cuts
+        due = (
+            {name: schedule.sparsity(progress, a) for name, a in amount.items()}
+            if isinstance(amount, Mapping)
+            else schedule.sparsity(progress, amount)
+        )
+        prepared = prepare(
+            pl_module,
+            self._inputs,
+            structure,
+            scores,
+            due,
+            replace(self._start.budget, target=self.target, scope=self.scope, round_to=self.round_to),
+            dense=self._start.dense.without(state.refused),
+            flops=self._count_flops(pl_module).total,
+            latency=partial(self._latency, trainer, pl_module),
+            at_most=schedule.at_most(progress),
+        )
+        state.refused += prepared.refused
+        return prepared
+
+    def _latency(self, trainer: Trainer, pl_module: LightningModule, structure: Structure, keep: Keep) -> float:
+        """Measure on the first process what share of the latency a choice leaves, and tell the others."""
+        found: float | None = None
+        failure: Exception | None = None
+        if trainer.is_global_zero:
+            assert self._start.shapes is not None  # noted at the start, as this is the target
+            try:
+                with trainer.precision_plugin.forward_context():
+                    found = latency_kept(pl_module, self._inputs, structure, keep, self._start.shapes)
+            except CutDoesNotRunError as error:
+                failure = error
+        found = trainer.strategy.broadcast(found)
+        if found is None:
+            raise CutDoesNotRunError(keep) from failure
+        return found
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, prepared: Prepared) -> None:
+        """Make a cut; where processes average gradients, what averages them is made anew for the new shapes."""
+        strategy = trainer.strategy
+        averaged = isinstance(strategy.model, DistributedDataParallel)
+        if averaged:
+            strategy.model = pl_module
+        recipe_of(pl_module).needed = True
+        for guard in guards(trainer):
+            guard.before_cut(trainer, pl_module)
+        cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
+        cut_copies_(trainer, pl_module, prepared.cut)
+        if averaged:
+            strategy.configure_ddp()  # type: ignore[attr-defined]
+        for callback in pruning_callbacks(trainer):
+            callback.follow(prepared.cut.kept)
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Average BatchNorm's statistics anew, over batches and processes."""
+        norms = batch_norms(pl_module)
+        if not self.recalibrate or not norms:
+            return
+        with (
+            training_batches(trainer, pl_module, self.recalibrate) as batches,
+            trainer.precision_plugin.forward_context(),
+        ):
+            recalibrate_batch_norm(pl_module, inputs_of(pl_module, batches), run)
+        for norm in norms.values():
+            for buffer in (norm.running_mean, norm.running_var):
+                buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+    @property
+    def _start(self) -> Start:
+        assert self._state.start is not None  # set when the model is first traced, before anything is planned
+        return self._state.start
+
+    @property
+    def _inputs(self) -> ExampleInputs:
+        assert self._state.inputs is not None
+        return self._state.inputs
+
+    def _count_flops(self, pl_module: LightningModule) -> FlopCount:
+        if self._state.flops is None:
+            self._state.flops = count_flops(pl_module, self._inputs)
+        return self._state.flops

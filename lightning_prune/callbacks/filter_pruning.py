@@ -1,0 +1,108 @@
+"""Prunes filters by any criterion while a model trains."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._structured import StructuredPruning
+from lightning_prune.schedules import OneShot, Schedule
+from lightning_prune.scoring import CRITERIA, Criterion
+
+__all__ = ["FilterPruning"]
+
+
+class FilterPruning(StructuredPruning):
+    """Remove the filters, neurons and channels that a criterion of your choice scores lowest while the model trains.
+
+    What a criterion looks at comes from the run itself: weights when a cut is due; gradients and activations of the
+    training steps since the last cut, at no extra pass; for second derivatives, some training batches, read beside the
+    training. For what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
+
+    Args:
+        amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
+            fractions by pattern of module paths, of the channels that these modules produce.
+        criterion: ``l1``, ``l2`` (of a filter's weights), ``bn_scale``, ``random``, ``taylor`` (on weights),
+            ``taylor_activations``, ``activation_mean``, ``activation_std``, ``apoz``, ``obd`` (by per-example
+            gradients), ``obd_hutchinson``; or a function from a weight ``(out, ...)`` to one score per filter
+            ``(out,)``, higher is kept longer, or its import path, ``my_package.my_module.my_criterion``.
+        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
+            latency.
+        scope: ``layer`` takes the same share of every layer; ``global`` compares scores across layers.
+        schedule: When how much of it leaves; by default everything before the first batch, or before epoch 1 where
+            training must be seen first.
+        ignore: Patterns of module paths whose channels stay.
+        round_to: Widths after a cut are multiples of this, rounded up.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
+            the module's ``example_input_array``, else one example of the first training batch.
+        min_width: Units that stay of every layer at least, or by pattern of module paths.
+        max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
+        recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
+        batches: Training batches that ``obd`` and ``obd_hutchinson`` look at when a cut is due.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
+        TypeError: If an argument is of a wrong kind.
+
+    Example:
+        >>> FilterPruning(amount=0.5, criterion="bn_scale", scope="global").criterion
+        'bn_scale'
+        >>> FilterPruning(criterion=lambda weight: weight.abs().amax(dim=(1, 2, 3))).amount
+        0.3
+    """
+
+    def __init__(
+        self,
+        amount: float | dict[str, float] = 0.3,
+        criterion: str | Callable[[Tensor], Tensor] = "l2",
+        target: Literal["filters", "params", "flops", "latency"] = "filters",
+        scope: Literal["layer", "global"] = "layer",
+        schedule: Schedule | None = None,
+        ignore: Sequence[str] = (),
+        round_to: int = 1,
+        example_inputs: Any = None,
+        min_width: int | dict[str, int] = 1,
+        max_amount: float | dict[str, float] = 1.0,
+        recalibrate: int = 0,
+        batches: int = 8,
+    ) -> None:
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
+        gathering = gathering_for(_found(criterion), batches)
+        if schedule is None and gathering.looks_at_training:
+            schedule = OneShot(at=1)
+        super().__init__(
+            amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
+            gathering,
+        )  # fmt: skip
+        self.criterion = criterion
+        self.batches = batches
+
+
+def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
+    """Look a criterion up by name or import path.
+
+    Raises:
+        ValueError: If there is no such name, or nothing to call under the path.
+    """
+    if not isinstance(criterion, str) or criterion in CRITERIA:
+        if callable(criterion) or criterion in CRITERIA:
+            return criterion
+        raise ValueError(f"FilterPruning(criterion={criterion!r}): pass a name, an import path or a function.")
+    try:
+        found = pkgutil.resolve_name(criterion) if "." in criterion else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"FilterPruning(criterion={criterion!r}): it cannot be imported ({error}). Give the path of a function, "
+            "package.module.function, that can be imported where training starts."
+        ) from error
+    if not callable(found):
+        raise ValueError(
+            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, the import path "
+            "of a function, or a function."
+        )
+    return found

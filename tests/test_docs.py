@@ -1,0 +1,43 @@
+"""The README and the documentation do what they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1)
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_of_code_runs(block, tmp_path, monkeypatch):
+    """Each block runs by itself, as a reader would paste it."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_it_names_exist(page):
+    """Links to files of the project lead somewhere."""
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_navigation():
+    """No page of the documentation is left without a way to it."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in PAGES[1:]:
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation, page
+
+
+def test_every_public_name_is_documented():
+    """The API page names everything that the package exports."""
+    import lightning_prune
+
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^::: lightning_prune\.(\w+)$", page, re.MULTILINE)) == set(lightning_prune.__all__)

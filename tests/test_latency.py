@@ -1,0 +1,167 @@
+"""A share of the latency, measured on this machine, leaves."""
+
+import copy
+import itertools
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import PruningError, prune_filters
+from lightning_prune.budget import Budget, Dense, Footprint, plan
+from lightning_prune.latency import latency_kept, shapes_of
+from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import cut_, draft
+
+
+class Clock:
+    """A clock that goes on by a millisecond for every channel that a layer makes, and otherwise stands still."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr("lightning_prune.latency.perf_counter", made)
+    return made
+
+
+class Slow(nn.Module):
+    """Takes a time that is known."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+        self.first, self.second, self.head = nn.Linear(4, 20), nn.Linear(20, 40), nn.Linear(40, 2)
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = layer(x).relu()
+            self.clock.now += 1e-3 * layer.out_features
+        return self.head(x)
+
+
+def channels(model):
+    return model.first.out_features + model.second.out_features
+
+
+@pytest.mark.parametrize("scope, amount", [("layer", 0.5), ("global", 0.3)])
+def test_the_latency_asked_for_leaves(scope, amount, clock):
+    """With target="latency" the share that was asked for is gone, to 5 %, and the report tells what was measured."""
+    model, x = Slow(clock), torch.ones(3, 4)
+    report = prune_filters(model, x, amount, target="latency", scope=scope)
+    assert channels(model) == 60 * (1 - amount)
+    assert report.latency_kept == pytest.approx(1 - amount)
+    assert report.measured == f"on cpu, {torch.get_num_threads()} threads, inputs (3, 4)"
+
+
+def test_latencies_out_of_reach_are_refused(clock):
+    """What one unit in every group still takes cannot go; the model stays as it was."""
+    model = Slow(clock)
+    with pytest.raises(PruningError, match="amount=0.99 of the latency cannot go.*96.7% would be gone"):
+        prune_filters(model, torch.ones(1, 4), 0.99, target="latency")
+    assert channels(model) == 60
+
+
+def test_amounts_count_from_the_whole_models_latency(clock):
+    """A model that was cut before is timed beside one of the shape it had as a whole."""
+    model, x = Slow(clock), torch.ones(1, 4)
+    structure = find_structure(trace(model, x))
+    whole = shapes_of(model, structure)
+    cut = draft(model, structure, {"first": np.arange(20) < 10, "second": np.arange(40) < 10})
+    cut_(model, cut, cut.tensors(model))
+    now = find_structure(trace(model, x))
+    assert latency_kept(model, x, now, {}, whole) == pytest.approx(20 / 60)
+    keep = {"second": np.arange(10) < 2}
+    assert latency_kept(model, x, now, keep, whole) == pytest.approx(12 / 60)
+    assert channels(model) == 20
+
+
+def test_measuring_changes_nothing():
+    """Values, mode, gradients and random numbers are as they were."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)), torch.ones(3, 4)
+    structure = find_structure(trace(model, x))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters, state = list(model.parameters()), torch.get_rng_state()
+    whole = shapes_of(model, structure)
+    whole.sizes["0.weight"] = [16, 4]  # as if some had left
+    whole.sizes["0.bias"] = whole.sizes["1.weight"] = whole.sizes["1.bias"] = [16]
+    whole.sizes["1.running_mean"] = whole.sizes["1.running_var"] = [16]
+    whole.sizes["3.weight"] = [2, 16]
+    latency_kept(model, x, structure, {"0": np.arange(8) < 2}, whole)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[0].out_features == model[1].num_features == model[3].in_features == 8
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_noisy_clock_is_borne(seed):
+    """One measurement in ten that is far too slow, and odd widths that cost more, do not spoil the search."""
+    noise = random.Random(seed)
+    model = nn.Sequential(nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 2))
+    structure = find_structure(trace(model, torch.ones(1, 4)))
+
+    def real(width):
+        return (width + (6 if width % 2 else 0)) / 200
+
+    def measured(keep):
+        disturbed = 1.5 if noise.random() < 1 / 10 else 1.0
+        return real(int(keep["0"].sum())) * noise.uniform(0.99, 1.01) * disturbed
+
+    amount = noise.uniform(0.1, 0.8)
+    keep = plan(
+        structure, {"0": torch.arange(200.0)}, amount, Budget("latency", "global"), latency=measured,
+        dense=Dense({"0": 200}, Footprint(0, 0)), footprint=lambda keep: Footprint(0, 0),
+    )  # fmt: skip
+    assert real(int(keep["0"].sum())) == pytest.approx(1 - amount, rel=0.05)
+
+
+class Picky(Slow):
+    """Does not run with a second layer of another width."""
+
+    def forward(self, x):
+        if self.second.out_features < 40:
+            raise RuntimeError("too narrow")
+        return super().forward(x)
+
+
+def test_what_does_not_run_slim_stays(clock):
+    """A group without which the model does not run is found while timing, and the others make up for it."""
+    model = Picky(clock)
+    report = prune_filters(model, torch.ones(1, 4), 0.2, target="latency", scope="global")
+    assert model.second.out_features == 40
+    assert channels(model) == 48
+    assert any("too narrow" in pin.reason for pin in report.pinned)
+
+
+@pytest.mark.slow
+def test_real_time():
+    """A real model, timed again with fresh inputs and the stopwatch of the test, has lost what was asked."""
+
+    def seconds(model, x):
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            model(x)
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    widths = [3, 96, 96, 96, 96]
+    layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 256, 10)).eval()
+    whole = copy.deepcopy(model)
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        prune_filters(model, x, 0.5, target="latency", scope="global")
+        ratios = [seconds(model, x) / seconds(whole, x) for _ in range(15)]
+    assert float(np.median(ratios)) == pytest.approx(0.5, rel=0.08)  # the test's own clock is disturbed, too
