@@ -5,7 +5,7 @@
     python -m benchmarks.obs layers --data ../data --depth 20
     python -m benchmarks.obs speed --size 4096
 
-``weights`` and ``filters`` give accuracy on test images, ``layers`` the error of layers beside the exact greedy solver's,
+``weights`` and ``filters`` give accuracy on test images, ``layers`` the error of layers beside the exact solver's,
 ``speed`` the blocked solver beside a Cholesky factorisation and a triangular solve. Each writes what it prints, as it
 goes, into ``obs-<what>-<depth>.json`` beside this file.
 """

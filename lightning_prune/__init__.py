@@ -6,6 +6,7 @@ from lightning_prune.callbacks import (
     FilterPruning,
     IterativeMagnitudePruning,
     MetricGuard,
+    OBSOneShot,
     TaylorFilterPruning,
 )
 from lightning_prune.checkpoints import load_from_checkpoint
@@ -35,6 +36,7 @@ __all__ = [
     "IterativeMagnitudePruning",
     "Linear",
     "MetricGuard",
+    "OBSOneShot",
     "ObsReport",
     "OneCycle",
     "OneShot",
