@@ -22,11 +22,8 @@ from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_masks, refuse_unmaskable, structured_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
-from lightning_prune.pruning import count_params
-from lightning_prune.reports import weight_table
-from lightning_prune.schedules import FewUnits, Schedule
-from lightning_prune.surgery import Kept, PackedMasks, recipe_of
-from lightning_prune.weight_pruning import (
+from lightning_prune.pruning.filters import count_params
+from lightning_prune.pruning.weights import (
     ToPrune,
     WeightCount,
     WeightScope,
@@ -34,6 +31,9 @@ from lightning_prune.weight_pruning import (
     weight_count,
     weights_to_prune,
 )
+from lightning_prune.reports import weight_table
+from lightning_prune.schedules import FewUnits, Schedule
+from lightning_prune.surgery import Kept, PackedMasks, recipe_of
 
 __all__ = ["MaskedPruning", "masking_callbacks"]
 

@@ -17,8 +17,8 @@ from lightning_prune.callbacks._masked import MaskedPruning
 from lightning_prune.callbacks._refusals import structured_callbacks
 from lightning_prune.callbacks._rewind import draw_anew_, remember, rewind_
 from lightning_prune.errors import PruningError
+from lightning_prune.pruning.weights import choose_weights, score_weights, shuffled
 from lightning_prune.schedules import Schedule
-from lightning_prune.weight_pruning import choose_weights, score_weights, shuffled
 
 __all__ = ["IterativeMagnitudePruning"]
 

@@ -16,8 +16,8 @@ from lightning_prune.arguments import Amount, check_amount
 from lightning_prune.criteria import magnitude
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, masks_on
+from lightning_prune.pruning.prunable import Weight, amount_by_weight, find_weights
 from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
-from lightning_prune.weights import Weight, amount_by_weight, find_weights
 
 __all__ = [
     "ToPrune",
