@@ -24,6 +24,7 @@ __all__ = [
     "budget_by_group",
     "check_amount",
     "check_arguments",
+    "check_ignored",
     "check_optimizers",
     "check_prunable",
     "names_module",
@@ -122,16 +123,25 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) 
     Raises:
         ValueError: If a pattern names no module.
     """
-    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
-    for pattern in ignore:
-        if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
+    check_ignored(model, ignore)
     ignored = [
         name
         for name, group in structure.groups.items()
         if any(names_module(pattern, producer) for pattern in ignore for producer in group.producers)
     ]
     return structure.without(ignored, "named in ignore=")
+
+
+def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Refuse patterns that name no module.
+
+    Raises:
+        ValueError: If a pattern names no module.
+    """
+    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
+    for pattern in ignore:
+        if not any(names_module(pattern, path) for path in paths):
+            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
 
 
 def check_prunable(model: nn.Module, structure: Structure) -> None:

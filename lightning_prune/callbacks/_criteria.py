@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.budget import Scores
 from lightning_prune.callbacks._batches import losses_of, training_batches
 from lightning_prune.callbacks._gathering import Gathering, OverTheRun
-from lightning_prune.scoring import CRITERIA, Criterion, score_units
+from lightning_prune.scoring import CRITERIA, Criterion, adds_up, score_units
 from lightning_prune.statistics import gather_contributions, taylor_over_units, watch_contributions, watch_moments
 from lightning_prune.structure import Structure
 
@@ -186,7 +186,9 @@ _OVER_THE_RUN: dict[str, Callable[[], Gathering]] = {
 def gathering_for(criterion: Criterion, batches: int = 1) -> Gathering:
     """Return what gathers for a criterion: over the run where the run's own passes show it, else when a cut is due."""
     named = criterion if isinstance(criterion, str) else ""
-    return _OVER_THE_RUN[named]() if named in _OVER_THE_RUN else AtTheCut(criterion, batches)
+    gathering = _OVER_THE_RUN[named]() if named in _OVER_THE_RUN else AtTheCut(criterion, batches)
+    gathering.adding_up = adds_up(criterion)
+    return gathering
 
 
 def _same(one: Optimizer, other: Optimizer) -> bool:

@@ -42,6 +42,8 @@ class Gathering(Listener, ABC):
 
     looks_at_training: str = ""
     """What of the training must have been seen since the last cut, if anything."""
+    adding_up: bool = False
+    """Whether scores are losses, so that those of several units add up."""
 
     @abstractmethod
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:

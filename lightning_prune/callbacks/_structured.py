@@ -161,7 +161,7 @@ class StructuredPruning(Pruning):
         structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
         scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
         self._gathering.rest()
-        prepared = self._prepare(trainer, pl_module, structure, scores, progress)
+        prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
         if prepared.cut.kept:
             self._cut(trainer, pl_module, prepared)
             recalibrate_(trainer, pl_module, self.recalibrate)
@@ -288,7 +288,13 @@ class StructuredPruning(Pruning):
         return budget_by_group(structure, budget)
 
     def _prepare(
-        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, scores: Scores, progress: float
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        structure: Structure,
+        scores: Scores,
+        progress: float,
+        adding_up: bool = False,
     ) -> Prepared:
         """Plan and prove a cut."""
         state, amount, schedule = self._state, self._start.amount, self.cuts
@@ -308,6 +314,7 @@ class StructuredPruning(Pruning):
             flops=self._count_flops(pl_module).total,
             latency=partial(self._latency, trainer, pl_module),
             at_most=schedule.at_most(progress),
+            adding_up=adding_up,
         )
         state.refused += prepared.refused
         return prepared

@@ -269,13 +269,14 @@ def _together(ledger: Ledger, ways: Sequence[tuple[Hashable, Hashable]]) -> Atom
     Returns:
         For each alternative the first of those it belongs to, ``(len(ways),)``.
     """
-    owner = np.full(ledger.size, -1, dtype=np.int64)
-    for which, (key, way) in enumerate(ways):
-        for atoms, _ in ledger.choices[key].alternatives[way]:
-            owner[atoms] = which
-    met = [(owner[a], owner[b]) for a, b in ledger.pairs]
-    both = [(a[inside], b[inside]) for a, b in met if (inside := (a >= 0) & (b >= 0) & (a != b)).any()]
-    return connected(len(ways), both, np.ones(len(ways), dtype=bool))
+    owned = [
+        (np.full(len(atoms), which), len(ways) + atoms)
+        for which, (key, way) in enumerate(ways)
+        for atoms, _ in ledger.choices[key].alternatives[way]
+    ]
+    met = [(len(ways) + a, len(ways) + b) for a, b in ledger.together]
+    size = len(ways) + ledger.size
+    return connected(size, [*owned, *met], np.ones(size, dtype=bool))[: len(ways)]
 
 
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:

@@ -116,6 +116,7 @@ class Ledger:
         self.size = first_atom
         self.slots: list[SlotRange] = []
         self.pairs: list[tuple[Atoms, Atoms]] = []
+        self.together: list[tuple[Atoms, Atoms]] = []
         self.pins: list[tuple[Atoms, str]] = []
         self.choices: dict[Hashable, Choice] = {}
         self.attributes: list[Attribute] = []
@@ -170,6 +171,8 @@ class Ledger:
             for side in sides:
                 self.pin(side, reason)
             return ()
+        if all(len(side) == 1 for side in sides):  # where one has several, the other hangs on whichever is taken
+            self.together += [(sides[0][0].atoms, side[0].atoms) for side in sides[1:]]
         for first in sides[0]:
             for side in sides[1:]:
                 for other in side:

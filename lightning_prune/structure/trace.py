@@ -21,7 +21,7 @@ from lightning_prune.structure.numbers import Number, Size, numbers_in, remember
 from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
 from lightning_prune.structure.rules.frozen import compared, made_anew
 
-__all__ = ["exchange_", "named_tensors", "trace"]
+__all__ = ["exchange_", "named_tensors", "trace", "unfused"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -116,7 +116,7 @@ def watch(
     exchange_(model, replaced)
     if ledger.numbers:
         remember_(model, partial(compared, ledger))
-    with _unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
+    with unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
         outputs = model(*args, **kwargs)
     ledger.running = ("", None)
     tensors = list(tensors_in(outputs))
@@ -244,7 +244,7 @@ def _on_meta(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Take attention apart into products, which have rules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -170,8 +170,8 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
     tied = {
         dim: call.ledger.tie([call.labels(a).at(dim), call.labels(b).at(dim)], "batch of a product") for dim in batch
     }
-    for found in tied.values():
-        call.ledger.prefer(found)
+    for dim in batch:
+        call.ledger.prefer((*call.labels(a).at(dim), *call.labels(b).at(dim)))
     _contract(call, a, last, b, last - 1)
     call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
     return {**tied, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}

@@ -46,8 +46,9 @@ def compared(ledger: Ledger, number: Number, other: Number) -> None:
 
 
 def _remembered(call: Call, number: int, found: tuple[Label, ...]) -> int:
-    """Return the number, or where it was lost on the way, the one of its value that the running module holds."""
-    if isinstance(number, Number) or number < 2 or not any(label.conditional for label in found):
+    """Return the number, or where memory was lost on the way, the one of its value that the running module holds."""
+    known = isinstance(number, Number) or number < 2 or not any(label.conditional for label in found)
+    if known or any(isinstance(other, Number) and not isinstance(other.origin, Size) for other in call.asked):
         return number
     held = held_by(call.module[1], number)
     return held[0] if len(held) == 1 else number
