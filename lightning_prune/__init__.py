@@ -12,6 +12,7 @@ from lightning_prune.callbacks import (
 from lightning_prune.checkpoints import load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Sensitivity
+from lightning_prune.fisher_pruning import FisherReport, prune_fisher
 from lightning_prune.flops import count_flops
 from lightning_prune.masks import apply_masks_, hold_masks, masks_on
 from lightning_prune.obs_filters import RepairReport, prune_filters_obs
@@ -32,6 +33,7 @@ __all__ = [
     "FewUnits",
     "FilterL1Pruning",
     "FilterPruning",
+    "FisherReport",
     "Geometric",
     "IterativeMagnitudePruning",
     "Linear",
@@ -60,6 +62,7 @@ __all__ = [
     "prune_exact",
     "prune_filters",
     "prune_filters_obs",
+    "prune_fisher",
     "prune_obs",
     "prune_weights",
     "recalibrate_batch_norm",

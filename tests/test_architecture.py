@@ -44,6 +44,7 @@ FLOORS = {
     "obs_filters": 4,
     "obs_pruning": 4,
     "surgeon": 4,
+    "fisher_pruning": 4,
     "findings": 4,
     "sensitivity": 4,
     "reports": 4,
