@@ -37,16 +37,16 @@ class FisherReport:
 
 
 class _Part(NamedTuple):
-    """Neighbouring weights of one parameter: ``start`` on, in ``count`` blocks of ``size``."""
+    """Neighbouring weights of one parameter: from ``start`` on, in ``blocks`` of ``size``."""
 
     name: str
     start: int
-    count: int
+    blocks: int
     size: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Return this part of a flat tensor, ``(count, size)``."""
-        return flat[self.start : self.start + self.count * self.size].view(self.count, self.size)
+        """Return this part of a flat tensor, ``(blocks, size)``."""
+        return flat[self.start : self.start + self.blocks * self.size].view(self.blocks, self.size)
 
 
 def prune_fisher(
@@ -128,13 +128,13 @@ def prune_fisher(
 def block_fisher(
     model: nn.Module, batches: Iterable[Any], loss: Loss, parts: Sequence[_Part], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Return, for every part, the mean over examples of the gradients' outer products, ``(count, size, size)``.
+    """Return, for every part, the mean over examples of the gradients' outer products, ``(blocks, size, size)``.
 
     Raises:
         PruningError: If no batch came.
     """
     parameters = dict(model.named_parameters())
-    totals = [torch.zeros(p.count, p.size, p.size, dtype=dtype, device=parameters[p.name].device) for p in parts]
+    totals = [torch.zeros(p.blocks, p.size, p.size, dtype=dtype, device=parameters[p.name].device) for p in parts]
     examples = 0
     for gradients in example_gradients(model, batches, loss):
         examples += 1
@@ -152,4 +152,4 @@ def _parts(name: str, length: int, block: int) -> list[_Part]:
     """Part a flat weight into whole blocks and what is left over."""
     whole, rest = divmod(length, block)
     parts = [_Part(name, 0, whole, block), _Part(name, whole * block, 1, rest)]
-    return [part for part in parts if part.count * part.size]
+    return [part for part in parts if part.blocks * part.size]

