@@ -2,7 +2,7 @@
 
     python -m benchmarks.half_flops --data ../data --depth 20 --seeds 3      # needs torch-pruning for the comparison
 
-Writes what it prints into ``half_flops-<depth>.json`` beside this file.
+Every run is written into ``half_flops-<depth>.json`` beside this file when it ends; what stands there is not run again.
 """
 
 import argparse
@@ -10,7 +10,10 @@ import copy
 import importlib
 import json
 import statistics
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +27,36 @@ from benchmarks.training import accuracy, fit
 from lightning_prune import count_flops, prune_filters
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
-OURS = [(criterion, scope) for criterion in ("l1", "taylor", "taylor_activations") for scope in ("layer", "global")]
-OTHER = [(criterion, scope) for criterion in ("l1", "taylor") for scope in ("layer", "global")]
-CONTROL = [("random", "layer")]
+SCORED = 1024  # training images that criteria look at
 Batch = tuple[Tensor, Tensor]
+
+
+class Method(NamedTuple):
+    """A way to cut.
+
+    ``groups`` says which channels may leave: all, or the inner ones of the blocks alone, as Li et al. prune ResNets.
+    """
+
+    library: str
+    criterion: str
+    scope: str
+    groups: str = "all"
+
+
+METHODS = (
+    Method("ours", "l1", "layer"),
+    Method("ours", "output_change", "global"),
+    Method("ours", "taylor", "global"),
+    *(Method("torch-pruning", criterion, scope) for scope in ("layer", "global") for criterion in ("l1", "taylor")),
+    Method("torch-pruning", "l1", "layer", "inner"),
+    Method("torch-pruning", "taylor", "global", "inner"),
+    Method("ours", "l1", "global"),
+    Method("ours", "taylor", "layer"),
+    Method("ours", "taylor_activations", "layer"),
+    Method("ours", "taylor_activations", "global"),
+    Method("ours", "output_change", "global", "inner"),
+    Method("ours", "random", "layer"),
+)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -35,114 +64,177 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def ours(model: nn.Module, criterion: str, scope: str, batches: list[Batch]) -> nn.Module:
+def ours(dense: nn.Module, method: Method, batches: Sequence[Batch]) -> nn.Module:
     """Cut a copy of the model to half its FLOPs."""
-    model = copy.deepcopy(model)
-    prune_filters(model, ONE_IMAGE, 0.5, criterion, "flops", scope, batches=batches, loss=loss)
+    model = copy.deepcopy(dense)
+    ignore = (
+        ["conv1"] if method.groups == "inner" else []
+    )  # the first convolution makes the stream that all blocks add to
+    prune_filters(model, ONE_IMAGE, 0.5, method.criterion, "flops", method.scope, ignore, batches=batches, loss=loss)
     return model
 
 
-def torch_pruning(model: nn.Module, criterion: str, scope: str, batches: list[Batch]) -> nn.Module:
+def torch_pruning(dense: nn.Module, method: Method, batches: Sequence[Batch]) -> nn.Module:
     """Cut a copy of the model to at most half its FLOPs, by the smallest pruning ratio that does."""
     library = importlib.import_module("torch_pruning")
-    dense = count_flops(model, ONE_IMAGE).total
+    kind, arguments = {"l1": ("GroupMagnitudeImportance", {"p": 1}), "taylor": ("GroupTaylorImportance", {})}[
+        method.criterion
+    ]
+    model = copy.deepcopy(dense).eval()
+    for batch in batches if method.criterion == "taylor" else ():
+        loss(model, batch).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
 
     def cut(ratio: float) -> nn.Module:
-        slim = copy.deepcopy(model).eval()
-        if criterion == "taylor":
-            for batch in batches:
-                loss(slim, batch).backward()
-        kind = (
-            library.importance.GroupTaylorImportance
-            if criterion == "taylor"
-            else library.importance.GroupMagnitudeImportance
-        )
-        importance = kind() if criterion == "taylor" else kind(p=1)
+        slim = copy.deepcopy(model)
+        for name, parameter in slim.named_parameters():  # a copy has no gradients
+            parameter.grad = None if gradients[name] is None else gradients[name].clone()
+        outer = [slim.conv1, *(m for n, m in slim.named_modules() if n.startswith("layer") and n.endswith(".conv2"))]
         library.pruner.BasePruner(
             slim,
             ONE_IMAGE,
-            importance,
+            getattr(library.importance, kind)(**arguments),
             pruning_ratio=ratio,
-            global_pruning=scope == "global",
-            ignored_layers=[slim.linear],
+            global_pruning=method.scope == "global",
+            ignored_layers=[slim.linear, *(outer if method.groups == "inner" else ())],
         ).step()
-        for parameter in slim.parameters():
-            parameter.grad = None
         return slim
 
+    half = count_flops(dense, ONE_IMAGE).total / 2
     low, high = 0.0, 0.9
-    for _ in range(8):
+    for _ in range(9):
         middle = (low + high) / 2
-        if count_flops(cut(middle), ONE_IMAGE).total <= dense / 2:
-            high = middle
-        else:
-            low = middle
-    return cut(high)
+        low, high = (low, middle) if count_flops(cut(middle), ONE_IMAGE).total <= half else (middle, high)
+    slim = cut(high)
+    slim.zero_grad()
+    return slim
 
 
-def save(options: argparse.Namespace, dense: float, seen: int, rows: list[dict]) -> None:
-    """Write what there is so far, so that a run that is stopped has not run for nothing."""
-    asked = {name: value for name, value in vars(options).items() if name != "data"}
-    result = {**asked, "dense": dense, "images_seen": seen, "rows": rows}
-    Path(__file__).with_name(f"half_flops-{options.depth}.json").write_text(json.dumps(result, indent=2) + "\n")
+CUTS = {"ours": ours, "torch-pruning": torch_pruning}
+
+
+class Results:
+    """The runs of one network so far, in a file that is written after each.
+
+    Args:
+        path: The file; what it holds is taken up.
+        settings: What the runs were made with. A file of other settings is not mixed with.
+
+    Raises:
+        ValueError: If the file holds runs of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.settings = path, settings
+        self.runs: list[dict] = []
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if found["settings"] != settings:
+                raise ValueError(f"{path} holds runs of {found['settings']}; move it away to run {settings}.")
+            self.runs = found["runs"]
+
+    def holds(self, method: Method, seed: int) -> bool:
+        """Whether a run has been made."""
+        return any(run["seed"] == seed and method == method_of(run) for run in self.runs)
+
+    def add(self, method: Method, **figures: float) -> None:
+        """Take in the figures of a run, and write the file."""
+        self.runs.append({**method._asdict(), **figures})
+        self.path.write_text(json.dumps({"settings": self.settings, "runs": self.runs}, indent=1) + "\n")
+
+
+def method_of(run: dict) -> Method:
+    """Read what a run was made by."""
+    return Method(*(run[field] for field in Method._fields))
+
+
+def contenders(runs: list[dict], leaders: int) -> list[Method]:
+    """Return the methods that go on to another seed: of each library those that did best with the first."""
+    first = sorted((run for run in runs if run["seed"] == 0), key=lambda run: -run["fine_tuned"])
+    best = {library: [method_of(run) for run in first if run["library"] == library][:leaders] for library in CUTS}
+    return [method for method in METHODS if method in best[method.library]]
+
+
+def run_all(
+    results: Results,
+    seeds: int,
+    leaders: int,
+    cut: Callable[[Method, int], tuple[nn.Module, dict]],
+    tune: Callable[[nn.Module, int], float],
+) -> None:
+    """Make the runs that are missing, seed by seed: all methods with the first, the leaders with the others."""
+    for seed in range(seeds):
+        for method in contenders(results.runs, leaders) if seed else METHODS:
+            if not results.holds(method, seed):
+                slim, figures = cut(method, seed if method.criterion == "random" else 0)
+                results.add(method, seed=seed, **figures, fine_tuned=tune(copy.deepcopy(slim), seed))
+
+
+def size(model: nn.Module) -> int:
+    """Count parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def table(runs: list[dict], title: str) -> Table:
+    """Lay out the mean over seeds of every method, the best first."""
+    found = Table(title=title, caption="Test accuracy; spread: between the best and the worst seed.")
+    for heading in (*Method._fields, "seeds", "FLOPs left", "params left", "after the cut", "fine-tuned", "spread"):
+        found.add_column(heading, justify="left" if heading in Method._fields else "right")
+    by_method: dict[Method, list[dict]] = {}
+    for run in runs:
+        by_method.setdefault(method_of(run), []).append(run)
+    tuned = {method: [run["fine_tuned"] for run in own] for method, own in by_method.items()}
+    for method in sorted(tuned, key=lambda method: -statistics.mean(tuned[method])):
+        names = ("flops_left", "params_left", "after_cut", "fine_tuned")
+        means = [statistics.mean(run[name] for run in by_method[method]) for name in names]
+        spread = max(tuned[method]) - min(tuned[method])
+        shares = [f"{100 * mean:.2f} %" for mean in means]
+        found.add_row(*method, str(len(tuned[method])), *shares, f"{100 * spread:.2f}")
+    return found
 
 
 def main() -> None:
-    """Read the command line, make the table, write the JSON."""
+    """Read the command line, make the runs that are missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with load.py, see benchmarks/README.md")
     parser.add_argument("--depth", type=int, default=20, choices=(20, 32, 44, 56))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--leaders", type=int, default=3, help="methods of each library that go on to further seeds")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--train-parts", type=int, default=2, help="parts of 5,000 training images")
     parser.add_argument("--test-parts", type=int, default=2, help="parts of 5,000 test images")
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     dense = resnet_cifar(options.depth)
     dense.load_state_dict(data_module(options.data).resnet_cifar10(options.depth))
     images, labels = cifar10(options.data, "train", options.train_parts)
     test = Batches(*cifar10(options.data, "test", options.test_parts), batch_size=250)
-    scored = [(images[i : i + 128], labels[i : i + 128]) for i in range(0, 1024, 128)]
-    flops, whole = count_flops(dense, ONE_IMAGE).total, accuracy(dense, test)
+    scored = list(Batches(images[:SCORED], labels[:SCORED], batch_size=128))
+    settings = {name: getattr(options, name) for name in ("depth", "epochs", "train_parts", "test_parts", "lr")}
+    results = Results(Path(__file__).with_name(f"half_flops-{options.depth}.json"), settings)
 
-    methods = [("ours", ours, *way) for way in OURS + CONTROL] + [
-        ("torch-pruning", torch_pruning, *way) for way in OTHER
-    ]
-    rows = []
-    seen = options.epochs * len(images)
-    for library, cut, criterion, scope in methods:
-        row: dict = {"library": library, "criterion": criterion, "scope": scope, "after_cut": [], "fine_tuned": []}
-        for seed in range(options.seeds):
-            torch.manual_seed(seed)
-            slim = cut(dense, criterion, scope, scored)
-            row["flops_left"] = count_flops(slim, ONE_IMAGE).total / flops
-            row["params_left"] = sum(p.numel() for p in slim.parameters()) / sum(p.numel() for p in dense.parameters())
-            row["after_cut"].append(accuracy(slim, test))
-            fit(slim, Batches(images, labels, 128, train=True, seed=seed), options.epochs, options.lr)
-            row["fine_tuned"].append(accuracy(slim, test))
-        rows.append(row)
-        save(options, whole, seen, rows)
-        print(f"{library} {criterion} {scope}: {statistics.mean(row['fine_tuned']):.4f}", flush=True)
+    flops, params = count_flops(dense, ONE_IMAGE).total, size(dense)
 
-    title = f"ResNet-{options.depth} ({100 * whole:.2f} %) at half its FLOPs, fine-tuned on {seen:,} images seen"
-    table = Table(title=title, caption=f"Test accuracy: mean and spread over {options.seeds} seeds.")
-    for heading in (
-        "library",
-        "criterion",
-        "scope",
-        "FLOPs left",
-        "params left",
-        "after the cut",
-        "fine-tuned",
-        "spread",
-    ):
-        table.add_column(heading, justify="left" if heading in ("library", "criterion", "scope") else "right")
-    for row in rows:
-        mean, spread = statistics.mean(row["fine_tuned"]), max(row["fine_tuned"]) - min(row["fine_tuned"])
-        shares = (row["flops_left"], row["params_left"], statistics.mean(row["after_cut"]), mean)
-        cells = (f"{100 * share:.2f} %" for share in shares)
-        table.add_row(row["library"], row["criterion"], row["scope"], *cells, f"{100 * spread:.2f}")
-    Console().print(table)
+    @cache  # only chance cuts differently from seed to seed
+    def cut(method: Method, seed: int) -> tuple[nn.Module, dict]:
+        torch.manual_seed(seed)
+        slim = CUTS[method.library](dense, method, scored)
+        left = {
+            "flops_left": count_flops(slim, ONE_IMAGE).total / flops,
+            "params_left": size(slim) / params,
+            "after_cut": accuracy(slim, test),
+        }
+        return slim, left
+
+    def tune(slim: nn.Module, seed: int) -> float:
+        fit(slim, Batches(images, labels, 128, train=True, seed=seed), options.epochs, options.lr)
+        return accuracy(slim, test)
+
+    run_all(results, options.seeds, options.leaders, cut, tune)
+    title = f"ResNet-{options.depth} at half its FLOPs, fine-tuned on {options.epochs * len(images):,} images seen"
+    Console(width=120).print(table(results.runs, title))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy, fit
-from lightning_prune import compare_criteria
+from lightning_prune import scoring
+from lightning_prune.arguments import with_ignored
+from lightning_prune.oracle import correlate, oracle
+from lightning_prune.structure import Structure, find_structure, trace
 
 RESULTS = Path(__file__).with_suffix(".json")
 TRAINED_VGG = Path(__file__).with_name("molchanov2016-vgg.pt")
@@ -39,7 +42,8 @@ PRINTED = {
     "taylor_activations": ("Taylor", 0.73, 0.14, 0.73),
     "random": ("random", 0.0, 0.0, 0.0),
 }
-CRITERIA = (*PRINTED, "l1", "bn_scale", "apoz", "taylor", "obd")
+CRITERIA = (*PRINTED, "taylor_second_order", "output_change", "l1", "bn_scale", "apoz", "taylor", "obd")
+OTHERS = "oracle on other images"
 
 
 def small_vgg() -> nn.Sequential:
@@ -93,13 +97,22 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def compare(
-    name: str, model: nn.Module, batches: Batches, ignore: Sequence[str], criteria: Sequence[str], progress: bool
+    name: str,
+    model: nn.Module,
+    batches: Batches,
+    others: Batches,
+    ignore: Sequence[str],
+    criteria: Sequence[str],
+    progress: bool,
 ) -> dict:
-    """Correlate every criterion with the oracle on the same images."""
+    """Correlate every criterion with the oracle on the same images; and, for what chance does, the oracle on others."""
     begin = perf_counter()
-    found = compare_criteria(
-        model, EXAMPLE, batches, cross_entropy, criteria=criteria, ignore=ignore, progress=progress
-    )
+    structure = with_ignored(model, find_structure(trace(model, EXAMPLE)), ignore)
+    truth = oracle(model, structure, batches, cross_entropy, progress=progress)
+    found = {OTHERS: correlate(oracle(model, structure, others, cross_entropy, progress=progress), truth)}
+    for criterion in criteria:
+        torch.manual_seed(0)
+        found[criterion] = correlate(named_scores(criterion, model, structure, batches), truth)
     with torch.inference_mode():
         loss = torch.stack([cross_entropy(model, batch) for batch in batches]).mean()
     return {
@@ -113,6 +126,11 @@ def compare(
     }
 
 
+def named_scores(criterion: str, model: nn.Module, structure: Structure, batches: Batches) -> dict[str, Tensor]:
+    """Score every unit by a criterion, as the scores come."""
+    return scoring.CRITERIA[criterion].gather(model, structure, batches, cross_entropy)
+
+
 def table_of(results: list[dict]) -> Table:
     """Set ours beside the printed figures: per layer | all layers | all layers, each divided by its l2 norm."""
     caption = "Spearman's correlation with the oracle: per layer | all layers | all layers with l2 normalisation"
@@ -121,7 +139,7 @@ def table_of(results: list[dict]) -> Table:
     table.add_column("paper: VGG-16,\nBirds-200", justify="right", no_wrap=True)
     for result in results:
         table.add_column(f"{result['network']},\n{result['images']} images", justify="right", no_wrap=True)
-    for criterion in CRITERIA:
+    for criterion in (*CRITERIA, OTHERS):
         printed = PRINTED.get(criterion)
         cells = [_cell(printed[1:]) if printed else ""]
         for result in results:
@@ -170,16 +188,19 @@ def main() -> None:
         "resnet20-inner": (lambda: trained_resnet(options.data), ["conv1"], []),  # without the residual stream
     }
     images, labels = cifar10(options.data, options.split, 1)
-    batches = Batches(images[: options.images], labels[: options.images], BATCH_SIZE)
+    batches, others = (
+        Batches(images[first : first + options.images], labels[first : first + options.images], BATCH_SIZE)
+        for first in (0, options.images)
+    )
     console = Console(width=150)
     results = []
     for name in options.networks:
         load, ignore, inapt = networks[name]
         criteria = [criterion for criterion in CRITERIA if criterion not in inapt]
-        results.append(compare(name, load(), batches, ignore, criteria, console.is_terminal))
+        results.append(compare(name, load(), batches, others, ignore, criteria, console.is_terminal))
+        save({f"{name}, {options.split}": results[-1]}, options.json)
         console.print(f"{name}: loss {results[-1]['loss']:.3f}, {results[-1]['seconds']:.0f} s")
     console.print(table_of(results))
-    save({f"{result['network']}, {options.split}": result for result in results}, options.json)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from lightning_prune.sensitivity import sensitivity
 from lightning_prune.sparse import load_sparse, load_sparse_, save_sparse
 from lightning_prune.structure import coupling_rule
 from lightning_prune.surgeon import SurgeonReport, prune_exact
-from lightning_prune.validation import trainer_sensitivity
+from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
 from lightning_prune.weight_pruning import WeightReport, prune_weights
+from lightning_prune.weight_sensitivity import weight_sensitivity
 
 __all__ = [
     "Cubic",
@@ -70,4 +71,6 @@ __all__ = [
     "sensitivity",
     "to_semi_structured_",
     "trainer_sensitivity",
+    "trainer_weight_sensitivity",
+    "weight_sensitivity",
 ]

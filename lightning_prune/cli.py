@@ -18,7 +18,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from torch import nn
 
-from lightning_prune.arguments import with_ignored
+from lightning_prune.arguments import budget_by_group, check_arguments, with_ignored
+from lightning_prune.budget import Budget
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Sensitivity, amount_paths
 from lightning_prune.inputs import ExampleInputs
@@ -28,6 +29,7 @@ from lightning_prune.reports import (
     group_table,
     import_matplotlib,
     pinned_table,
+    room_table,
     sensitivity_table,
     stored_table,
 )
@@ -36,7 +38,7 @@ from lightning_prune.sensitivity import TENTHS
 from lightning_prune.sparse import save_sparse
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import take_shapes_
-from lightning_prune.validation import inputs_from_validation, trainer_sensitivity
+from lightning_prune.validation import inputs_from_validation, trainer_sensitivity, trainer_weight_sensitivity
 
 __all__ = ["main"]
 
@@ -131,10 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for the results")
     add("--drop", type=float, default=0.01, help="how much worse the metric may be (default: 0.01)")
     add("--shares", type=float, nargs="+", default=TENTHS, help="shares that leave (default: 0.1 0.2 ... 0.9)")
-    add("--criterion", choices=named, default="l1", help="what says which leave first (default: l1)")
+    add("--weights", action="store_true", help="zero single weights, layer by layer, instead of cutting channels")
+    add(
+        "--criterion", choices=[*named, "magnitude"],
+        help="what says which leave first (default: l1; with --weights: magnitude, or random)",
+    )  # fmt: skip
     add = inspect.add_argument
     add("--model", help="import path of what makes the model")
     add("--input_shape", type=_shape, help="shape of one input, such as 1,3,32,32")
+    add("--min_width", type=yaml.safe_load, default=1, help="units that stay, such as 8 or '{\"layer1*\": 8}'")
+    add("--max_amount", type=yaml.safe_load, default=1.0, help="largest fraction of a layer that may leave, likewise")
+    add("--round_to", type=int, default=1, help="widths are multiples of this")
     add("--yaml", action="store_true", help="print nothing but a block for amount=, to be filled in")
     return parser
 
@@ -144,9 +153,14 @@ def _sensitivity(options: argparse.Namespace, rest: list[str]) -> None:
     import_matplotlib()  # what is missing is told before hours are spent
     trainer, model, datamodule = _load(options, rest)
     results = options.out / "sensitivity.json"
-    found = trainer_sensitivity(
+    if (options.criterion or "random") not in (("magnitude", "random") if options.weights else CRITERIA):
+        raise PruningError(
+            f"--criterion {options.criterion} scores {'units' if options.weights else 'single weights'}."
+        )
+    analyse: Any = trainer_weight_sensitivity if options.weights else trainer_sensitivity
+    found = analyse(
         trainer, model, datamodule, metric=options.metric, mode=options.mode, shares=options.shares,
-        criterion=options.criterion, ignore=options.ignore, path=results,
+        criterion=options.criterion or ("magnitude" if options.weights else "l1"), ignore=options.ignore, path=results,
         done=Sensitivity.from_json(results) if results.exists() else None,
     )  # fmt: skip
     found.to_json(results)
@@ -161,6 +175,12 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     """Print the channel groups and what stays."""
     if (options.config is None) == (options.model is None):
         raise PruningError("give either --config or --model.")
+    try:
+        check_arguments(
+            "inspect", 0.0, "l1", "filters", "layer", options.round_to, options.min_width, options.max_amount
+        )
+    except ValueError as error:
+        raise PruningError(str(error)) from error
     model: nn.Module
     if options.config is not None:
         trainer, module, datamodule = _load(options, ["--trainer.limit_val_batches=1", *rest])
@@ -173,6 +193,8 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
         if options.ckpt_path is not None:
             _load_weights_(model, options.ckpt_path)
     structure = with_ignored(model, find_structure(trace(model, inputs)), options.ignore)
+    limits = Budget(round_to=options.round_to, min_width=options.min_width, max_amount=options.max_amount)
+    budget = budget_by_group(structure, limits)
     costs, console = group_costs(model, structure), Console()
     if options.yaml:
         paths = amount_paths({name: group.producers for name, group in structure.groups.items()})
@@ -183,6 +205,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
         console.out("amount:", *lines.values(), sep="\n", highlight=False)
         return
     console.print(group_table(structure, costs))
+    console.print(room_table(model, structure, budget))
     if structure.pinned:
         console.print(pinned_table(structure))
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import tensors_in, undisturbed
 
-__all__ = ["Loss", "batch_gradients", "empirical_fisher", "example_gradients", "hutchinson"]
+__all__ = ["Loss", "batch_gradients", "differentiable", "empirical_fisher", "example_gradients", "hutchinson"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """From a model and a batch to the mean loss over the batch, a single number."""
@@ -23,7 +23,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 def batch_gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, Tensor | None]:
     """Return the gradient of the loss of one batch for every parameter, frozen or not; ``.grad`` is not touched."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-    with _differentiable(parameters.values()):
+    with differentiable(parameters.values()):
         gradients = torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, gradients, strict=True))
 
@@ -73,7 +73,7 @@ def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     total = _zeros_for(model)
     drawn = 0
-    with undisturbed(model), torch.enable_grad(), _differentiable(parameters.values()):
+    with undisturbed(model), torch.enable_grad(), differentiable(parameters.values()):
         for batch in batches:
             own = list(parameters.values())
             first = torch.autograd.grad(loss(model, batch), own, create_graph=True, allow_unused=True)
@@ -113,7 +113,8 @@ def _zeros_for(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let frozen parameters be differentiated, too, inside the block."""
     frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -89,10 +89,10 @@ def circumstances(model: nn.Module, example_inputs: ExampleInputs) -> str:
     """Say on what a latency was measured: device, threads and shapes of the inputs."""
     devices = dict.fromkeys(tensor.device for tensor in named_tensors(model).values())
     where = ", ".join(
-        f"{device}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device) for device in devices
+        f"{device}, threads: {torch.get_num_threads()}" if device.type == "cpu" else str(device) for device in devices
     )
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example_inputs))
-    return f"on {where}, inputs {shapes}"
+    return f"on {where}, inputs: {shapes}"
 
 
 class _Turn:

@@ -21,13 +21,13 @@ from lightning_prune.arguments import (
     check_prunable,
     with_ignored,
 )
-from lightning_prune.budget import Budget, Dense, Footprint, Scope, Scores, Target, measure, plan
+from lightning_prune.budget import Budget, Dense, Footprint, Scope, Scores, Target, measure, per_saving, plan
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
-from lightning_prune.scoring import Criterion, score_units
+from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure
 
@@ -102,11 +102,14 @@ def prune_filters(
             modules produce (what no pattern names stays whole).
         criterion: ``"l1"``, ``"l2"``, ``"bn_scale"`` or ``"random"``; with ``batches`` ``"activation_mean"``,
             ``"activation_std"`` or ``"apoz"``; with ``batches`` and ``loss`` ``"taylor"``, ``"taylor_activations"``,
+            ``"taylor_second_order"``, ``"output_change"`` (needs no loss where the model takes batches as they are),
             ``"obd"`` or ``"obd_hutchinson"``; or a function from a weight ``(out, ...)`` to scores ``(out,)``.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
             latency: of one call on the example inputs, in eval mode, measured on this machine and reached within 5 %
             where single units weigh less.
-        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers.
+        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers; those of
+            ``taylor``, ``taylor_second_order``, ``output_change`` and ``obd`` are losses, and for a target other than
+            filters they are divided by what the unit saves of it (of latency: by its multiply-adds).
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
         round_to: Widths after the cut are multiples of this, rounded up.
@@ -152,6 +155,7 @@ def prune_filters(
         dense=dense,
         flops=dense.footprint.flops,
         latency=clock,
+        adding_up=adds_up(criterion),
     )
     kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
     cut_(model, prepared.cut, prepared.tensors, optimizers)
@@ -207,6 +211,7 @@ def prepare(
     flops: int,
     latency: Callable[[Structure, Keep], float] | None = None,
     at_most: int | None = None,
+    adding_up: bool = False,
 ) -> Prepared:
     """Plan a cut that reaches the amount and prove it; groups whose cut cannot be proved stay whole.
 
@@ -223,6 +228,8 @@ def prepare(
         flops: Multiply-adds of the model as it stands, as counted.
         latency: Measures the share of the latency at the start that a choice leaves.
         at_most: Units that may be gone after the cut, of all that were there at the start, though more were asked for.
+        adding_up: Whether scores are losses that add up over units, so that a budget for the whole model takes first
+            those that lose least for what they save.
 
     Raises:
         PruningError: If the amount cannot be reached.
@@ -231,10 +238,12 @@ def prepare(
     refused: list[str] = []
     while True:
         stopped: CutDoesNotRunError | None = None
+        footprint = partial(measure, model, structure, uncounted=uncounted)
+        priced = adding_up and budget.scope == "global"
         try:
             keep = plan(
-                structure, scores, amount, budget, dense=dense.without(refused),
-                footprint=partial(measure, model, structure, uncounted=uncounted),
+                structure, per_saving(structure, scores, budget.target, footprint) if priced else scores, amount,
+                budget, dense=dense.without(refused), footprint=footprint,
                 latency=None if latency is None else partial(latency, structure), at_most=at_most,
             )  # fmt: skip
         except CutDoesNotRunError as error:
@@ -245,9 +254,10 @@ def prepare(
             if stopped is not None:
                 raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
             break
+        whole = list(structure.groups)
         for name, reason in _unprovable(model, example_inputs, structure, keep).items():
             structure = structure.without([name], reason)
-            refused.append(name)
+        refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     return Prepared(cut, tensors, structure, keep, tuple(refused), widths, _words(structure, cut))
 
@@ -275,18 +285,20 @@ def _culprits(
     """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
     reasons: dict[str, str] = {}
 
-    def provable(names: list[str], accepted: list[str]) -> list[str]:
-        failure = disproof(draft(model, structure, {name: keep[name] for name in accepted + names}))
+    def provable(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        failure = disproof(draft(model, structure, {name: keep[name] for link in accepted + links for name in link}))
         if failure is None:
-            return names
-        if len(names) == 1:
-            reasons[names[0]] = failure.reason
+            return links
+        if len(links) == 1:
+            reasons[links[0][0]] = failure.reason
             return []
-        half = len(names) // 2
-        left = provable(names[:half], accepted)
-        return left + provable(names[half:], accepted + left)
+        half = len(links) // 2
+        left = provable(links[:half], accepted)
+        return left + provable(links[half:], accepted + left)
 
-    provable([name for name, stays in keep.items() if not stays.all()], [])
+    linked = [link for link in structure.links if not keep[link[0]].all()]
+    single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
+    provable([*single, *linked], [])
     return reasons
 
 

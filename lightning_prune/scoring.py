@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune import criteria
 from lightning_prune.errors import PruningError
+from lightning_prune.expansions import output_changes, second_order_changes
 from lightning_prune.gradients import Loss, batch_gradients, empirical_fisher, hutchinson
 from lightning_prune.inputs import call_on, undisturbed
 from lightning_prune.statistics import (
@@ -25,7 +26,7 @@ from lightning_prune.statistics import (
 )
 from lightning_prune.structure import Structure, named_tensors
 
-__all__ = ["CRITERIA", "Criterion", "by_l2", "by_mean", "score_units"]
+__all__ = ["CRITERIA", "Criterion", "adds_up", "by_l2", "by_mean", "score_units"]
 
 Criterion = str | Callable[[Tensor], Tensor]
 """The name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``."""
@@ -63,12 +64,19 @@ class NamedCriterion:
         needs: ``""``, ``"batches"``, or ``"batches and loss"``.
         normalise: What makes the scores of one layer comparable with another's.
         of_moments: For criteria of activations, what makes scores of their moments.
+        adds_up: Whether scores are losses, so that those of several units add up.
     """
 
     gather: _Gather
     needs: str
     normalise: Callable[[Tensor], Tensor]
     of_moments: Callable[..., Tensor] | None = None
+    adds_up: bool = False
+
+
+def adds_up(criterion: Criterion) -> bool:
+    """Tell whether the scores of a criterion are losses, so that those of several units add up."""
+    return isinstance(criterion, str) and CRITERIA[criterion].adds_up
 
 
 def score_units(
@@ -236,9 +244,11 @@ CRITERIA: dict[str, NamedCriterion] = {
     "activation_mean": _of_activations(criteria.activation_mean),
     "activation_std": _of_activations(criteria.activation_std),
     "apoz": _of_activations(criteria.apoz),
-    "taylor": NamedCriterion(_taylor_weights, "batches and loss", _as_is),
+    "taylor": NamedCriterion(_taylor_weights, "batches and loss", _as_is, adds_up=True),
     "taylor_activations": NamedCriterion(_taylor_activations, "batches and loss", by_l2),
-    "obd": NamedCriterion(partial(_obd, empirical_fisher), "batches and loss", _as_is),
-    "obd_hutchinson": NamedCriterion(partial(_obd, hutchinson), "batches and loss", _as_is),
+    "obd": NamedCriterion(partial(_obd, empirical_fisher), "batches and loss", _as_is, adds_up=True),
+    "taylor_second_order": NamedCriterion(second_order_changes, "batches and loss", _as_is, adds_up=True),
+    "output_change": NamedCriterion(output_changes, "batches", _as_is, adds_up=True),
+    "obd_hutchinson": NamedCriterion(partial(_obd, hutchinson), "batches and loss", _as_is, adds_up=True),
 }
 """Name -> criterion; a new one is a line here and a function in ``criteria``."""

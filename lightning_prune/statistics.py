@@ -18,6 +18,7 @@ from lightning_prune.structure import Slot, Structure
 
 __all__ = [
     "UnitMeans",
+    "contributions_of",
     "gather_contributions",
     "over_units",
     "taylor_over_units",
@@ -170,14 +171,26 @@ def gather_contributions(means: UnitMeans, found: dict[tuple[str, int], Tensor],
         found: What one backward pass has left.
         scale: What the loss was multiplied by.
     """
+    for name, seen in contributions_of(found).items():
+        for rows in seen:
+            means.update({name: rows.abs().sum(dim=0) * (len(rows) / scale)}, count=len(rows))
+    found.clear()
+
+
+def contributions_of(found: Mapping[tuple[str, int], Tensor]) -> dict[str, list[Tensor]]:
+    """Add up what modules saw of the same examples in what :func:`watch_contributions` has found.
+
+    Returns:
+        Group name -> signed contributions, ``(N, width)``; more than one where examples cannot be matched.
+    """
+    added = {}
     for name in dict.fromkeys(name for name, _ in found):
         seen = [rows for (group, _), rows in found.items() if group == name]
         examples = min(map(len, seen))
         if all(len(rows) % examples == 0 for rows in seen):  # windows of images, one image's after another's
             seen = [torch.stack([rows.reshape(examples, -1, rows.shape[1]).sum(dim=1) for rows in seen]).sum(dim=0)]
-        for rows in seen:
-            means.update({name: rows.abs().sum(dim=0) * (len(rows) / scale)}, count=len(rows))
-    found.clear()
+        added[name] = seen
+    return added
 
 
 @contextmanager

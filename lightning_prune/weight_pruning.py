@@ -218,9 +218,9 @@ def choose_weights(
     return {name: keep_highest(ordered[name], min(_stays(sizes[name], shares[name]), left[name])) for name in weights}
 
 
-def shuffled(keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put what stays of each weight at random places of it; the same for one seed, and no random number is used up."""
-    order = {name: _random(name, stays).reshape(-1).argsort() for name, stays in keep.items()}
+def shuffled(keep: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Put what stays of each weight at random places of it; no random number of the global generator is used up."""
+    order = {name: _random(name, stays, seed).reshape(-1).argsort() for name, stays in keep.items()}
     return {name: stays.reshape(-1)[order[name]].view(stays.shape) for name, stays in keep.items()}
 
 
@@ -282,13 +282,13 @@ def _below(scores: Tensor, alive: Tensor | None) -> Tensor:
     return scores if alive is None else scores.masked_fill(~alive.to(scores.device), -math.inf)
 
 
-def _random(name: str, weight: Tensor) -> Tensor:
+def _random(name: str, weight: Tensor, seed: int) -> Tensor:
     """Draw scores: the same for one seed, and leaving the global generator alone."""
-    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 _CRITERIA: dict[str, Callable[[str, Tensor], Tensor]] = {
     "magnitude": lambda name, weight: magnitude(weight),
-    "random": _random,
+    "random": lambda name, weight: _random(name, weight, torch.initial_seed()),
 }

@@ -5,8 +5,11 @@ import warnings
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import count_flops
 
 SIDE, CLASSES = 6, 3
 IMAGE = torch.zeros(1, 2, SIDE, SIDE)
@@ -75,6 +78,23 @@ class Depthwise(Net):
 def largest_weight(weight: torch.Tensor) -> torch.Tensor:
     """A criterion of one's own: a filter's largest weight."""
     return weight.abs().flatten(1).amax(dim=1)
+
+
+class Watch(Callback):
+    """Notes, before every batch and after every epoch, what the model looks like."""
+
+    def __init__(self):
+        self.widths, self.params, self.flops, self.logged, self.losses = [], [], [], [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.widths.append(widths(pl_module))
+            self.params.append(sum(p.numel() for p in pl_module.parameters()))
+            self.flops.append(count_flops(pl_module, IMAGE).total)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("prune/")})
+        self.losses.append(float(trainer.callback_metrics["loss"]))
 
 
 def images(count: int = 32, seed: int = 7) -> TensorDataset:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import PruningError, count_flops, prune_filters
-from lightning_prune.budget import Budget, Dense, Footprint, measure, plan
+from lightning_prune.budget import Budget, Dense, Footprint, measure, per_saving, plan
+from lightning_prune.scoring import score_units
 from lightning_prune.structure import find_structure, trace
 from tests.architectures import INPUTS, architectures, build
 from tests.models import ROWS
@@ -233,3 +234,53 @@ def test_what_is_counted_after_the_cut_is_within_the_budget(stages, amount, targ
     counted = {"params": sum(p.numel() for p in model.parameters()), "flops": count_flops(model, INPUTS).total}
     before = {"params": report.params_before, "flops": report.flops_before}
     assert counted[target] <= (1 - amount) * before[target] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("target", ["params", "flops"])
+def test_scores_per_saving_are_divided_by_what_a_cut_unit_saves(target):
+    """Each score is divided by the parameters or multiply-adds that are gone, as counted, once one unit was cut out."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    image = torch.zeros(1, 3, 9, 9)
+    structure = find_structure(trace(model, image))
+    scores = {"0": torch.rand(4), "2": torch.rand(6)}
+    found = per_saving(structure, scores, target, lambda keep: measure(model, structure, keep))
+    for name, width in (("0", 4), ("2", 6)):
+        report = prune_filters(copy.deepcopy(model), image, {name: 1 / width})
+        saved = getattr(report, f"{target}_before") - getattr(report, f"{target}_after")
+        torch.testing.assert_close(found[name], scores[name] / saved)
+    assert per_saving(structure, scores, "filters", lambda keep: measure(model, structure, keep)) is scores
+
+
+def test_units_that_save_nothing_leave_last():
+    """A unit that a budget is not helped by scores infinity."""
+    same = Footprint(params=7, flops=7)
+    found = per_saving(STRUCTURE, SCORES, "flops", lambda keep: Footprint(7, 5) if "2" in keep else same)
+    assert (found["0"] == math.inf).all()
+    torch.testing.assert_close(found["2"], SCORES["2"] / 2)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "l2"])
+def test_losses_are_weighed_by_what_they_save(criterion):
+    """Units leave in the order of loss per multiply-add saved where scores are losses, else in that of the scores."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=3), nn.Flatten(), nn.Linear(32, 1))
+    image = torch.randn(4, 2, 9, 9)
+    structure = find_structure(trace(model, image))
+    data = {"batches": [image], "loss": lambda model, batch: model(batch).square().mean()}
+    scores = {name: score.numpy() for name, score in score_units(model, structure, criterion, **data).items()}
+    if (
+        criterion == "taylor"
+    ):  # a unit of the first layer: 49 positions, 4 of the second; a unit of that: 4, and a weight
+        scores = {"0": scores["0"] / (49 * 18 + 4 * 9 * 8), "2": scores["2"] / (4 * 9 * 6 + 4)}
+
+    def cost(keep):
+        return measure(model, structure, keep).flops
+
+    expected = one_by_one(
+        structure, scores, 0.6 * cost({}), cost, "global", {"round_to": 1, "min_width": 1, "max_amount": 1}
+    )
+    report = prune_filters(model, image, 0.4, criterion, "flops", "global", **data)
+    kept = {"0": report.kept["0.weight"][0], "2": report.kept["2.weight"][0]}
+    assert {name: list(units) for name, units in kept.items()} == {
+        name: stays.nonzero()[0].tolist() for name, stays in expected.items()
+    }

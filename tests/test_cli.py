@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, load_from_checkpoint
+from lightning_prune import Cubic, FewUnits, FilterL1Pruning, FilterPruning, Linear, OneShot, load_from_checkpoint
 from tests.runs import Depthwise, Net, assert_same_weights, batches, trainer, weights, widths
 
 QUIET = {
@@ -32,7 +32,7 @@ def run(*args, module=Net, **arguments):
     """What ``python main.py ...`` runs; returns the trainer's pruning callbacks and the module."""
     torch.manual_seed(0)
     cli = LightningCLI(module, Data, args=list(args), trainer_defaults=QUIET, save_config_callback=None, **arguments)
-    return [c for c in cli.trainer.callbacks if isinstance(c, FilterL1Pruning)], cli.model
+    return [c for c in cli.trainer.callbacks if isinstance(c, FilterL1Pruning | FilterPruning)], cli.model
 
 
 def configured(folder, *callbacks):
@@ -59,6 +59,22 @@ def test_yaml(name, given, schedule, tmp_path):
     assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
 
 
+def test_yaml_of_a_criterion_of_ones_own(tmp_path):
+    """A criterion is a name or an import path; limits may go by pattern."""
+    arguments = {
+        "amount": 0.5,
+        "criterion": "tests.runs.largest_weight",
+        "min_width": {"*": 2, "hidden": 8},
+        "max_amount": {"first": 0.25},
+        "recalibrate": 2,
+        "schedule": {"class_path": "FewUnits", "init_args": {"units": 4}},
+    }
+    callback = {"class_path": "FilterPruning", "init_args": arguments}
+    (found,), module = run("fit", "--config", str(configured(tmp_path, callback)))
+    assert repr(found) == repr(FilterPruning(**{**arguments, "schedule": FewUnits(4)}))
+    assert widths(module) == {"first": 6, "second": 3, "hidden": 8}
+
+
 def test_yaml_patterns(tmp_path):
     """Amounts and ignored layers may be patterns of module paths; several callbacks stand in a list."""
     (one, two), module = run(
@@ -73,6 +89,15 @@ def test_yaml_patterns(tmp_path):
     )  # fmt: skip
     assert (one.amount, one.ignore, two.amount) == ({"first": 0.5}, ["head"], {"hid*": 0.2})
     assert widths(module) == {"first": 4, "second": 6, "hidden": 8}
+
+
+def test_yaml_of_masks(tmp_path):
+    """Masks are asked for in the same way, rounds and rewinding with their numbers."""
+    schedule = {"class_path": "Geometric", "init_args": {"start": 1, "end": 2}}
+    arguments = {"amount": 0.5, "scope": "layer", "schedule": schedule, "rewind_to": 0, "control": "shuffle"}
+    callback = {"class_path": "IterativeMagnitudePruning", "init_args": arguments}
+    _, module = run("fit", "--config", str(configured(tmp_path, callback)))
+    assert int((module.second.weight == 0).sum()) == 216
 
 
 def test_command_line():
@@ -117,7 +142,7 @@ def test_help(capsys):
     for name in ("amount", "target", "scope", "schedule", "ignore", "round_to", "example_inputs"):
         assert f"--trainer.callbacks.{name}" in shown
     for words in (
-        "{filters,params,flops}",
+        "{filters,params,flops,latency}",
         "{layer,global}",
         "Fraction, in [0, 1), of the target",
         "lightning_prune.OneShot, lightning_prune.Linear, lightning_prune.Cubic",
@@ -138,7 +163,7 @@ def test_help_of_a_schedule(capsys):
 @pytest.mark.parametrize(
     "argument, told",
     [
-        ("target=speed", "Literal['filters', 'params', 'flops']"),
+        ("target=speed", "Literal['filters', 'params', 'flops', 'latency']"),
         ("scope=all", "Literal['layer', 'global']"),
         ("amonut=0.5", "Option 'amonut' is not accepted"),
         ("amount=half", "amount"),

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 SCRIPT = """
-    import json, sys
+    import json, sys, time
     from pathlib import Path
 
     import torch
@@ -21,6 +21,26 @@ SCRIPT = """
     from tests.runs import Depthwise, Known, Net, images, trainer, widths
 
     folder, case = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+
+    class Manual(Net):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization = False
+
+
+    class Slow(Net):
+        # On the first process alone narrow layers take less time.
+        def forward(self, images):
+            if self.global_rank == 0 and not self.training:
+                time.sleep(4e-4 * sum(widths(self).values()))
+            return super().forward(images)
 
 
     class Sized(Net):
@@ -38,7 +58,7 @@ SCRIPT = """
 
     class Compare(Callback):
         def __init__(self):
-            self.widths, self.apart, self.losses, self.flops = [], [], [], []
+            self.widths, self.apart, self.losses, self.flops, self.statistics = [], [], [], [], []
 
         def compare(self, trainer, pl_module):
             flat = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
@@ -51,6 +71,8 @@ SCRIPT = """
             self.compare(trainer, pl_module)
             if batch_idx == 0:
                 self.widths.append(list(widths(pl_module).values()))
+                both = trainer.strategy.all_gather(pl_module.norm.running_mean)
+                self.statistics.append(float((both[0] - both[1]).abs().max()))
 
         def on_train_epoch_end(self, trainer, pl_module):
             self.compare(trainer, pl_module)
@@ -60,7 +82,8 @@ SCRIPT = """
 
     compare = Compare()
     torch.manual_seed(0)
-    module = {"Net": Net, "Known": Known, "Depthwise": Depthwise, "Sized": Sized}[case["kind"]](dropout=0.0, lr=0.1)
+    kinds = {kind.__name__: kind for kind in (Net, Known, Depthwise, Sized, Slow, Manual)}
+    module = kinds[case["kind"]](dropout=0.0, lr=0.1)
     made = trainer(
         pruning(),
         compare,
@@ -90,6 +113,7 @@ SCRIPT = """
         assert list(widths(module).values()) == [8, 6, 10]
     result = {"widths": compare.widths, "flops": compare.flops, "losses": compare.losses}
     result["apart"] = compare.apart + resumed.apart
+    result["statistics"] = compare.statistics
     (folder / f"rank{made.global_rank}.json").write_text(json.dumps(result))
 """
 
@@ -145,6 +169,11 @@ CASES = {
     "other-sizes": {"kind": "Sized", "target": "flops"},
     "taylor-weights": {"callback": "TaylorFilterPruning", "resume": True},
     "taylor-activations": {"callback": "TaylorFilterPruning", "arguments": {"form": "activations"}, "resume": True},
+    "apoz": {"callback": "FilterPruning", "arguments": {"criterion": "apoz"}, "resume": True},
+    "obd": {"callback": "FilterPruning", "arguments": {"criterion": "obd", "batches": 2}, "resume": True},
+    "recalibrate": {"arguments": {"recalibrate": 2}, "resume": True},
+    "latency": {"kind": "Slow", "target": "latency", "resume": True},
+    "manual": {"kind": "Manual", "callback": "TaylorFilterPruning", "resume": True},
     "accumulate": {"accumulate_grad_batches": 3},
     "bf16-mixed": {"precision": "bf16-mixed"},
 }
@@ -156,4 +185,9 @@ def test_settings(case, tmp_path):
     """The same holds under DDP's settings, with budgets, after a resume and with what the Trainer offers."""
     last = None if "target" in CASES[case] else (4, 3, 5)
     fell = 1.0 if case == "accumulate" else 0.8  # a third of the steps
-    assert_one_run(run(tmp_path, **CASES[case]), last, fell)
+    ranks = run(tmp_path, **CASES[case])
+    assert_one_run(ranks, last, fell)
+    if case == "latency":  # of 24 units that take equal time half, less what the forward pass takes anyway
+        assert 10 <= sum(ranks[0]["widths"][-1]) <= 13
+    if case == "recalibrate":  # after the cuts before epochs 1, 2 and 3
+        assert ranks[0]["statistics"][1:4] == [0.0] * 3 and ranks[0]["statistics"][4] > 0

@@ -105,6 +105,15 @@ def test_sensitivity_of_a_run(folder, capsys):
     assert not (folder / "lightning_logs").exists()
 
 
+def test_sensitivity_of_single_weights(folder):
+    """With ``--weights`` single weights of each layer go, and what is written names amounts for each."""
+    sensitivity(*CLASSES, "--weights", "--drop", "1")
+    amounts = yaml.safe_load((folder / "found" / "amounts.yaml").read_text())["amount"]
+    assert amounts == {f"{name}.weight": 0.5 for name in ("first", "second", "hidden", "head")}
+    with pytest.raises(SystemExit, match="--criterion l1 scores units"):
+        sensitivity(*CLASSES, "--weights", "--criterion", "l1")
+
+
 def test_sensitivity_is_of_the_checkpoint(folder):
     """With --ckpt_path the weights of a checkpoint are judged, of a pruned one in its own shapes."""
     model = runs.net(runs.Known)
@@ -196,6 +205,20 @@ def test_inspect_refuses(arguments, told):
     with pytest.raises(SystemExit) as stop:
         cli.main(["inspect", *arguments])
     assert told in str(stop.value)
+
+
+def test_inspect_tells_what_can_go(capsys):
+    """A table says of every group how many units may leave inside the limits, and what keeps the others."""
+    model = ["inspect", "--model", "cli_script.mlp", "--model.width", "9", "--input_shape", "1,4"]
+    cli.main([*model, "--min_width", "3"])
+    text = text_of(capsys)
+    assert "At most" in text and "min_width=3" in text and " 6 " in text
+    cli.main([*model, "--max_amount", "{'0': 0.5}", "--round_to", "2"])
+    text = text_of(capsys)
+    assert "round_to=2" in text and " 3 " in text  # of nine, four may leave, and six is even
+    for limit in (["--min_width", "0"], ["--max_amount", "2"]):
+        with pytest.raises(SystemExit, match=f"inspect.{limit[0][2:]}="):
+            cli.main([*model, *limit])
 
 
 @pytest.mark.parametrize("command", ["sensitivity", "inspect"])

@@ -8,13 +8,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from lightning_prune import PruningError, prune_filters
+from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, prune_filters
 from lightning_prune.budget import Budget, Dense, Footprint, plan
 from lightning_prune.latency import latency_kept, shapes_of
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft
+from tests.runs import Known, assert_same_weights, fit, net, weights, widths
 
 
 class Clock:
@@ -60,7 +62,7 @@ def test_the_latency_asked_for_leaves(scope, amount, clock):
     report = prune_filters(model, x, amount, target="latency", scope=scope)
     assert channels(model) == 60 * (1 - amount)
     assert report.latency_kept == pytest.approx(1 - amount)
-    assert report.measured == f"on cpu, {torch.get_num_threads()} threads, inputs (3, 4)"
+    assert report.measured == f"on cpu, threads: {torch.get_num_threads()}, inputs: (3, 4)"
 
 
 def test_latencies_out_of_reach_are_refused(clock):
@@ -142,6 +144,57 @@ def test_what_does_not_run_slim_stays(clock):
     assert model.second.out_features == 40
     assert channels(model) == 48
     assert any("too narrow" in pin.reason for pin in report.pinned)
+
+
+class SlowNet(Known):
+    """Takes a time that is known, in eval mode."""
+
+    clock = None
+
+    def forward(self, images):
+        self.clock.now += 1e-3 * sum(widths(self).values())
+        return super().forward(images)
+
+
+def slow_net(clock):
+    module = net(SlowNet, dropout=0.0)
+    module.clock = clock
+    return module
+
+
+def test_latency_in_a_run(clock, tmp_path, capsys):
+    """A callback reaches the share of the latency that is due, of the whole model's, logs it, and resumes exactly."""
+
+    def pruning():
+        return FilterL1Pruning(0.5, "latency", "global", schedule=Linear(1, 3))
+
+    class Notes(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen.append((sum(widths(pl_module).values()), float(trainer.callback_metrics["prune/latency_kept"])))
+
+    notes, saver = Notes(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module = slow_net(clock)
+    fit(module, pruning(), notes, saver, max_epochs=5, enable_checkpointing=True)
+    assert [units for units, _ in notes.seen] == [24, 20, 16, 12, 12]
+    assert [kept for _, kept in notes.seen] == pytest.approx([units / 24 for units, _ in notes.seen])
+    assert "50.0% of the latency on cpu" in " ".join(capsys.readouterr().out.split())
+    for epoch in range(4):
+        resumed = slow_net(clock)
+        fit(resumed, pruning(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", max_epochs=5)
+        assert_same_weights(resumed, weights(module))
+
+
+def test_a_latency_target_needs_the_shape_of_the_start(clock, tmp_path):
+    """Resumed with another target, a run cannot know the latency of the whole model, and says so."""
+    module = slow_net(clock)
+    made = fit(module, FilterL1Pruning(0.3, schedule=Linear(1, 2)))
+    made.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(PruningError, match="the checkpoint is of a run with another target"):
+        fit(slow_net(clock), FilterL1Pruning(0.5, "latency", schedule=OneShot(4)), ckpt_path=tmp_path / "other.ckpt",
+            max_epochs=6)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ def test_a_trained_vgg_is_loaded_again(tmp_path):
 
 def test_criteria_are_compared_and_kept(tmp_path):
     """Ours stand beside the paper's, and a later run on another network leaves them in the file."""
-    batches = Batches(torch.randn(4, 3, 32, 32), torch.arange(4), 2)
+    batches, others = (Batches(torch.randn(4, 3, 32, 32), torch.arange(4), 2) for _ in range(2))
     ignore = ["fc1", *(f"conv{i}" for i in range(2, 8))]
-    result = compare("vgg", small_vgg(), batches, ignore, ["taylor_activations", "random"], False)
+    result = compare("vgg", small_vgg(), batches, others, ignore, ["taylor_activations", "random"], False)
+    assert list(result["correlations"]) == ["oracle on other images", "taylor_activations", "random"]
     figures = result["correlations"]["taylor_activations"]
     assert set(figures) == {"per_layer", "all_layers", "all_layers_l2"}
     assert all(-1 <= figure <= 1 for figure in figures.values())

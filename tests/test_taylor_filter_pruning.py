@@ -2,7 +2,9 @@
 
 import io
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,9 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_prune import Cubic, Linear, OneShot, PruningError, TaylorFilterPruning
-from tests.runs import Known, Net, assert_same_weights, batches, fit, net, trainer, weights, widths
+from lightning_prune.budget import measure
+from lightning_prune.structure import find_structure, trace
+from tests.runs import IMAGE, Known, Net, assert_same_weights, batches, fit, net, trainer, weights, widths
 
 FORMS = ["weights", "activations"]
 READERS = {"first": "second", "second": "hidden", "hidden": "head"}
@@ -274,7 +278,7 @@ def test_hooks_are_on_the_model_only_while_needed(ends):
         fit(module, callback, max_epochs=4)
         assert hooks == [3] * 8 + [0] * 8
     assert not any(part._forward_pre_hooks for part in module.modules())
-    assert not callback._gathering.watching
+    assert callback._gathering.gathered() is None
 
 
 # Resume
@@ -375,6 +379,25 @@ def test_a_flops_penalty_moves_cuts_to_costlier_layers(form):
         left.append(widths(module))
     assert left[1] == {"first": 2, "second": 6, "hidden": 10}  # a unit of the first costs most by far
     assert left[0] != left[1]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-20])
+def test_what_is_lost_is_weighed_by_what_is_saved(penalty):
+    """Without a penalty, a budget of FLOPs takes first the units that the loss would miss least for what they save."""
+    module = net(Watched)
+    structure = find_structure(trace(module, IMAGE))
+    cost = partial(measure, module, structure)
+    names = {name: group.width for name, group in structure.groups.items()}
+    whole = cost({}).flops
+    saved = {name: whole - cost({name: np.arange(width) > 0}).flops for name, width in names.items()}
+    fit(run := net(Watched), TaylorFilterPruning(0.4, target="flops", flops_penalty=penalty))
+    scores = {name: torch.stack(run.expanded[name][:4]).mean(0) / (1 if penalty else saved[name]) for name in LAYERS}
+    left = {name: np.ones(width, dtype=bool) for name, width in names.items()}
+    order = sorted((float(score), name, unit) for name in LAYERS for unit, score in enumerate(scores[name]))
+    for _, name, unit in order:
+        if cost(left).flops > 0.6 * whole and left[name].sum() > 1:
+            left[name][unit] = False
+    assert run.kept[0] == {name: stays.nonzero()[0].tolist() for name, stays in left.items()}
 
 
 class Partly(Watched):

@@ -121,14 +121,14 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
 
 
 def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse to wait for what a whole epoch did not show.
+    """Refuse to wait for what steps that went by did not show.
 
     Raises:
         PruningError: Saying how a training step that optimizes manually lets its gradients be seen.
     """
-    if gathering.watching and not gathering.ready and not pl_module.automatic_optimization:
+    if not pl_module.automatic_optimization and gathering.blind(pl_module):
         raise PruningError(
-            f"{where}: of the {gathering.looks_at_training} of a whole epoch nothing was seen. "
+            f"{where}: weights have moved, and of their {gathering.looks_at_training} nothing was seen. "
             f"{type(pl_module).__name__} optimizes manually: call self.manual_backward(loss) and step what "
             "self.optimizers() returns, not optimizers of torch, so that callbacks are told."
         )

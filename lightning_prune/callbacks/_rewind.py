@@ -33,11 +33,10 @@ def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, 
         config.scheduler.load_state_dict(copy.deepcopy(was))
 
 
-def draw_anew_(trainer: Trainer, pl_module: LightningModule) -> None:
+def draw_anew_(pl_module: LightningModule, seed: int) -> None:
     """Draw the parameters of every module that has ``reset_parameters`` anew; the run's random numbers stay as are."""
-    seed = trainer.strategy.broadcast(torch.initial_seed()) ^ zlib.crc32(b"draw anew")
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed ^ zlib.crc32(b"draw anew"))
         for module in pl_module.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._criteria import gathering_for
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA, Criterion
@@ -27,12 +27,15 @@ class FilterPruning(StructuredPruning):
         amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
             fractions by pattern of module paths, of the channels that these modules produce.
         criterion: ``l1``, ``l2`` (of a filter's weights), ``bn_scale``, ``random``, ``taylor`` (on weights),
-            ``taylor_activations``, ``activation_mean``, ``activation_std``, ``apoz``, ``obd`` (by per-example
-            gradients), ``obd_hutchinson``; or a function from a weight ``(out, ...)`` to one score per filter
-            ``(out,)``, higher is kept longer, or its import path, ``my_package.my_module.my_criterion``.
+            ``taylor_activations``, ``activation_mean``, ``activation_std``, ``apoz``, ``taylor_second_order``,
+            ``output_change`` (needs no labels), ``obd`` (by per-example gradients), ``obd_hutchinson``; or a function
+            from a weight ``(out, ...)`` to one score per filter ``(out,)``, higher is kept longer, or its import path,
+            ``my_package.my_module.my_criterion``.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
             latency.
-        scope: ``layer`` takes the same share of every layer; ``global`` compares scores across layers.
+        scope: ``layer`` takes the same share of every layer; ``global`` compares scores across layers; those of
+            ``taylor``, ``taylor_second_order``, ``output_change`` and ``obd`` are losses, and for a target other than
+            filters they are divided by what the unit saves of it.
         schedule: When how much of it leaves; by default everything before the first batch, or before epoch 1 where
             training must be seen first.
         ignore: Patterns of module paths whose channels stay.
@@ -42,7 +45,7 @@ class FilterPruning(StructuredPruning):
         min_width: Units that stay of every layer at least, or by pattern of module paths.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
         recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
-        batches: Training batches that ``obd`` and ``obd_hutchinson`` look at when a cut is due.
+        batches: Training batches that criteria of second derivatives and ``output_change`` look at when a cut is due.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -105,13 +106,14 @@ class IterativeMagnitudePruning(MaskedPruning):
         self.rewind_to = rewind_to
         self.control: _Control | None = control
         self._early: dict[str, Any] | None = None  # the run as it stood at rewind_to
+        self._seed: int | None = None  # of the run that began, which one that resumes it may not have
 
     def choose(self, pl_module: LightningModule, due: Amount, progress: float) -> dict[str, Tensor]:
         """Return what stays when the smallest leave; what has gone stays so."""
         weights = self._in_run.to_prune.weights
         alive = self._in_run.masks.keep
         keep = choose_weights(weights, score_weights(weights, "magnitude"), alive, due, self.scope, self.pattern)
-        return shuffled(keep) if self.control == "shuffle" and progress >= 1.0 else keep
+        return shuffled(keep, self._known_seed) if self.control == "shuffle" and progress >= 1.0 else keep
 
     def after_masking(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
         """Go back to where the round began."""
@@ -119,7 +121,7 @@ class IterativeMagnitudePruning(MaskedPruning):
             return
         rewind_(trainer, pl_module, self._early)
         if self.control == "reinitialize" and progress >= 1.0:
-            draw_anew_(trainer, pl_module)
+            draw_anew_(pl_module, self._known_seed)
         self._in_run.masks.clear_(trainer.optimizers)
         restart_averages_(trainer, pl_module)
 
@@ -138,6 +140,8 @@ class IterativeMagnitudePruning(MaskedPruning):
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
         """Begin to mask; remember the run as it stands, if this is where rounds start."""
         super().begin(trainer, pl_module, batch)
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed())
         if self.rewind_to is None or self._early is not None:
             return True
         if trainer.global_step > self.rewind_to:
@@ -162,17 +166,22 @@ class IterativeMagnitudePruning(MaskedPruning):
 
     def remembered(self) -> dict[str, Any]:
         """Return masks, and the run as it stood where rounds start."""
-        return {**super().remembered(), "early": self._early}
+        return {**super().remembered(), "early": self._early, "seed": self._seed}
 
     def take_up(self, remembered: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers."""
         super().take_up(remembered)
-        self._early = remembered["early"]
+        self._early, self._seed = remembered["early"], remembered["seed"]
 
     def forget(self) -> None:
         """Start anew: the module is another one."""
         super().forget()
-        self._early = None
+        self._early = self._seed = None
+
+    @property
+    def _known_seed(self) -> int:
+        assert self._seed is not None  # set when training begins
+        return self._seed
 
     def _remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.rewind_to is not None and self._early is None and trainer.global_step >= self.rewind_to:

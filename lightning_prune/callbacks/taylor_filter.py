@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.budget import Scores
-from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._criteria import gathering_for
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structure import Structure
@@ -41,7 +41,8 @@ class TaylorFilterPruning(StructuredPruning):
             2019); ``activations`` averages over examples the absolute sum of activation times gradient, and divides by
             the layer's l2 norm (2016); it takes the training loss to be the mean over the batch.
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
-            0.001.
+            0.001. Without one, ``weights`` under a global target of parameters, FLOPs or latency takes first what the
+            loss would miss least for what it saves.
         min_width: Units that stay of every layer at least, or by pattern of module paths.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
         recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
@@ -80,6 +81,8 @@ class TaylorFilterPruning(StructuredPruning):
         )  # fmt: skip
         self.form = form
         self.flops_penalty = flops_penalty
+        if flops_penalty:
+            self._gathering.adding_up = False  # else the same would be weighed twice
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return the mean of what was gathered on all processes since the last cut, less the penalty."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["taylor_activations", "taylor_weights"]
+__all__ = ["taylor_activations"]
 
 
 def taylor_activations(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -33,23 +33,3 @@ def taylor_activations(activations: Tensor, gradients: Tensor) -> Tensor:
         if activations.dim() > 2
         else (activations * gradients)
     )
-
-
-def taylor_weights(weights: Tensor, gradients: Tensor) -> Tensor:
-    r"""Expand the loss in the weights of every unit, together: :math:`\left(\sum_{s} g_s w_s\right)^2`.
-
-    Args:
-        weights: All weights of each unit, ``(units, n)``.
-        gradients: The loss's gradient with respect to them, ``(units, n)``.
-
-    Returns:
-        One score per unit, ``(units,)``; higher is kept longer.
-
-    Example:
-        >>> taylor_weights(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -1.0]]))
-        tensor([2.2500])
-
-    References:
-        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8 (arXiv:1906.10771).
-    """
-    return torch.linalg.vecdot(weights, gradients).square()

@@ -1,6 +1,6 @@
 """Tables and pictures of what a pruning did, or would do."""
 
-from lightning_prune.reports.groups import GroupCost, group_costs, group_table, pinned_table
+from lightning_prune.reports.groups import GroupCost, group_costs, group_table, pinned_table, room_table
 from lightning_prune.reports.layers import LayerCost, layer_costs, layer_table
 from lightning_prune.reports.sensitivity import draw_sensitivity, import_matplotlib, sensitivity_table
 from lightning_prune.reports.stored import stored_table
@@ -16,6 +16,7 @@ __all__ = [
     "layer_costs",
     "layer_table",
     "pinned_table",
+    "room_table",
     "sensitivity_table",
     "stored_table",
     "weight_table",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
 from torch import nn
 
-from lightning_prune.budget import measure
+from lightning_prune.budget import Budget, Dense, measure, what_can_go
 from lightning_prune.structure import Structure
 
-__all__ = ["GroupCost", "group_costs", "group_table", "pinned_table"]
+__all__ = ["GroupCost", "group_costs", "group_table", "pinned_table", "room_table"]
 
 
 class GroupCost(NamedTuple):
@@ -48,6 +49,33 @@ def group_table(structure: Structure, costs: Mapping[str, GroupCost]) -> Table:
     for name, group in structure.groups.items():
         made = [path for path in group.producers if path != name]
         table.add_row(name, ", ".join(made), str(group.width), *(f"{cost:,}" for cost in costs[name]))
+    return table
+
+
+def room_table(model: nn.Module, structure: Structure, budget: Budget) -> Table:
+    """List what can go: of every group, the units that may leave, what keeps the others, and what share leaves.
+
+    Args:
+        model: The model that ``structure`` was traced from.
+        structure: Its channel groups.
+        budget: Its limits, by group name or for all.
+    """
+    whole, footprint = measure(model, structure, {}), partial(measure, model, structure)
+    dense = Dense({name: group.width for name, group in structure.groups.items()}, whole)
+    rooms = what_can_go(structure, budget, dense, footprint)
+    left = footprint({room.name: np.arange(room.width) < room.least for room in rooms})
+    params, flops = 1 - left.params / max(whole.params, 1), 1 - left.flops / max(whole.flops, 1)
+    table = Table(
+        title=f"At most {params:.1%} of the params and {flops:.1%} of the FLOPs can go",
+        caption="Shares are of the whole model, each group counted as if it left alone.",
+    )
+    table.add_column("group", overflow="fold")
+    for heading in ("units", "can go", "params", "FLOPs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("the others stay", overflow="fold", style="dim")
+    for room in rooms:
+        shares = f"{room.params:.1%}", f"{room.flops:.1%}"
+        table.add_row(room.name, str(room.width), str(room.width - room.least), *shares, room.why)
     return table
 
 
