@@ -18,6 +18,7 @@ from lightning_prune.masks import apply_masks_, hold_masks, masks_on
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning.exact import SurgeonReport, prune_exact
 from lightning_prune.pruning.filters import Report, prune_filters
+from lightning_prune.pruning.fisher import FisherReport, prune_fisher
 from lightning_prune.pruning.obs import ObsReport, prune_obs
 from lightning_prune.pruning.obs_filters import RepairReport, prune_filters_obs
 from lightning_prune.pruning.weights import WeightReport, prune_weights
@@ -33,6 +34,7 @@ __all__ = [
     "FewUnits",
     "FilterL1Pruning",
     "FilterPruning",
+    "FisherReport",
     "Geometric",
     "IterativeMagnitudePruning",
     "Linear",
@@ -61,6 +63,7 @@ __all__ = [
     "prune_exact",
     "prune_filters",
     "prune_filters_obs",
+    "prune_fisher",
     "prune_obs",
     "prune_weights",
     "recalibrate_batch_norm",

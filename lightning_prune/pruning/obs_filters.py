@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
-from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target, measure
+from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs, call_on
+from lightning_prune.latency import circumstances, latency_kept, shapes_of
 from lightning_prune.pruning.filters import Report, count_params, prepare
 from lightning_prune.pruning.readers import score_by_readers
 from lightning_prune.pruning.repair import Repair, repaired
-from lightning_prune.scoring import Criterion, score_units
+from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.statistics.grams import Run, find_products
-from lightning_prune.structure import Structure, find_structure, trace
+from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_
 
 __all__ = ["RepairReport", "prune_filters_obs"]
@@ -73,7 +74,8 @@ def prune_filters_obs(
             modules produce.
         criterion: ``"obs"`` removes first what its readers can best make up for, so that the model's outputs move least
             for every filter, parameter or FLOP that leaves; or any criterion of :func:`prune_filters`.
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters or FLOPs.
+        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
+            latency.
         scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers.
         sequential: Refit each layer to the inputs that the slim and refitted layers before it give, which takes two
             more runs over the batches per layer; otherwise to those of the whole model.
@@ -113,7 +115,6 @@ def prune_filters_obs(
         unseen = [name for name in structure.groups if name not in scores]
         structure = structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
         check_prunable(model, structure)
-        scores = _per_unit_of(target, model, structure, scores)
     else:
         scores = score_units(model, structure, criterion, batches, loss)
     amount = amount_by_group(structure, amount)
@@ -121,10 +122,12 @@ def prune_filters_obs(
         {name: group.width for name, group in structure.groups.items()},
         Footprint(count_params(model), count_flops(model, example_inputs).total),
     )
+    clock = partial(latency_kept, model, example_inputs, whole=shapes_of(model, structure))
     prepared = prepare(
-        model, example_inputs, structure, scores, amount, Budget(target, scope, round_to),
-        dense=dense, flops=dense.footprint.flops,
+        model, example_inputs, structure, scores, amount, Budget(target, scope, round_to), dense=dense,
+        flops=dense.footprint.flops, latency=clock, adding_up=criterion == "obs" or adds_up(criterion),
     )  # fmt: skip
+    kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
     tensors, repairs, skipped = repaired(
         model, structure, prepared.cut, prepared.tensors, products, batches, forward, sequential, damping, dtype
     )
@@ -140,19 +143,7 @@ def prune_filters_obs(
         pinned=tuple(prepared.structure.pinned),
         proved=True,
         proof=prepared.proof,
+        latency_kept=kept,
+        measured=circumstances(model, example_inputs) if target == "latency" else "",
     )
     return RepairReport(report, repairs, skipped, damping)
-
-
-def _per_unit_of(
-    target: Target, model: nn.Module, structure: Structure, scores: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Divide scores, which add up over a model, by what a unit of each group holds of the target."""
-    if target == "filters":
-        return scores
-    whole = getattr(measure(model, structure, {}), target)
-    costs = {
-        name: whole - getattr(measure(model, structure, {name: np.arange(group.width) > 0}), target)
-        for name, group in structure.groups.items()
-    }
-    return {name: scores[name] / max(costs[name], 1) for name in structure.groups}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import tensors_in, undisturbed
 
-__all__ = ["Loss", "batch_gradients", "differentiable", "empirical_fisher", "hutchinson"]
+__all__ = ["Loss", "batch_gradients", "differentiable", "empirical_fisher", "example_gradients", "hutchinson"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """From a model and a batch to the mean loss over the batch, a single number."""
@@ -39,14 +39,20 @@ def empirical_fisher(model: nn.Module, batches: Iterable[Any], loss: Loss) -> di
     """
     total = _zeros_for(model)
     examples = 0
+    for gradients in example_gradients(model, batches, loss):
+        examples += 1
+        for name, gradient in gradients.items():
+            total[name] += gradient.to(total[name]).square()
+    return _mean(total, examples)
+
+
+def example_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[dict[str, Tensor]]:
+    """Yield, example by example, the loss's gradient for every parameter that it depends on, in eval mode."""
     with undisturbed(model), torch.enable_grad():
         for batch in batches:
             for example in _examples(batch):
-                examples += 1
-                for name, gradient in batch_gradients(model, example, loss).items():
-                    if gradient is not None:
-                        total[name] += gradient.to(total[name]).square()
-    return _mean(total, examples)
+                found = batch_gradients(model, example, loss)
+                yield {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int = 4) -> dict[str, Tensor]:

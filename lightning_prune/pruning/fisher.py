@@ -1,0 +1,155 @@
+"""Prunes the weights of a trained model at once by the block-wise empirical Fisher matrix; knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.arguments import check_amount
+from lightning_prune.errors import PruningError
+from lightning_prune.pruning.obs import write_
+from lightning_prune.pruning.prunable import find_weights
+from lightning_prune.solvers import best_on_support, greedy_paths, inverse, keep_along
+from lightning_prune.statistics.gradients import Loss, example_gradients
+
+__all__ = ["FisherReport", "block_fisher", "prune_fisher"]
+
+
+@dataclass(frozen=True, eq=False)
+class FisherReport:
+    """What a pruning by the Fisher matrix did.
+
+    Attributes:
+        masks: By parameter name, True for each weight that stays.
+        predicted: What the loss rises by, by this matrix.
+        skipped: By parameter name, why its weights stay.
+        damping: What was added to the matrix's diagonal.
+    """
+
+    masks: dict[str, Tensor]
+    predicted: float
+    skipped: dict[str, str]
+    damping: float
+
+
+class _Part(NamedTuple):
+    """Neighbouring weights of one parameter: from ``start`` on, in ``blocks`` of ``size``."""
+
+    name: str
+    start: int
+    blocks: int
+    size: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Return this part of a flat tensor, ``(blocks, size)``."""
+        return flat[self.start : self.start + self.blocks * self.size].view(self.blocks, self.size)
+
+
+def prune_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    amount: float = 0.5,
+    block: int = 50,
+    damping: float = 0.01,
+    parameters: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    dtype: torch.dtype = torch.float64,
+) -> FisherReport:
+    """Set the weights that the loss needs least to zero, in place; their neighbours make up for them.
+
+    The loss's Hessian is taken to be the mean over examples of the outer products of their gradients, in blocks of
+    neighbouring weights. What leaves is compared across all layers, by the rise of the loss itself.
+
+    Args:
+        model: The model; examples run one by one in eval mode.
+        batches: Batches of data with labels, some hundred examples.
+        loss: From model and batch to the mean loss.
+        amount: Fraction, in [0, 1), of the weights that leaves.
+        block: How many neighbours make up for each other.
+        damping: Share of the mean diagonal entry of the whole matrix that is added to its diagonal.
+        parameters: Patterns, as of :func:`prune_weights`; by default all weights of linear and convolutional layers.
+        ignore: Patterns of modules or parameters that stay dense.
+        dtype: What the matrix is summed and solved in.
+
+    Raises:
+        ValueError: If an argument is out of range, or a pattern names nothing.
+        PruningError: If no batch came or the matrix is singular. The model is as it was.
+
+    Example:
+        >>> model = nn.Linear(8, 2)
+        >>> batch = torch.randn(64, 8), torch.randint(2, (64,))
+        >>> loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> report = prune_fisher(model, [batch], loss, amount=0.5)
+        >>> int((model.weight == 0).sum())
+        8
+
+    References:
+        Singh and Alistarh, WoodFisher, NeurIPS 2020 (arXiv:2004.14340); Kurtic et al., The Optimal BERT Surgeon, EMNLP
+        2022 (arXiv:2203.07259).
+    """
+    check_amount("prune_fisher", amount)
+    if not damping >= 0:
+        raise ValueError(f"prune_fisher(damping={damping!r}): a share of the mean diagonal entry, from 0; 0.01 is 1 %.")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"prune_fisher(block={block!r}): it is a number of weights, from 1.")
+    found = find_weights(model, parameters, ignore)
+    flat = {name: weight.parameter.detach().flatten().to(dtype) for name, weight in found.found.items()}
+    parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
+    fisher = block_fisher(model, batches, loss, parts, dtype)
+    added = damping * sum(float(f.diagonal(dim1=1, dim2=2).sum()) for f in fisher) / sum(map(len, flat.values()))
+    for matrix in fisher:
+        matrix.diagonal(dim1=1, dim2=2).add_(added)
+    paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(f)) for part, f in zip(parts, fisher, strict=True)]
+    reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
+    leaving = torch.zeros_like(reached, dtype=torch.bool)
+    leaving[torch.argsort(reached, stable=True)[: round(amount * len(reached))]] = True
+    keep = {name: torch.ones_like(values, dtype=torch.bool) for name, values in flat.items()}
+    predicted = 0.0
+    counts = [int(gone.sum()) for gone in leaving.split([path.rises.numel() for path in paths])]
+    for part, matrix, path, count in zip(parts, fisher, paths, counts, strict=True):
+        stays = keep_along(path, count)
+        weights = part.of(flat[part.name])
+        new = best_on_support(weights[:, None], matrix, stays[:, None])[:, 0]
+        change = (new - weights)[:, None]
+        predicted += float(0.5 * ((change @ matrix) * change).sum())
+        part.of(keep[part.name]).copy_(stays)
+        part.of(flat[part.name]).copy_(new)
+    shapes = {name: weight.parameter.shape for name, weight in found.found.items()}
+    write_(model, {name: values.view(shapes[name]) for name, values in flat.items()})
+    masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
+    return FisherReport(masks, predicted, found.stay, added)
+
+
+def block_fisher(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, parts: Sequence[_Part], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return, for every part, the mean over examples of the gradients' outer products, ``(blocks, size, size)``.
+
+    Raises:
+        PruningError: If no batch came.
+    """
+    parameters = dict(model.named_parameters())
+    totals = [torch.zeros(p.blocks, p.size, p.size, dtype=dtype, device=parameters[p.name].device) for p in parts]
+    examples = 0
+    for gradients in example_gradients(model, batches, loss):
+        examples += 1
+        flat: Mapping[str, Tensor] = {name: gradient.flatten().to(dtype) for name, gradient in gradients.items()}
+        for part, total in zip(parts, totals, strict=True):
+            if part.name in flat:
+                rows = part.of(flat[part.name])
+                total.baddbmm_(rows[:, :, None], rows[:, None])
+    if not examples:
+        raise PruningError("prune_fisher: no batch came. Pass a list or loader of at least one batch.")
+    return [total / examples for total in totals]
+
+
+def _parts(name: str, length: int, block: int) -> list[_Part]:
+    """Part a flat weight into whole blocks and what is left over."""
+    whole, rest = divmod(length, block)
+    parts = [_Part(name, 0, whole, block), _Part(name, whole * block, 1, rest)]
+    return [part for part in parts if part.blocks * part.size]
