@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.data import Batches, augment, cifar10
-from benchmarks.models import resnet_cifar
+from benchmarks.han2015 import KEPT, left
+from benchmarks.lottery import LAYERS, ROUNDS
+from benchmarks.models import lenet_5, lenet_300_100, resnet_cifar
+from lightning_prune import prune_weights
 
 LOAD = """
 import numpy as np
@@ -68,3 +71,23 @@ def test_resnet_of_an_impossible_depth_is_refused():
     """Depths are 6n + 2."""
     with pytest.raises(ValueError, match="6n \\+ 2"):
         resnet_cifar(57)
+
+
+@pytest.mark.parametrize(
+    "make, name, weights, kept",
+    [(lenet_300_100, "LeNet-300-100", 266_200, 21_776), (lenet_5, "LeNet-5", 430_500, 36_280)],
+)
+def test_lenets_are_those_of_han(make, name, weights, kept):
+    """LeNet-300-100 has 267K and LeNet-5 431K weights, of which the paper's rates leave 22K and 36K."""
+    net = make()
+    assert sum(p.numel() for p in net.parameters() if p.dim() > 1) == weights
+    prune_weights(net, {layer: 1 - share for layer, share in KEPT[name].items()})
+    assert left(net) == pytest.approx(kept / weights, rel=1e-4)
+
+
+def test_rounds_of_the_lottery_are_those_of_the_paper():
+    """After 3, 7, 12, 15 and 18 rounds 51.3, 21.1, 7.0, 3.6 and 1.9 % of LeNet-300-100's weights are left."""
+    sizes = {"net.fc1": 784 * 300, "net.fc2": 300 * 100, "net.fc3": 100 * 10}
+    for number, told in ROUNDS.items():
+        stays = sum(size * LAYERS[layer] ** number for layer, size in sizes.items())
+        assert round(100 * stays / sum(sizes.values()), 1) == float(told)
