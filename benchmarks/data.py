@@ -1,4 +1,4 @@
-"""CIFAR-10 as tensors in memory: normalised, cut into batches, and augmented a whole batch at a time."""
+"""CIFAR-10 and MNIST as tensors in memory: normalised, cut into batches, and augmented a whole batch at a time."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Batches", "augment", "cifar10", "data_module"]
+__all__ = ["Batches", "augment", "cifar10", "data_module", "mnist"]
 
 
 def data_module(folder: Path | str) -> ModuleType:
@@ -46,6 +46,21 @@ def cifar10(folder: Path | str, split: str, parts: int | None = None) -> tuple[T
     return pixels.sub_(mean).div_(std).contiguous(), torch.from_numpy(labels)
 
 
+def mnist(folder: Path | str, split: str) -> tuple[Tensor, Tensor]:
+    """Read one split of MNIST, shifted and scaled to mean 0 and deviation 1 over all pixels of the training images.
+
+    Args:
+        folder: The data folder.
+        split: ``"train"`` or ``"test"``.
+
+    Returns:
+        Images, float32 ``(N, 1, 28, 28)``, and their digits, int64 ``(N,)``.
+    """
+    images, labels = data_module(folder).mnist(split)  # uint8 (N, 28, 28), int64 (N,)
+    pixels = torch.from_numpy(images).unsqueeze(1).float().div_(255)
+    return pixels.sub_(0.1307).div_(0.3081), torch.from_numpy(labels)
+
+
 def augment(images: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
     """Mirror half of the images, by chance, and crop each at a random place of its zero-padded self.
 
@@ -76,12 +91,15 @@ class Batches:
         labels: ``(N,)``.
         batch_size: Images per batch; the last batch of a pass may be smaller.
         train: Shuffle before each pass and augment each batch.
+        crop: Whether batches for training are augmented.
         seed: Passes with equal seeds are equal, whatever else draws random numbers.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, *, train: bool = False, seed: int = 0):
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, *, train: bool = False, seed: int = 0, crop: bool = True
+    ):
         self.images, self.labels = images, labels
-        self.batch_size, self.train = batch_size, train
+        self.batch_size, self.train, self.crop = batch_size, train, crop
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -92,4 +110,7 @@ class Batches:
         order = torch.randperm(n, generator=self.generator) if self.train else torch.arange(n)
         for indices in order.split(self.batch_size):
             images = self.images[indices]
-            yield augment(images, generator=self.generator) if self.train else images, self.labels[indices]
+            yield (
+                augment(images, generator=self.generator) if self.train and self.crop else images,
+                self.labels[indices],
+            )

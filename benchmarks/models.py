@@ -1,11 +1,11 @@
-"""The CIFAR-10 networks of the papers, with module names that read like the papers; knows nothing of pruning."""
+"""The CIFAR-10 and MNIST networks of the papers, with module names that read like theirs; knows nothing of pruning."""
 
 from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ResNet", "resnet_cifar", "vgg16_cifar"]
+__all__ = ["ResNet", "lenet_300_100", "lenet_5", "resnet_cifar", "vgg16_cifar"]
 
 VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 VGG16_POOLED = (2, 4, 7, 10, 13)  # max pooling follows these convolutions
@@ -91,3 +91,41 @@ def resnet_cifar(depth: int, num_classes: int = 10) -> ResNet:
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = BasicBlock(in_channels, out_channels, stride)
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, stride=1) for _ in range(blocks - 1)))
+
+
+def lenet_300_100() -> nn.Sequential:
+    """LeNet-300-100 for MNIST: `fc1`, `fc2`, `fc3`, with 266,200 weights.
+
+    References:
+        LeCun et al., Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 1998.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(784, 300),
+            relu1=nn.ReLU(),
+            fc2=nn.Linear(300, 100),
+            relu2=nn.ReLU(),
+            fc3=nn.Linear(100, 10),
+        )
+    )
+
+
+def lenet_5() -> nn.Sequential:
+    """LeNet-5 for MNIST, as Caffe has it and Han et al. prune it: 430,500 weights.
+
+    References:
+        Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015, Table 4.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(1, 20, 5),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(20, 50, 5),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(800, 500),
+            relu=nn.ReLU(),
+            fc2=nn.Linear(500, 10),
+        )
+    )

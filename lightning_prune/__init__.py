@@ -1,17 +1,32 @@
 """Prune networks while they train with PyTorch Lightning: units leave the model between two batches."""
 
 from lightning_prune.batch_norm import recalibrate_batch_norm
-from lightning_prune.callbacks import FilterL1Pruning, FilterPruning, MetricGuard, TaylorFilterPruning
+from lightning_prune.callbacks import (
+    FilterL1Pruning,
+    FilterPruning,
+    IterativeMagnitudePruning,
+    MetricGuard,
+    OBSOneShot,
+    TaylorFilterPruning,
+)
 from lightning_prune.checkpoints import load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.findings import Sensitivity
 from lightning_prune.flops import count_flops
+from lightning_prune.masks import apply_masks_, hold_masks, masks_on
+from lightning_prune.obs_filters import RepairReport, prune_filters_obs
+from lightning_prune.obs_pruning import ObsReport, prune_obs
 from lightning_prune.oracle import compare_criteria
 from lightning_prune.pruning import Report, prune_filters
 from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
+from lightning_prune.semi_structured import to_semi_structured_
 from lightning_prune.sensitivity import sensitivity
+from lightning_prune.sparse import load_sparse, load_sparse_, save_sparse
 from lightning_prune.structure import coupling_rule
-from lightning_prune.validation import trainer_sensitivity
+from lightning_prune.surgeon import SurgeonReport, prune_exact
+from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
+from lightning_prune.weight_pruning import WeightReport, prune_weights
+from lightning_prune.weight_sensitivity import weight_sensitivity
 
 __all__ = [
     "Cubic",
@@ -19,21 +34,40 @@ __all__ = [
     "FilterL1Pruning",
     "FilterPruning",
     "Geometric",
+    "IterativeMagnitudePruning",
     "Linear",
     "MetricGuard",
+    "OBSOneShot",
+    "ObsReport",
     "OneCycle",
     "OneShot",
     "PruningError",
+    "RepairReport",
     "Report",
     "Schedule",
     "Sensitivity",
+    "SurgeonReport",
     "TaylorFilterPruning",
+    "WeightReport",
+    "apply_masks_",
     "compare_criteria",
     "count_flops",
     "coupling_rule",
+    "hold_masks",
     "load_from_checkpoint",
+    "load_sparse",
+    "load_sparse_",
+    "masks_on",
+    "prune_exact",
     "prune_filters",
+    "prune_filters_obs",
+    "prune_obs",
+    "prune_weights",
     "recalibrate_batch_norm",
+    "save_sparse",
     "sensitivity",
+    "to_semi_structured_",
     "trainer_sensitivity",
+    "trainer_weight_sensitivity",
+    "weight_sensitivity",
 ]

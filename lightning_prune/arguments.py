@@ -22,10 +22,13 @@ __all__ = [
     "MinWidth",
     "amount_by_group",
     "budget_by_group",
+    "check_amount",
     "check_arguments",
+    "check_ignored",
     "check_optimizers",
     "check_prunable",
     "names_module",
+    "near",
     "with_ignored",
 ]
 
@@ -55,13 +58,7 @@ def check_arguments(
         ValueError: If an argument is out of range or unknown.
         TypeError: If an argument is of a wrong kind.
     """
-    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
-        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
-        if not 0 <= fraction < 1:
-            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
-            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+    check_amount(where, amount)
     if isinstance(amount, Mapping) and (target != "filters" or scope != "layer"):
         raise ValueError(
             f"{where}(target={target!r}, scope={scope!r}): amounts by pattern are fractions of each layer's filters; "
@@ -91,6 +88,22 @@ def check_arguments(
             )
 
 
+def check_amount(where: str, amount: Amount) -> None:
+    """Refuse amounts that are no fractions.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one is no number.
+    """
+    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
+        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
+        if not 0 <= fraction < 1:
+            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
+            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+
+
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
     """Refuse optimizers whose state cannot follow a cut.
 
@@ -110,16 +123,25 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) 
     Raises:
         ValueError: If a pattern names no module.
     """
-    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
-    for pattern in ignore:
-        if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{_near(pattern, paths)}")
+    check_ignored(model, ignore)
     ignored = [
         name
         for name, group in structure.groups.items()
         if any(names_module(pattern, producer) for pattern in ignore for producer in group.producers)
     ]
     return structure.without(ignored, "named in ignore=")
+
+
+def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
+    """Refuse patterns that name no module.
+
+    Raises:
+        ValueError: If a pattern names no module.
+    """
+    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
+    for pattern in ignore:
+        if not any(names_module(pattern, path) for path in paths):
+            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
 
 
 def check_prunable(model: nn.Module, structure: Structure) -> None:
@@ -192,7 +214,7 @@ def _named(structure: Structure, what: str, pattern: str) -> list[str]:
     pinned = [pin.tensor.rpartition(".")[0] for pin in structure.pinned]
     if not named and not any(names_module(pattern, path) for path in pinned):
         paths = [*dict.fromkeys(paths), *pinned]
-        raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{_near(pattern, paths)}")
+        raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
     return named
 
 
@@ -201,6 +223,7 @@ def names_module(pattern: str, path: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 
-def _near(pattern: str, paths: Iterable[str]) -> str:
-    near = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
-    return f" Near it: {', '.join(near)}." if near else ""
+def near(pattern: str, paths: Iterable[str]) -> str:
+    """Name the paths that a mistaken pattern may have meant, as a sentence."""
+    meant = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
+    return f" Near it: {', '.join(meant)}." if meant else ""

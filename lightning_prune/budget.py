@@ -306,12 +306,29 @@ def _leaving_order(
 def _keep(
     structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int, least: Mapping[str, Least]
 ) -> dict[str, NDArray[np.bool_]]:
+    stay = {n: max(least[n].width, group.width - max(0, leaving[n])) for n, group in structure.groups.items()}
+    for link in structure.links:
+        stay |= _alike({name: structure.groups[name].width for name in link}, stay, least, round_to)
     keep = {}
     for name, group in structure.groups.items():
-        stays = max(least[name].width, group.width - max(0, leaving[name]))
-        stays = min(group.width, math.ceil(stays / round_to) * round_to)
+        stays = min(group.width, math.ceil(stay[name] / round_to) * round_to)
         keep[name] = keep_highest(scores[name], stays).cpu().numpy()
     return keep
+
+
+def _alike(
+    widths: Mapping[str, int], stay: Mapping[str, int], least: Mapping[str, Least], round_to: int
+) -> dict[str, int]:
+    """Let linked groups keep the same share: the largest whole one within what they were to keep together."""
+    steps = math.gcd(*widths.values())
+    share = sum(stay[name] for name in widths) / sum(widths.values())
+    if any(stay[name] == width for name, width in widths.items()):  # one that was to stay whole holds the others
+        return dict(widths)
+    fewest = max(math.ceil(least[name].width * steps / width) for name, width in widths.items())
+    fewest = max(fewest, math.floor(share * steps + _ROUNDING))
+    fits = (k for k in range(fewest, steps) if all(k * width // steps % round_to == 0 for width in widths.values()))
+    kept = next(fits, steps)
+    return {name: kept * width // steps for name, width in widths.items()}
 
 
 def _beyond(amount: float, budget: Budget, most: float, told: str) -> PruningError:

@@ -31,12 +31,14 @@ from lightning_prune.reports import (
     pinned_table,
     room_table,
     sensitivity_table,
+    stored_table,
 )
 from lightning_prune.scoring import CRITERIA
 from lightning_prune.sensitivity import TENTHS
+from lightning_prune.sparse import save_sparse
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import take_shapes_
-from lightning_prune.validation import inputs_from_validation, trainer_sensitivity
+from lightning_prune.validation import inputs_from_validation, trainer_sensitivity, trainer_weight_sensitivity
 
 __all__ = ["main"]
 
@@ -67,6 +69,15 @@ follow as --model.width 64) with --input_shape.
 examples:
   lightning-prune inspect --config run.yaml
   lightning-prune inspect --model torchvision.models.resnet18 --input_shape 1,3,224,224
+"""
+_EXPORT = """\
+Store the weights of a checkpoint, or of a state dict, compactly.
+
+--sparse keeps of every tensor that is mostly zero the entries that are left, in a safetensors file without any code,
+and prints the bytes before and after. lightning_prune.load_sparse_(model, path) loads it into the original class.
+
+example:
+  lightning-prune export --sparse --ckpt_path last.ckpt --out model.safetensors
 """
 _SWITCHED_OFF = {
     "callbacks": None,
@@ -106,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data_class", help="import path of the datamodule's class, likewise")
         command.add_argument("--ckpt_path", type=Path, help="weights, of a pruned run, too; else as initialised")
         command.add_argument("--ignore", nargs="+", default=[], help="patterns of modules whose channels stay")
+    export = commands.add_parser(
+        "export", help=_EXPORT.partition("\n")[0], description=_EXPORT, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    export.set_defaults(run=_export)
+    export.add_argument("--sparse", action="store_true", required=True, help="leave out what is zero")
+    export.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint of Lightning, or a saved state dict")
+    export.add_argument("--out", type=Path, required=True, help="the file, such as model.safetensors")
     sensitivity, inspect = (commands.choices[name] for name in ("sensitivity", "inspect"))
     named = [name for name, criterion in CRITERIA.items() if not criterion.needs]
     add = sensitivity.add_argument
@@ -114,7 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for the results")
     add("--drop", type=float, default=0.01, help="how much worse the metric may be (default: 0.01)")
     add("--shares", type=float, nargs="+", default=TENTHS, help="shares that leave (default: 0.1 0.2 ... 0.9)")
-    add("--criterion", choices=named, default="l1", help="what says which leave first (default: l1)")
+    add("--weights", action="store_true", help="zero single weights, layer by layer, instead of cutting channels")
+    add(
+        "--criterion", choices=[*named, "magnitude"],
+        help="what says which leave first (default: l1; with --weights: magnitude, or random)",
+    )  # fmt: skip
     add = inspect.add_argument
     add("--model", help="import path of what makes the model")
     add("--input_shape", type=_shape, help="shape of one input, such as 1,3,32,32")
@@ -130,9 +153,14 @@ def _sensitivity(options: argparse.Namespace, rest: list[str]) -> None:
     import_matplotlib()  # what is missing is told before hours are spent
     trainer, model, datamodule = _load(options, rest)
     results = options.out / "sensitivity.json"
-    found = trainer_sensitivity(
+    if (options.criterion or "random") not in (("magnitude", "random") if options.weights else CRITERIA):
+        raise PruningError(
+            f"--criterion {options.criterion} scores {'units' if options.weights else 'single weights'}."
+        )
+    analyse: Any = trainer_weight_sensitivity if options.weights else trainer_sensitivity
+    found = analyse(
         trainer, model, datamodule, metric=options.metric, mode=options.mode, shares=options.shares,
-        criterion=options.criterion, ignore=options.ignore, path=results,
+        criterion=options.criterion or ("magnitude" if options.weights else "l1"), ignore=options.ignore, path=results,
         done=Sensitivity.from_json(results) if results.exists() else None,
     )  # fmt: skip
     found.to_json(results)
@@ -182,6 +210,20 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
         console.print(pinned_table(structure))
 
 
+def _export(options: argparse.Namespace, rest: list[str]) -> None:
+    """Write the compact file and print what it saves."""
+    if rest:
+        raise PruningError(f"unknown arguments: {' '.join(rest)}.")
+    report = save_sparse(_saved_weights(options.ckpt_path), options.out)
+    console = Console()
+    console.print(stored_table(report))
+    source = options.ckpt_path.stat().st_size
+    console.print(
+        f"Written: {options.out}, {report.bytes_after:,} bytes; the weights alone were {report.bytes_before:,}, "
+        f"{options.ckpt_path} is {source:,}.", soft_wrap=True,
+    )  # fmt: skip
+
+
 def _load(options: argparse.Namespace, rest: list[str]) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
     """Make trainer, module and data as LightningCLI does from the same YAML."""
     from lightning.pytorch.cli import LightningCLI
@@ -227,9 +269,13 @@ def _made(path: str, rest: list[str]) -> nn.Module:
     return instantiate(parser.parse_args([f"--model={path}", *rest])).model  # type: ignore[no-any-return]
 
 
-def _load_weights_(model: nn.Module, path: Path) -> None:
+def _saved_weights(path: Path) -> Any:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    state = checkpoint.get("state_dict", checkpoint)
+    return checkpoint.get("state_dict", checkpoint)
+
+
+def _load_weights_(model: nn.Module, path: Path) -> None:
+    state = _saved_weights(path)
     take_shapes_(model, state, "", getattr(state, "_metadata", {}).get("", {}))
     model.load_state_dict(state)
 

@@ -82,7 +82,7 @@ def least_widths(
 
 def rooms_told(rooms: list[Room], most: int = 8) -> str:
     """Say, one line a group, what can go, from those groups that hold most."""
-    held = sorted((room for room in rooms), key=lambda room: -max(room.params, room.flops))
+    held = sorted(rooms, key=lambda room: -max(room.params, room.flops))
     lines = [
         f"  {room.name}: {room.width} units, {room.least} stay ({room.why}); "
         f"the others hold {room.params:.1%} of the params, {room.flops:.1%} of the FLOPs"

@@ -254,9 +254,10 @@ def prepare(
             if stopped is not None:
                 raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
             break
+        whole = list(structure.groups)
         for name, reason in _unprovable(model, example_inputs, structure, keep).items():
             structure = structure.without([name], reason)
-            refused.append(name)
+        refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     return Prepared(cut, tensors, structure, keep, tuple(refused), widths, _words(structure, cut))
 
@@ -284,18 +285,20 @@ def _culprits(
     """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
     reasons: dict[str, str] = {}
 
-    def provable(names: list[str], accepted: list[str]) -> list[str]:
-        failure = disproof(draft(model, structure, {name: keep[name] for name in accepted + names}))
+    def provable(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        failure = disproof(draft(model, structure, {name: keep[name] for link in accepted + links for name in link}))
         if failure is None:
-            return names
-        if len(names) == 1:
-            reasons[names[0]] = failure.reason
+            return links
+        if len(links) == 1:
+            reasons[links[0][0]] = failure.reason
             return []
-        half = len(names) // 2
-        left = provable(names[:half], accepted)
-        return left + provable(names[half:], accepted + left)
+        half = len(links) // 2
+        left = provable(links[:half], accepted)
+        return left + provable(links[half:], accepted + left)
 
-    provable([name for name, stays in keep.items() if not stays.all()], [])
+    linked = [link for link in structure.links if not keep[link[0]].all()]
+    single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
+    provable([*single, *linked], [])
     return reasons
 
 

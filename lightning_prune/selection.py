@@ -1,9 +1,15 @@
 """Turns scores into choices: exactly as many as asked, ties by index; knows neither models nor methods."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import reduce
+
 import torch
 from torch import Tensor
 
-__all__ = ["keep_highest", "ranks"]
+__all__ = ["keep_best_of_all", "keep_highest", "keep_n_of_m", "parse_pattern", "ranks"]
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -29,19 +35,99 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     """Keep exactly ``count`` units with the highest scores; of equal scores the later index stays.
 
     Args:
-        scores: One score per unit, ``(n,)``.
-        count: How many stay, from 0 to n.
+        scores: One score per unit or weight, of any shape. NaN counts as lowest.
+        count: How many stay, from 0 to all.
 
     Returns:
-        True for each unit that stays, ``(n,)`` bool.
+        True for each that stays, bool of the same shape.
 
     Raises:
-        ValueError: If ``count`` lies outside 0 to n.
+        ValueError: If ``count`` is below 0 or more than there are.
 
     Example:
         >>> keep_highest(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
         tensor([ True, False,  True, False])
     """
-    if not 0 <= count <= len(scores):
-        raise ValueError(f"count={count}: of {len(scores)} units, from 0 to {len(scores)} can stay.")
-    return ranks(scores) >= len(scores) - count
+    flat = scores.detach().reshape(-1).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if not 0 <= count <= len(flat):
+        raise ValueError(f"count={count}: of {len(flat)} units, from 0 to {len(flat)} can stay.")
+    leave = len(flat) - count
+    if leave == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    highest_gone = flat.kthvalue(leave).values  # selects in linear time, where ranks would sort
+    keep = flat > highest_gone
+    tied = (flat == highest_gone).nonzero().squeeze(1)
+    keep[tied[len(tied) + int(keep.sum()) - count :]] = True  # those that are still missing, from the end
+    return keep.view(scores.shape)
+
+
+def keep_best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Keep exactly ``count`` entries of all tensors together; of equal scores the later name and index stays.
+
+    Args:
+        scores: Scores by name, of any shapes.
+        count: How many stay, from 0 to all.
+
+    Returns:
+        True for each entry that stays, bool of the same shapes.
+
+    Example:
+        >>> keep_best_of_all({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([[3.0], [2.0]])}, 2)
+        {'a': tensor([False,  True]), 'b': tensor([[ True], [False]])}
+    """
+    if not scores:
+        return {}
+    device = next(iter(scores.values())).device
+    dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()), torch.float32)
+    keep = keep_highest(torch.cat([score.detach().reshape(-1).to(device, dtype) for score in scores.values()]), count)
+    parts = keep.split([score.numel() for score in scores.values()])
+    return {
+        name: part.view(score.shape).to(score.device) for (name, score), part in zip(scores.items(), parts, strict=True)
+    }
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
+    """Keep the ``n`` highest of every ``m`` neighbours along a dimension; of equal scores the later index stays.
+
+    Args:
+        scores: Scores of a weight's entries; the size of ``dim`` is a multiple of ``m``.
+        n: How many of each group stay.
+        m: Size of a group.
+        dim: The dimension along which neighbours lie: of linear and convolution weights 1, the input channels.
+
+    Returns:
+        True for each entry that stays, bool of the same shape.
+
+    Raises:
+        ValueError: If the size of the dimension is no multiple of ``m``.
+
+    Example:
+        >>> keep_n_of_m(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2, 4).int()
+        tensor([[0, 1, 1, 0]], dtype=torch.int32)
+
+    References:
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, sec. 3 (arXiv:2104.08378).
+    """
+    if scores.shape[dim] % m:
+        raise ValueError(f"dimension {dim} of size {scores.shape[dim]}: groups of {m} need a multiple of {m}.")
+    groups = scores.detach().nan_to_num(nan=-torch.inf, neginf=-torch.inf).unflatten(dim, (-1, m)).movedim(dim + 1, -1)
+    order = groups.argsort(dim=-1, stable=True)
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., m - n :], True)
+    return keep.movedim(-1, dim + 1).flatten(dim, dim + 1)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Read a pattern such as ``"2:4"``: two of every four neighbours stay.
+
+    Raises:
+        ValueError: If it is none, or if not fewer than all of a group would stay.
+
+    Example:
+        >>> parse_pattern("2:4")
+        (2, 4)
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    n, m = map(int, found.groups()) if found else (0, 0)
+    if not 0 < n < m:
+        raise ValueError(f"pattern={pattern!r}: write N:M with 0 < N < M; '2:4' keeps two of every four neighbours.")
+    return n, m

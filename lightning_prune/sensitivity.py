@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,16 @@ from lightning_prune.scoring import Criterion, score_units
 from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import temporarily_cut
 
-__all__ = ["TENTHS", "GroupSensitivity", "Mode", "Sensitivity", "sensitivity"]
+__all__ = [
+    "TENTHS",
+    "GroupSensitivity",
+    "Mode",
+    "Sensitivity",
+    "begin",
+    "evaluated",
+    "measure_each",
+    "sensitivity",
+]
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 
@@ -83,31 +92,71 @@ def sensitivity(
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, fig. 2 (arXiv:1608.08710).
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015 (arXiv:1506.02626).
     """
-    shares = _checked(shares, mode, criterion)
+    check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1)
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
+    found = begin("sensitivity", model, evaluate, shares, metric, mode, criterion, done)
     scores = score_units(model, structure, criterion)
+    counts = {name: _counts(structure, scores, name, found.asked) for name in structure.groups}
+
+    def measure(name: str, advance: Callable[[], Any]) -> GroupSensitivity | str:
+        return _measure(model, example_inputs, structure, scores, name, counts[name], evaluate, advance)
+
+    return measure_each(found, {name: len(gone) for name, gone in counts.items()}, measure, path, progress)
+
+
+def begin(
+    where: str,
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], float],
+    shares: Sequence[float],
+    metric: str,
+    mode: Mode,
+    criterion: str | Callable[..., Any],
+    done: Sensitivity | None,
+) -> Sensitivity:
+    """Measure the whole model, and take up what was done before, if it answers the question that is asked now.
+
+    Raises:
+        ValueError: If shares or mode are out of range.
+        PruningError: If the whole model's metric is NaN, or ``done`` answers another question.
+    """
     found = Sensitivity(
         metric,
         mode,
         criterion if isinstance(criterion, str) else getattr(criterion, "__qualname__", repr(criterion)),
-        shares,
+        _checked(where, shares, mode),
         _checksum(model),
-        _evaluate(model, evaluate),
+        evaluated(model, evaluate),
     )
     if math.isnan(found.dense):
-        raise PruningError(f"sensitivity: {metric} of the whole model is NaN; there is nothing to compare with.")
-    if done is not None:
-        found = _continued(done, found)
+        raise PruningError(f"{where}: {metric} of the whole model is NaN; there is nothing to compare with.")
+    return found if done is None else _continued(done, found)
+
+
+def measure_each(
+    found: Sensitivity,
+    counts: Mapping[str, int],
+    measure: Callable[[str, Callable[[], Any]], GroupSensitivity | str],
+    path: str | Path | None,
+    progress: bool,
+) -> Sensitivity:
+    """Measure what is not in ``found`` yet, and write the file anew after each.
+
+    Args:
+        found: What is known.
+        counts: Name of what is measured -> how many evaluations it takes.
+        measure: From a name, and what it calls after each evaluation, to what was found, or why it was skipped.
+        path: The JSON file.
+        progress: Whether to show a progress bar.
+    """
     known = {group.name for group in found.groups} | found.skipped.keys()
-    counts = {name: _counts(structure, scores, name, shares) for name in structure.groups if name not in known}
+    todo = {name: count for name, count in counts.items() if name not in known}
     with _bar(progress) as bar:
-        task = bar.add_task("", total=sum(map(len, counts.values())))
-        for name, gone in counts.items():
+        task = bar.add_task("", total=sum(todo.values()))
+        for name in todo:
             bar.update(task, description=name)
-            measured = _measure(
-                model, example_inputs, structure, scores, name, gone, evaluate, partial(bar.advance, task)
-            )
+            measured = measure(name, partial(bar.advance, task))
             if isinstance(measured, str):
                 found = replace(found, skipped={**found.skipped, name: measured})
             else:
@@ -117,14 +166,11 @@ def sensitivity(
     return found
 
 
-def _checked(shares: Sequence[float], mode: Mode, criterion: Criterion) -> tuple[float, ...]:
-    check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1)
+def _checked(where: str, shares: Sequence[float], mode: Mode) -> tuple[float, ...]:
     if not shares or not all(0 < share < 1 for share in shares):
-        raise ValueError(f"sensitivity(shares={shares!r}): give fractions that leave, each between 0 and 1.")
+        raise ValueError(f"{where}(shares={shares!r}): give fractions that leave, each between 0 and 1.")
     if mode not in get_args(Mode):
-        raise ValueError(
-            f"sensitivity(mode={mode!r}): 'max' where a higher metric is better, 'min' where a lower one is."
-        )
+        raise ValueError(f"{where}(mode={mode!r}): 'max' where a higher metric is better, 'min' where a lower one is.")
     return tuple(sorted(float(share) for share in set(shares)))
 
 
@@ -182,12 +228,13 @@ def _measure(
         if prepared.refused:
             return _reason(group, prepared.structure)
         with temporarily_cut(model, prepared.cut, prepared.tensors):
-            values[count / group.width] = _evaluate(model, evaluate)
+            values[count / group.width] = evaluated(model, evaluate)
         advance()
     return GroupSensitivity(name, group.producers, group.width, tuple(values), tuple(values.values()))
 
 
-def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float:
+    """Return the metric of a model as it stands, which is left as found."""
     with undisturbed(model), _same_chance():
         value = evaluate(model)
     try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from torch import nn
 
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._pruning import Pruning
@@ -18,8 +19,10 @@ from lightning_prune.findings import Mode, Sensitivity
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.scoring import Criterion
 from lightning_prune.sensitivity import TENTHS, sensitivity
+from lightning_prune.weight_pruning import WeightCriterion
+from lightning_prune.weight_sensitivity import weight_sensitivity
 
-__all__ = ["inputs_from_validation", "trainer_sensitivity"]
+__all__ = ["inputs_from_validation", "trainer_sensitivity", "trainer_weight_sensitivity"]
 
 
 def trainer_sensitivity(
@@ -60,20 +63,14 @@ def trainer_sensitivity(
     Raises:
         PruningError: If validation logs no such metric, or as :func:`~lightning_prune.sensitivity` does.
     """
-
-    def evaluate(module: LightningModule) -> float:
-        trainer.validate(module, dataloaders=data, verbose=False)
-        return _logged(trainer, metric)
-
-    if mode is None:
-        mode = "min" if any(word in metric.lower() for word in ("loss", "error")) else "max"
+    mode = _mode(metric) if mode is None else mode
     with _quiet(trainer):
         found = inputs_from_validation(trainer, model, data)
         _logged(trainer, metric)
         return sensitivity(
             model,
             found if example_inputs is None else on_device_of(trainer, model, example_inputs),
-            evaluate,  # type: ignore[arg-type]  # it is called on the module alone
+            _by_validation(trainer, data, metric),
             shares=shares,
             metric=metric,
             mode=mode,
@@ -83,6 +80,74 @@ def trainer_sensitivity(
             path=path if trainer.is_global_zero else None,
             progress=progress and trainer.is_global_zero,
         )
+
+
+def trainer_weight_sensitivity(
+    trainer: Trainer,
+    model: LightningModule,
+    data: LightningDataModule | Iterable[Any] | None = None,
+    *,
+    metric: str,
+    mode: Mode | None = None,
+    shares: Sequence[float] = TENTHS,
+    criterion: WeightCriterion = "magnitude",
+    parameters: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    done: Sensitivity | None = None,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """Do what :func:`~lightning_prune.weight_sensitivity` does with a metric that ``trainer.validate`` gives.
+
+    The trainer's loggers, progress bar, checkpoints and pruning callbacks rest meanwhile.
+
+    Args:
+        trainer: What validates.
+        model: The module, with the weights to be judged.
+        data: A datamodule, or what else ``trainer.validate`` takes, unless the module has its own.
+        metric: Name under which the module logs the metric in validation.
+        mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
+            with ``loss`` or ``error`` in them.
+        shares: Fractions of a weight's entries that are zeroed.
+        criterion: What says which entries go first.
+        parameters: Patterns of modules or parameters; by default all weights of linear and convolutional layers.
+        ignore: Patterns of modules or parameters that stay.
+        done: What an earlier call returned or wrote.
+        path: A JSON file, written anew after each weight.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        PruningError: If validation logs no such metric, or as :func:`~lightning_prune.weight_sensitivity` does.
+    """
+    mode = _mode(metric) if mode is None else mode
+    with _quiet(trainer):
+        evaluate = _by_validation(trainer, data, metric)
+        evaluate(model)  # so that the model lies where it is evaluated
+        return weight_sensitivity(
+            model,
+            evaluate,
+            shares=shares,
+            metric=metric,
+            mode=mode,
+            criterion=criterion,
+            parameters=parameters,
+            ignore=ignore,
+            done=done,
+            path=path if trainer.is_global_zero else None,
+            progress=progress and trainer.is_global_zero,
+        )
+
+
+def _mode(metric: str) -> Mode:
+    return "min" if any(word in metric.lower() for word in ("loss", "error")) else "max"
+
+
+def _by_validation(trainer: Trainer, data: Any, metric: str) -> Callable[[nn.Module], float]:
+    def evaluate(module: nn.Module) -> float:
+        trainer.validate(module, dataloaders=data, verbose=False)  # type: ignore[arg-type]  # called on the module alone
+        return _logged(trainer, metric)
+
+    return evaluate
 
 
 def inputs_from_validation(

@@ -23,6 +23,7 @@ class Net:
         groups: Name of each channel group -> its width.
         stays: Parameter whose channels stay, all or some -> words of the reason.
         refused: Names of the groups that no cut can be proved of.
+        linked: Names of the groups that keep the same share.
         flops: Multiply-adds, worked out by hand.
         params: Number of parameters, worked out by hand.
         exact: Whether outputs of the cut network equal those of the full one with the gone channels silenced.
@@ -34,6 +35,7 @@ class Net:
     groups: dict[str, int]
     stays: dict[str, str] = field(default_factory=dict)
     refused: frozenset[str] = frozenset()
+    linked: tuple[str, ...] = ()
     flops: int | None = None
     params: int | None = None
     exact: bool = True
@@ -93,7 +95,7 @@ def strided() -> nn.Module:
     )  # fmt: skip
 
 
-@net(IMAGE, {"1": 5}, stays={"0.weight": "aten.new_empty has no coupling rule"})
+@net(IMAGE, {"0": 4, "1": 5})
 def circular() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular"), nn.Conv2d(5, 1, 1))
 
@@ -246,10 +248,22 @@ def chunk() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 1), Gate(()), nn.Conv2d(4, 1, 1))
 
 
-@net(IMAGE, {"0": 3, "2": 4}, stays={"0.weight": "does not run"}, refused=frozenset({"0"}))
+@net(IMAGE, {"0": 9, "2": 4})
 def unequal_split() -> nn.Module:
-    """Sizes written into the code cannot follow, so the channels stay."""
+    """Sizes that a module holds follow."""
     return nn.Sequential(nn.Conv2d(3, 9, 1), Gate((3, 6)), nn.Conv2d(9, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
+
+
+class LiteralGate(nn.Module):
+    def forward(self, x):
+        first, second = x.split([3, 6], 1)
+        return torch.cat([second, first.exp()], 1)
+
+
+@net(IMAGE, {"0": 3, "2": 4}, stays={"0.weight": "does not run"}, refused=frozenset({"0"}))
+def literal_split() -> nn.Module:
+    """Sizes written into the code cannot follow, so the channels stay."""
+    return nn.Sequential(nn.Conv2d(3, 9, 1), LiteralGate(), nn.Conv2d(9, 4, 1), nn.ReLU(), nn.Conv2d(4, 1, 1))
 
 
 @net(ROWS, {"0": 5})
@@ -438,10 +452,11 @@ class FunctionalNorm(nn.Module):
 
 
 @net(
-    SEQUENCE, {"enter": 8, "fc1": 9}, stays={"enter.weight": "does not run"}, refused=frozenset({"enter"}), exact=False,
+    SEQUENCE, {"enter": 8, "attention.in_proj_weight": 2, "fc1": 9}, exact=False,
+    linked=("enter", "attention.in_proj_weight"),
 )  # fmt: skip
 class Attention(nn.Module):
-    """Heads are written into the code of `MultiheadAttention`: cut rightly or left, never broken."""
+    """`MultiheadAttention` ties its heads to the width of its inputs: both shrink alike."""
 
     def __init__(self):
         super().__init__()
@@ -458,9 +473,9 @@ class Attention(nn.Module):
         return self.out(x + self.fc2(self.fc1(x).relu()))
 
 
-@net(SEQUENCE, {"enter": 5, "fc": 7}, stays={"lstm.weight_hh_l0": "fixed size"})
+@net(SEQUENCE, {"enter": 5, "lstm.weight_ih_l0": 4, "fc": 7})
 class Recurrent(nn.Module):
-    """Sizes are written into `LSTM`: cut rightly or left, never broken."""
+    """`LSTM` has one hidden size: the units of all layers and directions at one index leave together."""
 
     def __init__(self):
         super().__init__()

@@ -12,7 +12,8 @@ CONSUMED: list[tuple[type[nn.Module], tuple[int, ...]]] = [
     (nn.Bilinear, (1, 2)),
     (nn.modules.conv._ConvTransposeNd, (0,)),
     (nn.modules.conv._ConvNd, (1,)),
-    (nn.LSTM, (1,)),
+    (nn.RNNBase, (1,)),
+    (nn.RNNCellBase, (1,)),
 ]
 
 
@@ -30,9 +31,9 @@ def silenced(
     read = {id(model.get_parameter(name)): (dim,) for name, dim in (consumers or {}).items()}
     for module in model.modules():
         dims = next((dims for kind, dims in CONSUMED if isinstance(module, kind)), ())
-        for weight in ([module.weight_ih_l0, module.weight_ih_l0_reverse] if isinstance(module, nn.LSTM) else
-                       [module.weight] if dims else []):  # fmt: skip
-            read[id(weight)] = dims
+        for name, weight in module.named_parameters(recurse=False) if dims else ():
+            if name.startswith("weight"):
+                read[id(weight)] = dims
     for name, parameter in model.named_parameters():
         for dim in set(read.get(id(parameter), ())) & kept.get(name, {}).keys():
             gone = sorted(set(range(parameter.shape[dim])) - set(kept[name][dim].tolist()))

@@ -91,6 +91,15 @@ def test_yaml_patterns(tmp_path):
     assert widths(module) == {"first": 4, "second": 6, "hidden": 8}
 
 
+def test_yaml_of_masks(tmp_path):
+    """Masks are asked for in the same way, rounds and rewinding with their numbers."""
+    schedule = {"class_path": "Geometric", "init_args": {"start": 1, "end": 2}}
+    arguments = {"amount": 0.5, "scope": "layer", "schedule": schedule, "rewind_to": 0, "control": "shuffle"}
+    callback = {"class_path": "IterativeMagnitudePruning", "init_args": arguments}
+    _, module = run("fit", "--config", str(configured(tmp_path, callback)))
+    assert int((module.second.weight == 0).sum()) == 216
+
+
 def test_command_line():
     """Everything can be said on the command line."""
     (found,), module = run(

@@ -105,6 +105,15 @@ def test_sensitivity_of_a_run(folder, capsys):
     assert not (folder / "lightning_logs").exists()
 
 
+def test_sensitivity_of_single_weights(folder):
+    """With ``--weights`` single weights of each layer go, and what is written names amounts for each."""
+    sensitivity(*CLASSES, "--weights", "--drop", "1")
+    amounts = yaml.safe_load((folder / "found" / "amounts.yaml").read_text())["amount"]
+    assert amounts == {f"{name}.weight": 0.5 for name in ("first", "second", "hidden", "head")}
+    with pytest.raises(SystemExit, match="--criterion l1 scores units"):
+        sensitivity(*CLASSES, "--weights", "--criterion", "l1")
+
+
 def test_sensitivity_is_of_the_checkpoint(folder):
     """With --ckpt_path the weights of a checkpoint are judged, of a pruned one in its own shapes."""
     model = runs.net(runs.Known)

@@ -167,10 +167,17 @@ class Unseen(Manual):
 @pytest.mark.parametrize("form", ["weights", "activations"])
 def test_gradients_that_no_callback_is_told_of(form):
     """Where a step tells callbacks nothing, criteria of gradients say so after the first epoch; others work."""
-    with pytest.raises(PruningError, match="of the gradients of a whole epoch nothing was seen.*manual_backward"):
+    with pytest.raises(PruningError, match="of their gradients nothing was seen.*manual_backward"):
         fit(net(Unseen), TaylorFilterPruning(0.5, form=form))
     module = net(Unseen)
     fit(module, FilterL1Pruning(0.5, schedule=Linear(1, 2)))
+    assert widths(module) == SLIM
+
+
+def test_gradients_that_gather_for_longer_than_an_epoch():
+    """Where no step was taken yet, there was none to be seen: pruning waits."""
+    module = net(Gathers)
+    fit(module, TaylorFilterPruning(0.5, scope="layer"), max_epochs=3)
     assert widths(module) == SLIM
 
 

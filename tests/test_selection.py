@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.selection import keep_highest, ranks
+from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern, ranks
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, math.inf, math.nan]), min_size=1, max_size=20)
 
@@ -57,3 +57,47 @@ def test_impossible_counts_are_refused(count):
     """Fewer than none or more than all cannot stay."""
     with pytest.raises(ValueError, match=f"count={count}: of 3 units, from 0 to 3 can stay"):
         keep_highest(torch.zeros(3), count)
+
+
+@settings(deadline=None, max_examples=50)
+@given(scores=SCORES, data=st.data())
+def test_of_equal_scores_the_later_stay(scores, data):
+    """What stays is what comes last in the order of scores and, among equal ones, of places; NaN is lowest."""
+    count = data.draw(st.integers(0, len(scores)))
+    values = [-math.inf if math.isnan(score) else score for score in scores]
+    last = sorted(range(len(scores)), key=lambda place: (values[place], place))[len(scores) - count :]
+    assert keep_highest(torch.tensor(scores), count).nonzero().flatten().tolist() == sorted(last)
+
+
+@settings(deadline=None, max_examples=50)
+@given(one=SCORES, other=SCORES, data=st.data())
+def test_of_several_tensors_as_of_one(one, other, data):
+    """Tensors together keep what one long tensor of all their scores would keep."""
+    count = data.draw(st.integers(0, len(one) + len(other)))
+    keep = keep_best_of_all({"one": torch.tensor(one).view(-1, 1), "other": torch.tensor(other)}, count)
+    assert keep["one"].shape == (len(one), 1)
+    together = torch.cat([keep["one"].flatten(), keep["other"]])
+    assert torch.equal(together, keep_highest(torch.tensor(one + other), count))
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 4), more=st.integers(1, 4), seed=st.integers(0, 99), dim=st.integers(0, 3))
+def test_n_of_every_m_neighbours_stay(n, more, seed, dim):
+    """Along the dimension, each group of M keeps its N highest, found one by one; ties by index."""
+    m = n + more
+    shape = [2, 3, 2, 2]
+    shape[dim] = 2 * m
+    scores = torch.randint(4, shape, generator=torch.Generator().manual_seed(seed)).float()
+    keep = keep_n_of_m(scores, n, m, dim).movedim(dim, -1).reshape(-1, m)
+    for group, stays in zip(scores.movedim(dim, -1).reshape(-1, m).tolist(), keep.tolist(), strict=True):
+        last = sorted(range(m), key=lambda place: (group[place], place))[m - n :]
+        assert [place for place in range(m) if stays[place]] == sorted(last)
+
+
+def test_patterns_that_keep_nothing_or_all_are_refused():
+    """N:M keeps some of M and not all; a size that groups do not fill is refused."""
+    for pattern in ("4:4", "0:4", "5:4", "2/4", "2:4:8", ""):
+        with pytest.raises(ValueError, match="write N:M with 0 < N < M"):
+            parse_pattern(pattern)
+    with pytest.raises(ValueError, match="dimension 1 of size 6: groups of 4"):
+        keep_n_of_m(torch.zeros(2, 6), 2, 4)

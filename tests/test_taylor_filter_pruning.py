@@ -278,7 +278,7 @@ def test_hooks_are_on_the_model_only_while_needed(ends):
         fit(module, callback, max_epochs=4)
         assert hooks == [3] * 8 + [0] * 8
     assert not any(part._forward_pre_hooks for part in module.modules())
-    assert not callback._gathering.watching
+    assert callback._gathering.gathered() is None
 
 
 # Resume

@@ -2,7 +2,16 @@
 
 from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
 from lightning_prune.callbacks.filter_pruning import FilterPruning
+from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
 from lightning_prune.callbacks.metric_guard import MetricGuard
+from lightning_prune.callbacks.obs_one_shot import OBSOneShot
 from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
 
-__all__ = ["FilterL1Pruning", "FilterPruning", "MetricGuard", "TaylorFilterPruning"]
+__all__ = [
+    "FilterL1Pruning",
+    "FilterPruning",
+    "IterativeMagnitudePruning",
+    "MetricGuard",
+    "OBSOneShot",
+    "TaylorFilterPruning",
+]

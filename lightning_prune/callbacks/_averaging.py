@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import PruningError
+from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
 
-__all__ = ["averaged_copies", "cut_copies_", "keep_metadata_", "let_copies_follow", "refuse_order"]
+__all__ = [
+    "averaged_copies", "cut_copies_", "keep_metadata_", "let_copies_follow", "refuse_order", "restart_averages_",
+]  # fmt: skip
 
 
 def refuse_order(where: str, callbacks: Iterable[Any], mine: Any) -> None:
@@ -67,6 +71,18 @@ def cut_copies_(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> None:
         recipe.note(recipe_of(pl_module).places)
         recipe.needed = True
         cut_(copy, cut, cut.tensors(copy))
+
+
+def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let every average start anew, with the model as it is."""
+    own = named_tensors(pl_module)
+    with torch.no_grad():
+        for copy in averaged_copies(trainer):
+            for name, tensor in named_tensors(copy).items():
+                tensor.copy_(own[name])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _is(callback, "WeightAveraging") and callback._average_model is not None:
+            callback._average_model.n_averaged.zero_()
 
 
 def _take_shapes_of(

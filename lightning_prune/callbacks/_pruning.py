@@ -17,7 +17,7 @@ from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
 from lightning_prune.schedules import OneShot, Schedule
-from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
+from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
 
 __all__ = ["Course", "Pruning"]
 
@@ -106,6 +106,9 @@ class Pruning(AnyCallback, ABC):
     def cuts(self) -> Schedule:
         """The schedule, now that it is known how many units leave in all."""
         return self.schedule.over(self.units)
+
+    def follow(self, kept: Kept) -> None:
+        """Follow a cut that another callback has made."""
 
     def detach(self, pl_module: LightningModule) -> None:
         """Take every hook off the model and its optimizers."""
@@ -203,7 +206,10 @@ class Pruning(AnyCallback, ABC):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left; the last callback does so for all, since values logged twice would be averaged."""
         callbacks = pruning_callbacks(trainer)
-        if callbacks[-1] is not self or not any(callback._course.unlogged for callback in callbacks):
+        courses = [callback._course for callback in callbacks]
+        if callbacks[-1] is not self or not all(course.begun for course in courses):
+            return
+        if not any(course.unlogged for course in courses):
             return
         values: dict[str, float] = {}
         for callback in callbacks:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.arguments import amount_by_group, with_ignored
 from lightning_prune.errors import PruningError
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks._structured import StructuredPruning
 
 __all__ = [
-    "pruning_callbacks", "refuse_blind", "refuse_overlap", "refuse_removal", "refuse_run", "refuse_short",
-    "structured_callbacks",
+    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_overlap", "refuse_removal", "refuse_run",
+    "refuse_short", "refuse_unmaskable", "structured_callbacks",
 ]  # fmt: skip
 
 
@@ -47,6 +48,39 @@ def refuse_removal(where: str, trainer: Trainer) -> None:
         )
     if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise PruningError(f"{where} and ModelPruning contradict: one cuts what the other wraps. Use one of them.")
+
+
+def refuse_masks(where: str, trainer: Trainer) -> None:
+    """Refuse strategies and other callbacks beside which masks cannot hold.
+
+    Raises:
+        PruningError: Saying what to use instead.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise PruningError(
+            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, on which no mask of the whole "
+            "fits. Prune on one device or with strategy='ddp'."
+        )
+    if hasattr(trainer.strategy.launcher, "_start_method"):
+        raise PruningError(
+            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and what is known "
+            "of the masks ends with them. Use strategy='ddp', from a script."
+        )
+    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise PruningError(f"{where} and ModelPruning contradict: one masks what the other wraps. Use one of them.")
+
+
+def refuse_unmaskable(where: str, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that look at the model within a step, where no mask holds.
+
+    Raises:
+        PruningError: For LBFGS.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise PruningError(
+            f"{where}: LBFGS runs the model several times within a step, with weights that no mask has seen. "
+            "Train with a first-order optimizer, such as SGD or AdamW, while pruning."
+        )
 
 
 def refuse_run(where: str, schedule: Schedule, trainer: Trainer) -> None:
@@ -87,14 +121,14 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
 
 
 def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse to wait for what a whole epoch did not show.
+    """Refuse to wait for what steps that went by did not show.
 
     Raises:
         PruningError: Saying how a training step that optimizes manually lets its gradients be seen.
     """
-    if gathering.watching and not gathering.ready and not pl_module.automatic_optimization:
+    if not pl_module.automatic_optimization and gathering.blind(pl_module):
         raise PruningError(
-            f"{where}: of the {gathering.looks_at_training} of a whole epoch nothing was seen. "
+            f"{where}: weights have moved, and of their {gathering.looks_at_training} nothing was seen. "
             f"{type(pl_module).__name__} optimizes manually: call self.manual_backward(loss) and step what "
             "self.optimizers() returns, not optimizers of torch, so that callbacks are told."
         )

@@ -23,26 +23,31 @@ from lightning_prune.arguments import (
     check_prunable,
     with_ignored,
 )
-from lightning_prune.batch_norm import batch_norms, recalibrate_batch_norm
 from lightning_prune.budget import Budget, Scope, Scores, Target
 from lightning_prune.callbacks._averaging import cut_copies_
-from lightning_prune.callbacks._batches import training_batches
 from lightning_prune.callbacks._gathering import Gathering
 from lightning_prune.callbacks._guard import guards
-from lightning_prune.callbacks._inputs import batch_as_inputs, inputs_of, on_device_of
+from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
+from lightning_prune.callbacks._processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks._pruning import Pruning
-from lightning_prune.callbacks._refusals import refuse_blind, refuse_overlap, refuse_removal, structured_callbacks
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_blind,
+    refuse_overlap,
+    refuse_removal,
+    structured_callbacks,
+)
 from lightning_prune.callbacks._state import Start, State
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import FlopCount, count_flops
-from lightning_prune.inputs import ExampleInputs, run
-from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.latency import circumstances, shapes_of
 from lightning_prune.pruning import Prepared, count_params, prepare
 from lightning_prune.reports import layer_costs, layer_table
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import Keep, Structure, find_structure, trace
-from lightning_prune.surgery import cut_, recipe_of
+from lightning_prune.surgery import Kept, cut_, recipe_of
 
 __all__ = ["StructuredPruning"]
 
@@ -159,7 +164,7 @@ class StructuredPruning(Pruning):
         prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
         if prepared.cut.kept:
             self._cut(trainer, pl_module, prepared)
-            self._recalibrate(trainer, pl_module)
+            recalibrate_(trainer, pl_module, self.recalibrate)
             if self.target == "latency":
                 self._state.latency = self._latency(trainer, pl_module, structure, {})
         self._state.widths |= {width.name: width.after for width in prepared.widths}
@@ -227,6 +232,10 @@ class StructuredPruning(Pruning):
         self._gathering.rest()
         if self._course.progress < self._course.ceiling:
             self._watch_on(pl_module)
+
+    def follow(self, kept: Kept) -> None:
+        """Count anew after a cut, whoever made it."""
+        self._state.flops = None
 
     def detach(self, pl_module: LightningModule) -> None:
         """Take every hook off the model."""
@@ -311,20 +320,7 @@ class StructuredPruning(Pruning):
         return prepared
 
     def _latency(self, trainer: Trainer, pl_module: LightningModule, structure: Structure, keep: Keep) -> float:
-        """Measure on the first process what share of the latency a choice leaves, and tell the others."""
-        found: float | None = None
-        failure: Exception | None = None
-        if trainer.is_global_zero:
-            assert self._start.shapes is not None  # noted at the start, as this is the target
-            try:
-                with trainer.precision_plugin.forward_context():
-                    found = latency_kept(pl_module, self._inputs, structure, keep, self._start.shapes)
-            except CutDoesNotRunError as error:
-                failure = error
-        found = trainer.strategy.broadcast(found)
-        if found is None:
-            raise CutDoesNotRunError(keep) from failure
-        return found
+        return latency_of_first(trainer, pl_module, self._inputs, self._start.shapes, structure, keep)
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, prepared: Prepared) -> None:
         """Make a cut; where processes average gradients, what averages them is made anew for the new shapes."""
@@ -339,22 +335,8 @@ class StructuredPruning(Pruning):
         cut_copies_(trainer, pl_module, prepared.cut)
         if averaged:
             strategy.configure_ddp()  # type: ignore[attr-defined]
-        for callback in structured_callbacks(trainer):
-            callback._state.flops = None
-
-    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Average BatchNorm's statistics anew, over batches and processes."""
-        norms = batch_norms(pl_module)
-        if not self.recalibrate or not norms:
-            return
-        with (
-            training_batches(trainer, pl_module, self.recalibrate) as batches,
-            trainer.precision_plugin.forward_context(),
-        ):
-            recalibrate_batch_norm(pl_module, inputs_of(pl_module, batches), run)
-        for norm in norms.values():
-            for buffer in (norm.running_mean, norm.running_var):
-                buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+        for callback in pruning_callbacks(trainer):
+            callback.follow(prepared.cut.kept)
 
     @property
     def _start(self) -> Start:

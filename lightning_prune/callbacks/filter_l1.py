@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._criteria import gathering_for
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import Schedule
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._criteria import gathering_for
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA, Criterion

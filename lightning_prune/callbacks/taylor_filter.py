@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.budget import Scores
-from lightning_prune.callbacks._gathering import gathering_for
+from lightning_prune.callbacks._criteria import gathering_for
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.structure import Structure

@@ -4,6 +4,7 @@ from lightning_prune.criteria.activations import activation_mean, activation_std
 from lightning_prune.criteria.magnitude import batch_norm_scale, filter_l1, filter_l2
 from lightning_prune.criteria.obd import obd
 from lightning_prune.criteria.taylor import taylor_activations
+from lightning_prune.criteria.weights import magnitude
 
 __all__ = [
     "activation_mean",
@@ -12,6 +13,7 @@ __all__ = [
     "batch_norm_scale",
     "filter_l1",
     "filter_l2",
+    "magnitude",
     "obd",
     "taylor_activations",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.structure.labels import INERT, PINNED, Atoms, Ledger, SlotRange
+from lightning_prune.structure.links import find_links, left
 
 __all__ = ["ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "connected", "find_structure"]
 
@@ -88,6 +89,8 @@ class Structure:
     component: Atoms
     units: dict[str, Atoms] = field(default_factory=dict)
     """Group name -> component of each of its units, ``(width,)``."""
+    links: tuple[tuple[str, ...], ...] = ()
+    """Groups that must keep the same share, since a number in the code ties their widths together."""
 
     def alive(self, keep: Keep) -> NDArray[np.bool_]:
         """Return for every atom whether it is left once the units that ``keep`` gives up have gone, ``(atoms,)``."""
@@ -110,23 +113,30 @@ class Structure:
             for labels in cost.sizes:
                 key = tuple(id(label.atoms) for label in labels)
                 if key not in counts:
-                    counts[key] = int(np.logical_and.reduce([alive[label.atoms] for label in labels]).sum())
+                    counts[key] = left(labels, alive)
                 product *= counts[key]
             total[cost.operator] += product
         return total
 
     def without(self, names: Iterable[str], reason: str) -> Structure:
-        """Return the structure with some groups pinned."""
+        """Return the structure with some groups pinned, and the groups linked to them."""
         names = set(names)
+        linked = {other: link for link in self.links if names & set(link) for other in link if other not in names}
+        reasons = dict.fromkeys(names, reason) | {
+            name: f"its width is tied to that of {', '.join(sorted(names & set(link)))}, which stays: {reason}"
+            for name, link in linked.items()
+        }
         pins = [
-            Pinned(slot.tensor, slot.dim, len(slot.units), int((slot.units >= 0).sum()), reason)
-            for name in names
+            Pinned(slot.tensor, slot.dim, len(slot.units), int((slot.units >= 0).sum()), reasons[name])
+            for name in self.groups
+            if name in reasons
             for slot in self.groups[name].slots
             if slot.role == "producer"
         ]
-        groups = {name: group for name, group in self.groups.items() if name not in names}
-        units = {name: unit for name, unit in self.units.items() if name not in names}
-        return Structure(groups, [*self.pinned, *pins], self.ledger, self.taken, self.component, units)
+        groups = {name: group for name, group in self.groups.items() if name not in reasons}
+        units = {name: unit for name, unit in self.units.items() if name not in reasons}
+        links = tuple(link for link in self.links if not reasons.keys() & set(link))
+        return Structure(groups, [*self.pinned, *pins], self.ledger, self.taken, self.component, units, links)
 
 
 def find_structure(ledger: Ledger) -> Structure:
@@ -166,7 +176,12 @@ def find_structure(ledger: Ledger) -> Structure:
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
-    return Structure(groups, _pinned(ledger, component, taken, set(alone)), ledger, taken, component, members)
+    links, stuck = find_links(ledger, component, members)
+    pinned_ = _pinned(ledger, component, taken, set(alone))
+    structure = Structure(groups, pinned_, ledger, taken, component, members, tuple(links))
+    for name, reason in stuck.items():
+        structure = structure.without([name], reason)
+    return structure
 
 
 def resolve(ledger: Ledger, taken: Mapping[Hashable, Hashable]) -> Atoms:
@@ -212,23 +227,56 @@ def connected(size: int, pairs: Iterable[tuple[Atoms, Atoms]], active: NDArray[n
 
 
 def _take(ledger: Ledger) -> dict[Hashable, Hashable]:
-    """Take, of every choice, the alternative with the most channels that nothing downstream pins."""
-    if not ledger.choices:
+    """Take one alternative of every choice, those that met together.
+
+    Whole ones of what a product runs over in batches (heads) come before a share of each; then comes what has the most
+    channels that nothing downstream pins.
+    """
+    ways = [(key, way) for key, choice in ledger.choices.items() for way in choice.alternatives]
+    if not ways:
         return {}
     pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
     active = np.ones(ledger.size, dtype=bool)
     active[INERT] = False
     root = connected(ledger.size, [*ledger.pairs, *pins], active)
+    whole = np.zeros(ledger.size, dtype=bool)
+    for atoms in ledger.whole:
+        whole[atoms] = True
+    blocks = [ledger.choices[key].alternatives[way][0][0] for key, way in ways]
+    together: dict[int, list[int]] = defaultdict(list)
+    for which, first in enumerate(_together(ledger, ways)):
+        together[int(first)].append(which)
 
-    def free(blocks: list[tuple[Atoms, Atoms]]) -> int:
-        return int((root[blocks[0][0]] != root[PINNED]).sum())
+    def rank(members: list[int]) -> tuple[bool, bool, int, int]:
+        free = min(int((root[blocks[which]] != root[PINNED]).sum()) for which in members)
+        preferred = any(bool(whole[blocks[which]].any()) for which in members)
+        return free > 0, preferred, free, max(len(blocks[which]) for which in members)
 
-    return {
-        key: max(
-            choice.alternatives, key=lambda way: (free(choice.alternatives[way]), len(choice.alternatives[way][0][0]))
-        )
-        for key, choice in ledger.choices.items()
-    }
+    taken: dict[Hashable, Hashable] = {}
+    for members in sorted(together.values(), key=rank, reverse=True):
+        keys = {ways[which][0] for which in members}
+        if len(keys) == len(members) and not any(key in taken for key in keys):
+            taken.update(ways[which] for which in members)
+    for members in sorted(together.values(), key=rank, reverse=True):  # what met cannot be had together
+        for which in members:
+            taken.setdefault(*ways[which])
+    return taken
+
+
+def _together(ledger: Ledger, ways: Sequence[tuple[Hashable, Hashable]]) -> Atoms:
+    """Find which alternatives of different choices met: one cannot be taken without the other.
+
+    Returns:
+        For each alternative the first of those it belongs to, ``(len(ways),)``.
+    """
+    owned = [
+        (np.full(len(atoms), which), len(ways) + atoms)
+        for which, (key, way) in enumerate(ways)
+        for atoms, _ in ledger.choices[key].alternatives[way]
+    ]
+    met = [(len(ways) + a, len(ways) + b) for a, b in ledger.together]
+    size = len(ways) + ledger.size
+    return connected(size, [*owned, *met], np.ones(size, dtype=bool))[: len(ways)]
 
 
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:

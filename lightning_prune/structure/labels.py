@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["INERT", "PINNED", "Attribute", "Choice", "Cost", "Label", "Labels", "Ledger", "SlotRange"]
+__all__ = ["INERT", "PINNED", "Attribute", "Choice", "Cost", "Equation", "Label", "Labels", "Ledger", "SlotRange"]
 
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
@@ -41,11 +41,13 @@ class Label:
 class Labels:
     """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
 
-    ``weight`` says that the tensor was made from parameters and constants alone.
+    ``weight`` says that the tensor was made from parameters and constants alone, ``blank`` that it holds one value
+    everywhere and waits to be filled.
     """
 
     dims: dict[int, tuple[Label, ...]] = field(default_factory=dict)
     weight: bool = True
+    blank: bool = False
 
     def at(self, dim: int) -> tuple[Label, ...]:
         """Return the labels along a dimension, none for a dimension of fixed size."""
@@ -76,15 +78,25 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Attribute:
-    """A number held by a module that follows how many atoms of a label are left.
+    """A number held by a module that follows how many indices keep all their labels.
 
     ``index`` is the entry that follows where the attribute is a tuple of sizes.
     """
 
     module: str
     name: str
-    atoms: Atoms
+    labels: tuple[Label, ...]
     index: int | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives."""
+
+    labels: tuple[Label, ...]
+    number: Any
+    where: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +116,14 @@ class Ledger:
         self.size = first_atom
         self.slots: list[SlotRange] = []
         self.pairs: list[tuple[Atoms, Atoms]] = []
+        self.together: list[tuple[Atoms, Atoms]] = []
         self.pins: list[tuple[Atoms, str]] = []
         self.choices: dict[Hashable, Choice] = {}
         self.attributes: list[Attribute] = []
+        self.equations: list[Equation] = []
+        self.numbers = True  # whether numbers remember where they come from
+        self.lengths: dict[Hashable, Label] = {}
+        self.whole: list[Atoms] = []
         self.costs: list[Cost] = []
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}
         self.statistics: list[Atoms] = []
@@ -114,7 +131,7 @@ class Ledger:
         self.runs_on_meta: bool | None = (
             None  # whether the traced model runs where nothing is computed; None: not tried
         )
-        self.step = 0  # counts operators, so that two traces of one model name their choices alike
+        self._chosen: dict[str, int] = {}
         self.running: tuple[str, Any] = ("", None)  # path of the module and the operator at hand, for reasons
 
     @property
@@ -154,6 +171,8 @@ class Ledger:
             for side in sides:
                 self.pin(side, reason)
             return ()
+        if all(len(side) == 1 for side in sides):  # where one has several, the other hangs on whichever is taken
+            self.together += [(sides[0][0].atoms, side[0].atoms) for side in sides[1:]]
         for first in sides[0]:
             for side in sides[1:]:
                 for other in side:
@@ -187,11 +206,17 @@ class Ledger:
         Returns:
             One conditional label ``(size,)`` per block, in order.
         """
-        choice = self.choices[self.step, key] = Choice({}, self.where)
+        path = self.running[0]  # two traces of one model name their choices alike, whatever else runs between them
+        self._chosen[path] = self._chosen.get(path, 0) + 1
+        choice = self.choices[path, self._chosen[path], key] = Choice({}, self.where)
         labels = []
         for name, blocks in alternatives.items():
-            choice.alternatives[name] = [(self._hand_out(block.shape[1]), block) for block in blocks]
-            labels += [Label(atoms, conditional=True) for atoms, _ in choice.alternatives[name]]
+            choice.alternatives[name] = []
+            for block in blocks:
+                columns, places = _distinct(block)
+                atoms = self._hand_out(columns.shape[1])
+                choice.alternatives[name].append((atoms, columns))
+                labels.append(Label(atoms[places], conditional=True))
         return labels
 
     def use(self, role: Role, labels: Iterable[Label]) -> None:
@@ -202,6 +227,18 @@ class Ledger:
         """Write down that a statistic ran over these labels, so that numbers change when some of them leave."""
         self.statistics.extend(label.atoms for label in labels)
 
+    def held(self, place: Any, size: int) -> Label:
+        """Return the label of a number that a module holds, as if it were the length of a tensor of its own."""
+        key = (place.module, place.name, place.index)
+        if key not in self.lengths:
+            self.lengths[key] = Label(self._hand_out(size))
+            self.attributes.append(Attribute(place.module, place.name, (self.lengths[key],), place.index, self.where))
+        return self.lengths[key]
+
+    def prefer(self, labels: Iterable[Label]) -> None:
+        """Write down that these labels run along a batch of products: of several ways, whole ones of these leave."""
+        self.whole.extend(label.atoms for label in labels if label.conditional)
+
     def cost(self, operator: str, factor: float, *sizes: int | tuple[Label, ...]) -> None:
         """Write down the multiply-adds of an operator as a product of fixed and labelled sizes."""
         fixed = math.prod(size for size in sizes if isinstance(size, int))
@@ -210,3 +247,12 @@ class Ledger:
     def _hand_out(self, count: int) -> Atoms:
         start, self.size = self.size, self.size + count
         return np.arange(start, self.size, dtype=np.int64)
+
+
+def _distinct(columns: Atoms) -> tuple[Atoms, Atoms]:
+    """Return each different column once, ``(n, different)``, and which of these every column is, ``(size,)``."""
+    _, first, places = np.unique(columns, axis=1, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # in the order in which they appear
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return columns[:, first[order]], rank[places.ravel()]

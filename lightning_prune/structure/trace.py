@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
 from lightning_prune.structure.labels import Labels, Ledger
+from lightning_prune.structure.numbers import Number, Size, numbers_in, remember_
 from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.rules.frozen import compared, made_anew
 
-__all__ = ["exchange_", "named_tensors", "trace"]
+__all__ = ["exchange_", "named_tensors", "trace", "unfused"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
+_SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -62,18 +67,24 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
     Raises:
         PruningError: If the model does not run on the example inputs.
     """
-    ledger = Ledger()
+    with suppress(Exception):  # some code takes plain numbers alone
+        return _traced(model, example_inputs, numbers=True)
     try:
-        with undisturbed(model):
-            watch(
-                model, example_inputs, {}, ledger, {n: ledger.register(n, t) for n, t in named_tensors(model).items()}
-            )
+        return _traced(model, example_inputs, numbers=False)
     except Exception as error:
         raise PruningError(
             f"{type(model).__name__} does not run on the example inputs in eval mode ({type(error).__name__}: {error})"
             ". Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of "
             "keyword inputs."
         ) from error
+
+
+def _traced(model: nn.Module, example_inputs: ExampleInputs, numbers: bool) -> Ledger:
+    ledger = Ledger()
+    labels = {name: ledger.register(name, tensor) for name, tensor in named_tensors(model).items()}
+    ledger.numbers = numbers
+    with undisturbed(model):
+        watch(model, example_inputs, {}, ledger, labels)
     return ledger
 
 
@@ -103,7 +114,9 @@ def watch(
     for tensor in tensors_in((args, kwargs)):
         mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
-    with _unfused(), mode.knows_modules(model), mode:
+    if ledger.numbers:
+        remember_(model, partial(compared, ledger))
+    with unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
         outputs = model(*args, **kwargs)
     ledger.running = ("", None)
     tensors = list(tensors_in(outputs))
@@ -124,24 +137,26 @@ class _LabelMode(TorchDispatchMode):
         self._mark = object()  # tells this trace's labels from another's
         self._meta = meta
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
+        self.asked: tuple[int, ...] = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._meta:
-            args, kwargs = _on_meta(args), dict(zip(kwargs, _on_meta(tuple(kwargs.values())), strict=True))
-        out = func(*args, **kwargs)
-        self.ledger.step += 1
+            out = func(*_on_meta(args), **dict(zip(kwargs, _on_meta(tuple(kwargs.values())), strict=True)))
+        else:
+            out = func(*args, **kwargs)
         found = [self.labels_of(t) for t in tensors_among((*args, *kwargs.values()))]
-        weight = all(labels.weight for labels in found)
-        if any(labels.dims for labels in found):
+        blank = rule_for(func) is made_anew
+        weight = all(labels.weight for labels in found) and not blank
+        if (blank and self.asked) or any(labels.dims for labels in found):
             self.ledger.running = (self._running[-1][0], func)
-            call = Call(self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1])
+            call = Call(self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1], self.asked, self._lay)
             rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
             dims = rule(call)
         else:
             dims = {}
         for tensor, own in _outputs(out, dims):
-            self._lay(tensor, Labels({d: found for d, found in own.items() if found}, weight))
+            self._lay(tensor, Labels({d: found for d, found in own.items() if found}, weight, blank))
         return out
 
     def give(self, tensor: Tensor, labels: Labels) -> None:
@@ -181,6 +196,35 @@ class _LabelMode(TorchDispatchMode):
                 handle.remove()
 
 
+class _NumberMode(TorchFunctionMode):
+    """Lets sizes remember the labels they count, and tells rules which numbers Python asked an operator for."""
+
+    def __init__(self, labels: _LabelMode) -> None:
+        super().__init__()
+        self._labels = labels
+        self._compared = partial(compared, labels.ledger)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SHAPE_READERS:
+            return self._remembering(args[0], func(*args, **(kwargs or {})), args[1:])
+        self._labels.asked = tuple(numbers_in((args, tuple(kwargs.values()) if kwargs else ())))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._labels.asked = ()
+
+    def _remembering(self, tensor: Tensor, sizes: Any, dim: Any) -> Any:
+        dims = self._labels.labels_of(tensor).dims
+        if not dims:
+            return sizes
+        if isinstance(sizes, int):
+            found = dims.get(int(dim[0]) % tensor.dim() if dim else -1)
+            return Number(sizes, Size(found), self._compared) if found else sizes
+        return torch.Size(
+            [Number(size, Size(dims[d]), self._compared) if d in dims else size for d, size in enumerate(sizes)]
+        )
+
+
 def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
     if isinstance(out, Tensor):
         yield out, dims
@@ -200,7 +244,7 @@ def _on_meta(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Take attention apart into products, which have rules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

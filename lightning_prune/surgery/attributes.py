@@ -31,7 +31,12 @@ _SIZES: dict[type[nn.Module], dict[str, tuple[tuple[str, ...], int, str | None]]
     },
     nn.Embedding: {"embedding_dim": (("weight",), 1, None)},
     nn.EmbeddingBag: {"embedding_dim": (("weight",), 1, None)},
-    nn.RNNBase: {"input_size": (("weight_ih_l0",), 1, None)},
+    nn.RNNBase: {
+        "input_size": (("weight_ih_l0",), 1, None),
+        "hidden_size": (("weight_hr_l0", "weight_hh_l0"), 1, None),
+        "proj_size": (("weight_hr_l0",), 0, None),
+    },
+    nn.RNNCellBase: {"input_size": (("weight_ih",), 1, None), "hidden_size": (("weight_hh",), 1, None)},
     nn.PReLU: {"num_parameters": (("weight",), 0, None)},
     nn.GroupNorm: {"num_channels": (("weight",), 0, None)},
     nn.modules.batchnorm._NormBase: {"num_features": (("weight", "running_mean"), 0, None)},

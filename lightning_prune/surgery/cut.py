@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.structure.links import left
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import Kept, followed, narrowed, replace_tensors_
 
@@ -43,14 +44,14 @@ def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:
     """Work out what giving up the units with ``keep == False`` changes; the model is not touched."""
     keep = {name: kept for name, kept in keep.items() if not kept.all()}
     own = named_tensors(model)
-    left: dict[tuple[str, int], np.ndarray] = {}
+    stay: dict[tuple[str, int], np.ndarray] = {}
     for name, stays in keep.items():
         for slot in structure.groups[name].slots:
             gone = (slot.units >= 0) & ~stays[slot.units]
             place = slot.tensor, slot.dim
-            left[place] = left.get(place, np.ones(len(slot.units), dtype=bool)) & ~gone
+            stay[place] = stay.get(place, np.ones(len(slot.units), dtype=bool)) & ~gone
     kept: Kept = {}
-    for (tensor, dim), stays in left.items():
+    for (tensor, dim), stays in stay.items():
         kept.setdefault(tensor, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
     shapes = {
         name: tuple(len(dims[d]) if d in dims else size for d, size in enumerate(own[name].shape))
@@ -90,8 +91,11 @@ def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[
     changes: dict[tuple[str, str], AttributeChange] = {}
     for attribute in structure.ledger.attributes:
         old = getattr(model.get_submodule(attribute.module), attribute.name)
-        count = int(alive[attribute.atoms].sum())
+        count = left(attribute.labels, alive)
         new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
-        new = count if attribute.index is None else (*new[: attribute.index], count, *new[attribute.index + 1 :])
+        if attribute.index is None:
+            new = count
+        else:
+            new = type(new)((*new[: attribute.index], count, *new[attribute.index + 1 :]))
         changes[place] = AttributeChange(attribute.module, attribute.name, old, new)
     return list(changes.values())

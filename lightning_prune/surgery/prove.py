@@ -13,6 +13,7 @@ from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.structure.groups import resolve
 from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger
+from lightning_prune.structure.links import left
 from lightning_prune.structure.trace import exchange_, watch
 from lightning_prune.surgery.attributes import set_attributes_
 from lightning_prune.surgery.cut import Cut, draft
@@ -44,7 +45,9 @@ def prove(
         cut: The cut to prove.
         tensors: The slim values of everything that the cut changes.
     """
-    plain = {name: stays for name, stays in cut.keep.items() if not structure.groups[name].changes_statistics}
+    mixed = {name for name in cut.keep if structure.groups[name].changes_statistics}
+    mixed |= {name for link in structure.links if mixed & set(link) for name in link}
+    plain = {name: stays for name, stays in cut.keep.items() if name not in mixed}
     try:
         whole = len(plain) == len(cut.keep)  # then one run of the slim model serves both proofs
         ledger, found = _run_slim(model, example_inputs, structure, cut, tensors if whole else None)
@@ -108,10 +111,25 @@ def _runs_on_meta(model: nn.Module, example_inputs: ExampleInputs, structure: St
 
 def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger | None:
     """Trace the model with two units left where the cut leaves one: dimensions of size one carry no labels."""
-    if all(stays.sum() > 1 for stays in cut.keep.values()):
+    two = {name: stays | _first_gone(stays, 2 - int(stays.sum())) for name, stays in cut.keep.items()}
+    for link in structure.links:  # those that go together come back together
+        if any(name in two and cut.keep[name].sum() < 2 for name in link):
+            two |= {name: np.ones_like(two[name]) for name in link}
+    alive = structure.alive(cut.keep)
+    for attribute in structure.ledger.attributes:  # pieces of a group that a number tells the size of
+        found = structure.component[attribute.labels[0].atoms]
+        if len(found) > 1 and left(attribute.labels, alive) < 2:
+            for name, stays in two.items():
+                held = np.isin(structure.units[name], found)
+                two[name] = stays | held & _first_gone(stays | ~held, 2 - int((stays & held).sum()))
+    if all(np.array_equal(two[name], stays) for name, stays in cut.keep.items()):
         return None
-    two = {name: stays | (np.cumsum(~stays) == 1) & (stays.sum() < 2) for name, stays in cut.keep.items()}
     return _run_slim(model, example_inputs, structure, draft(model, structure, two), None)[0]
+
+
+def _first_gone(stays: np.ndarray, count: int) -> np.ndarray:
+    """Return the first units that go, so many of them."""
+    return ~stays & (np.cumsum(~stays) <= count)
 
 
 def _trace_slim(
@@ -123,6 +141,10 @@ def _trace_slim(
     meta: bool,
 ) -> tuple[Ledger, list[Tensor]]:
     ledger = Ledger(first_atom=structure.ledger.size)
+    ledger.numbers = structure.ledger.numbers
+    alive = structure.alive(cut.keep)
+    for place, label in structure.ledger.lengths.items():
+        ledger.lengths[place] = Label(label.atoms[alive[label.atoms]])
     labels: dict[str, dict[int, tuple[Label, ...]]] = {name: {} for name in named_tensors(model)}
     for slot in structure.ledger.slots:
         atoms = np.arange(slot.start, slot.start + slot.size)

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.bits import unpack_bits
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import replace_tensors_
 
-__all__ = ["RECIPE", "Recipe", "drop_unused_recipe_", "recipe_of", "resize_", "take_shapes_"]
+__all__ = ["RECIPE", "PackedMasks", "Recipe", "drop_unused_recipe_", "recipe_of", "resize_", "take_shapes_"]
 
 RECIPE = "lightning_prune"
 """The key under which the metadata of a state dict carries its recipe."""
+
+PackedMasks = dict[str, list[Any]]
+"""Name of a parameter -> what of it stays, as ``[packed bits, shape]`` (see :mod:`lightning_prune.bits`)."""
 
 
 @dataclass(eq=False)
@@ -27,15 +31,19 @@ class Recipe:
 
     Attributes:
         places: Attributes of modules to write, as ``(module path, name)``.
-        needed: Whether the model's shapes may differ from those that its constructor gave.
+        masks: Which weights are zero for good. They are written as long as it is true: who trains without what holds
+            them loses them.
+        needed: Whether the model's shapes may differ from those that its constructor gave, or masks lie on it.
     """
 
     places: list[tuple[str, str]] = field(default_factory=list)
+    masks: PackedMasks = field(default_factory=dict)
     needed: bool = False
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        """Write the values of the attributes, as plain numbers and lists."""
-        local_metadata[RECIPE] = {"attributes": self.values(module)}
+        """Write the values of the attributes and the masks, as plain numbers, lists and tensors."""
+        masks = {name: mask for name, mask in self.masks.items() if _holds(mask, state_dict.get(prefix + name))}
+        local_metadata[RECIPE] = {"attributes": self.values(module), "masks": masks}
 
     def values(self, module: nn.Module) -> list[list[Any]]:
         """Return ``[module path, name, value]`` of every attribute that is still there."""
@@ -76,6 +84,7 @@ def take_shapes_(
     if recipe is not None:
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         resize_(module, own, recipe["attributes"])
+        recipe_of(module).masks = dict(recipe.get("masks", {}))
 
 
 def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> None:
@@ -106,3 +115,13 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     recipe = recipe_of(model)
     recipe.note((change.module, change.name) for change in known)
     recipe.needed = True
+
+
+def _holds(mask: list[Any], weight: Tensor | None) -> bool:
+    """Tell whether a weight is zero wherever a mask says so; one that is not saved cannot say otherwise."""
+    packed, shape = mask
+    if weight is None:
+        return True
+    if len(shape) != weight.dim() or any(size not in (1, own) for size, own in zip(shape, weight.shape, strict=True)):
+        return False
+    return not weight.detach().masked_fill(unpack_bits(packed, shape).to(weight.device), 0).any()

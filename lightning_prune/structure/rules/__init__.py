@@ -1,6 +1,7 @@
 """What each operator does to labels: one table, filled by the files of this folder."""
 
 from lightning_prune.structure.rules import contraction as contraction
+from lightning_prune.structure.rules import frozen as frozen
 from lightning_prune.structure.rules import movement as movement
 from lightning_prune.structure.rules import normalization as normalization
 from lightning_prune.structure.rules import parts as parts

@@ -161,7 +161,7 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
 def _follow_groups(call: Call, atoms: Atoms) -> None:
     path, module = call.module
     if isinstance(module, nn.modules.conv._ConvNd):
-        call.ledger.attributes.append(Attribute(path, "groups", atoms))
+        call.ledger.attributes.append(Attribute(path, "groups", (Label(atoms),)))
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
@@ -170,6 +170,8 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
     tied = {
         dim: call.ledger.tie([call.labels(a).at(dim), call.labels(b).at(dim)], "batch of a product") for dim in batch
     }
+    for dim in batch:
+        call.ledger.prefer((*call.labels(a).at(dim), *call.labels(b).at(dim)))
     _contract(call, a, last, b, last - 1)
     call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
     return {**tied, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}

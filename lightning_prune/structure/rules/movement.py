@@ -37,7 +37,7 @@ def shifted(call: Call) -> Dims:
 
 
 @coupling_rule(
-    "aten.flip", "aten.rot90", "aten.constant_pad_nd", "aten.repeat",
+    "aten.flip", "aten.rot90", "aten.repeat",
     "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.reflection_pad1d", "aten.reflection_pad2d",
     "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d",
     "aten.unfold",
@@ -56,12 +56,27 @@ def moved(call: Call) -> Dims:
         for number, label in enumerate(found):
             shape = [1] * source.dim()
             shape[dim] = source.shape[dim]
-            carried = torch.from_numpy(label.atoms).reshape(shape).expand(source.shape)
+            carried = torch.from_numpy(np.require(label.atoms, requirements="W")).reshape(shape).expand(source.shape)
             moved_label = _rerun(call, carried)
             free = [d for d in range(moved_label.dim()) if moved_label.stride(d) == 0]
             for d in free:
                 moved_label = moved_label.narrow(d, 0, 1)
             merge_(dims, attach(call, (dim, number), moved_label.numpy(), range(call.out.dim()), label.conditional))
+    return dims
+
+
+@coupling_rule("aten.constant_pad_nd")
+def constant_pad(call: Call) -> Dims:
+    """What is added along a dimension stays; along the others, a channel is padded with more of itself."""
+    source, pads = call.args[:2]
+    dims: Dims = {}
+    for dim, found in call.labels(source).dims.items():
+        before, after = pads[2 * (source.dim() - 1 - dim) :][:2] or (0, 0)
+        if min(before, after) < 0:
+            call.ledger.pin(found, "cropped by fixed numbers")
+        else:
+            padded = (np.pad(label.atoms, (before, after), constant_values=PINNED) for label in found)
+            dims[dim] = tuple(Label(atoms, label.conditional) for atoms, label in zip(padded, found, strict=True))
     return dims
 
 
@@ -96,11 +111,9 @@ def _positions_pinned(call: Call, channel: int) -> Dims:
 
 
 def _rerun(call: Call, carried: Tensor) -> Tensor:
-    """Run the operator on labels; what it pads with is pinned."""
+    """Run the operator on labels."""
     args: list[Any] = [carried, *call.args[1:]]
     kwargs = dict(call.kwargs)
-    if call.func.overloadpacket is torch.ops.aten.constant_pad_nd:
-        args, kwargs = args[:2], {"value": PINNED}
     if call.func.overloadpacket is torch.ops.aten.im2col:
         return call.func(carried.to(torch.float64), *args[1:], **kwargs).to(torch.int64)  # has no integer kernel
     args = [_at_hand(a) for a in args]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from lightning_prune.structure.labels import Attribute
+from lightning_prune.structure.labels import Attribute, Label
 from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
@@ -48,7 +48,7 @@ def layer_norm(call: Call) -> list[Dims]:
         )
         call.ledger.mix(dims[first + entry])
         if dims[first + entry] and tuple(shape) == getattr(module, "normalized_shape", None):
-            call.ledger.attributes.append(Attribute(path, "normalized_shape", dims[first + entry][0].atoms, entry))
+            call.ledger.attributes.append(Attribute(path, "normalized_shape", dims[first + entry], entry))
     call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
     return [dims] + [{}] * (len(call.out) - 1)
 
@@ -102,7 +102,7 @@ def group_norm(call: Call) -> list[Dims]:
 def _follow(call: Call, atoms: np.ndarray) -> None:
     path, module = call.module
     if isinstance(module, nn.GroupNorm):
-        call.ledger.attributes.append(Attribute(path, "num_groups", atoms))
+        call.ledger.attributes.append(Attribute(path, "num_groups", (Label(atoms),)))
 
 
 @coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")

@@ -8,6 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from lightning_prune.structure.labels import INERT, PINNED, Label
+from lightning_prune.structure.numbers import Derived, Number, Size, aligned
+from lightning_prune.structure.rules.frozen import follow_number
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
@@ -48,7 +50,8 @@ def slice_(call: Call) -> Dims:
     )
     labels = call.labels(source)
     if step == 1:
-        _shrink_alike(call, labels.at(dim), math.gcd(start, stop, source.shape[dim]))
+        if not _follow_bounds(call, labels.at(dim), start, stop):
+            _shrink_alike(call, labels.at(dim), math.gcd(start, stop, source.shape[dim]))
     elif start < step and stop == source.shape[dim] and stop % step == 0:
         for label in labels.at(dim):
             columns = label.atoms.reshape(-1, step)
@@ -66,6 +69,8 @@ def slice_(call: Call) -> Dims:
     "aten.split_with_sizes_copy",
     "aten.chunk",
     "aten.unsafe_split",
+    "aten.unsafe_split_with_sizes",
+    "aten.unsafe_chunk",
 )
 def split(call: Call) -> list[Dims]:
     """Pieces of labels; the boundaries move with the width only if every block shrinks alike."""
@@ -73,11 +78,12 @@ def split(call: Call) -> list[Dims]:
     dim = call.argument("dim") % source.dim()
     bounds = np.cumsum([part.shape[dim] for part in call.out])
     labels = call.labels(source)
-    _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
     pieces = [
         tuple(Label(piece, label.conditional) for piece in np.split(label.atoms, bounds[:-1]))
         for label in labels.at(dim)
     ]
+    if not _follow_sizes(call, list(zip(*pieces, strict=True)), [part.shape[dim] for part in call.out]):
+        _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
     whole = {d: found for d, found in labels.dims.items() if d != dim}
     return [
         whole | ({dim: tuple(piece[i] for piece in pieces)} if part.shape[dim] > 1 else {})
@@ -117,6 +123,41 @@ def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
         call.ledger.meet(rows[:1], rows[1:])
 
 
+def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int]) -> bool:
+    """Let the sizes of pieces follow them; return whether all do, so that each piece may shrink on its own."""
+    asked = [number for _, number in aligned(call.asked, sizes)]
+    if len(asked) == 1 and len(sizes) > 1:  # one size for all
+        asked = asked * len(sizes)
+        alone = False
+    else:
+        alone = len(asked) == len(sizes) and all(isinstance(number, Number) for number in asked)
+    for piece, number in zip(pieces, asked, strict=False):
+        follow_number(call, piece, number)
+    return alone
+
+
+def _follow_bounds(call: Call, labels: tuple[Label, ...], start: int, stop: int) -> bool:
+    """Let the bounds of a slice follow what lies before them; return whether both do."""
+    size = len(labels[0].atoms) if labels else 0
+    held = [n for n in call.asked if isinstance(n, Number) and not _counts_labels(n)]
+    bounds = [
+        (bound, next((number for number in held if number == bound), None)) for bound in (start, stop)
+        if 0 < bound < size
+    ]  # fmt: skip
+    if not bounds or any(number is None for _, number in bounds):
+        return False
+    for bound, number in bounds:
+        follow_number(call, tuple(Label(label.atoms[:bound], label.conditional) for label in labels), number or 0)
+    return True
+
+
+def _counts_labels(number: Number) -> bool:
+    """Tell whether a size of a tensor went into a number, so that it moves with the width by itself."""
+    origin = number.origin
+    sides = (origin.left, origin.right) if isinstance(origin, Derived) else ()
+    return isinstance(origin, Size) or any(_counts_labels(side) for side in sides if isinstance(side, Number))
+
+
 def _gone(call: Call, labels: tuple[Label, ...]) -> tuple[Label, ...]:
     call.ledger.pin(labels, "single indices are taken out of it")
     return ()
@@ -133,3 +174,9 @@ def _join(sides: list[tuple[Label, ...]], sizes: list[int]) -> tuple[Label, ...]
         conditional = any(layer >= len(side) > 0 or (side and side[layer].conditional) for side in sides)
         joined.append(Label(np.concatenate(parts), bool(conditional)))
     return tuple(joined)
+
+
+@coupling_rule("aten._pack_padded_sequence")
+def pack_padded(call: Call) -> list[Dims]:
+    """Steps and examples become one dimension; what each step holds passes."""
+    return [{dim - 1: found for dim, found in call.labels(call.args[0]).dims.items() if dim > 1}, {}]

@@ -10,7 +10,7 @@ __all__ = ["pointwise"]
 
 
 @coupling_rule(
-    "aten.copy_", "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise",
+    "aten._prelu_kernel", "aten.masked_fill", "aten.masked_fill_", "aten.rrelu_with_noise",
     "aten.rrelu_with_noise_", "aten.tril", "aten.triu", "aten.nan_to_num", "aten.bernoulli", "aten.dropout",
     "aten.hardswish", "aten.hardswish_", "aten.log_sigmoid_forward", "aten.floor_divide", "aten.rsub", "aten.gelu_",
     "aten.threshold_", "aten.mish_", "aten.abs_",

@@ -27,6 +27,8 @@ class Call:
         kwargs: Its keyword arguments, as they were given.
         out: What it returned.
         module: Path of the module that was running, and the module itself.
+        lay: Gives labels to another tensor than the output.
+        asked: The whole numbers among the arguments of the Python function that called it, flattened.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Call:
         out: Any,
         labels: Callable[[Tensor], Labels],
         module: tuple[str, torch.nn.Module | None],
+        asked: tuple[int, ...],
+        lay: Callable[[Tensor, Labels], None],
     ) -> None:
         """Bundle what one call consists of."""
         self.ledger = ledger
@@ -47,6 +51,8 @@ class Call:
         self.out = out
         self.labels = labels
         self.module = module
+        self.asked = asked
+        self.lay = lay
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name it has in the operator's schema, or its default."""

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_prune.structure.rules.attach import attach, merge_, unknown
+from lightning_prune.structure.rules.frozen import follow
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
@@ -33,7 +34,7 @@ def reshape(call: Call) -> Dims:
                 shape[position] = sizes[position]
                 atoms = np.broadcast_to(label.atoms.reshape(shape), sizes).reshape([call.out.shape[d] for d in outer])
                 merge_(dims, attach(call, (dim, number), atoms, outer, label.conditional))
-    return dims
+    return follow(call, dims)
 
 
 @coupling_rule("aten.permute", "aten.permute_copy")
@@ -43,7 +44,7 @@ def permute(call: Call) -> Dims:
     return {new: call.labels(source).at(old % source.dim()) for new, old in enumerate(call.args[1])}
 
 
-@coupling_rule("aten.transpose", "aten.transpose_copy", "aten.swapaxes")
+@coupling_rule("aten.transpose", "aten.transpose_", "aten.transpose_copy", "aten.swapaxes")
 def transpose(call: Call) -> Dims:
     """Labels keep to their dimensions."""
     source, first, second = call.args
@@ -52,14 +53,14 @@ def transpose(call: Call) -> Dims:
     return {swap.get(dim, dim): labels for dim, labels in call.labels(source).dims.items()}
 
 
-@coupling_rule("aten.t", "aten.numpy_T", "aten.t_copy")
+@coupling_rule("aten.t", "aten.t_", "aten.numpy_T", "aten.t_copy")
 def t(call: Call) -> Dims:
     """Labels keep to their dimensions."""
     last = call.args[0].dim() - 1
     return {last - dim: labels for dim, labels in call.labels(call.args[0]).dims.items()}
 
 
-@coupling_rule("aten.unsqueeze", "aten.unsqueeze_copy")
+@coupling_rule("aten.unsqueeze", "aten.unsqueeze_", "aten.unsqueeze_copy")
 def unsqueeze(call: Call) -> Dims:
     """Labels keep to their dimensions."""
     at = call.argument("dim") % call.out.dim()
@@ -84,7 +85,7 @@ def squeeze(call: Call) -> Dims:
 def expand(call: Call) -> Dims:
     """Labels keep to their dimensions, counted from the last."""
     shift = call.out.dim() - call.args[0].dim()
-    return {dim + shift: labels for dim, labels in call.labels(call.args[0]).dims.items()}
+    return follow(call, {dim + shift: labels for dim, labels in call.labels(call.args[0]).dims.items()})
 
 
 @coupling_rule(

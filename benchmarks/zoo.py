@@ -1,0 +1,163 @@
+"""Cuts every network of a zoo by the same share beside torch-pruning: which come out right, and how much is gone.
+
+    python -m benchmarks.zoo                              # torchvision; needs torchvision and torch-pruning
+    python -m benchmarks.zoo --zoo timm                   # one small network of every family; needs timm
+    python -m benchmarks.zoo --zoo transformers           # small configurations; needs transformers
+    python -m benchmarks.zoo --models resnet18 swin_t     # some of them
+
+Weights are random, with random statistics and affine parameters, so that no two channels look alike. Each network runs
+in a process of its own. Writes what it prints into ``zoo-NAME.json`` beside this file, network by network; networks
+that are there already are not run again unless they are named. Ours passes where the cut was proved, the output shapes
+are as they were and at least 15 % of the parameters are gone; torch-pruning, told which layers make the outputs, passes
+where the output shapes are as they were and as much is gone: it proves nothing.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning imports it
+    importlib.import_module("torchvision_cpu")
+
+from benchmarks.zoos import ZOOS, Inputs
+from lightning_prune.inputs import run, tensors_in
+from lightning_prune.pruning import count_params, prune_filters
+
+HERE = Path(__file__).parent
+AMOUNT = 0.3
+ENOUGH = 0.85
+"""Share of the parameters that may be left for a network to pass."""
+
+Found = dict[str, Any]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Give statistics and affine parameters random values, and return the model in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.dim() == 1 and tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                tensor.copy_(0.5 + noise if name.endswith(("weight", "running_var")) else 0.2 * noise - 0.1)
+    return model.eval()
+
+
+def ours(model: nn.Module, inputs: Inputs) -> Found:
+    """Cut a network and say what is left, what was proved and what stays."""
+    report = prune_filters(model, inputs, AMOUNT)
+    reasons: dict[str, int] = {}
+    for pin in report.pinned:
+        reasons[pin.reason] = reasons.get(pin.reason, 0) + 1
+    return {"kept": report.params_after / report.params_before, "proof": report.proof, "stays": reasons}
+
+
+def torch_pruning(model: nn.Module, inputs: Inputs) -> Found:
+    """Prune a network with torch-pruning, all but what makes its outputs."""
+    library = importlib.import_module("torch_pruning")
+    before = count_params(model)
+    importance = library.importance.GroupMagnitudeImportance(p=1)
+    made = {tensor.shape[d] for tensor in tensors_in(run(model, inputs)) for d in (1, -1) if tensor.dim() > 1}
+    last = [m for m in model.modules() if getattr(m, "out_features", getattr(m, "out_channels", None)) in made]
+    library.pruner.BasePruner(model, inputs, importance, pruning_ratio=AMOUNT, ignored_layers=last[-2:]).step()
+    return {"kept": count_params(model) / before}
+
+
+def tried(method: Callable[[nn.Module, Inputs], Found], build: Callable[[], tuple[nn.Module, Inputs]]) -> Found:
+    """Run one method on a new network, and say what came out of it or why nothing did."""
+    torch.manual_seed(0)
+    model, inputs = build()
+    model = randomised(model)
+    with torch.no_grad():
+        start = time.perf_counter()
+        shapes = [tensor.shape for tensor in tensors_in(run(model, inputs))]
+        forward = time.perf_counter() - start
+    start = time.perf_counter()
+    try:
+        found = method(model, inputs)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            same = [tensor.shape for tensor in tensors_in(run(model, inputs))] == shapes
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:400], "passes": False}
+    passes = same and found["kept"] <= ENOUGH
+    return {**found, "same shapes": same, "passes": passes, "seconds": seconds, "forward": forward}
+
+
+def compared(zoo: str, name: str, limit: float) -> Found:
+    """Try both methods on one network, each in a process of its own."""
+    found = {}
+    for method in ("ours", "torch_pruning"):
+        command = [sys.executable, "-m", "benchmarks.zoo", "--zoo", zoo, "--one", name, method]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            told = done.stdout.strip().splitlines()
+            died = {"error": f"died: {done.stderr[-300:]}", "passes": False}
+            found[method] = json.loads(told[-1]) if done.returncode == 0 and told else died
+        except subprocess.TimeoutExpired:
+            found[method] = {"error": f"not done in {limit:g} seconds", "passes": False}
+    return found
+
+
+def table(results: dict[str, Found]) -> Table:
+    """Lay out what both left of every network."""
+    passed = {method: sum(r[method]["passes"] for r in results.values()) for method in ("ours", "torch_pruning")}
+    found = Table(
+        title=f"{AMOUNT:.0%} of the channels of {len(results)} networks",
+        caption=f"pass: ours {passed['ours']}, torch-pruning {passed['torch_pruning']}; in brackets: does not pass",
+    )
+    for column in ("network", "kept, ours", "theirs", "seconds, ours", "theirs", "ratio", "proved"):
+        found.add_column(column, justify="left" if column in ("network", "proved") else "right")
+    for name, row in results.items():
+        seconds = [row[method].get("seconds") for method in ("ours", "torch_pruning")]
+        ratio = f"{seconds[0] / seconds[1]:.2f}" if all(seconds) else ""
+        kept = [told(row[method]) for method in ("ours", "torch_pruning")]
+        found.add_row(name, *kept, *(f"{s:.1f}" if s else "" for s in seconds), ratio, row["ours"].get("proof", ""))
+    return found
+
+
+def told(found: Found) -> str:
+    """Say in a word what came of a network."""
+    if "error" in found:
+        return f"({found['error'].partition(':')[0]})"
+    kept = f"{found['kept']:.1%}"
+    return kept if found["passes"] else f"({kept})" if found["same shapes"] else f"({kept}, other shapes)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zoo", choices=ZOOS, default="torchvision")
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one network and one method")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    zoo = ZOOS[arguments.zoo]
+    if arguments.one:
+        name, method = arguments.one
+        print(json.dumps(tried({"ours": ours, "torch_pruning": torch_pruning}[method], lambda: zoo.build(name))))
+        return
+    path = HERE / f"zoo-{arguments.zoo}.json"
+    results: dict[str, Found] = json.loads(path.read_text()) if path.exists() else {}
+    for name in arguments.models or [name for name in zoo.names() if name not in results]:
+        results[name] = compared(arguments.zoo, name, arguments.limit)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, *(told(results[name][method]) for method in ("ours", "torch_pruning")), flush=True)
+    Console(width=140).print(table(results))
+
+
+if __name__ == "__main__":
+    main()

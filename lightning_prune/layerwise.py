@@ -1,0 +1,186 @@
+"""Takes every layer's Hessian to a solver: all layers at once or one after the other; writes nothing into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
+from lightning_prune.outputs import Outputs, replaced
+from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
+
+__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one"]
+
+Leaving = Mapping[str, int | Pattern]
+"""By parameter name, how many of its weights leave, or by what pattern."""
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
+_MEMORY = 2 * 2**30  # bytes of Hessians held at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What a layer's weight becomes.
+
+    Attributes:
+        weight: Its new value.
+        keep: True for each weight that stays, in its shape.
+        error: Share of the energy of its outputs on the batches that is lost; where a bias or BatchNorm makes up for
+            the mean, of their variance.
+        others: What else changes, by name: its bias, or the running mean of the BatchNorm behind it.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    error: float
+    others: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Surgery:
+    """A model, the data that its layers shall go on to serve, and how each layer is solved.
+
+    Attributes:
+        model: The model.
+        batches: Batches of data.
+        forward: Calls the model on a batch and returns its outputs.
+        products: Which of its parameters multiply what.
+        solver: Prunes the rows of one layer.
+        damping: Share of the mean diagonal entry that is added to Hessians.
+        dtype: What Hessians are summed and solved in.
+        tensors: The model's parameters and buffers, by name.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    forward: Run
+    products: Products
+    solver: type[RowSolver]
+    damping: float
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+    _held: dict[str, _Patient] = field(default_factory=dict)
+
+    def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
+        """Yield each layer with its Hessian; where those of all fit into memory, they are gathered once."""
+        for part in self._fitting(names):
+            if part[0] not in self._held:
+                self._held.clear()
+                grams = gather_grams(self.model, self.batches, self.forward, part, self.dtype)
+                self._held.update({name: self._patient(name, gram) for name, gram in grams.items()})
+            for name in part:
+                yield name, self._held[name]
+
+    def rows(self, name: str) -> Tensor:
+        """Return a layer's weights as ``(groups, rows, columns)``."""
+        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.dtype)
+
+    def solved(self, name: str, rows: Tensor, keep: Tensor, error: Tensor, lost: Tensor) -> Solved:
+        """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
+
+        Args:
+            name: The layer's weight.
+            rows: Its new rows.
+            keep: What stays of them.
+            error: Share of the energy that is lost.
+            lost: Mean of each output that is lost, ``(groups, rows)``.
+        """
+        reading = self.products.readings[name]
+        others = {}
+        if (shift := self.products.shifts.get(name)) is not None:
+            held = self.tensors[shift.name].detach()
+            others[shift.name] = held + shift.sign * lost.flatten().to(held)
+        weight = reading.weight(rows).to(self.tensors[name].dtype)
+        return Solved(weight, reading.weight(keep), float(error), others)
+
+    def _patient(self, name: str, gram: Gram) -> _Patient:
+        hessian = gram.hessian
+        if name in self.products.shifts:
+            hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
+        return _Patient(self.rows(name), hessian, damped(hessian, self.damping), gram.mean)
+
+    def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
+        return fitting({name: 2 * self.products.bytes(name, self.dtype) for name in names}, _MEMORY)
+
+
+@dataclass(frozen=True, eq=False)
+class _Patient:
+    """One layer: its weights, ``(groups, rows, columns)``, its Hessian, plain and damped, and its mean input."""
+
+    weights: Tensor
+    hessian: Tensor
+    damped: Tensor
+    mean: Tensor
+
+
+def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
+    """Solve every layer for the inputs that the whole model gives it."""
+    found = {}
+    patients = surgery.patients(list(leaving))
+    for _ in progress(list(leaving)):
+        name, patient = next(patients)
+        new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
+        lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
+        mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
+        found[name] = surgery.solved(name, new, keep, lost / whole, mean)
+    return found
+
+
+def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
+    r"""Solve layer after layer for the inputs that the pruned ones before give it, aiming at the whole model's outputs.
+
+    With inputs X before and Y after, :math:`\|W X - \hat W Y\|^2` is, up to a constant, the distance of
+    :math:`\hat W` from :math:`W X Y^T (Y Y^T)^{-1}` measured by :math:`Y Y^T`.
+    """
+    found: dict[str, Solved] = {}
+    for name in progress(list(leaving)):
+        others = {other: solved.weight for other, solved in found.items()}
+        for solved in found.values():
+            others |= solved.others
+        pair = gather_pair(
+            surgery.model, surgery.batches, surgery.forward, name, partial(replaced, surgery.model, others),
+            surgery.products.calls[name], surgery.dtype,
+        )  # fmt: skip
+        pair = pair.centred() if name in surgery.products.shifts else pair
+        weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
+        aim = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
+        new, keep = surgery.solver(torch.linalg.solve(hessian, aim, left=False), hessian).solve(leaving[name])
+        whole = rise(weights, pair.before).sum()
+        lost = whole + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
+        mean = (weights @ pair.mean_before[..., None] - new @ pair.mean_after[..., None])[..., 0]
+        found[name] = surgery.solved(name, new, keep, lost / whole, mean)
+    return found
+
+
+def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: Progress) -> dict[str, Curve]:
+    """Return what pruning ever more of each layer alone does to the model's outputs.
+
+    How a layer's own error grows is found by the fastest solver, whichever prunes in the end. What it means for the
+    model is measured once, at the level nearest to ``amount``: how far, squared, the outputs move.
+    """
+    level = min(_LEVELS, key=lambda level: abs(level - amount))
+    outputs = Outputs(surgery.model, surgery.batches, surgery.forward)
+    curves = {}
+    patients = surgery.patients(names)
+    for _ in progress(names):
+        name, patient = next(patients)
+        solver = Blocked(patient.weights, patient.damped)
+        size = patient.weights.numel()
+        found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
+        errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
+        asked = int(level * size)
+        new = found[asked]
+        mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
+        solved = surgery.solved(name, new, new != 0, new.new_zeros(()), mean)
+        moved = outputs.moved({name: solved.weight, **solved.others})
+        scale = moved / errors[asked] if errors[asked] > 0 else 0.0
+        curve = {0: 0.0} | {count: scale * error for count, error in errors.items()}
+        curves[name] = Curve(list(curve), list(curve.values()))
+    return curves

@@ -1,0 +1,158 @@
+"""Removes filters and neurons from a trained model at once and repairs what read them; knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
+from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target, measure
+from lightning_prune.errors import PruningError
+from lightning_prune.flops import count_flops
+from lightning_prune.gradients import Loss
+from lightning_prune.grams import Run, find_products
+from lightning_prune.inputs import ExampleInputs, call_on
+from lightning_prune.pruning import Report, count_params, prepare
+from lightning_prune.readers import score_by_readers
+from lightning_prune.repair import Repair, repaired
+from lightning_prune.scoring import Criterion, score_units
+from lightning_prune.structure import Structure, find_structure, trace
+from lightning_prune.surgery import cut_
+
+__all__ = ["RepairReport", "prune_filters_obs"]
+
+
+@dataclass(frozen=True, eq=False)
+class RepairReport:
+    """What a cut with repair did.
+
+    Attributes:
+        cut: The cut.
+        repairs: What was refitted, in the order in which it runs.
+        skipped: By parameter name, why a weight that read units which left was not refitted.
+        damping: Share of the inputs' mean variance with which weights held on to what they were.
+    """
+
+    cut: Report
+    repairs: tuple[Repair, ...]
+    skipped: dict[str, str]
+    damping: float
+
+
+def prune_filters_obs(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    batches: Iterable[Any],
+    amount: Amount = 0.3,
+    criterion: Criterion = "obs",
+    target: Target = "filters",
+    scope: Scope = "global",
+    sequential: bool = True,
+    damping: float = 0.01,
+    ignore: Sequence[str] = (),
+    round_to: int = 1,
+    forward: Run = call_on,
+    loss: Loss | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> RepairReport:
+    """Remove filters and neurons from a trained model, in place, and let what read them make up for them.
+
+    No labels and no training: every layer that loses inputs is refitted, its bias too, to give on the batches what it
+    gave with them. The cut is proved before it is made, as by :func:`prune_filters`.
+
+    Args:
+        model: The model; the batches run in eval mode.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, for trace and proof.
+        batches: Batches of data: a few hundred examples like those trained on.
+        amount: Fraction, in [0, 1), of the target that leaves; or, by pattern of module paths, of the channels that the
+            modules produce.
+        criterion: ``"obs"`` removes first what its readers can best make up for, so that the model's outputs move least
+            for every filter, parameter or FLOP that leaves; or any criterion of :func:`prune_filters`.
+        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters or FLOPs.
+        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers.
+        sequential: Refit each layer to the inputs that the slim and refitted layers before it give, which takes two
+            more runs over the batches per layer; otherwise to those of the whole model.
+        damping: Share of the inputs' mean variance with which weights hold on to what they were.
+        ignore: Patterns of module paths whose channels stay.
+        round_to: Widths after the cut are multiples of this, rounded up.
+        forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
+        loss: For criteria that look at gradients, from model and batch to the mean loss.
+        dtype: What is summed and solved in.
+
+    Raises:
+        ValueError: If an argument is out of range or missing, or a pattern names no module.
+        PruningError: If the model does not run, nothing can be cut, the target cannot be reached or inputs are linearly
+            dependent and not damped. The model is as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+        >>> report = prune_filters_obs(model, torch.randn(1, 4), [torch.randn(64, 4)], amount=0.3)
+        >>> model[0].out_features, [repair.name for repair in report.repairs]
+        (7, ['2.weight'])
+
+    References:
+        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; He et al., Channel Pruning for
+        Accelerating Very Deep Neural Networks, ICCV 2017 (arXiv:1707.06168), for the refit.
+    """
+    check_arguments("prune_filters_obs", amount, "l1" if criterion == "obs" else criterion, target, scope, round_to)
+    if not damping >= 0:
+        raise ValueError(f"prune_filters_obs(damping={damping!r}): a share of the mean variance, from 0; 0.01 is 1 %.")
+    batches = list(batches)
+    if not batches:
+        raise PruningError("prune_filters_obs: no batch came. Pass a list or loader of at least one batch.")
+    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    check_prunable(model, structure)
+    products = find_products(model, batches[0], forward)
+    if criterion == "obs":
+        scores = score_by_readers(model, structure, products, batches, forward, damping, dtype)
+        unseen = [name for name in structure.groups if name not in scores]
+        structure = structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
+        check_prunable(model, structure)
+        scores = _per_unit_of(target, model, structure, scores)
+    else:
+        scores = score_units(model, structure, criterion, batches, loss)
+    amount = amount_by_group(structure, amount)
+    dense = Dense(
+        {name: group.width for name, group in structure.groups.items()},
+        Footprint(count_params(model), count_flops(model, example_inputs).total),
+    )
+    prepared = prepare(
+        model, example_inputs, structure, scores, amount, Budget(target, scope, round_to),
+        dense=dense, flops=dense.footprint.flops,
+    )  # fmt: skip
+    tensors, repairs, skipped = repaired(
+        model, structure, prepared.cut, prepared.tensors, products, batches, forward, sequential, damping, dtype
+    )
+    cut_(model, prepared.cut, tensors)
+    report = Report(
+        params_before=dense.footprint.params,
+        params_after=count_params(model),
+        flops_before=dense.footprint.flops,
+        flops_after=count_flops(model, example_inputs).total,
+        groups=prepared.widths,
+        kept=prepared.cut.kept,
+        attributes=prepared.cut.attributes,
+        pinned=tuple(prepared.structure.pinned),
+        proved=True,
+        proof=prepared.proof,
+    )
+    return RepairReport(report, repairs, skipped, damping)
+
+
+def _per_unit_of(
+    target: Target, model: nn.Module, structure: Structure, scores: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Divide scores, which add up over a model, by what a unit of each group holds of the target."""
+    if target == "filters":
+        return scores
+    whole = getattr(measure(model, structure, {}), target)
+    costs = {
+        name: whole - getattr(measure(model, structure, {name: np.arange(group.width) > 0}), target)
+        for name, group in structure.groups.items()
+    }
+    return {name: scores[name] / max(costs[name], 1) for name in structure.groups}

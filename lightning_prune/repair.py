@@ -1,0 +1,153 @@
+"""Refits what reads units that are to leave, so that it gives what it gave with them; leaves the model as found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.grams import Pair, Products, Run, find_products, gather_grams, gather_pair
+from lightning_prune.solvers.least_squares import refit
+from lightning_prune.structure import Structure, named_tensors
+from lightning_prune.surgery import Cut, temporarily_cut
+from lightning_prune.surgery.resize import narrowed
+from lightning_prune.unrolled import Reading
+
+__all__ = ["Repair", "repaired"]
+
+
+class Repair(NamedTuple):
+    """A weight that reads units which leave: the share of its outputs' energy lost with it as it was, and refitted."""
+
+    name: str
+    before: float
+    after: float
+
+
+def repaired(
+    model: nn.Module,
+    structure: Structure,
+    cut: Cut,
+    tensors: dict[str, Tensor],
+    products: Products,
+    batches: Sequence[Any],
+    forward: Run,
+    sequential: bool,
+    damping: float,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], tuple[Repair, ...], dict[str, str]]:
+    """Fit all weights, and their biases, that read units which leave, to the outputs of the whole model.
+
+    Args:
+        model: The whole model; it is left as found.
+        structure: Its channel groups.
+        cut: What leaves.
+        tensors: The slim values of everything that the cut changes.
+        products: Which weights multiply what.
+        batches: Batches of data.
+        forward: Calls the model on a batch.
+        sequential: Fit to the inputs that the slim model gives, its earlier layers refitted, rather than to those of
+            the whole model without what leaves.
+        damping: Share of the inputs' mean variance with which weights hold on to what they were.
+        dtype: What is summed and solved in.
+
+    Returns:
+        ``tensors`` with refitted weights and biases; what was refitted, in the order in which it runs; and by parameter
+        name, why others that read units were not.
+    """
+    readers = {slot.tensor for name in cut.keep for slot in structure.groups[name].slots if slot.role == "consumer"}
+    with temporarily_cut(model, cut, tensors):
+        slim = find_products(model, batches[0], forward)
+    skipped = {name: products.otherwise.get(name, "its inputs are not seen") for name in sorted(readers)}
+    tensors, repairs = dict(tensors), []
+    for name in [name for name in products.readings if name in readers and name not in products.otherwise]:
+        place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
+        if place is None:
+            skipped[name] = "its groups are not those of before"
+            continue
+        skipped.pop(name)
+        if sequential:
+            change = partial(temporarily_cut, model, cut, dict(tensors))
+            pair = gather_pair(model, batches, forward, name, change, products.calls[name], dtype, place.groups)
+        else:
+            pair = gather_grams(model, batches, forward, [name], dtype)[name].without(place.groups, place.columns)
+        new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
+        tensors |= new
+        repairs.append(repair)
+    return tensors, tuple(repairs), skipped
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a slim weight's groups, rows and columns lie in the whole one.
+
+    Attributes:
+        groups: ``(slim groups,)``.
+        rows: ``(slim groups, slim rows)``.
+        columns: ``(slim groups, slim columns)``.
+    """
+
+    groups: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def _place(model: nn.Module, cut: Cut, name: str, whole: Reading, slim: Reading | None) -> _Place | None:
+    """Find a slim weight in the whole one by laying out its entries' numbers; None where rows mix groups."""
+    weight = named_tensors(model)[name]
+    numbers = torch.arange(weight.numel()).view(weight.shape)
+    laid = whole.rows(numbers)  # (groups, rows, columns)
+    at = torch.empty(weight.numel(), dtype=torch.int64)
+    at[laid.flatten()] = torch.arange(weight.numel())
+    if slim is None:
+        return None
+    left = at[slim.rows(narrowed(numbers, cut.kept[name]))]
+    rows, columns = laid.shape[1:]
+    place = _Place(left[:, 0, 0] // (rows * columns), left[:, :, 0] // columns % rows, left[:, 0] % columns)
+    same = (place.groups[:, None, None] * rows + place.rows[:, :, None]) * columns + place.columns[:, None]
+    if not torch.equal(same, left):
+        return None
+    return _Place(*(index.to(weight.device) for index in (place.groups, place.rows, place.columns)))
+
+
+def _refitted(
+    model: nn.Module,
+    cut: Cut,
+    tensors: dict[str, Tensor],
+    name: str,
+    place: _Place,
+    pair: Pair,
+    slim: Reading,
+    products: Products,
+    damping: float,
+) -> tuple[dict[str, Tensor], Repair]:
+    """Return the new weight, and what is added behind it where that can shift, and what they are worth."""
+    own = named_tensors(model)
+    rows = products.readings[name].rows(own[name].detach()).to(pair.before)[place.groups]
+    rows = rows.gather(1, place.rows[:, :, None].expand(-1, -1, rows.shape[2]))
+    start = slim.rows(tensors[name]).to(rows)
+    added = products.shifts.get(name)
+    moments = pair if added is not None else _uncentred(pair)
+    weights, shift = refit(rows, start, moments.cross, moments.after, moments.mean_before, moments.mean_after, damping)
+    new = {name: slim.weight(weights).to(tensors[name])}
+    if added is not None:
+        held = tensors.get(added.name, own[added.name].detach())
+        new[added.name] = held + added.sign * shift.flatten().to(held)
+    return new, Repair(name, _lost(rows, start, pair, torch.zeros_like(shift)), _lost(rows, weights, pair, shift))
+
+
+def _lost(rows: Tensor, new: Tensor, pair: Pair, shift: Tensor) -> float:
+    """Return the mean squared change of the outputs, beside their mean square without biases."""
+    whole = ((rows @ pair.before) * rows).sum()
+    moved = ((new @ pair.after) * new).sum() - 2 * ((rows @ pair.cross) * new).sum()
+    means = (new @ pair.mean_after[..., None] - rows @ pair.mean_before[..., None])[..., 0]  # of the change
+    return float((whole + moved + shift.square().sum() + 2 * (shift * means).sum()) / whole)
+
+
+def _uncentred(pair: Pair) -> Pair:
+    """Return the moments that a layer without a bias is fitted by."""
+    return replace(pair, mean_before=torch.zeros_like(pair.mean_before), mean_after=torch.zeros_like(pair.mean_after))

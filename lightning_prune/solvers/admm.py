@@ -1,0 +1,51 @@
+r"""Prunes all rows of a layer together by alternating directions: better than greedy, and products of matrices only.
+
+Weights without zeros, pulled towards :math:`w_0` by H, and weights with zeros are drawn together by a growing penalty
+:math:`\rho`: first all zeros are negotiable, in the end none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["alternate"]
+
+_FIRST, _GROWTH = 0.003, 1.2  # of rho, in mean diagonal entries of H; found by trying: slower finds a little better
+
+
+def alternate(weights: Tensor, hessian: Tensor, choose: Callable[[Tensor], Tensor], rounds: int = 300) -> Tensor:
+    r"""Choose which weights stay so that :math:`\frac{1}{2}\operatorname{tr}((W - W_0) H (W - W_0)^T)` comes out small.
+
+    Args:
+        weights: Rows of weights, ``(groups, rows, columns)``.
+        hessian: Positive definite, ``(groups, columns, columns)``.
+        choose: From scores, in the shape of ``weights``, to what stays.
+        rounds: How many at most; it stops when three rounds in a row choose alike.
+
+    Returns:
+        True for each weight that stays, ``(groups, rows, columns)`` bool.
+
+    References:
+        Boyd et al., Distributed Optimization via ADMM, 2011, sec. 9.1; Meng et al., ALPS, NeurIPS 2024
+        (arXiv:2406.07831).
+    """
+    values, vectors = torch.linalg.eigh(hessian)  # one factorisation serves every rho
+    values = values[:, None]
+    pull = weights @ hessian
+    rho = _FIRST * hessian.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    sparse, dual = weights, torch.zeros_like(weights)
+    keep = choose(weights.abs())
+    for i in range(rounds):
+        dense = ((pull - dual + rho * sparse) @ vectors / (values + rho)) @ vectors.transpose(1, 2)
+        aim = dense + dual / rho
+        chosen = choose(aim.abs())
+        sparse = aim * chosen
+        dual = dual + rho * (dense - sparse)
+        if i % 3 == 2:
+            if torch.equal(chosen, keep):
+                break
+            keep, rho = chosen, rho * _GROWTH
+    return keep

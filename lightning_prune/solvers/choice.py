@@ -1,0 +1,116 @@
+"""The ways to prune all rows of a layer, with one face and by name; knows matrices, no models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from lightning_prune.solvers.admm import alternate
+from lightning_prune.solvers.blocked import factor, sweep
+from lightning_prune.solvers.damping import inverse
+from lightning_prune.solvers.least_squares import best_on_support, nearer_on_support
+from lightning_prune.solvers.patterns import Pattern
+from lightning_prune.solvers.rows import Paths, greedy_paths, keep_along
+
+__all__ = ["SOLVERS", "Admm", "Blocked", "Exact", "RowSolver"]
+
+Leaving = int | Pattern
+"""How many weights leave, in all rows together; or a pattern that every row must follow."""
+
+
+_WIDTH = 128  # columns of a sweep's blocks
+
+
+class RowSolver(ABC):
+    """Rows of weights, ``(groups, rows, columns)``, beside the damped Hessian of each group.
+
+    Args:
+        weights: ``(groups, rows, columns)``.
+        hessian: Positive definite, ``(groups, columns, columns)``.
+    """
+
+    def __init__(self, weights: Tensor, hessian: Tensor) -> None:
+        self.weights = weights
+        self.hessian = hessian
+
+    @abstractmethod
+    def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
+        """Return the new weights and what stays, both in the shape of the weights."""
+
+
+class Exact(RowSolver):
+    """Greedy, one weight at a time, each time the one that costs least after all others of its row have moved."""
+
+    def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
+        """Follow the path of every row; afterwards the weights are the best on what stays."""
+        if isinstance(leaving, Pattern):
+            paths = greedy_paths(self.weights, self._inverse, pattern=leaving)
+            keep = keep_along(paths, paths.order.numel())
+        else:
+            keep = keep_along(self._paths, leaving)
+        keep = keep.view_as(self.weights)
+        return best_on_support(self.weights, self.hessian, keep), keep
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return inverse(self.hessian)
+
+    @cached_property
+    def _paths(self) -> Paths:
+        return greedy_paths(self.weights, self._inverse)
+
+
+class Admm(RowSolver):
+    """All rows together, by alternating directions: what stays is negotiated rather than taken greedily."""
+
+    def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
+        """Settle what stays; then the weights are the best on that, by conjugate gradients."""
+        keep = alternate(self.weights, self.hessian, lambda scores: _highest(scores, leaving))
+        return nearer_on_support(self.weights, self.hessian, keep, self.weights), keep
+
+
+class Blocked(RowSolver):
+    """One sweep over the columns, the same share of every block of them: fast where layers are wide."""
+
+    def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
+        """Sweep; then some steps of conjugate gradients let the columns in front move as well."""
+        share = leaving if isinstance(leaving, Pattern) else leaving / self.weights.numel()
+        blocks = [_WIDTH] if isinstance(share, float) else _whole_blocks(share)
+        found = [
+            sweep(w, u, partial(_highest_of_block, share, i * w.numel()), blocks)
+            for i, (w, u) in enumerate(zip(self.weights, self._factors, strict=True))
+        ]
+        start, keep = torch.stack([w for w, _ in found]), torch.stack([k for _, k in found])
+        return nearer_on_support(self.weights, self.hessian, keep, start, steps=10), keep
+
+    @cached_property
+    def _factors(self) -> list[Tensor]:
+        return [factor(h) for h in self.hessian]
+
+
+SOLVERS: dict[str, type[RowSolver]] = {"exact": Exact, "admm": Admm, "blocked": Blocked}
+
+
+def _highest(scores: Tensor, leaving: Leaving) -> Tensor:
+    if isinstance(leaving, Pattern):
+        return leaving.highest(scores.reshape(-1, scores.shape[-1])).view_as(scores)
+    # As exact as selection.keep_highest, but for the order of ties, and many times faster in a loop.
+    flat = scores.reshape(-1)
+    kept = flat.topk(len(flat) - leaving, sorted=False).indices
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(scores)
+
+
+def _highest_of_block(share: float | Pattern, before: int, saliency: Tensor, start: int) -> Tensor:
+    if isinstance(share, Pattern):
+        return _highest(saliency, share)
+    before += len(saliency) * start  # weights in front, so that what is rounded off is made up for
+    return _highest(saliency, round(share * (before + saliency.numel())) - round(share * before))
+
+
+def _whole_blocks(pattern: Pattern) -> list[int]:
+    """Return a width near the usual one that parts into whole blocks of the pattern, and theirs."""
+    period = pattern.of * pattern.apart
+    return [period * max(1, round(_WIDTH / period)), period]

@@ -1,0 +1,107 @@
+r"""Optimal Brain Surgeon, and Damage beside it, on all weights of a small net together; knows vectors, no nets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Step", "add_outer_products", "damage", "inverse_of_outer_products", "magnitude", "surgeon"]
+
+
+class Step(NamedTuple):
+    """One removal: which weight, what the loss is predicted to rise by, and all weights afterwards."""
+
+    which: int
+    rise: float
+    weights: Tensor
+
+
+def inverse_of_outer_products(rows: Tensor, examples: int, alpha: float) -> Tensor:
+    r"""Invert :math:`\alpha I + \frac{1}{P} \sum_k x_k x_k^T` without ever inverting a matrix of that size.
+
+    Args:
+        rows: The :math:`x_k`, ``(n, weights)``: derivatives of the outputs, times the root of the loss's curvature.
+        examples: P.
+        alpha: What the sum starts from; small, and above 0.
+
+    Returns:
+        ``(weights, weights)``.
+
+    Raises:
+        ValueError: If ``alpha`` is not above 0.
+
+    Example:
+        >>> inverse_of_outer_products(torch.tensor([[1.0, 0.0]]), examples=1, alpha=1.0)
+        tensor([[0.5000, 0.0000],
+                [0.0000, 1.0000]])
+
+    References:
+        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, eqs. 9-11.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha={alpha!r}: the inverse Hessian starts at 1 / alpha; write a small number above 0.")
+    start = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device) / alpha
+    return add_outer_products(start, rows / examples**0.5)
+
+
+def add_outer_products(inverse: Tensor, rows: Tensor, at_once: int = 32) -> Tensor:
+    r"""Update an inverse for :math:`H + \sum_k x_k x_k^T` (Sherman and Morrison; for several rows at once, Woodbury).
+
+    Args:
+        inverse: :math:`H^{-1}`, ``(weights, weights)``.
+        rows: The :math:`x_k`, ``(n, weights)``.
+        at_once: How many rows go into one update; 1 gives the rank-one updates of the paper.
+
+    Returns:
+        A new inverse.
+    """
+    for part in rows.split(at_once):
+        product = part @ inverse  # (k, weights)
+        small = torch.eye(len(part), dtype=part.dtype, device=part.device) + product @ part.T
+        inverse = inverse - product.T @ torch.linalg.solve(small, product)
+    return inverse
+
+
+def surgeon(weights: Tensor, inverse: Tensor) -> Step:
+    r"""Remove the weight of least :math:`\frac{1}{2} w_q^2 / [H^{-1}]_{qq}` and move all others to make up for it.
+
+    Args:
+        weights: All weights that are left, ``(n,)``.
+        inverse: The inverse Hessian of the loss with respect to them, ``(n, n)``.
+
+    References:
+        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, eq. 5.
+    """
+    saliency = 0.5 * weights.square() / inverse.diagonal()
+    q = int(saliency.argmin())
+    moved = weights - weights[q] / inverse[q, q] * inverse[:, q]
+    moved[q] = 0.0
+    return Step(q, float(saliency[q]), moved)
+
+
+def damage(weights: Tensor, diagonal: Tensor) -> Step:
+    r"""Remove the weight of least :math:`\frac{1}{2} h_{qq} w_q^2`; no other moves.
+
+    Args:
+        weights: All weights that are left, ``(n,)``.
+        diagonal: The Hessian's diagonal, ``(n,)``.
+
+    References:
+        LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989, eq. 5.
+    """
+    return _zeroed(weights, 0.5 * diagonal * weights.square())
+
+
+def magnitude(weights: Tensor) -> Step:
+    """Remove the smallest weight; the predicted rise, of which magnitudes know nothing, is not a number."""
+    step = _zeroed(weights, weights.abs())
+    return step._replace(rise=float("nan"))
+
+
+def _zeroed(weights: Tensor, saliency: Tensor) -> Step:
+    q = int(saliency.argmin())
+    left = weights.clone()
+    left[q] = 0.0
+    return Step(q, float(saliency[q]), left)

@@ -1,0 +1,161 @@
+"""Whole numbers that remember where they came from, so that code that asks for a shape tells why; knows no operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune.structure.labels import Label
+
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "numbers_in", "remember_"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A number that a module holds as an attribute, or at ``index`` of a tuple or list of numbers."""
+
+    module: str
+    name: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """How many indices there are along a dimension with these labels."""
+
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """What an operator made of other numbers."""
+
+    operator: Callable[[int, int], int]
+    left: int
+    right: int
+
+
+Origin = Held | Size | Derived
+
+
+class Number(int):
+    """A whole number like any other, that remembers its origin through arithmetic.
+
+    ``compared`` is told what it turned out to be equal to.
+    """
+
+    origin: Origin
+    compared: Callable[[Number, Number], None] | None
+
+    def __new__(cls, value: int, origin: Origin, compared: Callable[[Number, Number], None] | None = None) -> Number:
+        """Make a number with a memory."""
+        number = super().__new__(cls, value)
+        number.origin = origin
+        number.compared = compared
+        return number
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value; code that compares two numbers takes its path because of what they are."""
+        same = int.__eq__(self, other)  # type: ignore[operator]
+        if same is True and isinstance(other, Number) and self.compared is not None:
+            self.compared(self, other)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        """Compare by value."""
+        same = self.__eq__(other)
+        return same if same is NotImplemented else not same
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        """Copy and pickle as a plain number."""
+        return int, (int(self),)
+
+    def evaluate(self, count: Callable[[Held | Size, int], int]) -> int:
+        """Work out the number anew, given what attributes and sizes of some value have become."""
+        if not isinstance(self.origin, Derived):
+            return count(self.origin, int(self))
+        sides = (self.origin.left, self.origin.right)
+        return self.origin.operator(*(side.evaluate(count) if isinstance(side, Number) else side for side in sides))
+
+
+def _remembering(name: str, swapped: bool) -> Callable[[Any, Any], Any]:
+    compute = getattr(operator, name)
+
+    def method(self: Number, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        left, right = (other, self) if swapped else (self, other)
+        return Number(compute(int(left), int(right)), Derived(compute, left, right))
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Number, f"__{_name}__", _remembering(_name, swapped=False))
+    setattr(Number, f"__r{_name}__", _remembering(_name, swapped=True))
+
+
+# of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
+_TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
+
+
+def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> None:
+    """Let every number that the modules of a model hold remember it; ``undisturbed`` takes this back."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
+            continue
+        held = {name: _held(path, name, value, compared) for name, value in vars(module).items()}
+        vars(module).update({name: number for name, number in held.items() if number is not None})
+
+
+def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
+    if type(value) is int and value > 1:
+        return Number(value, Held(path, name), compared)
+    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+        return type(value)(
+            Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
+        )
+    return None
+
+
+def held_by(module: nn.Module | None, value: int) -> list[Number]:
+    """Return the numbers of this value that a module holds."""
+    own = () if module is None else vars(module).values()
+    return [number for number in numbers_in(own) if isinstance(number, Number) and number == value]
+
+
+def numbers_in(values: Any) -> Iterator[int]:
+    """Yield the whole numbers in nested sequences and slices, in order; -1 for one that a tensor holds."""
+    for value in values:
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from numbers_in(value)
+        elif isinstance(value, Tensor) and not value.dim() and not value.is_floating_point():
+            yield -1
+        elif isinstance(value, slice):
+            yield from numbers_in((value.start, value.stop, value.step))
+
+
+def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Find which dimension of a shape each number asked for stands for: along their longest common run.
+
+    ``-1`` stands for any size; one number alone tells nothing among several sizes.
+
+    Example:
+        >>> list(aligned((-1, 3, 4, 4), (2, 7, 3, 4, 4)))  # of ``unflatten(-1, (3, 4, 4))``
+        [(1, -1), (2, 3), (3, 4), (4, 4)]
+    """
+    for length in range(min(len(asked), len(shape)), min(2, len(shape)) - 1, -1):
+        for first in range(len(asked) - length + 1):
+            for dim in range(len(shape) - length + 1):
+                run = asked[first : first + length]
+                if all(number in (-1, size) for number, size in zip(run, shape[dim:], strict=False)):
+                    yield from zip(range(dim, dim + length), run, strict=True)
+                    return

@@ -1,0 +1,228 @@
+"""Prunes a small net weight by weight by the Hessian of all its weights together; knows no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.arguments import check_ignored, names_module
+from lightning_prune.curvature import OutputLoss, outer_product_rows
+from lightning_prune.errors import PruningError
+from lightning_prune.inputs import undisturbed
+from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
+
+__all__ = ["Removal", "SurgeonReport", "prune_exact"]
+
+Method = Literal["obs", "obd", "magnitude"]
+_MOST = 20_000  # weights: an inverse Hessian of 3 GB
+
+
+class Removal(NamedTuple):
+    """One weight that left: where it was, what the loss was predicted to rise by, and the loss afterwards."""
+
+    parameter: str
+    entry: int
+    predicted: float
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class SurgeonReport:
+    """What was removed, in order.
+
+    Attributes:
+        removals: One by one.
+        loss_before: The loss before the first.
+        masks: By parameter name, True for each weight that stays.
+        stopped: Why no more was removed.
+    """
+
+    removals: tuple[Removal, ...]
+    loss_before: float
+    masks: dict[str, Tensor]
+    stopped: str
+
+    @property
+    def left(self) -> int:
+        """How many weights are left."""
+        return int(sum(mask.sum() for mask in self.masks.values()))
+
+
+def prune_exact(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Tensor]],
+    loss: OutputLoss,
+    amount: float = 1.0,
+    max_loss: float = float("inf"),
+    max_rise: float = float("inf"),
+    method: Method = "obs",
+    alpha: float = 1e-4,
+    ignore: Sequence[str] = (),
+    masks: dict[str, Tensor] | None = None,
+    accept: Callable[[nn.Module], bool] | None = None,
+) -> SurgeonReport:
+    """Remove weights and biases of a small, trained net one at a time, in place, until one of the limits is met.
+
+    Before every removal the Hessian is found anew, in its outer-product form. With ``method="obs"`` all other weights
+    move to make up for the one that leaves.
+
+    Args:
+        model: The model; some thousand parameters at most.
+        batches: Inputs and targets of the training set.
+        loss: From outputs and targets to the mean loss, such as ``F.mse_loss`` or ``F.cross_entropy``.
+        amount: Fraction of the weights, in [0, 1], after which it stops, counting those that ``masks`` had taken.
+        max_loss: Stop before the loss on the batches, measured, comes above this.
+        max_rise: Stop before a removal of which a larger rise of the loss is predicted.
+        method: ``"obs"``; ``"obd"``, which looks at the Hessian's diagonal and moves nothing; or ``"magnitude"``.
+        alpha: What the Hessian's diagonal starts from.
+        ignore: Patterns of module paths whose weights stay.
+        masks: True for each weight that had not left before, by parameter name; to go on after some training.
+        accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        PruningError: If the net is too large for this, or nothing can be removed.
+
+    Example:
+        >>> model, x = nn.Linear(3, 1, bias=False), torch.eye(3)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 1.0, 2.0]]))
+        >>> report = prune_exact(model, [(x, x @ model.weight.detach().T)], nn.functional.mse_loss, amount=0.67)
+        >>> [removal.entry for removal in report.removals], report.left
+        ([1, 2], 1)
+
+    References:
+        Hassibi and Stork, Second Order Derivatives for Network Pruning: Optimal Brain Surgeon, NIPS 1992; LeCun, Denker
+        and Solla, Optimal Brain Damage, NIPS 1989.
+    """
+    _check(amount, method, alpha)
+    batches = list(batches)
+    patient = _Patient.of(model, ignore, masks)
+    least = patient.left.numel() - round(amount * patient.left.numel())
+    removals: list[Removal] = []
+    before = current = _measured(model, batches, loss)
+    stopped = "amount reached"
+    while int(patient.left.sum()) > least:
+        step = _STEPS[method](patient, batches, loss, alpha)
+        if step.rise > max_rise:
+            stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
+            break
+        undo = patient.values()
+        at = patient.take(step)
+        current = _measured(model, batches, loss)
+        if current > max_loss or (accept is not None and not accept(model)):
+            patient.put_back(at, undo)
+            stopped = f"the next removal would take the loss to {current:.3g}"
+            break
+        removals.append(Removal(*patient.place(at), step.rise, current))
+    return SurgeonReport(tuple(removals), before, patient.masks(), stopped)
+
+
+@dataclass(eq=False)
+class _Patient:
+    """The parameters of a net as one vector."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    left: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, ignore: Sequence[str], masks: dict[str, Tensor] | None) -> _Patient:
+        check_ignored(model, ignore)
+        parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if not any(names_module(p, name) or names_module(p, name.rpartition(".")[0]) for p in ignore)
+        }
+        count = sum(parameter.numel() for parameter in parameters.values())
+        if not 0 < count <= _MOST:
+            raise PruningError(
+                f"prune_exact: {count:,} weights; from 1 to {_MOST:,} have a Hessian that fits into memory. "
+                "Use prune_obs for larger nets."
+            )
+        left = [
+            (masks or {}).get(name, torch.ones_like(p, dtype=torch.bool)).flatten() for name, p in parameters.items()
+        ]
+        return cls(model, parameters, torch.cat(left))
+
+    def values(self) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
+
+    def take(self, step: Step) -> int:
+        """Write what a step over the weights that are left came to, and return the place of the one that left."""
+        at = int(self.left.nonzero()[step.which])
+        values = self.values()
+        self._write(values.index_put((self.left,), step.weights.to(values.dtype)))
+        self.left[at] = False
+        return at
+
+    def put_back(self, at: int, values: Tensor) -> None:
+        self._write(values)
+        self.left[at] = True
+
+    def place(self, at: int) -> tuple[str, int]:
+        """Return the parameter, and the place within it, of an entry of the vector."""
+        for name, parameter in self.parameters.items():
+            if at < parameter.numel():
+                return name, at
+            at -= parameter.numel()
+        raise IndexError(at)
+
+    def masks(self) -> dict[str, Tensor]:
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        parts = zip(self.parameters.items(), self.left.split(sizes), strict=True)
+        return {name: part.view_as(parameter).clone() for (name, parameter), part in parts}
+
+    def _write(self, values: Tensor) -> None:
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        with torch.no_grad():
+            for parameter, part in zip(self.parameters.values(), values.split(sizes), strict=True):
+                parameter.copy_(part.view_as(parameter))
+
+
+def _by_surgeon(patient: _Patient, batches: list[Any], loss: OutputLoss, alpha: float) -> Step:
+    rows, examples = _rows(patient, batches, loss)
+    return surgeon(patient.values()[patient.left].double(), inverse_of_outer_products(rows, examples, alpha))
+
+
+def _by_damage(patient: _Patient, batches: list[Any], loss: OutputLoss, alpha: float) -> Step:
+    rows, examples = _rows(patient, batches, loss)
+    return damage(patient.values()[patient.left].double(), alpha + rows.square().sum(dim=0) / examples)
+
+
+def _by_magnitude(patient: _Patient, batches: list[Any], loss: OutputLoss, alpha: float) -> Step:
+    del batches, loss, alpha  # magnitudes look at no data
+    return magnitude(patient.values()[patient.left])
+
+
+_STEPS: dict[str, Callable[[_Patient, list[Any], OutputLoss, float], Step]] = {
+    "obs": _by_surgeon,
+    "obd": _by_damage,
+    "magnitude": _by_magnitude,
+}
+
+
+def _rows(patient: _Patient, batches: list[Any], loss: OutputLoss) -> tuple[Tensor, int]:
+    rows, examples = outer_product_rows(patient.model, batches, loss, list(patient.parameters))
+    return rows[:, patient.left].double(), examples
+
+
+def _measured(model: nn.Module, batches: list[Any], loss: OutputLoss) -> float:
+    total = examples = 0.0
+    with undisturbed(model):
+        for inputs, targets in batches:
+            total += float(loss(model(inputs), targets)) * len(inputs)
+            examples += len(inputs)
+    return total / max(examples, 1)
+
+
+def _check(amount: float, method: str, alpha: float) -> None:
+    if not 0 <= amount <= 1:
+        raise ValueError(f"prune_exact(amount={amount!r}): the fraction of weights that leaves, in [0, 1].")
+    if method not in get_args(Method):
+        raise ValueError(f"prune_exact(method={method!r}): choose one of {', '.join(map(repr, get_args(Method)))}.")
+    if not alpha > 0:
+        raise ValueError(f"prune_exact(alpha={alpha!r}): the Hessian starts at alpha times the identity; above 0.")

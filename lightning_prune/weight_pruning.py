@@ -1,0 +1,294 @@
+"""Zeros single weights of a model in plain PyTorch: score, choose, mask; knows no Trainer."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.arguments import Amount, check_amount
+from lightning_prune.criteria import magnitude
+from lightning_prune.errors import PruningError
+from lightning_prune.masks import Masks, masks_on
+from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
+from lightning_prune.weights import Weight, amount_by_weight, find_weights
+
+__all__ = [
+    "ToPrune",
+    "WeightCount",
+    "WeightCriterion",
+    "WeightReport",
+    "WeightScope",
+    "check_weight_arguments",
+    "choose_weights",
+    "prune_weights",
+    "score_weights",
+    "shuffled",
+    "weight_count",
+    "weights_to_prune",
+]
+
+WeightCriterion = str | Callable[[Tensor], Tensor]
+"""The name of a criterion, or a function from a weight to one score for each of its entries."""
+
+WeightScope = Literal["global", "layer"]
+"""Whether scores are compared across weights, or every weight loses the same share."""
+
+
+class WeightCount(NamedTuple):
+    """A weight: its name, how many entries it has, and how many of them stay."""
+
+    name: str
+    size: int
+    stays: int
+
+
+@dataclass(frozen=True, eq=False)
+class WeightReport:
+    """What a pruning of weights did.
+
+    Attributes:
+        weights: Name, size and what stays, of every weight that could be pruned.
+        keep: Name of a weight -> what of it stays, as bool of its shape.
+        stay: Name of a weight that stays dense -> why.
+    """
+
+    weights: tuple[WeightCount, ...]
+    keep: dict[str, Tensor]
+    stay: dict[str, str]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of all these weights that is gone."""
+        return 1 - sum(weight.stays for weight in self.weights) / sum(weight.size for weight in self.weights)
+
+
+def prune_weights(
+    model: nn.Module,
+    amount: Amount | None = None,
+    scope: WeightScope = "global",
+    criterion: WeightCriterion = "magnitude",
+    parameters: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    pattern: str | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+) -> WeightReport:
+    """Set weights of a model to zero, in place.
+
+    Nothing is wrapped or renamed, and optimizers forget what they remembered of the weights that are gone. The model's
+    state dicts tell which these are. To train on without them, do it within :func:`~lightning_prune.hold_masks`. What
+    an earlier call set to zero stays zero, and counts.
+
+    Args:
+        model: The model.
+        amount: Fraction, in [0, 1), of the weights that shall be zero; or, by pattern of names of modules or
+            parameters, of these (what no pattern names stays dense). By default 0.5, or what ``pattern`` says.
+        scope: ``"global"`` compares scores across layers; ``"layer"`` takes the same share of every layer.
+        criterion: ``"magnitude"``, ``"random"``, or a function from a weight to one score for each of its entries;
+            higher is kept.
+        parameters: Patterns of modules, whose linear and convolution weights are meant, or of parameters; by default
+            all weights of linear and convolutional layers.
+        ignore: Patterns of modules or parameters that stay dense.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension N stay. Weights whose input dimension is no
+            multiple of M stay dense, and the report says so. Each position of a convolution's kernel has its own groups
+            of input channels, as NVIDIA's sparse tensor cores read a convolution: (out, height, width, in).
+        optimizer: The optimizer or optimizers that train the model.
+
+    Raises:
+        ValueError: If an argument is out of range, or a pattern names nothing.
+        TypeError: If an argument is of a wrong kind.
+        PruningError: If there is nothing to prune.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
+        >>> report = prune_weights(model, amount=0.9)
+        >>> int(model[0].weight.count_nonzero() + model[2].weight.count_nonzero()), round(report.sparsity, 3)
+        (6, 0.9)
+
+    References:
+        Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015 (arXiv:1506.02626);
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021 (arXiv:2104.08378).
+    """
+    check_weight_arguments("prune_weights", amount, scope, criterion, parameters, ignore, pattern)
+    found = weights_to_prune(model, amount, parameters, ignore, pattern)
+    keep = choose_weights(
+        found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
+    )
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    Masks(model).let_fall_(keep, optimizers)
+    counts = (weight_count(name, weight.parameter, keep[name]) for name, weight in found.weights.items())
+    return WeightReport(tuple(counts), keep, found.stay)
+
+
+class ToPrune(NamedTuple):
+    """What is to be pruned: the weights, how much of all or of each by name, and which stay dense and why."""
+
+    weights: dict[str, Weight]
+    amount: Amount
+    stay: dict[str, str]
+
+
+def weights_to_prune(
+    model: nn.Module,
+    amount: Amount | None,
+    parameters: Sequence[str] | None,
+    ignore: Sequence[str],
+    pattern: str | None,
+) -> ToPrune:
+    """Find the weights that the arguments of :func:`prune_weights` mean, and the amounts asked for.
+
+    Raises:
+        ValueError: If a pattern names nothing.
+        PruningError: If nothing is left to prune.
+    """
+    weights, stay = find_weights(model, list(amount) if isinstance(amount, Mapping) else parameters, ignore)
+    if pattern is not None:
+        n, m = parse_pattern(pattern)
+        stay |= {
+            name: f"its {weight.parameter.shape[weight.input_dim]} inputs are no multiple of {m}"
+            for name, weight in weights.items()
+            if weight.parameter.shape[weight.input_dim] % m
+        }
+        weights = {name: weight for name, weight in weights.items() if name not in stay}
+        if not weights:
+            raise PruningError(f"pattern={pattern!r}: no weight has a number of inputs that is a multiple of {m}.")
+        return ToPrune(weights, 1 - n / m, stay)
+    if not isinstance(amount, Mapping):
+        return ToPrune(weights, 0.5 if amount is None else amount, stay)
+    amounts = amount_by_weight(weights, amount)
+    return ToPrune({name: weights[name] for name in amounts}, amounts, stay)
+
+
+def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> dict[str, Tensor]:
+    """Score every entry of every weight; higher is kept longer.
+
+    Raises:
+        ValueError: If a function of the user's gives scores of another shape.
+    """
+    score = _CRITERIA[criterion] if isinstance(criterion, str) else lambda name, weight: criterion(weight)
+    scores = {name: score(name, weight.parameter.detach()) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if scores[name].shape != weight.parameter.shape:
+            raise ValueError(
+                f"criterion: {name} of shape {tuple(weight.parameter.shape)} got scores of shape "
+                f"{tuple(scores[name].shape)}. Return one score for each entry."
+            )
+    return scores
+
+
+def choose_weights(
+    weights: Mapping[str, Weight],
+    scores: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    amount: Amount,
+    scope: WeightScope,
+    pattern: str | None = None,
+) -> dict[str, Tensor]:
+    """Choose which entries stay: as many as asked to the last one, and none that has gone before.
+
+    Args:
+        weights: The weights.
+        scores: One score per entry, by name.
+        alive: What earlier masks have left, as bool that broadcasts to the weight; all of a weight that is not there.
+        amount: Fraction that shall be zero, of all entries there are, or by name of each weight's.
+        scope: ``"global"`` or ``"layer"``; amounts by name are of each weight.
+        pattern: ``"N:M"`` where neighbours leave; of each M stay as many as ``amount`` leaves, rounded up.
+
+    Returns:
+        What stays, as bool of each weight's shape, by name.
+    """
+    ordered = {name: _below(scores[name], alive.get(name)) for name in weights}
+    left = {name: weight_count(name, weight.parameter, alive.get(name)).stays for name, weight in weights.items()}
+    sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
+    if pattern is not None:
+        assert not isinstance(amount, Mapping)
+        m = parse_pattern(pattern)[1]
+        stays = _stays(m, amount)
+        chosen = {name: keep_n_of_m(ordered[name], stays, m, weight.input_dim) for name, weight in weights.items()}
+        return {name: keep & (ordered[name] > -math.inf) for name, keep in chosen.items()}
+    if scope == "global" and not isinstance(amount, Mapping):
+        return keep_best_of_all(ordered, min(_stays(sum(sizes.values()), amount), sum(left.values())))
+    shares = amount if isinstance(amount, Mapping) else dict.fromkeys(weights, amount)
+    return {name: keep_highest(ordered[name], min(_stays(sizes[name], shares[name]), left[name])) for name in weights}
+
+
+def shuffled(keep: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Put what stays of each weight at random places of it; no random number of the global generator is used up."""
+    order = {name: _random(name, stays, seed).reshape(-1).argsort() for name, stays in keep.items()}
+    return {name: stays.reshape(-1)[order[name]].view(stays.shape) for name, stays in keep.items()}
+
+
+def weight_count(name: str, weight: Tensor, keep: Tensor | None) -> WeightCount:
+    """Count what stays of a weight; without a mask all of it does."""
+    size = weight.numel()
+    return WeightCount(name, size, size if keep is None else int(keep.count_nonzero()) * size // keep.numel())
+
+
+def check_weight_arguments(
+    where: str,
+    amount: Amount | None,
+    scope: str,
+    criterion: WeightCriterion,
+    parameters: Sequence[str] | None,
+    ignore: Sequence[str],
+    pattern: str | None,
+) -> None:
+    """Refuse arguments that no model could make sense of.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, or two contradict.
+        TypeError: If an argument is of a wrong kind.
+    """
+    if amount is not None:
+        check_amount(where, amount)
+    if pattern is not None:
+        try:
+            parse_pattern(pattern)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if amount is not None:
+            raise ValueError(
+                f"{where}(amount={amount!r}, pattern={pattern!r}): the pattern says how much leaves. Give one of both."
+            )
+    if isinstance(amount, Mapping) and parameters is not None:
+        raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
+    for name, given in (("parameters", parameters), ("ignore", ignore)):
+        if isinstance(given, str):
+            raise TypeError(f"{where}({name}={given!r}): pass a list of patterns, [{given!r}].")
+    if scope not in get_args(WeightScope):
+        raise ValueError(f"{where}(scope={scope!r}): choose one of {', '.join(map(repr, get_args(WeightScope)))}.")
+    if isinstance(criterion, str) and criterion not in _CRITERIA:
+        raise ValueError(
+            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, _CRITERIA))}, or pass a function."
+        )
+
+
+def _stays(size: int, amount: float) -> int:
+    """Return how many of ``size`` stay; a small excess of binary fractions does not cost one."""
+    return size - math.floor(size * amount + 1e-6)
+
+
+def _below(scores: Tensor, alive: Tensor | None) -> Tensor:
+    """Rank what has gone below all that is left, which itself is finite from below."""
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.nan_to_num(nan=lowest, neginf=lowest, posinf=math.inf)
+    return scores if alive is None else scores.masked_fill(~alive.to(scores.device), -math.inf)
+
+
+def _random(name: str, weight: Tensor, seed: int) -> Tensor:
+    """Draw scores: the same for one seed, and leaving the global generator alone."""
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+_CRITERIA: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "magnitude": lambda name, weight: magnitude(weight),
+    "random": lambda name, weight: _random(name, weight, torch.initial_seed()),
+}

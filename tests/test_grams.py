@@ -1,0 +1,108 @@
+"""What weights multiply is found and summed, whatever calls the product."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_prune import PruningError
+from lightning_prune.grams import find_products, gather_grams, gather_pair, watch_inputs
+from lightning_prune.inputs import call_on as call
+from lightning_prune.outputs import replaced
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 5), (2, 3, 5)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), padding=(2, 1), dilation=2, groups=2), (3, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2, stride=(2, 1, 2)), (2, 2, 6, 5, 6)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, padding="same"), (2, 4, 6, 7)),
+    "reflecting": (lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 7)),
+    "unbatched": (lambda: nn.Conv2d(4, 3, 3), (4, 6, 7)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, padding=1, output_padding=1, groups=2), (2, 4, 5, 6)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 4, stride=3, dilation=2, padding=1), (2, 4, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rows_times_columns_are_the_outputs(layer):
+    """A layer's weight, laid out as rows, times its unrolled inputs gives its outputs; the layout can be undone."""
+    build, shape = LAYERS[layer]
+    module, x = build().double(), torch.randn(shape, dtype=torch.float64)
+    reading = find_products(module, x, call).readings["weight"]
+    rows = reading.rows(module.weight.detach())
+    assert torch.equal(reading.weight(rows), module.weight)
+    seen = []
+    with (
+        torch.no_grad(),
+        watch_inputs(module, ["weight"], lambda name, *found: seen.append(found)),
+    ):
+        y = module(x)
+    (used, inputs), bias = seen[0], module.bias.detach()
+    found = (rows @ used.unrolled(inputs)).flatten(0, 1)
+    channels = 0 if layer == "unbatched" else 1
+    expected = y - bias if layer == "linear" else y - bias.view(-1, *[1] * (y.dim() - 1 - channels))
+    expected = expected.flatten(0, 1).T if layer == "linear" else expected.movedim(channels, 0).flatten(1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_products_of_attention_are_found_by_their_weights():
+    """Attention multiplies by its parameters without calling a module for it; both projections are found."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    found = find_products(layer, torch.randn(2, 5, 8), call)
+    weights = {name for name, parameter in layer.named_parameters() if parameter.dim() == 2}
+    assert set(found.readings) == weights
+    assert not found.otherwise
+
+
+class Odd(nn.Module):
+    """Weights multiplied from the left, from the right, twice, and looked up as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4, 5))
+        self.twice = nn.Linear(5, 5)
+        self.tied = nn.Embedding(7, 5)
+
+    def forward(self, x):
+        x = (self.left @ x.T).T @ self.right
+        return F.linear(self.twice(self.twice(x)), self.tied.weight) + self.tied(torch.tensor(0)).sum()
+
+
+def test_grams_are_means_of_outer_products_over_all_batches_and_calls():
+    """H is the mean of x x^T over everything a weight multiplied, and the mean input is kept beside it."""
+    model, batches = Odd().double(), [torch.randn(n, 6, dtype=torch.float64) for n in (3, 5)]
+    grams = gather_grams(model, batches, call, ["left", "right", "twice.weight"])
+    x = torch.cat(batches)
+    a = x @ model.left.T
+    b = a @ model.right
+    c = torch.cat([b, model.twice(b)])
+    for name, inputs in (("left", x), ("right", a), ("twice.weight", c)):
+        torch.testing.assert_close(grams[name].hessian[0], (inputs.T @ inputs / len(inputs)).detach())
+        torch.testing.assert_close(grams[name].mean[0], inputs.mean(dim=0).detach())
+        assert grams[name].count == len(inputs)
+
+
+def test_other_uses_of_a_weight_are_told():
+    """A weight that is looked up besides being multiplied cannot be judged by its inputs alone."""
+    found = find_products(Odd().double(), torch.randn(3, 6, dtype=torch.float64), call)
+    assert found.calls == {"left": 1, "right": 1, "twice.weight": 2, "tied.weight": 1}
+    assert list(found.otherwise) == ["tied.weight"]
+    assert "aten.embedding" in found.otherwise["tied.weight"]
+
+
+def test_pairs_compare_inputs_before_and_after():
+    """The three means of a pair are those of the inputs with the old and with the new weights in front."""
+    model, batches = Odd().double(), [torch.randn(n, 6, dtype=torch.float64) for n in (3, 5)]
+    new = torch.randn(4, 6, dtype=torch.float64)
+    pair = gather_pair(model, batches, call, "right", partial(replaced, model, {"left": new}), 1)
+    x, y = torch.cat(batches) @ model.left.detach().T, torch.cat(batches) @ new.T
+    for found, expected in ((pair.before, x.T @ x), (pair.cross, x.T @ y), (pair.after, y.T @ y)):
+        torch.testing.assert_close(found[0], expected / 8)
+
+
+def test_a_weight_that_multiplies_nothing_is_refused():
+    """No inputs, no Hessian."""
+    with pytest.raises(PruningError, match="tied.weight.*ignore="):
+        gather_grams(nn.ModuleDict({"tied": nn.Embedding(3, 2)}), [torch.zeros(1)], lambda m, b: None, ["tied.weight"])

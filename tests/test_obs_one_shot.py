@@ -1,0 +1,139 @@
+"""OBSOneShot in a run: when it prunes, that zeros are held, and that the network goes on to work."""
+
+import inspect
+import pickle
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import lightning_prune
+from lightning_prune import OBSOneShot, PruningError, masks_on
+from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
+from tests.test_callback_contract import global_hooks, hooks_of
+
+SIZES = {"first.weight": 144, "second.weight": 432, "hidden.weight": 60, "head.weight": 30}
+TOTAL = sum(SIZES.values())
+
+
+def zeros(module):
+    return {name: int((module.get_parameter(name) == 0).sum()) for name in SIZES}
+
+
+def outputs(module):
+    with torch.no_grad():
+        return torch.cat([module.eval()(images) for images, _ in batches()])
+
+
+def arguments_of(callback):
+    return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters}
+
+
+def test_after_training_half_of_the_weights_are_zero_and_outputs_hardly_move():
+    """By default it happens once, after the last step: half of the weights go, and hardly any of what the net gives."""
+    dense, pruned = net(), net()
+    fit(dense)
+    fit(pruned, OBSOneShot())
+    assert sum(zeros(pruned).values()) == TOTAL // 2
+    whole = outputs(dense)
+    moved = (outputs(pruned) - whole).square().sum()
+    assert moved < 0.05 * (whole - whole.mean(dim=0)).square().sum()
+    assert torch.equal(pruned.norm.weight, dense.norm.weight)
+
+
+@pytest.mark.parametrize("asked", [{}, {"pattern": "1:2"}, {"amount": {"second": 0.75}}, {"sequential": True}], ids=str)
+def test_zeros_are_held_in_what_training_follows(asked):
+    """Pruned before a named epoch, the rest of the training moves what is left and never what has gone."""
+
+    class Watches(OBSOneShot):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append((trainer.current_epoch, zeros(pl_module), pl_module.second.weight.detach().clone()))
+
+    seen = []
+    model = net()
+    fit(model, Watches(epoch=1, **asked))
+    assert not any(sum(found.values()) for epoch, found, _ in seen if epoch == 0)
+    after = [(found, weight) for epoch, found, weight in seen if epoch > 0]
+    assert all(found == after[0][0] for found, _ in after)
+    assert not torch.equal(after[0][1], after[-1][1])
+    expected = {
+        "{}": sum(zeros(model).values()) == TOTAL // 2,
+        "{'pattern': '1:2'}": zeros(model) == {name: size // 2 for name, size in SIZES.items()},
+        "{'amount': {'second': 0.75}}": zeros(model) == {**dict.fromkeys(SIZES, 0), "second.weight": 324},
+    }
+    assert expected.get(str(asked), True)
+    masked = {name: int((~keep).sum()) for name, keep in masks_on(model).items()}
+    assert masked == {name: count for name, count in zeros(model).items() if count}
+
+
+def test_a_killed_run_resumed_ends_where_the_other_ends(tmp_path):
+    """What a checkpoint remembers suffices to go on with the same zeros."""
+    whole = net(dropout=0.0)
+    saves = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(whole, OBSOneShot(epoch=1), saves, enable_checkpointing=True)
+    resumed = net(seed=5, dropout=0.0)
+    trainer(OBSOneShot(epoch=1)).fit(resumed, batches(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert_same_weights(resumed, weights(whole))
+
+
+def test_a_trained_checkpoint_is_pruned_without_training(tmp_path):
+    """A checkpoint given to fit, with as many epochs as it has, is pruned and not trained."""
+    model = net()
+    run = trainer(max_epochs=2)
+    run.fit(model, batches())
+    run.save_checkpoint(tmp_path / "dense.ckpt")
+    other = net(seed=3)
+    again = trainer(OBSOneShot(0.4), max_epochs=2)
+    again.fit(other, batches(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True)
+    assert again.global_step == run.global_step
+    assert sum(zeros(other).values()) == round(0.4 * TOTAL)
+    whole = outputs(model)
+    assert (outputs(other) - whole).square().sum() < 0.05 * (whole - whole.mean(dim=0)).square().sum()
+
+
+def test_statistics_are_averaged_anew_where_asked():
+    """With recalibrate=, BatchNorm's variances are those of the pruned network."""
+    plain, averaged = net(), net()
+    fit(plain, OBSOneShot(amount=0.8))
+    fit(averaged, OBSOneShot(amount=0.8, recalibrate=True))
+    assert torch.equal(plain.first.weight, averaged.first.weight)
+    assert not torch.equal(plain.norm.running_var, averaged.norm.running_var)
+
+
+def test_contract():
+    """It pickles, its repr rebuilds it, and nothing is left on the module but what tells of its masks."""
+    callback = OBSOneShot(amount=0.3, epoch=1, solver="exact", ignore=["head"])
+    rebuilt = eval(repr(callback), vars(lightning_prune))
+    assert arguments_of(rebuilt) == arguments_of(callback) == arguments_of(pickle.loads(pickle.dumps(callback)))
+    model, before = net(), global_hooks()
+    own = {name: id(parameter) for name, parameter in model.named_parameters()}
+    hooks = hooks_of(model)
+    fit(model, callback)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == own
+    assert global_hooks() == before
+    assert len(hooks_of(model)) <= len(hooks) + 1
+    assert zeros(model)["head.weight"] == 0
+    assert [fit.name for fit in callback.fits] == ["first.weight", "second.weight", "hidden.weight"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"batches": 0}, {"solver": "best"}, {"damping": -0.1}, {"amount": 1.5}, {"epoch": -1}], ids=str
+)
+def test_bad_arguments_are_refused(asked):
+    """Arguments out of range are refused at construction."""
+    with pytest.raises(ValueError, match=r"\(" + next(iter(asked)) if "epoch" not in asked else "counted from 0"):
+        OBSOneShot(**asked)
+
+
+def test_masked_weights_are_refused():
+    """Weights that are masked already would move: pruning them again is refused."""
+    model = net()
+    fit(model, OBSOneShot(amount=0.3))
+    with pytest.raises(PruningError, match="masked already"):
+        fit(model, OBSOneShot(amount=0.5))
+
+
+def test_an_epoch_that_never_comes_is_refused():
+    """Training that ends before the named epoch is refused before it starts."""
+    with pytest.raises(PruningError, match="max_epochs=3"):
+        fit(Net(), OBSOneShot(epoch=7))

@@ -1,0 +1,206 @@
+"""Second-order surgery on matrices: what the solvers promise, held against closed forms and brute force in numpy."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_prune import PruningError
+from lightning_prune.solvers import (
+    SOLVERS,
+    Curve,
+    Pattern,
+    best_on_columns,
+    best_on_support,
+    damped,
+    greedy_paths,
+    inverse,
+    keep_along,
+    rise,
+    split,
+)  # fmt: skip
+from lightning_prune.solvers.blocked import factor
+from lightning_prune.solvers.exact import add_outer_products, damage, inverse_of_outer_products, surgeon
+
+CASES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
+
+
+def problem(groups, rows, columns, seed):
+    """Rows of weights, and the Hessians of inputs that are correlated, as those of layers are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(groups, columns, columns, generator=generator, dtype=torch.float64)
+    inputs = mix @ torch.randn(groups, columns, 5 * columns, generator=generator, dtype=torch.float64)
+    weights = torch.randn(groups, rows, columns, generator=generator, dtype=torch.float64)
+    return weights, inputs @ inputs.transpose(1, 2) / (5 * columns), inputs
+
+
+def by_lstsq(weights, inputs, keep):
+    """The best row on a support, from the inputs themselves."""
+    best = np.zeros_like(weights)
+    best[keep] = np.linalg.lstsq(inputs[keep].T, inputs.T @ weights, rcond=None)[0]
+    return best
+
+
+@given(CASES, st.floats(0.1, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_best_weights_on_a_support_are_those_of_least_squares(case, share):
+    """What stays is the least-squares solution for the outputs that all weights gave, to 1e-8."""
+    weights, hessian, inputs = problem(*case)
+    keep = torch.rand(weights.shape, generator=torch.Generator().manual_seed(case[3])) > share
+    found = best_on_support(weights, hessian, keep)
+    for g, r in itertools.product(range(case[0]), range(case[1])):
+        expected = by_lstsq(weights[g, r].numpy(), inputs[g].numpy(), keep[g, r].numpy())
+        np.testing.assert_allclose(found[g, r].numpy(), expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+
+
+def test_best_weights_of_fewer_columns_are_those_of_least_squares():
+    """Columns that leave all rows together are made up for by the least-squares solution."""
+    weights, hessian, inputs = problem(1, 4, 9, 3)
+    keep = torch.arange(9) % 3 != 1
+    found = best_on_columns(weights[0], hessian[0], keep)
+    for row, new in zip(weights[0], found, strict=True):
+        expected = by_lstsq(row.numpy(), inputs[0].numpy(), keep.numpy())[keep.numpy()]
+        np.testing.assert_allclose(new.numpy(), expected, rtol=1e-8)
+
+
+@given(CASES)
+@settings(max_examples=25, deadline=None)
+def test_greedy_paths_are_those_of_brute_force(case):
+    """At every step the weight leaves without which the best fit of all others is nearest; its rise is that loss."""
+    weights, hessian, inputs = problem(*case)
+    paths = greedy_paths(weights, inverse(hessian))
+    for which, (g, r) in enumerate(itertools.product(range(case[0]), range(case[1]))):
+        row, left, before = weights[g, r].numpy(), np.ones(case[2], dtype=bool), 0.0
+        for step in range(case[2]):
+            errors = {}
+            for q in np.flatnonzero(left):
+                keep = left.copy()
+                keep[q] = False
+                change = by_lstsq(row, inputs[g].numpy(), keep) - row
+                errors[q] = 0.5 * change @ hessian[g].numpy() @ change
+            q = min(errors, key=errors.get)
+            assert int(paths.order[which, step]) == q
+            assert float(paths.rises[which, step]) == pytest.approx(errors[q] - before, rel=1e-6, abs=1e-9 * errors[q])
+            left[q], before = False, errors[q]
+
+
+def test_paths_go_on_where_the_inverse_is_renewed():
+    """Rows longer than what is removed between two renewals of the inverse come out as one long path: rises add up."""
+    weights, hessian, _ = problem(2, 3, 150, 0)
+    paths = greedy_paths(weights, inverse(hessian))
+    assert torch.equal(paths.order.sort(dim=1).values, torch.arange(150).expand(6, 150))
+    everything = 0.5 * torch.einsum("grc,gcd,grd->gr", weights, hessian, weights).flatten()
+    torch.testing.assert_close(paths.rises.sum(dim=1), everything)
+    keep = keep_along(paths, 500).view_as(weights)
+    assert int((~keep).sum()) == 500
+    predicted = sum(
+        float(rises[: int((~k).sum())].sum()) for rises, k in zip(paths.rises, keep.flatten(0, 1), strict=True)
+    )
+    change = best_on_support(weights, hessian, keep) - weights
+    assert float(rise(change, hessian).sum()) == pytest.approx(predicted, rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@given(case=CASES, share=st.floats(0, 1))
+@settings(max_examples=15, deadline=None)
+def test_solvers_remove_exactly_what_was_asked(solver, case, share):
+    """Exactly so many weights are zero, and what is left is no farther off than if it had not moved."""
+    weights, hessian, _ = problem(*case)
+    leaving = int(share * weights.numel())
+    new, keep = SOLVERS[solver](weights, hessian).solve(leaving)
+    assert int((~keep).sum()) == leaving
+    assert (new[~keep] == 0).all()
+    assert float(rise(new - weights, hessian).sum()) <= float(rise(weights * ~keep, hessian).sum()) * (1 + 1e-6) + 1e-12
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("apart", [1, 3])
+def test_solvers_keep_to_patterns(solver, apart):
+    """Of every four columns that lie apart, two stay, with less error than the two largest of them unmoved."""
+    weights, hessian, _ = problem(2, 5, 24, 1)
+    new, keep = SOLVERS[solver](weights, hessian).solve(Pattern(2, 4, apart))
+    for start in range(0, 24, 4 * apart):
+        for place in range(apart):
+            assert (keep[..., start + place : start + 4 * apart : apart].sum(dim=-1) == 2).all()
+    by_size = Pattern(2, 4, apart).highest(weights.abs().flatten(0, 1)).view_as(weights)
+    assert float(rise(new - weights, hessian).sum()) < float(rise(weights * ~by_size, hessian).sum())
+
+
+def test_alternating_directions_match_the_exact_greedy_at_half():
+    """At half of the weights, the error is at most 1.01 times the exact greedy solver's."""
+    weights, hessian, _ = problem(1, 24, 96, 5)
+    hessian = damped(hessian, 0.01)
+    errors = {}
+    for name in ("exact", "admm"):
+        new, _ = SOLVERS[name](weights, hessian).solve(weights.numel() // 2)
+        errors[name] = float(rise(new - weights, hessian).sum())
+    assert errors["admm"] <= 1.01 * errors["exact"]
+
+
+def test_the_factor_of_a_sweep_is_that_of_the_inverse():
+    """U is upper triangular, and its square is the inverse of H."""
+    _, hessian, _ = problem(1, 1, 12, 2)
+    found = factor(hessian[0])
+    assert torch.equal(found, found.triu())
+    torch.testing.assert_close(found.T @ found, torch.linalg.inv(hessian[0]))
+
+
+def test_singular_hessians_are_refused():
+    """A Hessian of fewer inputs than weights is not replaced by another; a stated damping makes it regular."""
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(PruningError, match=r"5 x 5, is singular.*damping="):
+        inverse(inputs @ inputs.T)
+    regular = damped(inputs @ inputs.T, 0.1)
+    torch.testing.assert_close(inverse(regular) @ regular, torch.eye(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_rank_one_updates_give_the_inverse(at_once):
+    """Outer products taken up one by one, or some at a time, give the inverse of their sum."""
+    rows = torch.randn(30, 7, dtype=torch.float64)
+    found = add_outer_products(torch.eye(7, dtype=torch.float64) / 0.01, rows, at_once)
+    torch.testing.assert_close(found, torch.linalg.inv(0.01 * torch.eye(7, dtype=torch.float64) + rows.T @ rows))
+    mean = inverse_of_outer_products(rows, examples=10, alpha=0.01)
+    torch.testing.assert_close(mean, torch.linalg.inv(0.01 * torch.eye(7, dtype=torch.float64) + rows.T @ rows / 10))
+
+
+@given(st.integers(2, 8), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_the_surgeon_foretells_the_rise_of_a_quadratic_loss(size, seed):
+    """At the minimum of a quadratic the predicted rise is the measured one, and no other single removal costs less."""
+    weights, hessian, _ = problem(1, 1, size, seed)
+    w, H = weights[0, 0], hessian[0]
+    step = surgeon(w, torch.linalg.inv(H))
+    change = step.weights - w
+    assert step.weights[step.which] == 0
+    assert float(0.5 * change @ H @ change) == pytest.approx(step.rise, rel=1e-6)
+    free = [best_on_support(w[None, None], H[None], (torch.arange(size) != q)[None, None])[0, 0] for q in range(size)]
+    assert step.rise <= min(float(0.5 * (f - w) @ H @ (f - w)) for f in free) * (1 + 1e-6)
+
+
+def test_damage_looks_at_the_diagonal_and_moves_nothing():
+    """OBD removes the weight of least half h w squared, and leaves the others as they are."""
+    step = damage(torch.tensor([1.0, -3.0, 2.0]), torch.tensor([5.0, 0.1, 1.0]))
+    assert step.which == 1
+    assert step.rise == pytest.approx(0.45)
+    assert step.weights.tolist() == [1.0, 0.0, 2.0]
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=4), min_size=1, max_size=3), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_a_split_costs_least_where_curves_are_convex(slopes, share):
+    """No other split of the same total over convex curves has a smaller sum of errors."""
+    curves = {str(i): Curve(range(len(rises) + 1), [0.0, *np.cumsum(sorted(rises))]) for i, rises in enumerate(slopes)}
+    total = round(share * sum(map(len, slopes)))
+    counts = split(curves, total)
+    cost = sum(curves[name].errors[count] for name, count in counts.items())
+    every = itertools.product(*(range(len(rises) + 1) for rises in slopes))
+    least = min(
+        sum(curve.errors[n] for curve, n in zip(curves.values(), tried, strict=True))
+        for tried in every if sum(tried) == total
+    )  # fmt: skip
+    assert sum(counts.values()) == total
+    assert cost == pytest.approx(least, abs=1e-9)
