@@ -51,6 +51,8 @@ def weights(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
         ways["admm, split, sequential"] = partial(_by_surgery, calibration, "admm", "global", True)
     for amount in arguments.amounts:
         for name, prune in ways.items():
+            if not any(part in name for part in arguments.ways):
+                continue
             pruned = copy.deepcopy(model)
             start = time.process_time()
             prune(pruned, amount)
@@ -81,6 +83,8 @@ def filters(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     }
     for amount in arguments.amounts:
         for name, prune in ways.items():
+            if not any(part in name for part in arguments.ways):
+                continue
             pruned = copy.deepcopy(model)
             start = time.process_time()
             prune(pruned, amount)
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--amounts", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--solvers", nargs="+", default=["blocked", "admm"])
     parser.add_argument("--sequential", action="store_true")
+    parser.add_argument("--ways", nargs="+", default=[""], help="only rows whose names hold one of these")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

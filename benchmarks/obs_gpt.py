@@ -1,4 +1,4 @@
-"""A character GPT trained on a text, then pruned at once: perplexity by magnitude, by magnitude times activation, by OBS.
+"""A character GPT trained on a text, then pruned at once: perplexity by magnitude, by Wanda's scores and by OBS.
 
     python -m benchmarks.obs_gpt --data ../data
 
