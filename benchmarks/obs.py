@@ -28,10 +28,10 @@ from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy
 from lightning_prune import prune_filters, prune_filters_obs, prune_obs, prune_weights
-from lightning_prune.grams import find_products, gather_grams
 from lightning_prune.inputs import call_on
 from lightning_prune.solvers import SOLVERS, damped, rise
 from lightning_prune.solvers.blocked import factor
+from lightning_prune.statistics.grams import find_products, gather_grams
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 

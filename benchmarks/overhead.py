@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.models import resnet_cifar
-from lightning_prune.statistics import UnitMeans, gather_contributions, taylor_over_units, watch_contributions
+from lightning_prune.statistics.units import UnitMeans, gather_contributions, taylor_over_units, watch_contributions
 from lightning_prune.structure import find_structure, trace
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -34,7 +34,7 @@ with contextlib.suppress(ImportError):  # where torchvision was built for anothe
 
 from benchmarks.zoos import ZOOS, Inputs
 from lightning_prune.inputs import run, tensors_in
-from lightning_prune.pruning import count_params, prune_filters
+from lightning_prune.pruning.filters import count_params, prune_filters
 
 HERE = Path(__file__).parent
 AMOUNT = 0.3

@@ -11,23 +11,23 @@ from lightning_prune.callbacks import (
 )
 from lightning_prune.checkpoints import load_from_checkpoint
 from lightning_prune.errors import PruningError
-from lightning_prune.findings import Sensitivity
-from lightning_prune.fisher_pruning import FisherReport, prune_fisher
+from lightning_prune.export.semi_structured import to_semi_structured_
+from lightning_prune.export.sparse import load_sparse, load_sparse_, save_sparse
 from lightning_prune.flops import count_flops
 from lightning_prune.masks import apply_masks_, hold_masks, masks_on
-from lightning_prune.obs_filters import RepairReport, prune_filters_obs
-from lightning_prune.obs_pruning import ObsReport, prune_obs
 from lightning_prune.oracle import compare_criteria
-from lightning_prune.pruning import Report, prune_filters
+from lightning_prune.pruning.exact import SurgeonReport, prune_exact
+from lightning_prune.pruning.filters import Report, prune_filters
+from lightning_prune.pruning.fisher import FisherReport, prune_fisher
+from lightning_prune.pruning.obs import ObsReport, prune_obs
+from lightning_prune.pruning.obs_filters import RepairReport, prune_filters_obs
+from lightning_prune.pruning.weights import WeightReport, prune_weights
 from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
-from lightning_prune.semi_structured import to_semi_structured_
-from lightning_prune.sensitivity import sensitivity
-from lightning_prune.sparse import load_sparse, load_sparse_, save_sparse
+from lightning_prune.sensitivity.filters import sensitivity
+from lightning_prune.sensitivity.findings import Sensitivity
+from lightning_prune.sensitivity.weights import weight_sensitivity
 from lightning_prune.structure import coupling_rule
-from lightning_prune.surgeon import SurgeonReport, prune_exact
 from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
-from lightning_prune.weight_pruning import WeightReport, prune_weights
-from lightning_prune.weight_sensitivity import weight_sensitivity
 
 __all__ = [
     "Cubic",

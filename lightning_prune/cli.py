@@ -21,7 +21,7 @@ from torch import nn
 from lightning_prune.arguments import budget_by_group, check_arguments, with_ignored
 from lightning_prune.budget import Budget
 from lightning_prune.errors import PruningError
-from lightning_prune.findings import Sensitivity, amount_paths
+from lightning_prune.export.sparse import save_sparse
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.reports import (
     draw_sensitivity,
@@ -34,8 +34,8 @@ from lightning_prune.reports import (
     stored_table,
 )
 from lightning_prune.scoring import CRITERIA
-from lightning_prune.sensitivity import TENTHS
-from lightning_prune.sparse import save_sparse
+from lightning_prune.sensitivity.filters import TENTHS
+from lightning_prune.sensitivity.findings import Sensitivity, amount_paths
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import take_shapes_
 from lightning_prune.validation import inputs_from_validation, trainer_sensitivity, trainer_weight_sensitivity

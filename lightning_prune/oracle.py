@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_prune.arguments import check_prunable, with_ignored
-from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.scoring import CRITERIA, by_l2
+from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
 
 __all__ = ["Correlation", "compare_criteria", "correlate", "oracle"]

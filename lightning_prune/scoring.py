@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_prune import criteria
 from lightning_prune.errors import PruningError
-from lightning_prune.expansions import output_changes, second_order_changes
-from lightning_prune.gradients import Loss, batch_gradients, empirical_fisher, hutchinson
 from lightning_prune.inputs import call_on, undisturbed
-from lightning_prune.statistics import (
+from lightning_prune.statistics.expansions import output_changes, second_order_changes
+from lightning_prune.statistics.gradients import Loss, batch_gradients, empirical_fisher, hutchinson
+from lightning_prune.statistics.units import (
     UnitMeans,
     gather_contributions,
     over_units,

@@ -15,12 +15,12 @@ from torch import nn
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.errors import PruningError
-from lightning_prune.findings import Mode, Sensitivity
 from lightning_prune.inputs import ExampleInputs
+from lightning_prune.pruning.weights import WeightCriterion
 from lightning_prune.scoring import Criterion
-from lightning_prune.sensitivity import TENTHS, sensitivity
-from lightning_prune.weight_pruning import WeightCriterion
-from lightning_prune.weight_sensitivity import weight_sensitivity
+from lightning_prune.sensitivity.filters import TENTHS, sensitivity
+from lightning_prune.sensitivity.findings import Mode, Sensitivity
+from lightning_prune.sensitivity.weights import weight_sensitivity
 
 __all__ = ["inputs_from_validation", "trainer_sensitivity", "trainer_weight_sensitivity"]
 

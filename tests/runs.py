@@ -97,6 +97,23 @@ class Watch(Callback):
         self.losses.append(float(trainer.callback_metrics["loss"]))
 
 
+class Attentive(Net):
+    """Attention with head counts in attributes, in a tuple and in torch's own, and a recurrent layer."""
+
+    def __init__(self, lr: float = 0.05, dropout: float = 0.0) -> None:
+        super().__init__(lr, dropout)
+        self.heads, self.qkv, self.proj = (4, 3), nn.Linear(8, 36), nn.Linear(12, 8)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.lstm, self.second = nn.LSTM(8, 6, batch_first=True), nn.Identity()
+
+    def forward(self, images):
+        x = F.relu(self.norm(self.first(images))).flatten(2).mT[:, ::4]
+        q, k, v = self.qkv(x).unflatten(-1, (3, *self.heads)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = self.lstm(x + self.attention(x, x, x)[0])[0].mean(1)
+        return self.head(F.relu(self.hidden(x)))
+
+
 def images(count: int = 32, seed: int = 7) -> TensorDataset:
     """Noise around one colour per class."""
     generator = torch.Generator().manual_seed(seed)

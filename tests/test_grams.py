@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune import PruningError
-from lightning_prune.grams import find_products, gather_grams, gather_pair, watch_inputs
 from lightning_prune.inputs import call_on as call
-from lightning_prune.outputs import replaced
+from lightning_prune.statistics.grams import find_products, gather_grams, gather_pair, watch_inputs
+from lightning_prune.statistics.outputs import replaced
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 5), (2, 3, 5)),

@@ -522,6 +522,32 @@ def test_two_callbacks_share_a_model():
     assert masks_on(module).keys() == {"first.weight", "second.weight", "hidden.weight"}
 
 
+def test_rewinding_brings_back_no_zero_of_another():
+    """Where one of two callbacks rewinds, weights that the other has masked stay zero at every forward pass."""
+
+    class Watched(Net):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch:
+                assert int((self.first.weight == 0).sum()) == 72
+            return super().training_step(batch, batch_idx)
+
+    first = pruning(amount={"first": 0.5}, schedule=OneShot(1))
+    fit(net(Watched), first, pruning(amount={"second": 0.5}, schedule=OneShot(2), rewind_to=0), max_epochs=4)
+
+
+def test_a_layer_without_weights_is_told():
+    """Where nothing is left of a layer, a warning names it."""
+
+    class Faint(Net):
+        def __init__(self, lr=0.05, dropout=0.0):
+            super().__init__(lr, dropout)
+            with torch.no_grad():
+                self.head.weight.mul_(1e-9)
+
+    with pytest.warns(UserWarning, match="nothing is left of head.weight"):
+        fit(net(Faint), pruning(schedule=None), max_epochs=1)
+
+
 def test_overlapping_callbacks_are_refused():
     """Two callbacks about one weight are refused, with both named."""
     with pytest.raises(PruningError, match=r"amount=0.2.*amount=\{'head': 0.5\}.*both prune head.weight"):
@@ -670,7 +696,9 @@ def test_pickles_with_what_it_knows():
 
     class Copy(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append(pickle.loads(pickle.dumps(trainer.callbacks[0])))
+            pickled = pickle.dumps(trainer.callbacks[0])
+            assert b"tests.runs" not in pickled  # not the model
+            seen.append(pickle.loads(pickled))
 
     callback = pruning()
     fit(net(), callback, Copy(), max_epochs=2)

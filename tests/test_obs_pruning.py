@@ -199,7 +199,7 @@ def test_memory_can_be_bounded(monkeypatch):
     model, batches = net(), images()
     parted = copy.deepcopy(model)
     whole = prune_obs(model, batches)
-    monkeypatch.setattr("lightning_prune.layerwise._MEMORY", 1)
+    monkeypatch.setattr("lightning_prune.pruning.layerwise._MEMORY", 1)
     assert [layer.left for layer in prune_obs(parted, batches).layers] == [layer.left for layer in whole.layers]
     for a, b in zip(model.parameters(), parted.parameters(), strict=True):
         torch.testing.assert_close(a, b)

@@ -13,6 +13,7 @@ from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, TaylorFilte
 from tests.runs import (
     IMAGE,
     WIDTHS,
+    Attentive,
     Depthwise,
     Known,
     Net,
@@ -49,7 +50,9 @@ def saved_run(folder, kind=Net, val=False, max_epochs=6, callback=None, **argume
 # Kill and resume
 
 
-@pytest.mark.parametrize("kind", [Net, Known, Depthwise], ids=["first-batch", "example_input_array", "groups"])
+@pytest.mark.parametrize(
+    "kind", [Net, Known, Depthwise, Attentive], ids=["first-batch", "example_input_array", "groups", "heads"]
+)
 @pytest.mark.parametrize("every", [{}, {"every_n_train_steps": STEPS}], ids=["epoch", "last-batch"])
 def test_resumed_ends_where_uninterrupted_ends(kind, every, tmp_path):
     """From the checkpoint of any epoch, saved at its end or after its last batch, a run ends at equal weights."""
@@ -280,7 +283,7 @@ def test_checkpoint_saved_after_training(kind, weights_only, tmp_path):
     assert loaded.hparams == module.hparams
 
 
-@pytest.mark.parametrize("kind", [Net, Known, Depthwise])
+@pytest.mark.parametrize("kind", [Net, Known, Depthwise, Attentive])
 def test_load_from_checkpoint(kind, tmp_path):
     """Every checkpoint of a run loads outside a Trainer, with its hyperparameters, numbers on modules and class."""
     whole, paths = saved_run(tmp_path, kind)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.pruning import prune_filters
+from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
 from tests.architectures import randomised
 from tests.sequences import ATTENTION, HEAD, HEADS, RECURRENT, TOKENS, WIDTH

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_prune import PruningError
-from lightning_prune.gradients import batch_gradients, empirical_fisher, hutchinson
 from lightning_prune.inputs import run
-from lightning_prune.statistics import (
+from lightning_prune.statistics.gradients import batch_gradients, empirical_fisher, hutchinson
+from lightning_prune.statistics.units import (
     UnitMeans,
     gather_contributions,
     over_units,

@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from lightning_prune import PruningError, coupling_rule
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import run, tensors_in
-from lightning_prune.pruning import prune_filters
+from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.structure.groups import connected
 from lightning_prune.structure.rules.table import RULES

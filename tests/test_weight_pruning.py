@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_prune import PruningError, masks_on, prune_weights
-from lightning_prune.weights import find_weights
+from lightning_prune.pruning.prunable import find_weights
 
 
 def mlp(*sizes):
@@ -187,6 +187,8 @@ def test_n_of_m_where_groups_do_not_fit():
     assert report.stay == {
         "0.weight": "its 3 inputs are no multiple of 4", "1.weight": "its 1 inputs are no multiple of 4",
     }  # fmt: skip
+    vectors = prune_weights(model, pattern="2:4", parameters=["2.*"])
+    assert vectors.keep.keys() == {"2.weight"} and "2.bias" in vectors.stay
     with pytest.raises(PruningError, match="no weight has a number of inputs that is a multiple of 4"):
         prune_weights(model[:1], pattern="2:4")
 
@@ -235,7 +237,7 @@ REFUSED = {
     "text": ({"parameters": "0"}, TypeError, r"pass a list of patterns, \['0'\]"),
     "unknown parameter": ({"parameters": ["encoder.weight"]}, ValueError, "'encoder.weight' names no"),
     "unknown ignored": ({"ignore": ["encoder"]}, ValueError, "ignore='encoder' names no"),
-    "unknown amount": ({"amount": {"encoder": 0.5}}, ValueError, "names no"),
+    "unknown amount": ({"amount": {"encoder": 0.5}}, ValueError, "amount: 'encoder' names no"),
     "contradiction": ({"amount": {"*.weight": 0.5, "0.*": 0.6}}, ValueError, "asks for 0.5 and '0.*' for 0.6"),
     "nothing": ({"ignore": ["0", "1"]}, PruningError, "Nothing is left to prune in Sequential"),
 }

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_prune.errors import PruningError
-from lightning_prune.gradients import Loss
+from lightning_prune.statistics.gradients import Loss
 
 __all__ = ["losses_of", "training_batches"]
 

@@ -15,7 +15,7 @@ from lightning_prune.budget import Scores
 from lightning_prune.callbacks._batches import losses_of, training_batches
 from lightning_prune.callbacks._gathering import Gathering, OverTheRun
 from lightning_prune.scoring import CRITERIA, Criterion, adds_up, score_units
-from lightning_prune.statistics import gather_contributions, taylor_over_units, watch_contributions, watch_moments
+from lightning_prune.statistics.units import gather_contributions, taylor_over_units, watch_contributions, watch_moments
 from lightning_prune.structure import Structure
 
 __all__ = ["gathering_for"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.budget import Scores
-from lightning_prune.statistics import UnitMeans
+from lightning_prune.statistics.units import UnitMeans
 from lightning_prune.structure import Structure
 
 __all__ = ["Gathering", "Listener", "OverTheRun"]

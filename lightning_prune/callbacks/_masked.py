@@ -22,11 +22,8 @@ from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_masks, refuse_unmaskable, structured_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
-from lightning_prune.pruning import count_params
-from lightning_prune.reports import weight_table
-from lightning_prune.schedules import FewUnits, Schedule
-from lightning_prune.surgery import Kept, PackedMasks, recipe_of
-from lightning_prune.weight_pruning import (
+from lightning_prune.pruning.filters import count_params
+from lightning_prune.pruning.weights import (
     ToPrune,
     WeightCount,
     WeightScope,
@@ -34,6 +31,9 @@ from lightning_prune.weight_pruning import (
     weight_count,
     weights_to_prune,
 )
+from lightning_prune.reports import weight_table
+from lightning_prune.schedules import FewUnits, Schedule
+from lightning_prune.surgery import Kept, PackedMasks, recipe_of
 
 __all__ = ["MaskedPruning", "masking_callbacks"]
 
@@ -143,6 +143,11 @@ class MaskedPruning(Pruning):
             guard.before_cut(trainer, pl_module)
         self._in_run.masks.let_fall_(keep, trainer.optimizers)
         self._noted()
+        for name in (count.name for count in self._in_run.counts if not count.stays):
+            rank_zero_warn(
+                f"{type(self).__name__}: nothing is left of {name}, so nothing passes it. Ask for less, keep it "
+                "out by ignore=, or take the same share of every layer by scope='layer'."
+            )
         self.after_masking(trainer, pl_module, progress)
         for copy in averaged_copies(trainer):
             self._in_run.masks.apply_(copy)
@@ -212,6 +217,10 @@ class MaskedPruning(Pruning):
         if self._run is not None:
             self._run.masks.release()
         self._run = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the run, to which the model belongs."""
+        return {**super().__getstate__(), "_run": None}
 
     @property
     def _in_run(self) -> _InRun:

@@ -35,7 +35,7 @@ def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, 
 
 def draw_anew_(pl_module: LightningModule, seed: int) -> None:
     """Draw the parameters of every module that has ``reset_parameters`` anew; the run's random numbers stay as are."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
         torch.manual_seed(seed ^ zlib.crc32(b"draw anew"))
         for module in pl_module.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

@@ -42,7 +42,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import circumstances, shapes_of
-from lightning_prune.pruning import Prepared, count_params, prepare
+from lightning_prune.pruning.filters import Prepared, count_params, prepare
 from lightning_prune.reports import layer_costs, layer_table
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units

@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_prune.arguments import Amount
 from lightning_prune.callbacks._averaging import restart_averages_
 from lightning_prune.callbacks._guard import guards
-from lightning_prune.callbacks._masked import MaskedPruning
+from lightning_prune.callbacks._masked import MaskedPruning, masking_callbacks
 from lightning_prune.callbacks._refusals import structured_callbacks
 from lightning_prune.callbacks._rewind import draw_anew_, remember, rewind_
 from lightning_prune.errors import PruningError
+from lightning_prune.pruning.weights import choose_weights, score_weights, shuffled
 from lightning_prune.schedules import Schedule
-from lightning_prune.weight_pruning import choose_weights, score_weights, shuffled
 
 __all__ = ["IterativeMagnitudePruning"]
 
@@ -122,7 +122,8 @@ class IterativeMagnitudePruning(MaskedPruning):
         rewind_(trainer, pl_module, self._early)
         if self.control == "reinitialize" and progress >= 1.0:
             draw_anew_(pl_module, self._known_seed)
-        self._in_run.masks.clear_(trainer.optimizers)
+        for callback in masking_callbacks(trainer):
+            callback._in_run.masks.clear_(trainer.optimizers)
         restart_averages_(trainer, pl_module)
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,7 +19,7 @@ from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._masked import MaskedPruning
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import run
-from lightning_prune.obs_pruning import Asked, LayerFit, Solver, plan_obs, write_
+from lightning_prune.pruning.obs import Asked, LayerFit, Solver, plan_obs, write_
 from lightning_prune.schedules import Moments, OneShot, Schedule
 
 __all__ = ["OBSOneShot"]

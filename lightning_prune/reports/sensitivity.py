@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_prune.findings import GroupSensitivity, Sensitivity
+from lightning_prune.sensitivity.findings import GroupSensitivity, Sensitivity
 
 __all__ = ["draw_sensitivity", "import_matplotlib", "sensitivity_table"]
 

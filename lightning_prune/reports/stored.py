@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from lightning_prune.sparse import SparseReport
+from lightning_prune.export.sparse import SparseReport
 
 __all__ = ["stored_table"]
 

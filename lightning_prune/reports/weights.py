@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from lightning_prune.weight_pruning import WeightCount
+from lightning_prune.pruning.weights import WeightCount
 
 __all__ = ["weight_table"]
 

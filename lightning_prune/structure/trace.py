@@ -27,6 +27,7 @@ _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -209,7 +210,8 @@ class _NumberMode(TorchFunctionMode):
             return self._remembering(args[0], func(*args, **(kwargs or {})), args[1:])
         self._labels.asked = tuple(numbers_in((args, tuple(kwargs.values()) if kwargs else ())))
         try:
-            return func(*args, **(kwargs or {}))
+            with _in_steps() if func in _RECURRENT else nullcontext():
+                return func(*args, **(kwargs or {}))
         finally:
             self._labels.asked = ()
 
@@ -241,6 +243,18 @@ def _on_meta(values: tuple[Any, ...]) -> tuple[Any, ...]:
         else value
         for value in values
     )  # fmt: skip
+
+
+@contextmanager
+def _in_steps() -> Iterator[None]:
+    """Run recurrent layers step by step: those of oneDNN and cuDNN cannot be looked into."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
+    try:
+        yield
+    finally:
+        for library, before in zip(libraries, enabled, strict=True):
+            library.set_flags(_enabled=before)
 
 
 @contextmanager

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
-from lightning_prune.outputs import Outputs, replaced
 from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.solvers.damping import cholesky
+from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
+from lightning_prune.statistics.outputs import Outputs, replaced
 
 __all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one", "told_of"]
 

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
+from lightning_prune.statistics.unrolled import Convolution, Matmul, Reading
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.trace import unfused
-from lightning_prune.unrolled import Convolution, Matmul, Reading
 
 __all__ = [
     "Change", "Gram", "Pair", "Products", "Run", "find_products", "fitting", "gather_grams", "gather_pair",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.findings import GroupSensitivity, Mode, Sensitivity
+from lightning_prune.pruning.prunable import find_weights
+from lightning_prune.pruning.weights import WeightCriterion, check_weight_arguments, score_weights
 from lightning_prune.selection import keep_highest
-from lightning_prune.sensitivity import TENTHS, begin, evaluated, measure_each
-from lightning_prune.weight_pruning import WeightCriterion, check_weight_arguments, score_weights
-from lightning_prune.weights import find_weights
+from lightning_prune.sensitivity.filters import TENTHS, begin, evaluated, measure_each
+from lightning_prune.sensitivity.findings import GroupSensitivity, Mode, Sensitivity
 
 __all__ = ["weight_sensitivity"]
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
-from lightning_prune.grams import Products, Run, find_products
 from lightning_prune.inputs import call_on
-from lightning_prune.layerwise import Leaving, Progress, Surgery, all_together, error_curves, one_by_one
+from lightning_prune.pruning.layerwise import Leaving, Progress, Surgery, all_together, error_curves, one_by_one
+from lightning_prune.pruning.weights import check_weight_arguments
 from lightning_prune.selection import parse_pattern
 from lightning_prune.solvers import SOLVERS, Pattern, split
+from lightning_prune.statistics.grams import Products, Run, find_products
+from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import named_tensors
-from lightning_prune.unrolled import Reading
-from lightning_prune.weight_pruning import check_weight_arguments
 
 __all__ = ["Asked", "LayerFit", "ObsPlan", "ObsReport", "Solver", "Split", "plan_obs", "prune_obs", "write_"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.arguments import check_ignored, names_module
-from lightning_prune.curvature import OutputLoss, outer_product_rows
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
 from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
+from lightning_prune.statistics.curvature import OutputLoss, outer_product_rows
 
 __all__ = ["Removal", "SurgeonReport", "prune_exact"]
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.grams import Gram, Products, Run, fitting, gather_grams
-from lightning_prune.layerwise import told_of
-from lightning_prune.outputs import Outputs
+from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers import best_on_columns, damped, inverse, rise
 from lightning_prune.solvers.units import Reader, unit_rises
+from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams
+from lightning_prune.statistics.outputs import Outputs
 from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
 __all__ = ["readers_of", "score_by_readers"]

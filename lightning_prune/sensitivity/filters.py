@@ -20,10 +20,10 @@ from torch import nn
 from lightning_prune.arguments import check_arguments, check_prunable, with_ignored
 from lightning_prune.budget import Budget, Dense, Footprint, Scores, plan
 from lightning_prune.errors import PruningError
-from lightning_prune.findings import GroupSensitivity, Mode, Sensitivity
 from lightning_prune.inputs import ExampleInputs, undisturbed
-from lightning_prune.pruning import count_params, prepare
+from lightning_prune.pruning.filters import count_params, prepare
 from lightning_prune.scoring import Criterion, score_units
+from lightning_prune.sensitivity.findings import GroupSensitivity, Mode, Sensitivity
 from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import temporarily_cut
 

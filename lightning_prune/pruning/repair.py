@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.grams import Pair, Products, Run, find_products, gather_grams, gather_pair
-from lightning_prune.layerwise import told_of
+from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers.least_squares import refit
+from lightning_prune.statistics.grams import Pair, Products, Run, find_products, gather_grams, gather_pair
+from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.surgery import Cut, temporarily_cut
 from lightning_prune.surgery.resize import narrowed
-from lightning_prune.unrolled import Reading
 
 __all__ = ["Repair", "repaired"]
 

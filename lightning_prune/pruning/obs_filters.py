@@ -14,14 +14,14 @@ from lightning_prune.arguments import Amount, amount_by_group, check_arguments, 
 from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
-from lightning_prune.gradients import Loss
-from lightning_prune.grams import Run, find_products
 from lightning_prune.inputs import ExampleInputs, call_on
 from lightning_prune.latency import circumstances, latency_kept, shapes_of
-from lightning_prune.pruning import Report, count_params, prepare
-from lightning_prune.readers import score_by_readers
-from lightning_prune.repair import Repair, repaired
+from lightning_prune.pruning.filters import Report, count_params, prepare
+from lightning_prune.pruning.readers import score_by_readers
+from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.scoring import Criterion, adds_up, score_units
+from lightning_prune.statistics.gradients import Loss
+from lightning_prune.statistics.grams import Run, find_products
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_
 

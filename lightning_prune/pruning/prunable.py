@@ -32,6 +32,11 @@ class Weight(NamedTuple):
     parameter: nn.Parameter
     input_dim: int
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs it has; a vector has one."""
+        return self.parameter.shape[self.input_dim] if self.parameter.dim() > self.input_dim else 1
+
 
 class Weights(NamedTuple):
     """The weights that masks may zero, and those that one might look for among them.
@@ -45,7 +50,9 @@ class Weights(NamedTuple):
     stay: dict[str, str]
 
 
-def find_weights(model: nn.Module, parameters: Sequence[str] | None = None, ignore: Sequence[str] = ()) -> Weights:
+def find_weights(
+    model: nn.Module, parameters: Sequence[str] | None = None, ignore: Sequence[str] = (), what: str = "parameters"
+) -> Weights:
     """Find the weights that masks may zero.
 
     Args:
@@ -54,6 +61,7 @@ def find_weights(model: nn.Module, parameters: Sequence[str] | None = None, igno
             others for the parameters that they name. By default all weights of linear and convolutional layers:
             biases, norms and embeddings stay, and so do weights that are tied to an embedding.
         ignore: Patterns of modules or parameters that stay.
+        what: The argument that the patterns were given by, as errors shall name it.
 
     Raises:
         ValueError: If a pattern names nothing.
@@ -68,7 +76,7 @@ def find_weights(model: nn.Module, parameters: Sequence[str] | None = None, igno
         elif chosen := {name: Weight(own[name], 1) for name in own if names_module(pattern, name)}:
             found |= {name: usual.found.get(name, weight) for name, weight in chosen.items()}
         else:
-            raise ValueError(f"parameters={pattern!r} names no module or parameter.{near(pattern, (*paths, *own))}")
+            raise ValueError(f"{what}: {pattern!r} names no module or parameter.{near(pattern, (*paths, *own))}")
     for pattern in ignore:
         if not any(names_module(pattern, path) for path in (*paths, *own)):
             raise ValueError(f"ignore={pattern!r} names no module or parameter.{near(pattern, (*paths, *own))}")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_amount
 from lightning_prune.errors import PruningError
-from lightning_prune.gradients import Loss, example_gradients
-from lightning_prune.obs_pruning import write_
+from lightning_prune.pruning.obs import write_
+from lightning_prune.pruning.prunable import find_weights
 from lightning_prune.solvers import best_on_support, greedy_paths, inverse, keep_along
-from lightning_prune.weights import find_weights
+from lightning_prune.statistics.gradients import Loss, example_gradients
 
 __all__ = ["FisherReport", "block_fisher", "prune_fisher"]
 

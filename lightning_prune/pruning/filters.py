@@ -24,10 +24,10 @@ from lightning_prune.arguments import (
 from lightning_prune.budget import Budget, Dense, Footprint, Scope, Scores, Target, measure, per_saving, plan
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
-from lightning_prune.gradients import Loss
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.scoring import Criterion, adds_up, score_units
+from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.gradients import Loss, differentiable
 from lightning_prune.inputs import tensors_in, undisturbed
-from lightning_prune.statistics import UnitMeans, contributions_of, watch_contributions
+from lightning_prune.statistics.gradients import Loss, differentiable
+from lightning_prune.statistics.units import UnitMeans, contributions_of, watch_contributions
 from lightning_prune.structure import Structure
 
 __all__ = ["output_changes", "second_order_changes"]

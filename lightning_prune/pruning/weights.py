@@ -16,8 +16,8 @@ from lightning_prune.arguments import Amount, check_amount
 from lightning_prune.criteria import magnitude
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, masks_on
+from lightning_prune.pruning.prunable import Weight, amount_by_weight, find_weights
 from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
-from lightning_prune.weights import Weight, amount_by_weight, find_weights
 
 __all__ = [
     "ToPrune",
@@ -147,14 +147,14 @@ def weights_to_prune(
         ValueError: If a pattern names nothing.
         PruningError: If nothing is left to prune.
     """
-    weights, stay = find_weights(model, list(amount) if isinstance(amount, Mapping) else parameters, ignore)
+    if isinstance(amount, Mapping):
+        weights, stay = find_weights(model, list(amount), ignore, what="amount")
+    else:
+        weights, stay = find_weights(model, parameters, ignore)
     if pattern is not None:
         n, m = parse_pattern(pattern)
-        stay |= {
-            name: f"its {weight.parameter.shape[weight.input_dim]} inputs are no multiple of {m}"
-            for name, weight in weights.items()
-            if weight.parameter.shape[weight.input_dim] % m
-        }
+        inputs = {name: weight.inputs for name, weight in weights.items()}
+        stay |= {name: f"its {size} inputs are no multiple of {m}" for name, size in inputs.items() if size % m}
         weights = {name: weight for name, weight in weights.items() if name not in stay}
         if not weights:
             raise PruningError(f"pattern={pattern!r}: no weight has a number of inputs that is a multiple of {m}.")

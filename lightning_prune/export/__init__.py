@@ -1,0 +1,1 @@
+"""Writes pruned models so that files, or hardware, gain by their zeros."""

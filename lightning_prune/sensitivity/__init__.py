@@ -1,0 +1,1 @@
+"""Measures what a model loses when one layer alone is pruned, without retraining."""
