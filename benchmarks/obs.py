@@ -168,6 +168,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    given = {name: value for name, value in vars(arguments).items() if name != "data"}
     suffix = arguments.size if arguments.what == "speed" else arguments.depth
     target = Path(__file__).with_name(f"obs-{arguments.what}-{suffix}.json")
 
@@ -175,7 +176,7 @@ def main() -> None:
         rows.append({"name": name, "amount": amount, **values})
         told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         Console().print(f"{amount:>5.0%}  {name:<28} {told}")
-        target.write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1))
+        target.write_text(json.dumps({"arguments": given, "rows": rows}, indent=1))
 
     WHAT[arguments.what](arguments, note)
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from benchmarks.data import data_module
 from lightning_prune import prune_obs, prune_weights
-from lightning_prune.grams import find_products, gather_grams
 from lightning_prune.inputs import call_on
 from lightning_prune.selection import keep_highest
 from lightning_prune.solvers import Pattern
+from lightning_prune.statistics.grams import find_products, gather_grams
 
 
 class Block(nn.Module):
@@ -109,6 +109,7 @@ def main() -> None:
     model.eval()
     test = pieces(held, 512, arguments.context, draw)
     calibration = list(pieces(train, arguments.pieces, arguments.context, draw)[:, :-1].split(64))
+    given = {name: value for name, value in vars(arguments).items() if name != "data"}
     rows = [{"name": "dense", "pattern": "", "perplexity": perplexity(model, test)}]
     asked = {"50 %": (0.5, None), "2:4": (None, "2:4")}
     ways: dict[str, Callable[[nn.Module, float | None, str | None], object]] = {
@@ -131,7 +132,7 @@ def main() -> None:
             rows.append({"name": name, "pattern": told, "perplexity": perplexity(pruned, test)})
             Console().print(rows[-1])
             target = Path(__file__).with_suffix(".json")
-            target.write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1))
+            target.write_text(json.dumps({"arguments": given, "rows": rows}, indent=1))
     Console().print(rows)
 
 
