@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.pruning import prune_filters
+from lightning_prune.pruning.filters import prune_filters
 from tests.silencing import assert_equal_to_rounding, silenced
 
 CHANNELS = 12

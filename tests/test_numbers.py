@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune.pruning import prune_filters
+from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure.numbers import Held, Number
 from tests.models import SEQUENCE
 
