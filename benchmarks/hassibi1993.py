@@ -132,6 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results: dict[str, dict] = {}
+    told = {name: value for name, value in vars(arguments).items() if name != "data"}
     for name, problem in problems(arguments.data).items():
         if arguments.only and name not in arguments.only:
             continue
@@ -147,7 +148,7 @@ def main() -> None:
                 left = prune(slim, problem, method, way)
                 found = [left, accuracy(slim, problem.train), accuracy(slim, problem.test)]
                 rows[f"{method}{' and mended' if way else ''}"].append(found)
-            results[name] = {"paper": problem.paper, "dense": dense, "rows": rows, "arguments": vars(arguments)}
+            results[name] = {"paper": problem.paper, "dense": dense, "rows": rows, "arguments": told}
             Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1))
         Console().print(table(name, results[name]))
 

@@ -51,6 +51,8 @@ def weights(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
         ways["admm, split, sequential"] = partial(_by_surgery, calibration, "admm", "global", True)
     for amount in arguments.amounts:
         for name, prune in ways.items():
+            if not any(part in name for part in arguments.ways):
+                continue
             pruned = copy.deepcopy(model)
             start = time.process_time()
             prune(pruned, amount)
@@ -81,6 +83,8 @@ def filters(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     }
     for amount in arguments.amounts:
         for name, prune in ways.items():
+            if not any(part in name for part in arguments.ways):
+                continue
             pruned = copy.deepcopy(model)
             start = time.process_time()
             prune(pruned, amount)
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--amounts", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--solvers", nargs="+", default=["blocked", "admm"])
     parser.add_argument("--sequential", action="store_true")
+    parser.add_argument("--ways", nargs="+", default=[""], help="only rows whose names hold one of these")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -163,6 +168,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    given = {name: value for name, value in vars(arguments).items() if name != "data"}
     suffix = arguments.size if arguments.what == "speed" else arguments.depth
     target = Path(__file__).with_name(f"obs-{arguments.what}-{suffix}.json")
 
@@ -170,7 +176,7 @@ def main() -> None:
         rows.append({"name": name, "amount": amount, **values})
         told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         Console().print(f"{amount:>5.0%}  {name:<28} {told}")
-        target.write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1))
+        target.write_text(json.dumps({"arguments": given, "rows": rows}, indent=1))
 
     WHAT[arguments.what](arguments, note)
 

@@ -209,7 +209,7 @@ def test_singular_hessians_are_refused_and_the_model_is_left():
     """Fewer examples than weights and no damping: the model stays as it was."""
     model = nn.Linear(20, 3)
     before = model.weight.detach().clone()
-    with pytest.raises(PruningError, match="singular"):
+    with pytest.raises(PruningError, match="^weight: The Hessian, 20 x 20, is singular.*damping=.*ignore="):
         prune_obs(model, [torch.randn(5, 20)], damping=0.0, solver="exact")
     assert torch.equal(model.weight, before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.errors import PruningError
 from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
+from lightning_prune.solvers.damping import cholesky
 from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
 from lightning_prune.statistics.outputs import Outputs, replaced
 
-__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one"]
+__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one", "told_of"]
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
@@ -81,7 +84,7 @@ class Surgery:
         """Return a layer's weights as ``(groups, rows, columns)``."""
         return self.products.readings[name].rows(self.tensors[name].detach()).to(self.dtype)
 
-    def solved(self, name: str, rows: Tensor, keep: Tensor, error: Tensor, lost: Tensor) -> Solved:
+    def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
         """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
 
         Args:
@@ -97,7 +100,7 @@ class Surgery:
             held = self.tensors[shift.name].detach()
             others[shift.name] = held + shift.sign * lost.flatten().to(held)
         weight = reading.weight(rows).to(self.tensors[name].dtype)
-        return Solved(weight, reading.weight(keep), float(error), others)
+        return Solved(weight, reading.weight(keep), error, others)
 
     def _patient(self, name: str, gram: Gram) -> _Patient:
         hessian = gram.hessian
@@ -126,10 +129,11 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict
     patients = surgery.patients(list(leaving))
     for _ in progress(list(leaving)):
         name, patient = next(patients)
-        new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
+        with told_of(name):
+            new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
         lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
-        found[name] = surgery.solved(name, new, keep, lost / whole, mean)
+        found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
     return found
 
 
@@ -150,12 +154,14 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[s
         )  # fmt: skip
         pair = pair.centred() if name in surgery.products.shifts else pair
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
-        aim = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
-        new, keep = surgery.solver(torch.linalg.solve(hessian, aim, left=False), hessian).solve(leaving[name])
+        pull = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
+        with told_of(name):
+            aim = torch.cholesky_solve(pull.transpose(1, 2), cholesky(hessian)).transpose(1, 2)
+            new, keep = surgery.solver(aim, hessian).solve(leaving[name])
         whole = rise(weights, pair.before).sum()
         lost = whole + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
         mean = (weights @ pair.mean_before[..., None] - new @ pair.mean_after[..., None])[..., 0]
-        found[name] = surgery.solved(name, new, keep, lost / whole, mean)
+        found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
     return found
 
 
@@ -173,14 +179,29 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
         name, patient = next(patients)
         solver = Blocked(patient.weights, patient.damped)
         size = patient.weights.numel()
-        found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
+        with told_of(name):
+            found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
         errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
         asked = int(level * size)
         new = found[asked]
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
-        solved = surgery.solved(name, new, new != 0, new.new_zeros(()), mean)
+        solved = surgery.solved(name, new, new != 0, 0.0, mean)
         moved = outputs.moved({name: solved.weight, **solved.others})
         scale = moved / errors[asked] if errors[asked] > 0 else 0.0
         curve = {0: 0.0} | {count: scale * error for count, error in errors.items()}
         curves[name] = Curve(list(curve), list(curve.values()))
     return curves
+
+
+@contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """Say which weight it is about where one cannot be solved."""
+    try:
+        yield
+    except PruningError as error:
+        raise PruningError(f"{name}: {error} Or leave it out by ignore=.") from error
+
+
+def _share(lost: Tensor, whole: Tensor) -> float:
+    """Return the share that is lost; of nothing, nothing."""
+    return float(lost / whole) if whole > 0 else 0.0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers import best_on_columns, damped, inverse, rise
 from lightning_prune.solvers.units import Reader, unit_rises
 from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams
@@ -61,8 +62,9 @@ def score_by_readers(
         grams = gather_grams(model, batches, forward, list(tensors), dtype)
         for name in part:
             width = structure.groups[name].width
-            readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in slots[name]]
-            scores[name] = unit_rises([reader for found in readers for reader in found])
+            with told_of(name):
+                readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in slots[name]]
+                scores[name] = unit_rises([reader for found in readers for reader in found])
     return scores
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers.least_squares import refit
 from lightning_prune.statistics.grams import Pair, Products, Run, find_products, gather_grams, gather_pair
 from lightning_prune.statistics.unrolled import Reading
@@ -75,7 +76,8 @@ def repaired(
             pair = gather_pair(model, batches, forward, name, change, products.calls[name], dtype, place.groups)
         else:
             pair = gather_grams(model, batches, forward, [name], dtype)[name].without(place.groups, place.columns)
-        new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
+        with told_of(name):
+            new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
         tensors |= new
         repairs.append(repair)
     return tensors, tuple(repairs), skipped
@@ -145,7 +147,8 @@ def _lost(rows: Tensor, new: Tensor, pair: Pair, shift: Tensor) -> float:
     whole = ((rows @ pair.before) * rows).sum()
     moved = ((new @ pair.after) * new).sum() - 2 * ((rows @ pair.cross) * new).sum()
     means = (new @ pair.mean_after[..., None] - rows @ pair.mean_before[..., None])[..., 0]  # of the change
-    return float((whole + moved + shift.square().sum() + 2 * (shift * means).sum()) / whole)
+    change = whole + moved + shift.square().sum() + 2 * (shift * means).sum()
+    return float(change / whole) if whole > 0 else 0.0
 
 
 def _uncentred(pair: Pair) -> Pair:
