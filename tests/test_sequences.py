@@ -66,6 +66,36 @@ def test_a_cut_transformer_of_torch_is_one_built_that_small():
             assert_equal_to_rounding(model(TOKENS), twin(TOKENS))
 
 
+def test_linked_groups_keep_one_share():
+    """Heads and the stream that their width derives from keep the same share, the largest within the amount."""
+    model = ATTENTION["derived"].build()
+    report = prune_filters(model, TOKENS, 0.3, scope="global")
+    shares = {group.after / group.before for group in report.groups if group.before in (HEADS, WIDTH)}
+    assert len(shares) == 1 and shares < {0.25, 0.5, 0.75}
+
+
+class Experts(nn.Module):
+    """Each token goes to one of four experts, which the data chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 10), nn.Linear(10, WIDTH)) for _ in range(4))
+
+    def forward(self, x):
+        chosen = x[:, 0, 0].gt(0).long() if len(x) < 3 else torch.arange(4)
+        x = self.enter(x)
+        return self.out(x + sum(self.experts[i](x) for i in chosen.unique()))
+
+
+def test_experts_that_did_not_run_are_cut_like_those_that_did():
+    """A mixture of experts runs on data that comes to experts whom the example inputs did not come to."""
+    model = randomised(Experts())
+    report = prune_filters(model, TOKENS, 0.5)
+    assert {group.name: group.after for group in report.groups}["enter"] == WIDTH // 2
+    assert model(torch.randn(4, 7, 5, dtype=torch.float64)).shape == (4, 7, 3)
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.parametrize("amount", [0.3, 0.95])
 def test_removing_hidden_units_is_silencing_them(name, amount):

@@ -123,6 +123,7 @@ class Ledger:
         self.equations: list[Equation] = []
         self.numbers = True  # whether numbers remember where they come from
         self.lengths: dict[Hashable, Label] = {}
+        self.unseen: set[str] = set()  # parameters and buffers that no operator took
         self.whole: list[Atoms] = []
         self.costs: list[Cost] = []
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}

@@ -86,7 +86,28 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs, numbers: bool) -> L
     ledger.numbers = numbers
     with undisturbed(model):
         watch(model, example_inputs, {}, ledger, labels)
+    _follow_siblings(model, ledger, labels)
     return ledger
+
+
+def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> None:
+    """Let modules that did not run, such as experts that no example came to, go with one beside them that did."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    for parent in model.modules():
+        ran: dict[object, list[str]] = {}
+        for child in sorted(parent.children(), key=lambda child: _idle(child, names, ledger)):
+            own = [(leaf, tuple(tensor.shape), names[id(tensor)]) for leaf, tensor in named_tensors(child).items()]
+            kind = (type(child), *((leaf, shape) for leaf, shape, _ in own))
+            first = ran.setdefault(kind, [name for _, _, name in own])
+            if own and _idle(child, names, ledger) and not set(first) <= ledger.unseen:
+                for name, other in zip((name for _, _, name in own), first, strict=True):
+                    for dim, found in labels[name].dims.items():
+                        ledger.meet(found[0].atoms, labels[other].dims[dim][0].atoms)
+
+
+def _idle(module: nn.Module, names: Mapping[int, str], ledger: Ledger) -> bool:
+    """Tell whether no operator took any tensor of a module."""
+    return all(names[id(tensor)] in ledger.unseen for tensor in named_tensors(module).values())
 
 
 def watch(
@@ -120,6 +141,7 @@ def watch(
     with unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
         outputs = model(*args, **kwargs)
     ledger.running = ("", None)
+    ledger.unseen = {name for name, tensor in named_tensors(model).items() if id(tensor) not in mode.seen}
     tensors = list(tensors_in(outputs))
     for tensor in tensors:
         ledger.output_shapes.append(tuple(tensor.shape))
@@ -139,6 +161,7 @@ class _LabelMode(TorchDispatchMode):
         self._meta = meta
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
         self.asked: tuple[int, ...] = ()
+        self.seen: set[int] = set()  # tensors given before the run that an operator took
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -168,6 +191,7 @@ class _LabelMode(TorchDispatchMode):
         """Return the labels that a tensor carries."""
         given = self._given.get(id(tensor))
         if given is not None:
+            self.seen.add(id(tensor))
             return given[1]
         mark, labels = getattr(tensor, _RIDING, _NOTHING)
         return labels if mark is self._mark else _UNLABELLED

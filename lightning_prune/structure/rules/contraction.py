@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_prune.structure.labels import PINNED, Atoms, Attribute, Label
+from lightning_prune.structure.rules.attach import unknown
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
@@ -32,6 +33,18 @@ def addmm(call: Call) -> Dims:
 def bmm(call: Call) -> Dims:
     """``(b, m, k) @ (b, k, n)``: the batch and the summed dimension meet, the others pass."""
     return _product(call, call.args[0], call.args[1])
+
+
+@coupling_rule("aten._grouped_mm")
+def grouped_mm(call: Call) -> Dims:
+    """Rows ``(m, k)``, each with the one of the matrices ``(e, k, n)`` that data chose: so their number stays."""
+    a, b = call.args[:2]
+    if (a.dim(), b.dim()) != (2, 3):
+        return unknown(call)
+    call.ledger.pin(call.labels(b).at(0), "chosen by data")
+    _contract(call, a, 1, b, 1)
+    call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, 2))
+    return {0: call.labels(a).at(0), 1: _made(call, b, 2)}
 
 
 @coupling_rule("aten.mv")

@@ -80,6 +80,20 @@ def constant_pad(call: Call) -> Dims:
     return dims
 
 
+@coupling_rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_")
+def put_by_index(call: Call) -> Dims:
+    """Rows go where indices say, so that their number stays; what a row holds meets entry by entry."""
+    target, along, _, source = call.args[:4]
+    mine, other = call.labels(target), call.labels(source)
+    along %= max(target.dim(), 1)
+    call.ledger.pin((*mine.at(along), *other.at(along)), "indexed by a tensor")
+    return {
+        dim: call.ledger.tie([mine.at(dim), other.at(dim)], "meets a tensor of fixed size")
+        for dim in range(target.dim())
+        if dim != along and (mine.at(dim) or other.at(dim))
+    }
+
+
 @coupling_rule("aten.pixel_shuffle")
 def pixel_shuffle(call: Call) -> Dims:
     """``(..., C r², H, W) -> (..., C, H r, W r)``: the channels that become one leave together."""
