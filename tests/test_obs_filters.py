@@ -183,3 +183,15 @@ def test_a_refused_cut_leaves_the_model_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     prune_filters(model, torch.zeros(1, 4).double(), 0.3)
     assert model[0].out_features == 7
+
+
+def test_heads_leave_and_are_made_up_for():
+    """Whole attention heads leave, and what reads them is refitted, though no module is called for it."""
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True).double()
+    model = nn.Sequential(nn.Linear(5, 16).double(), layer, nn.Linear(16, 3).double()).eval()
+    tokens = torch.randn(48, 7, 5, dtype=torch.float64)
+    report = prune_filters_obs(model, tokens[:1], [tokens], {"1.self_attn*": 0.5}, "l1", scope="layer")
+    assert layer.self_attn.num_heads == 2
+    repairs = {repair.name: repair for repair in report.repairs}
+    assert not report.skipped
+    assert repairs["1.self_attn.out_proj.weight"].after < 0.5 * repairs["1.self_attn.out_proj.weight"].before
