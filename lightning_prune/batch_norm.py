@@ -37,7 +37,7 @@ def recalibrate_batch_norm(
     Raises:
         PruningError: If there are such layers and no batch came.
 
-    Example:
+    Examples:
         >>> norm = nn.BatchNorm1d(1)
         >>> recalibrate_batch_norm(nn.Sequential(norm), [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
         ('0',)

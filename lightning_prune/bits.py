@@ -20,7 +20,7 @@ def pack_bits(keep: Tensor) -> Tensor:
     Returns:
         Bytes, ``(ceil(n / 8),)`` uint8 on the CPU; the first entry is the highest bit of the first byte.
 
-    Example:
+    Examples:
         >>> pack_bits(torch.tensor([[True, False], [True, True]]))
         tensor([176], dtype=torch.uint8)
     """
@@ -37,7 +37,7 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Returns:
         Booleans of that shape, on the CPU.
 
-    Example:
+    Examples:
         >>> unpack_bits(torch.tensor([176], dtype=torch.uint8), (2, 2))
         tensor([[ True, False],
                 [ True,  True]])

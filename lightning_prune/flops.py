@@ -57,7 +57,7 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
     Raises:
         PruningError: If the model fails on the inputs, returns no tensor or cannot be traced by ``torch.jit``.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10))
         >>> flops = count_flops(model, torch.ones(1, 3, 4, 4))
         >>> flops.total  # 3 * 8 * 3 * 3 * 2 * 2 + 32 * 10
@@ -200,7 +200,7 @@ def einsum_multiply_adds(equation: str, shapes: list[list[int]], path: list[int]
         shapes: The shape of each operand.
         path: Positions of the two operands of each step, flat; the result goes last. By default from left to right.
 
-    Example:
+    Examples:
         >>> einsum_multiply_adds("bij, bjk -> bik", [[2, 3, 4], [2, 4, 5]])  # 2 * 3 * 4 * 5
         120
     """

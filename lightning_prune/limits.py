@@ -56,7 +56,7 @@ def least_widths(
         max_amount: Largest fraction, in [0, 1], of a group's units that may leave: of every group, or by group name.
         round_to: Widths are multiples of this, rounded up, or what they are now.
 
-    Example:
+    Examples:
         >>> from lightning_prune.structure import find_structure, trace
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 10), torch.nn.Linear(10, 2))

@@ -30,7 +30,7 @@ class Masks:
     Args:
         model: The model whose parameters are masked.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         >>> masks = Masks(model)
@@ -182,7 +182,7 @@ def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If there is no such parameter, or a mask does not fit its shape.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1)
         >>> apply_masks_(model, {"weight": torch.tensor([[True, False]])})
         >>> model.weight[0, 1].item(), masks_on(model)
@@ -215,7 +215,7 @@ def hold_masks(
     Yields:
         The masks, whose ``mask_gradients_`` the body may call before it clips gradients.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
         >>> with hold_masks(model, optimizer, {"weight": torch.tensor([[True, False]])}):

@@ -59,7 +59,7 @@ class OneShot(Schedule):
     Raises:
         ValueError: If ``at`` is negative, or ``by`` unknown.
 
-    Example:
+    Examples:
         >>> [OneShot(at=2)(epoch, amount=0.5) for epoch in range(4)]
         [0.0, 0.0, 0.5, 0.5]
     """
@@ -134,7 +134,7 @@ class Linear(Gradual):
     Raises:
         ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
 
-    Example:
+    Examples:
         >>> [Linear(start=1, end=4)(epoch, amount=0.8) for epoch in range(6)]
         [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 0.8]
     """
@@ -156,7 +156,7 @@ class Cubic(Gradual):
     Raises:
         ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
 
-    Example:
+    Examples:
         >>> [round(Cubic(start=1, end=4)(epoch, amount=1.0), 4) for epoch in range(6)]
         [0.0, 0.5781, 0.875, 0.9844, 1.0, 1.0]
 
@@ -183,7 +183,7 @@ class Geometric(Gradual):
     Raises:
         ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
 
-    Example:
+    Examples:
         >>> [round(Geometric(start=1, end=5)(epoch, amount=1 - 0.8**5), 4) for epoch in range(7)]
         [0.0, 0.2, 0.36, 0.488, 0.5904, 0.6723, 0.6723]
 
@@ -210,7 +210,7 @@ class OneCycle(Gradual):
     Raises:
         ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
 
-    Example:
+    Examples:
         >>> [round(OneCycle(start=0, end=3)(epoch, amount=1.0), 4) for epoch in range(4)]
         [0.0759, 0.7313, 0.9893, 1.0]
 
@@ -242,7 +242,7 @@ class FewUnits(Schedule):
     Raises:
         ValueError: If ``units`` or ``every`` is below 1, ``start`` negative, or ``by`` unknown.
 
-    Example:
+    Examples:
         >>> schedule = FewUnits(units=2, every=10, start=10).over(5)  # of a model that loses 5
         >>> schedule.last, [schedule.at_most(schedule.progress(step)) for step in (9, 10, 19, 20, 30)]
         (30, [0, 2, 2, 4, None])

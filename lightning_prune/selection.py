@@ -21,7 +21,7 @@ def ranks(scores: Tensor) -> Tensor:
     Returns:
         Ranks from 0 to n - 1, ``(n,)`` int64.
 
-    Example:
+    Examples:
         >>> ranks(torch.tensor([3.0, 1.0, 3.0, 2.0]))
         tensor([2, 0, 3, 1])
     """
@@ -44,7 +44,7 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: If ``count`` is below 0 or more than there are.
 
-    Example:
+    Examples:
         >>> keep_highest(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
         tensor([ True, False,  True, False])
     """
@@ -71,7 +71,7 @@ def keep_best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tens
     Returns:
         True for each entry that stays, bool of the same shapes.
 
-    Example:
+    Examples:
         >>> keep_best_of_all({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([[3.0], [2.0]])}, 2)
         {'a': tensor([False,  True]), 'b': tensor([[ True], [False]])}
     """
@@ -101,7 +101,7 @@ def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
     Raises:
         ValueError: If the size of the dimension is no multiple of ``m``.
 
-    Example:
+    Examples:
         >>> keep_n_of_m(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2, 4).int()
         tensor([[0, 1, 1, 0]], dtype=torch.int32)
 
@@ -122,7 +122,7 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     Raises:
         ValueError: If it is none, or if not fewer than all of a group would stay.
 
-    Example:
+    Examples:
         >>> parse_pattern("2:4")
         (2, 4)
     """

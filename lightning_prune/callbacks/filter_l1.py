@@ -49,7 +49,7 @@ class FilterL1Pruning(StructuredPruning):
         ValueError: If an argument is out of range.
         TypeError: If an argument is of a wrong kind.
 
-    Example:
+    Examples:
         >>> from lightning_prune import Cubic
         >>> FilterL1Pruning(amount=0.5, target="flops", schedule=Cubic(start=2, end=10, every=2)).amount
         0.5

@@ -51,7 +51,7 @@ class FilterPruning(StructuredPruning):
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
         TypeError: If an argument is of a wrong kind.
 
-    Example:
+    Examples:
         >>> FilterPruning(amount=0.5, criterion="bn_scale", scope="global").criterion
         'bn_scale'
         >>> FilterPruning(criterion=lambda weight: weight.abs().amax(dim=(1, 2, 3))).amount

@@ -65,7 +65,7 @@ class IterativeMagnitudePruning(MaskedPruning):
         ValueError: If an argument is out of range, or two contradict.
         TypeError: If an argument is of a wrong kind.
 
-    Example:
+    Examples:
         >>> from lightning_prune import Geometric
         >>> rounds = Geometric(start=10, end=40, every=10)  # four rounds after the first ten epochs
         >>> IterativeMagnitudePruning(amount=1 - 0.8**4, schedule=rounds, rewind_to=0).rewind_to

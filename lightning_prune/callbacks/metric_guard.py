@@ -48,7 +48,7 @@ class MetricGuard(Guard):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> guard = MetricGuard(monitor="val_acc", drop=0.01)
     """
 

@@ -78,7 +78,7 @@ class OBSOneShot(MaskedPruning):
         ValueError: If an argument is out of range, or two contradict.
         TypeError: If an argument is of a wrong kind.
 
-    Example:
+    Examples:
         >>> OBSOneShot(amount=0.7, batches=16).epoch is None
         True
 

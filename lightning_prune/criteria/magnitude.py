@@ -18,7 +18,7 @@ def filter_l1(weight: Tensor) -> Tensor:
     Raises:
         ValueError: If ``weight`` has no dimensions.
 
-    Example:
+    Examples:
         >>> filter_l1(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
         tensor([3.0000, 0.5000])
 
@@ -40,7 +40,7 @@ def filter_l2(weight: Tensor) -> Tensor:
     Raises:
         ValueError: If ``weight`` has no dimensions.
 
-    Example:
+    Examples:
         >>> filter_l2(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
         tensor([5.0000, 0.2500])
 
@@ -59,7 +59,7 @@ def batch_norm_scale(weight: Tensor) -> Tensor:
     Returns:
         One score per channel, ``(channels,)``; higher is kept longer.
 
-    Example:
+    Examples:
         >>> batch_norm_scale(torch.tensor([0.5, -2.0]))
         tensor([0.5000, 2.0000])
 

@@ -17,7 +17,7 @@ def obd(weights: Tensor, hessian_diagonal: Tensor) -> Tensor:
     Returns:
         Saliencies, of the same shape; higher is kept longer.
 
-    Example:
+    Examples:
         >>> obd(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 4.0]))
         tensor([2., 2.])
 

@@ -21,7 +21,7 @@ def taylor_activations(activations: Tensor, gradients: Tensor) -> Tensor:
     Returns:
         Signed change of each example's loss for each channel, ``(N, C)``.
 
-    Example:
+    Examples:
         >>> taylor_activations(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.5, -1.0]]]))
         tensor([[-1.5000]])
 

@@ -17,7 +17,7 @@ def magnitude(weight: Tensor) -> Tensor:
     Returns:
         One score per weight, of the same shape; higher is kept longer.
 
-    Example:
+    Examples:
         >>> magnitude(torch.tensor([[1.0, -2.0]]))
         tensor([[1., 2.]])
 

@@ -36,7 +36,7 @@ def to_semi_structured_(model: nn.Module) -> SemiStructured:
     Returns:
         Which weights are faster, and why others are not.
 
-    Example:
+    Examples:
         >>> from lightning_prune import prune_weights
         >>> model = nn.Linear(64, 64)
         >>> _ = prune_weights(model, pattern="2:4")

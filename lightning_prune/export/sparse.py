@@ -63,7 +63,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
     Raises:
         PruningError: If the state dict holds something that is no tensor.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_prune import prune_weights
         >>> model = nn.Linear(400, 400)

@@ -87,7 +87,7 @@ def prune_exact(
         ValueError: If an argument is out of range.
         PruningError: If the net is too large for this, or nothing can be removed.
 
-    Example:
+    Examples:
         >>> model, x = nn.Linear(3, 1, bias=False), torch.eye(3)
         >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 1.0, 2.0]]))
         >>> report = prune_exact(model, [(x, x @ model.weight.detach().T)], nn.functional.mse_loss, amount=0.67)

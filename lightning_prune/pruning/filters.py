@@ -126,7 +126,7 @@ def prune_filters(
         PruningError: If the model does not run, nothing can be cut or the target cannot be reached. The model is as it
             was.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
         >>> report = prune_filters(model, torch.randn(1, 4), amount=0.3)
         >>> model[0].out_features, report.params_before, report.params_after

@@ -80,7 +80,7 @@ def prune_fisher(
         ValueError: If an argument is out of range, or a pattern names nothing.
         PruningError: If no batch came or the matrix is singular. The model is as it was.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(8, 2)
         >>> batch = torch.randn(64, 8), torch.randint(2, (64,))
         >>> loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])

@@ -103,7 +103,7 @@ def prune_obs(
         ValueError: If an argument is out of range, or a pattern names no module.
         PruningError: If nothing can be pruned, or a Hessian is singular. The model is as it was.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> report = prune_obs(model, [torch.randn(64, 8)], amount=0.5)
         >>> report.sparsity, int((model[0].weight == 0).sum() + (model[2].weight == 0).sum())

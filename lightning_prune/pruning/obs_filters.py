@@ -91,7 +91,7 @@ def prune_filters_obs(
         PruningError: If the model does not run, nothing can be cut, the target cannot be reached or inputs are linearly
             dependent and not damped. The model is as it was.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
         >>> report = prune_filters_obs(model, torch.randn(1, 4), [torch.randn(64, 4)], amount=0.3)
         >>> model[0].out_features, [repair.name for repair in report.repairs]

@@ -105,7 +105,7 @@ def prune_weights(
         TypeError: If an argument is of a wrong kind.
         PruningError: If there is nothing to prune.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
         >>> report = prune_weights(model, amount=0.9)
         >>> int(model[0].weight.count_nonzero() + model[2].weight.count_nonzero()), round(report.sparsity, 3)

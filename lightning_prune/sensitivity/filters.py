@@ -81,7 +81,7 @@ def sensitivity(
         TypeError: If ``evaluate`` returns no number.
         PruningError: If nothing can be cut, the whole model's metric is NaN, or ``done`` answers another question.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
         >>> x = torch.ones(1, 4)
         >>> found = sensitivity(model, x, lambda net: net(x).sum(), shares=(0.25, 0.5), progress=False)

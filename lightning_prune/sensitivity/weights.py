@@ -60,7 +60,7 @@ def weight_sensitivity(
         TypeError: If ``evaluate`` returns no number.
         PruningError: If nothing can be zeroed, the whole model's metric is NaN, or ``done`` answers another question.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 1, bias=False)
         >>> nn.init.constant_(model.weight, 1.0).shape
         torch.Size([1, 4])

@@ -23,7 +23,7 @@ def damped(hessian: Tensor, fraction: float) -> Tensor:
     Raises:
         ValueError: If ``fraction`` is negative.
 
-    Example:
+    Examples:
         >>> damped(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), 0.5)
         tensor([[4., 0.],
                 [0., 2.]])

@@ -32,7 +32,7 @@ def inverse_of_outer_products(rows: Tensor, examples: int, alpha: float) -> Tens
     Raises:
         ValueError: If ``alpha`` is not above 0.
 
-    Example:
+    Examples:
         >>> inverse_of_outer_products(torch.tensor([[1.0, 0.0]]), examples=1, alpha=1.0)
         tensor([[0.5000, 0.0000],
                 [0.0000, 1.0000]])

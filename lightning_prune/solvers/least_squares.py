@@ -26,7 +26,7 @@ def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     Raises:
         PruningError: If H is singular on what a row keeps.
 
-    Example:
+    Examples:
         >>> H = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
         >>> best_on_support(torch.tensor([[[1.0, 1.0]]]), H, torch.tensor([[[True, False]]]))
         tensor([[[1.5000, 0.0000]]])

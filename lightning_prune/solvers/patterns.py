@@ -22,7 +22,7 @@ class Pattern:
     Raises:
         ValueError: If not 0 < ``stay`` < ``of``.
 
-    Example:
+    Examples:
         >>> Pattern(1, 2).highest(torch.tensor([[3.0, 1.0, 2.0, 4.0]]))
         tensor([[ True, False, False,  True]])
     """

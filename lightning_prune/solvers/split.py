@@ -40,7 +40,7 @@ def split(curves: Mapping[str, Curve], total: int) -> dict[str, int]:
     Raises:
         ValueError: If the curves do not reach that far.
 
-    Example:
+    Examples:
         >>> split({"robust": Curve([0, 10], [0.0, 1.0]), "frail": Curve([0, 5, 10], [0.0, 0.1, 9.0])}, 15)
         {'robust': 10, 'frail': 5}
     """

@@ -148,7 +148,7 @@ def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, i
 
     ``-1`` stands for any size; one number alone tells nothing among several sizes.
 
-    Example:
+    Examples:
         >>> list(aligned((-1, 3, 4, 4), (2, 7, 3, 4, 4)))  # of ``unflatten(-1, (3, 4, 4))``
         [(1, -1), (2, 3), (3, 4), (4, 4)]
     """

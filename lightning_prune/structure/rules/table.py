@@ -95,7 +95,7 @@ def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
         operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names this torch does not have are
             passed over.
 
-    Example:
+    Examples:
         >>> @coupling_rule("mylib.scale_channels")
         ... def scale_channels(call):
         ...     x, gain = call.args  # (N, C, ...), (C,)
