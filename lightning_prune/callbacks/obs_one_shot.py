@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from rich.progress import track
 from torch import Tensor
 
 from lightning_prune.arguments import Amount
@@ -159,14 +157,9 @@ class OBSOneShot(MaskedPruning):
 
     def _asked(self, amount: Any, only: Sequence[str] | None = None, trainer: Trainer | None = None) -> Asked:
         shows = trainer is not None and trainer.is_global_zero and trainer.progress_bar_callback is not None
-        progress = partial(track, description="OBSOneShot", transient=True) if shows else _plainly
         amount = None if self.pattern is not None else amount
         # what ignore= names has been taken out of what may be pruned
         return Asked(
             amount, self.solver, self.scope, self.pattern, self.sequential, self.damping, (), run, torch.float64,
-            progress, only,
+            shows, only,
         )  # fmt: skip
-
-
-def _plainly(names: Sequence[str]) -> Iterable[str]:
-    return names

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
@@ -21,7 +22,6 @@ __all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
-Progress = Callable[[Sequence[str]], Iterable[str]]
 
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time
@@ -123,11 +123,11 @@ class _Patient:
     mean: Tensor
 
 
-def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
+def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
     """Solve every layer for the inputs that the whole model gives it."""
     found = {}
     patients = surgery.patients(list(leaving))
-    for _ in progress(list(leaving)):
+    for _ in _shown("pruned", list(leaving), progress):
         name, patient = next(patients)
         with told_of(name):
             new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
@@ -137,14 +137,14 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict
     return found
 
 
-def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[str, Solved]:
+def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
     r"""Solve layer after layer for the inputs that the pruned ones before give it, aiming at the whole model's outputs.
 
     With inputs X before and Y after, :math:`\|W X - \hat W Y\|^2` is, up to a constant, the distance of
     :math:`\hat W` from :math:`W X Y^T (Y Y^T)^{-1}` measured by :math:`Y Y^T`.
     """
     found: dict[str, Solved] = {}
-    for name in progress(list(leaving)):
+    for name in _shown("pruned", list(leaving), progress):
         others = {other: solved.weight for other, solved in found.items()}
         for solved in found.values():
             others |= solved.others
@@ -165,7 +165,7 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: Progress) -> dict[s
     return found
 
 
-def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: Progress) -> dict[str, Curve]:
+def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: bool) -> dict[str, Curve]:
     """Return what pruning ever more of each layer alone does to the model's outputs.
 
     How a layer's own error grows is found by the fastest solver, whichever prunes in the end. What it means for the
@@ -175,7 +175,7 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     outputs = Outputs(surgery.model, surgery.batches, surgery.forward)
     curves = {}
     patients = surgery.patients(names)
-    for _ in progress(names):
+    for _ in _shown("measured", names, progress):
         name, patient = next(patients)
         solver = Blocked(patient.weights, patient.damped)
         size = patient.weights.numel()
@@ -205,3 +205,7 @@ def told_of(name: str) -> Iterator[None]:
 def _share(lost: Tensor, whole: Tensor) -> float:
     """Return the share that is lost; of nothing, nothing."""
     return float(lost / whole) if whole > 0 else 0.0
+
+
+def _shown(done: str, names: Sequence[str], progress: bool) -> Iterable[str]:
+    return track(names, f"layers {done}", disable=not progress, transient=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import call_on
-from lightning_prune.pruning.layerwise import Leaving, Progress, Surgery, all_together, error_curves, one_by_one
+from lightning_prune.pruning.layerwise import Leaving, Surgery, all_together, error_curves, one_by_one
 from lightning_prune.pruning.weights import check_weight_arguments
 from lightning_prune.selection import parse_pattern
 from lightning_prune.solvers import SOLVERS, Pattern, split
@@ -70,7 +70,7 @@ def prune_obs(
     ignore: Sequence[str] = (),
     forward: Run = call_on,
     dtype: torch.dtype = torch.float64,
-    progress: Progress = iter,
+    progress: bool = True,
 ) -> ObsReport:
     """Set the least needed weights of a trained model to zero, in place; the others of each layer make up for it.
 
@@ -94,7 +94,7 @@ def prune_obs(
         ignore: Patterns of module paths whose weights stay.
         forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
         dtype: What Hessians are summed and solved in.
-        progress: Wraps the names of the layers while they are pruned, such as ``rich.progress.track``.
+        progress: Whether to show a progress bar.
 
     Returns:
         What was done, with the masks that hold the zeros in further training.
@@ -105,7 +105,7 @@ def prune_obs(
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> report = prune_obs(model, [torch.randn(64, 8)], amount=0.5)
+        >>> report = prune_obs(model, [torch.randn(64, 8)], amount=0.5, progress=False)
         >>> report.sparsity, int((model[0].weight == 0).sum() + (model[2].weight == 0).sum())
         (0.5, 80)
 
@@ -132,7 +132,7 @@ class Asked:
     ignore: Sequence[str]
     forward: Run
     dtype: torch.dtype
-    progress: Progress
+    progress: bool
     only: Collection[str] | None = None
 
     def check(self, where: str) -> None:
