@@ -72,7 +72,7 @@ STEPS = {
     "repeat": lambda x, i: x.repeat(1, 2, *[1] * (x.dim() - 2)) if x.shape[1] < 30 else x,
     "interleave": lambda x, i: x.repeat_interleave(2, axis(x, i)) if x.shape[axis(x, i)] < 30 else x,
     "cat": lambda x, i: torch.cat([x, x.sigmoid()], axis(x, i)) if x.shape[axis(x, i)] < 30 else x,
-    "stack": lambda x, i: torch.stack([x, x.exp()], 1 + i % x.dim()) if x.dim() < 5 else x,
+    "stack": lambda x, i: torch.stack([x, x.cos()], 1 + i % x.dim()) if x.dim() < 5 else x,
     "pad": lambda x, i: nn.functional.pad(x, (i % 3, 1)),
     "split": lambda x, i: torch.cat(x.split([1, x.shape[1] - 1], 1)[::-1], 1) if x.shape[1] > 1 else x,
     "chunk": lambda x, i: torch.stack(x.chunk(2, axis(x, i)), -1).sum(-1) if not x.shape[axis(x, i)] % 2 else x,
