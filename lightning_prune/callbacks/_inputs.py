@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, refuse_shapeless, run, tensors_in, undisturbed
 
 __all__ = ["batch_as_inputs", "inputs_of", "is_plain", "on_device_of"]
 
@@ -32,6 +32,7 @@ def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
     Raises:
         PruningError: If forward accepts none of the parts tried.
     """
+    refuse_shapeless(pl_module)
     failures = []
     for told, inputs in _candidates(pl_module, batch):
         for found in (_one_example(inputs), inputs):
