@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["ExampleInputs", "as_call", "call_on", "run", "tensors_in", "undisturbed"]
+from lightning_prune.errors import PruningError
+
+__all__ = ["ExampleInputs", "as_call", "call_on", "refuse_shapeless", "run", "tensors_in", "undisturbed"]
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor (the one positional input), a tuple of positional inputs or a mapping of keyword inputs."""
@@ -67,6 +70,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(vars(value))
 
 
+def refuse_shapeless(model: nn.Module) -> None:
+    """Refuse lazy modules before their first run, which changes them for good.
+
+    Raises:
+        PruningError: If a parameter or buffer has no shape yet.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode without gradients and leave mode, RNG, buffers and module attributes as found.
@@ -74,7 +88,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     What torch.compile has compiled runs as it was written, since no compiled code can be traced. What a forward pass
     writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list or dict, a hook) is
     taken back.
+
+    Raises:
+        PruningError: If a parameter or buffer has no shape yet.
     """
+    refuse_shapeless(model)
     modules = list(model.modules())
     training = [module.training for module in modules]
     attributes = [dict(vars(module)) for module in modules]

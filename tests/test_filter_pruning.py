@@ -216,6 +216,21 @@ def test_a_step_without_a_loss_is_named():
         fit(net(Silent), FilterPruning(0.5, "obd"))
 
 
+class Numbers(Net):
+    """Its training step has a name of its own for the number of the batch."""
+
+    def training_step(self, batch, i):
+        return super().training_step(batch, i)
+
+
+def test_a_training_step_names_its_arguments_as_it_likes():
+    """Criteria of the loss call the training step with what Lightning calls it with, whatever its arguments' names."""
+    usual, own = net(dropout=0.0), net(Numbers, dropout=0.0)
+    for model in (usual, own):
+        fit(model, FilterPruning(0.5, "obd"))
+    assert_same_weights(own, weights(usual))
+
+
 @pytest.mark.parametrize("criterion", ["activation_std", "obd", "taylor"])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(criterion, tmp_path):
     """What was gathered goes on after a resume, and what is read anew is the same."""

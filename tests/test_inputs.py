@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_prune import PruningError, count_flops, prune_filters, prune_obs, prune_weights
 from lightning_prune.inputs import as_call, run, tensors_in, undisturbed
 
 Pair = namedtuple("Pair", "left right")
@@ -143,6 +144,24 @@ def test_parameters_stay_the_same_objects():
         model[1].weight_ih_l0 = nn.Parameter(torch.zeros(8, 2))
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert any(weight is model[1].weight_ih_l0 for weight in model[1]._flat_weights)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: count_flops(model, torch.zeros(2, 4)),
+        lambda model: prune_filters(model, torch.zeros(2, 4)),
+        lambda model: prune_obs(model, [torch.zeros(2, 4)]),
+        prune_weights,
+    ],
+    ids=["count_flops", "prune_filters", "prune_obs", "prune_weights"],
+)
+def test_modules_without_a_shape_are_refused_and_still_run(use):
+    """A lazy module that has not run is refused by name, and is none the worse for it."""
+    model = nn.Sequential(nn.LazyLinear(6), nn.LazyLinear(2))
+    with pytest.raises(PruningError, match="0.weight gets its shape only at the first forward pass"):
+        use(model)
+    assert model(torch.zeros(2, 4)).shape == (2, 2)
 
 
 def test_scripted_modules_pass_through():

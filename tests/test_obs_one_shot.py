@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune
-from lightning_prune import OBSOneShot, PruningError, masks_on
-from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
+from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError, masks_on
+from tests.runs import IMAGE, Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import global_hooks, hooks_of
 
 SIZES = {"first.weight": 144, "second.weight": 432, "hidden.weight": 60, "head.weight": 30}
@@ -137,3 +138,32 @@ def test_an_epoch_that_never_comes_is_refused():
     """Training that ends before the named epoch is refused before it starts."""
     with pytest.raises(PruningError, match="max_epochs=3"):
         fit(Net(), OBSOneShot(epoch=7))
+
+
+class Wants(Net):
+    """Its forward takes no part of a batch by itself."""
+
+    def forward(self, images, scale):
+        return super().forward(images * scale)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return F.cross_entropy(self(images, 1.0), labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "callback", "told"),
+    [
+        (Net, OBSOneShot(amount=0.999), r"at most 9\d\.\d% can leave"),
+        (Wants, OBSOneShot(), "Wants.forward accepts nothing"),
+        (Wants, FilterL1Pruning(schedule=OneShot(at=1), recalibrate=1, example_inputs=(IMAGE, 1.0)), "accepts nothing"),
+    ],
+    ids=["amount", "batches", "recalibrate"],
+)
+def test_what_cannot_be_done_is_refused_before_the_first_step(kind, callback, told):
+    """What cannot be done at the end, or before a later epoch, is refused before a step of training."""
+    model = net(kind)
+    before = weights(model)
+    with pytest.raises(PruningError, match=told):
+        fit(model, callback)
+    assert_same_weights(model, before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import random
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -59,7 +59,7 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
             f"{type(pl_module).__name__} optimizes manually: its training step returns no loss to be differentiated. "
             "Use a criterion that the run itself shows, such as 'taylor'."
         )
-    takes_index = "batch_idx" in inspect.signature(pl_module.training_step).parameters
+    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)  # as Lightning asks
     metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
     states = [{name: copy.deepcopy(getattr(metric, name)) for name in metric._defaults} for metric in metrics]
     counts = [(metric._update_count, metric._computed) for metric in metrics]

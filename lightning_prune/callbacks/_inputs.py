@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, refuse_shapeless, run, tensors_in, undisturbed
 
 __all__ = ["batch_as_inputs", "inputs_of", "is_plain", "on_device_of"]
 
@@ -32,6 +32,7 @@ def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
     Raises:
         PruningError: If forward accepts none of the parts tried.
     """
+    refuse_shapeless(pl_module)
     failures = []
     for told, inputs in _candidates(pl_module, batch):
         for found in (_one_example(inputs), inputs):
@@ -59,13 +60,14 @@ def inputs_of(pl_module: LightningModule, batches: Iterable[Any]) -> Iterator[Ex
     for batch in batches:
         candidates = list(_candidates(pl_module, batch))
         if place is None:
-            fits = [i for i, (_, inputs) in enumerate(candidates) if _failure(pl_module, inputs) is None]
-            if not fits:
+            failures = [_failure(pl_module, inputs) for _, inputs in candidates]
+            if None not in failures:
+                tried = "; ".join(f"{told}: {why}" for (told, _), why in zip(candidates, failures, strict=True))
                 raise PruningError(
-                    f"{type(pl_module).__name__}.forward accepts nothing of the training batches, so BatchNorm cannot "
-                    "see them. Leave out recalibrate=, or let forward take a part of the batch."
+                    f"{type(pl_module).__name__}.forward accepts nothing of the training batches ({tried}), on which "
+                    "OBSOneShot and recalibrate= run it. Let forward take the batch, its first part or its keys."
                 )
-            place = fits[0]
+            place = failures.index(None)
         yield candidates[place][1]
 
 

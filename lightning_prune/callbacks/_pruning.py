@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_follow, refuse_order
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
+from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
@@ -30,6 +31,7 @@ class Course:
     ceiling: float = 1.0  # of the same, beyond which a guard lets nothing go
     epoch: int = -1  # the last one whose start was seen
     begun: bool = False
+    seen: bool = False  # whether forward took a batch of those that it will be run on
     unlogged: bool = False  # whether something changed since the last log
 
 
@@ -107,6 +109,15 @@ class Pruning(AnyCallback, ABC):
         """The schedule, now that it is known how many units leave in all."""
         return self.schedule.over(self.units)
 
+    @property
+    def due(self) -> bool:
+        """Whether something is still to leave."""
+        return self._course.progress < self._course.ceiling
+
+    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
+        """Tell whether the module's forward will be run on training batches beside the training."""
+        return False
+
     def follow(self, kept: Kept) -> None:
         """Follow a cut that another callback has made."""
 
@@ -157,6 +168,9 @@ class Pruning(AnyCallback, ABC):
         """
         if not self._course.begun:
             self._begin(trainer, pl_module, batch)
+        if not self._course.seen and self.due and self.will_run_on_batches(pl_module):
+            next(inputs_of(pl_module, [batch]))  # refuses what forward does not take before steps are spent on it
+            self._course.seen = True
         if self.schedule.by == "steps" or self._course.epoch != trainer.current_epoch:
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
@@ -166,7 +180,7 @@ class Pruning(AnyCallback, ABC):
         for guard in guards(trainer):
             guard.judge(trainer, pl_module)
         course = self._course
-        if course.progress < course.ceiling and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"{type(self).__name__}: training ended before {self.schedule} did; {course.progress:.0%} of its cuts "
                 "were due and were made."

@@ -23,6 +23,7 @@ from lightning_prune.arguments import (
     check_prunable,
     with_ignored,
 )
+from lightning_prune.batch_norm import batch_norms
 from lightning_prune.budget import Budget, Scope, Scores, Target
 from lightning_prune.callbacks._averaging import cut_copies_
 from lightning_prune.callbacks._gathering import Gathering
@@ -117,6 +118,10 @@ class StructuredPruning(Pruning):
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run in which no unit can leave."""
         refuse_removal(type(self).__name__, trainer)
+
+    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
+        """Tell whether BatchNorm's statistics will be averaged anew after a cut."""
+        return bool(self.recalibrate and batch_norms(pl_module))
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch, and rehearse the whole amount."""

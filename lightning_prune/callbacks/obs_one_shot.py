@@ -17,7 +17,7 @@ from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._masked import MaskedPruning
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import run
-from lightning_prune.pruning.obs import Asked, LayerFit, Solver, plan_obs, write_
+from lightning_prune.pruning.obs import Asked, LayerFit, Solver, plan_obs, refuse_beyond_reach, write_
 from lightning_prune.schedules import Moments, OneShot, Schedule
 
 __all__ = ["OBSOneShot"]
@@ -114,6 +114,18 @@ class OBSOneShot(MaskedPruning):
         self._asked(amount).check("OBSOneShot")
         self._planned: dict[str, Tensor] = {}  # between the choice of what stays and its writing
 
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
+        """Begin to mask; refuse shares that no split over the layers gives."""
+        super().begin(trainer, pl_module, batch)
+        if self.due:
+            weights = self._in_run.to_prune.weights
+            refuse_beyond_reach({name: w.parameter.numel() for name, w in weights.items()}, self._asked(self.amount))
+        return True
+
+    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
+        """Tell that layers will be looked at on training batches."""
+        return True
+
     def choose(self, pl_module: LightningModule, due: Amount, progress: float) -> dict[str, Tensor]:
         """Return what stays, and work out what it becomes."""
         to_prune = self._in_run.to_prune
@@ -151,7 +163,7 @@ class OBSOneShot(MaskedPruning):
             super().on_train_end(trainer, pl_module)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._course.progress < self._course.ceiling:
+        if self.due:
             self.reach(trainer, pl_module, 1.0)
             self._course.progress = 1.0
 

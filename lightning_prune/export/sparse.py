@@ -191,7 +191,8 @@ def _from_bitmask(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _to_csr(value: Tensor, left: Tensor) -> _Parts:
-    rows = left.reshape(len(left) if left.dim() else 1, -1)
+    count = len(left) if left.dim() else 1
+    rows = left.reshape(count, left.numel() // max(count, 1))
     begins = torch.cat([torch.zeros(1, dtype=torch.int64), rows.sum(dim=1).cumsum(0)])
     width = rows.shape[1]
     index = torch.uint8 if width <= 2**8 else torch.int16 if width <= 2**15 else torch.int32
@@ -202,7 +203,7 @@ def _from_csr(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
     begins = parts["begins"].long()
     left = torch.zeros(shape, dtype=torch.bool)
     rows = torch.repeat_interleave(torch.arange(len(begins) - 1), begins.diff())
-    left.view(len(begins) - 1, -1)[rows, parts["columns"].long()] = True
+    left.view(len(begins) - 1, left.numel() // max(len(begins) - 1, 1))[rows, parts["columns"].long()] = True
     value = torch.zeros(shape, dtype=parts["values"].dtype)
     value[left] = parts["values"]
     return left, value

@@ -18,7 +18,7 @@ from lightning_prune.solvers.damping import cholesky
 from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
 from lightning_prune.statistics.outputs import Outputs, replaced
 
-__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "one_by_one", "told_of"]
+__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "told_of"]
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
@@ -191,6 +191,11 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
         curve = {0: 0.0} | {count: scale * error for count, error in errors.items()}
         curves[name] = Curve(list(curve), list(curve.values()))
     return curves
+
+
+def most_that_leaves(size: int) -> int:
+    """Return how far the curve of a weight of so many entries goes."""
+    return int(_LEVELS[-1] * size)
 
 
 @contextmanager

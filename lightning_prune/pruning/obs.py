@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import call_on
-from lightning_prune.pruning.layerwise import Leaving, Surgery, all_together, error_curves, one_by_one
+from lightning_prune.pruning.layerwise import (
+    Leaving,
+    Surgery,
+    all_together,
+    error_curves,
+    most_that_leaves,
+    one_by_one,
+)
 from lightning_prune.pruning.weights import check_weight_arguments
 from lightning_prune.selection import parse_pattern
 from lightning_prune.solvers import SOLVERS, Pattern, split
@@ -20,7 +27,10 @@ from lightning_prune.statistics.grams import Products, Run, find_products
 from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import named_tensors
 
-__all__ = ["Asked", "LayerFit", "ObsPlan", "ObsReport", "Solver", "Split", "plan_obs", "prune_obs", "write_"]
+__all__ = [
+    "Asked", "LayerFit", "ObsPlan", "ObsReport", "Solver", "Split", "plan_obs", "prune_obs", "refuse_beyond_reach",
+    "write_",
+]  # fmt: skip
 
 Solver = Literal["exact", "admm", "blocked"]
 Split = Literal["layer", "global"]
@@ -237,14 +247,29 @@ def _leaving(surgery: Surgery, names: Sequence[str], asked: Asked) -> Leaving:
             counts[name] = round(amount * (done + size)) - round(amount * done)
             done += size
         return counts
-    curves = error_curves(surgery, names, amount, asked.progress)
-    reach = sum(curve.counts[-1] for curve in curves.values())
-    if total > reach:
+    refuse_beyond_reach(sizes, asked)
+    return split(error_curves(surgery, names, amount, asked.progress), total)
+
+
+def refuse_beyond_reach(sizes: Mapping[str, int], asked: Asked) -> None:
+    """Refuse one share of all weights that no split over the layers gives.
+
+    Args:
+        sizes: Name of a weight -> how many entries it has.
+        asked: What is asked for.
+
+    Raises:
+        PruningError: Saying how much can leave.
+    """
+    amount = asked.share
+    if isinstance(amount, str | Mapping) or asked.scope == "layer" or len(sizes) == 1:
+        return
+    total, reach = sum(sizes.values()), sum(map(most_that_leaves, sizes.values()))
+    if round(amount * total) > reach:
         raise PruningError(
-            f"amount={amount:g}: split over the layers, at most {reach / sum(sizes.values()):.1%} can leave. "
-            "Ask for less."
+            f"amount={amount:g}: split over the layers, at most {reach / total:.1%} can leave. Ask for less, or for "
+            "the same share of every layer by scope='layer'."
         )
-    return split(curves, total)
 
 
 def _pattern(amount: str, reading: Reading) -> Pattern:

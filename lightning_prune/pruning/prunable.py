@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_prune.arguments import names_module, near
 from lightning_prune.errors import PruningError
+from lightning_prune.inputs import refuse_shapeless
 
 __all__ = ["Weight", "Weights", "amount_by_weight", "find_weights"]
 
@@ -67,6 +68,7 @@ def find_weights(
         ValueError: If a pattern names nothing.
         PruningError: If there is nothing to prune, or a weight has no shape yet.
     """
+    refuse_shapeless(model)
     usual, own = _usual(model), dict(model.named_parameters())
     paths = [path for path, _ in model.named_modules() if path]
     found = dict(usual.found) if parameters is None else {}
@@ -81,9 +83,6 @@ def find_weights(
         if not any(names_module(pattern, path) for path in (*paths, *own)):
             raise ValueError(f"ignore={pattern!r} names no module or parameter.{near(pattern, (*paths, *own))}")
     found = {name: weight for name, weight in found.items() if not any(names_module(p, name) for p in ignore)}
-    for name, weight in found.items():
-        if isinstance(weight.parameter, nn.UninitializedParameter):
-            raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
     if not found:
         why = "; ".join(f"{name}: {reason}" for name, reason in usual.stay.items()) or "ignore= names all there are"
         raise PruningError(

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, as_call, refuse_shapeless, tensors_in, undisturbed
 from lightning_prune.structure.labels import Labels, Ledger
 from lightning_prune.structure.numbers import Number, Size, numbers_in, remember_
 from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
@@ -66,8 +66,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
     Costs about one forward pass. Mode, RNG, buffers and module attributes are left as found.
 
     Raises:
-        PruningError: If the model does not run on the example inputs.
+        PruningError: If the model does not run on the example inputs, or has parameters without a shape.
     """
+    refuse_shapeless(model)
     with suppress(Exception):  # some code takes plain numbers alone
         return _traced(model, example_inputs, numbers=True)
     try:
