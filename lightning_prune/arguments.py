@@ -24,6 +24,7 @@ __all__ = [
     "budget_by_group",
     "check_amount",
     "check_arguments",
+    "check_fraction",
     "check_ignored",
     "check_optimizers",
     "check_prunable",
@@ -95,6 +96,10 @@ def check_amount(where: str, amount: Amount) -> None:
         ValueError: If one is out of range.
         TypeError: If one is no number.
     """
+    if isinstance(amount, Mapping) and not amount:
+        raise ValueError(
+            f"{where}(amount={{}}): it names nothing, so nothing would leave. Give patterns, or a fraction."
+        )
     for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
         told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
         if isinstance(fraction, bool) or not isinstance(fraction, int | float):
@@ -102,6 +107,16 @@ def check_amount(where: str, amount: Amount) -> None:
         if not 0 <= fraction < 1:
             hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
             raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+
+
+def check_fraction(where: str, amount: float) -> None:
+    """Refuse what is no number, where amounts by pattern are none that can be met.
+
+    Raises:
+        TypeError: Saying so.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise TypeError(f"{where}(amount={amount!r}): it is one fraction of all weights. Keep layers out by ignore=.")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -132,8 +147,8 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) 
     return structure.without(ignored, "named in ignore=")
 
 
-def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
-    """Refuse patterns that name no module.
+def check_ignored(model: nn.Module, ignore: Iterable[str], what: str = "ignore") -> None:
+    """Refuse patterns that name no module; ``what`` argument they were given by.
 
     Raises:
         ValueError: If a pattern names no module.
@@ -141,7 +156,7 @@ def check_ignored(model: nn.Module, ignore: Sequence[str]) -> None:
     paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
     for pattern in ignore:
         if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"ignore={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
+            raise ValueError(f"{what}={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
 
 
 def check_prunable(model: nn.Module, structure: Structure) -> None:

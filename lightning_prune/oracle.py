@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_prune.arguments import check_prunable, with_ignored
+from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.scoring import CRITERIA, by_l2
 from lightning_prune.statistics.gradients import Loss
@@ -110,12 +111,20 @@ def compare_criteria(
     Returns:
         Criterion -> its correlation with the oracle.
 
+    Raises:
+        ValueError: If there is no criterion of a name.
+        PruningError: If no batch came.
+
     References:
         Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, table 1 (arXiv:1611.06440).
     """
+    if unknown := [name for name in criteria if name not in CRITERIA]:
+        raise ValueError(f"compare_criteria(criteria={unknown!r}): choose of {', '.join(map(repr, CRITERIA))}.")
+    batches = list(batches)
+    if not batches:
+        raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
-    batches = list(batches)
     truth = oracle(model, structure, batches, loss, progress=progress)
     return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in criteria}
 

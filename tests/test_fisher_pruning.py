@@ -83,10 +83,12 @@ def test_what_is_ignored_stays():
     }
 
 
-@pytest.mark.parametrize("asked", [{"amount": 1.0}, {"damping": -1.0}, {"block": 0}], ids=str)
+@pytest.mark.parametrize(
+    "asked", [{"amount": 1.0}, {"damping": -1.0}, {"block": 0}, {"amount": {"weight": 0.5}}], ids=str
+)
 def test_bad_arguments_are_refused(asked):
-    """Arguments out of range are refused by name."""
-    with pytest.raises(ValueError, match=next(iter(asked))):
+    """Arguments out of range, or of another kind, are refused by name."""
+    with pytest.raises((ValueError, TypeError), match=r"prune_fisher\(" + next(iter(asked))):
         prune_fisher(nn.Linear(12, 3).double(), batches(), loss, **asked)
 
 

@@ -223,6 +223,8 @@ def test_singular_hessians_are_refused_and_the_model_is_left():
         ({"scope": "net"}, "'global', 'layer'"),
         ({"damping": -1}, "mean diagonal"),
         ({"ignore": ["nine"]}, "names no module"),
+        ({"amount": {"nine": 0.5}}, "amount='nine' names no module"),
+        ({"amount": {}}, "it names nothing"),
         ({"amount": {"5": 0.5, "*": 0.1}}, "Give it one amount"),
     ],
     ids=str,
@@ -231,6 +233,12 @@ def test_bad_arguments_are_refused(asked, error):
     """What no model could make sense of is refused with what is allowed."""
     with pytest.raises(ValueError, match=error):
         prune_obs(net(), images(1), **asked)
+
+
+def test_batches_that_the_model_does_not_take_are_refused():
+    """Batches with labels are refused with a word on how to say what of them goes in."""
+    with pytest.raises(PruningError, match=r"does not run on the first batch .*forward=lambda model, batch"):
+        prune_obs(net(), [(batch, torch.zeros(1)) for batch in images(1)])
 
 
 def test_no_data_is_refused():

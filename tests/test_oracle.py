@@ -131,6 +131,15 @@ def test_criteria_side_by_side():
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "batches, names, told", [([None], ["l1", "best"], "'best'.*choose of 'l1'"), ([], ["l1"], "no batch came")]
+)
+def test_what_cannot_be_compared_is_refused_before_units_are_silenced(batches, names, told):
+    """Unknown criteria and missing data are refused before the oracle runs over the batches."""
+    with pytest.raises((ValueError, PruningError), match=told):
+        compare_criteria(nn.Linear(2, 2), torch.zeros(1, 2), batches, cross_entropy, criteria=names, progress=False)
+
+
 def test_ignored_layers_are_left_out():
     """What ignore= names is not silenced, and where nothing is left, that is said."""
     model, batches = trained()

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.arguments import check_ignored, names_module
+from lightning_prune.arguments import check_fraction, check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
 from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
@@ -220,6 +220,7 @@ def _measured(model: nn.Module, batches: list[Any], loss: OutputLoss) -> float:
 
 
 def _check(amount: float, method: str, alpha: float) -> None:
+    check_fraction("prune_exact", amount)
     if not 0 <= amount <= 1:
         raise ValueError(f"prune_exact(amount={amount!r}): the fraction of weights that leaves, in [0, 1].")
     if method not in get_args(Method):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.arguments import check_amount
+from lightning_prune.arguments import check_amount, check_fraction
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.obs import write_
 from lightning_prune.pruning.prunable import find_weights
@@ -92,6 +92,7 @@ def prune_fisher(
         Singh and Alistarh, WoodFisher, NeurIPS 2020 (arXiv:2004.14340); Kurtic et al., The Optimal BERT Surgeon, EMNLP
         2022 (arXiv:2203.07259).
     """
+    check_fraction("prune_fisher", amount)
     check_amount("prune_fisher", amount)
     if not damping >= 0:
         raise ValueError(f"prune_fisher(damping={damping!r}): a share of the mean diagonal entry, from 0; 0.01 is 1 %.")

@@ -209,7 +209,8 @@ def write_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[str], dict[str, str]]:
     """Part the weights into those to prune, in the order in which they run, and those that stay, with the reason."""
     ignore, amount, only = asked.ignore, asked.share, asked.only
-    check_ignored(model, [*ignore, *(amount if isinstance(amount, Mapping) else ())])
+    check_ignored(model, ignore)
+    check_ignored(model, amount if isinstance(amount, Mapping) else (), what="amount")
     skipped = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or (only is not None and name not in only):

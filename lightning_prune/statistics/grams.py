@@ -133,7 +133,11 @@ def fitting(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
 
 
 def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
-    """Run the model once and see which parameters multiply what, and which are used in other ways too."""
+    """Run the model once and see which parameters multiply what, and which are used in other ways too.
+
+    Raises:
+        PruningError: If it does not run.
+    """
     readings: dict[str, Reading] = {}
     calls: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -148,7 +152,13 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
     named = dict(model.named_parameters())
     uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {}
     with undisturbed(model), watch_inputs(model, named, receive, otherwise, uses):
-        run(model, batch)
+        try:
+            run(model, batch)
+        except Exception as error:
+            raise PruningError(
+                f"{type(model).__name__} does not run on the first batch ({type(error).__name__}: {error}). Pass "
+                "batches of what its forward takes, or say how it is run: forward=lambda model, batch: model(batch[0])."
+            ) from error
     shifts = {name: shift for name, used in uses.items() if (shift := _normalised(model, used)) is not None}
     for name, (groups, rows, _) in shapes.items():
         bias = name.removesuffix("weight") + "bias"
