@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,7 +70,7 @@ class OneShot(Schedule):
 
     def __post_init__(self) -> None:
         """Refuse a moment before the first."""
-        _check(self, self.at >= 0, f"{self.by} are counted from 0")
+        _check(self, lambda: self.at >= 0, f"{self.by} are counted from 0")
 
     def progress(self, moment: int) -> float:
         """Return 0 before the moment and 1 from it on."""
@@ -106,8 +107,11 @@ class Gradual(Schedule):
 
     def __post_init__(self) -> None:
         """Refuse moments that cannot be."""
-        possible = 0 <= self.start <= self.end and self.every >= 1
-        _check(self, possible, f"{self.by} must satisfy 0 <= start <= end and every >= 1")
+        _check(
+            self,
+            lambda: 0 <= self.start <= self.end and self.every >= 1,
+            f"{self.by} must satisfy 0 <= start <= end and every >= 1",
+        )
 
     def progress(self, moment: int) -> float:
         """Return the share of the cuts that are due; the one at ``end`` is always the last."""
@@ -258,8 +262,8 @@ class FewUnits(Schedule):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
-        possible = self.units >= 1 and self.every >= 1 and self.start >= 0
-        _check(self, possible, f"{self.by} must satisfy start >= 0, every >= 1 and units >= 1")
+        rule = f"{self.by} must satisfy start >= 0, every >= 1 and units >= 1"
+        _check(self, lambda: self.units >= 1 and self.every >= 1 and self.start >= 0, rule)
 
     def over(self, units: int) -> Schedule:
         """Return the schedule for a model of which so many units leave in all."""
@@ -312,8 +316,13 @@ class FewOf(Schedule):
         return self.start + (self._number - 1) * self.every
 
 
-def _check(schedule: OneShot | Gradual | FewUnits, possible: bool, rule: str) -> None:
+def _check(schedule: OneShot | Gradual | FewUnits, possible: Callable[[], bool], rule: str) -> None:
     if schedule.by not in ("epochs", "steps"):
         raise ValueError(f"{schedule}: by={schedule.by!r}; moments are counted by 'epochs' or by 'steps'.")
-    if not possible:
+    for name, value in vars(schedule).items():
+        if name == "by":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{schedule}: {name}={value!r}; it is a whole number.")
+    if not possible():
         raise ValueError(f"{schedule}: {rule}.")

@@ -106,3 +106,10 @@ def test_impossible_moments_are_refused(make, told):
     """Moments before the first, ends before starts, steps of nothing and unknown counts are refused at construction."""
     with pytest.raises(ValueError, match=told):
         make()
+
+
+@pytest.mark.parametrize("make", [lambda: OneShot(0.5), lambda: Linear(1, "4"), lambda: Cubic(True, 4)])
+def test_moments_are_whole_numbers(make):
+    """What counts no epochs or steps is refused by name."""
+    with pytest.raises(TypeError, match="it is a whole number"):
+        make()

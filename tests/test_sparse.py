@@ -130,6 +130,9 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(PruningError, match="was not written by save_sparse"):
         load_sparse(tmp_path / "other")
+    (tmp_path / "junk").write_bytes(b"no header of safetensors")
+    with pytest.raises(PruningError, match="junk is no safetensors file"):
+        load_sparse(tmp_path / "junk")
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

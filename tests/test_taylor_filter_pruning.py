@@ -455,3 +455,12 @@ def test_amounts_scopes_and_targets_are_reached():
             assert widths(module) == {"first": 4, "second": 6, "hidden": 10}
         else:
             assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
+
+
+def test_a_loss_that_is_not_a_number_is_told():
+    """A cut that was due and not made, since no gradient was finite, is told as such when training ends."""
+    module = net()
+    module.head.weight.data[0, 0] = math.nan
+    with pytest.warns(UserWarning, match="Another was due, but nothing finite was seen to score by: are losses NaN"):
+        fit(module, TaylorFilterPruning(0.5))
+    assert widths(module) == {"first": 8, "second": 6, "hidden": 10}

@@ -33,6 +33,7 @@ class Course:
     begun: bool = False
     seen: bool = False  # whether forward took a batch of those that it will be run on
     unlogged: bool = False  # whether something changed since the last log
+    blind: bool = False  # whether a cut is due for which nothing was seen to decide by
 
 
 class Pruning(AnyCallback, ABC):
@@ -181,9 +182,12 @@ class Pruning(AnyCallback, ABC):
             guard.judge(trainer, pl_module)
         course = self._course
         if self.due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            missed = (
+                " Another was due, but nothing finite was seen to score by: are losses NaN?" if course.blind else ""
+            )
             rank_zero_warn(
                 f"{type(self).__name__}: training ended before {self.schedule} did; {course.progress:.0%} of its cuts "
-                "were due and were made."
+                f"were due and were made.{missed}"
             )
         if course.begun and trainer.is_global_zero:
             self.report(trainer, pl_module)
@@ -211,6 +215,7 @@ class Pruning(AnyCallback, ABC):
         course = self._course
         moment = trainer.global_step if self.schedule.by == "steps" else trainer.current_epoch
         progress = min(self.cuts.progress(moment), course.ceiling)
+        course.blind = progress > course.progress and not self.ready
         if progress > course.progress and self.ready and not any(on_probation):
             self.reach(trainer, pl_module, progress)
             course.progress, course.unlogged = progress, True

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -119,7 +119,11 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
     Raises:
         PruningError: If the file holds something else.
     """
-    with safe_open(path, "pt") as file:
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise PruningError(f"load_sparse: {path} is no safetensors file ({error}).") from error
+    with opened as file:
         header = json.loads((file.metadata() or {}).get(RECIPE, "null"))
         if header is None:
             raise PruningError(f"load_sparse: {path} was not written by save_sparse. Read it with safetensors.")
