@@ -99,6 +99,12 @@ class StructuredPruning(Pruning):
         """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
         return self._gathering.scores(trainer, pl_module, structure)
 
+    def mended(
+        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
+    ) -> Prepared:
+        """Return a proved cut, its slim tensors changed by what else shall happen at it; by default nothing."""
+        return prepared
+
     @property
     def ready(self) -> bool:
         """Whether enough was gathered to score by."""
@@ -168,7 +174,7 @@ class StructuredPruning(Pruning):
         self._gathering.rest()
         prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
         if prepared.cut.kept:
-            self._cut(trainer, pl_module, prepared)
+            self._cut(trainer, pl_module, self.mended(trainer, pl_module, structure, prepared))
             recalibrate_(trainer, pl_module, self.recalibrate)
             if self.target == "latency":
                 self._state.latency = self._latency(trainer, pl_module, structure, {})
