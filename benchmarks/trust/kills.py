@@ -1,4 +1,4 @@
-"""Kills a training at chosen and at random moments, takes it up again, and compares where it ends; trains nothing itself.
+"""Kills a training at chosen and at random moments, takes it up again, and compares where it ends.
 
 A kill is SIGKILL: nothing of the process runs any more. Places are counted in calls, as Python's profiler sees them, so
 that one seed kills at the same points again; kills by the clock fall between them, into code that is not Python.
@@ -32,12 +32,17 @@ PLACES: dict[str, tuple[str, ...]] = {
     "within accumulation": ("runs.py:training_step",),
     "in a step": ("optimizer.py:wrapper",),
     "in validation": ("runs.py:validation_step",),
-    "while a checkpoint is written": ("model_checkpoint.py:_save_checkpoint", "model_checkpoint.py:_save_last_checkpoint"),
+    "while a checkpoint is written": (
+        "model_checkpoint.py:_save_checkpoint",
+        "model_checkpoint.py:_save_last_checkpoint",
+    ),
     "while one is loaded": ("checkpoint_connector.py:_restore_modules_and_callbacks",),
     "while training starts": ("_pruning.py:on_train_start",),
 }
 """What is going on -> functions, as ``file:name``, within whose calls that is."""
 ANY_TIME = "at any time"
+UNFIT = {("guard", "step")}
+"""From a checkpoint of an epoch's last step Lightning goes on without its validation, which a guard judges by."""
 
 
 @dataclass
@@ -115,7 +120,7 @@ def kill_runs(
     context.set_forkserver_preload(["benchmarks.trust.runs"])
     with tempfile.TemporaryDirectory(dir=folder) as top:
         for case in cases:
-            for moments in every:
+            for moments in [moments for moments in every if (case, moments) not in UNFIT]:
                 whole = Path(top) / f"{case}-{moments}"
                 _start(context, whole, case, moments, watch="clock").join()
                 expected, lengths = torch.load(whole / "outcome"), torch.load(whole / "lengths")
@@ -167,9 +172,9 @@ def _try(
 
 def _drawn(lengths: dict[str, Any], chance: random.Random) -> tuple[str, Kill | None]:
     """Draw a moment: of a place that the undisturbed run came by, or at any time."""
-    place = chance.choice([ANY_TIME, *(place for place in PLACES if lengths[place])])
-    if place == ANY_TIME:
-        return place, None
+    if chance.random() < 0.3:
+        return ANY_TIME, None
+    place = chance.choice([place for place in PLACES if lengths[place]])
     entrance = chance.randrange(len(lengths[place]))
     return place, Kill(PLACES[place], entrance + 1, chance.randrange(max(1, lengths[place][entrance])))
 
@@ -215,7 +220,7 @@ def _read_back(folder: Path, seen: dict[Path, int]) -> int:
         assert all(torch.equal(own[name], value) for name, value in saved.items()), "other values"
         assert module.first.out_channels == len(saved["norm.weight"]) == module.second.in_channels, "other widths"
         masks = masks_on(module)
-        assert not any(own[name].masked_select(~keep).any() for name, keep in masks.items()), "a mask that hides nothing"
+        assert not any(own[name].masked_select(~keep).any() for name, keep in masks.items()), "other zeros"
         seen[path] = written
         count += 1
     return count

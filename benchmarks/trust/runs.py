@@ -139,12 +139,16 @@ def trainer(*callbacks: Callback, **arguments: Any) -> pl.Trainer:
 
 
 def train(folder: Path, case: str, every: str) -> dict[str, Any]:
-    """Train from the last checkpoint of a folder, or from the start if there is none, and return what came of it."""
+    """Train from the last checkpoint of a folder, or from the start if there is none, and return what came of it.
+
+    Gradients are accumulated where checkpoints are written every ``epoch``: those that a resumed run writes every
+    ``step`` may fall, by Lightning, between two batches of one step, and the gradients so far are lost.
+    """
     moments = {"every_n_train_steps": 1} if every == "step" else {}
     saver = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, save_last=True, **moments)
     torch.manual_seed(0)
     module = Net()
-    made = trainer(*CALLBACKS[case](), saver, enable_checkpointing=True, accumulate_grad_batches=2)
+    made = trainer(*CALLBACKS[case](), saver, enable_checkpointing=True, accumulate_grad_batches=1 if moments else 2)
     made.fit(module, Batches(7), DataLoader(list(Batches(8, 2)), None), ckpt_path="last")
     return outcome(module, made)
 
