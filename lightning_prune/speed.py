@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -145,13 +145,14 @@ def _timed(
     )
 
 
-def _best(timings: Sequence[Timing], names: Mapping[str, object]) -> tuple[int | None, float]:
-    """Return the multiple of the fastest rounder version and what it saves, or None if that is little."""
-    saved = {name: 1 - fmean(timing.kept[name] / timing.kept[_PRUNED] for timing in timings) for name in names}
-    best = max(saved, key=lambda name: saved[name], default=None)
-    if best is None or saved[best] < _NOTABLE:
-        return None, 0.0
-    return int(best.partition("=")[2]), saved[best]
+def _best(timings: Sequence[Timing], names: Iterable[str]) -> tuple[int | None, float]:
+    """Return the multiple to suggest and what it saves: a coarser one only if it saves notably more; or None."""
+    best: tuple[int | None, float] = None, 0.0
+    for name in names:
+        saved = 1 - fmean(timing.kept[name] / timing.kept[_PRUNED] for timing in timings)
+        if saved > best[1] + _NOTABLE:
+            best = int(name.partition("=")[2]), saved
+    return best
 
 
 def _widths(structure: Structure, pruned: nn.Module) -> dict[str, int]:

@@ -209,9 +209,10 @@ class Pruning(AnyCallback, ABC):
                 f"were due and were made.{missed}"
             )
         if course.begun and self._begun(trainer)[-1] is self:
-            self._note(trainer, pl_module)
+            logged = self._history.left
+            changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back
             if trainer.is_global_zero:
-                report(trainer, self._history)
+                report(trainer, self._history, changed)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""

@@ -37,13 +37,18 @@ def call_of(callback: Callback) -> str:
     return f"{type(callback).__name__}({', '.join(given)})"
 
 
-def report(trainer: Trainer, history: History) -> None:
-    """Print the tables of a run, and hand each logger the same as files: ``pruning.html``, ``.png`` and ``.json``."""
+def report(trainer: Trainer, history: History, unlogged: bool) -> None:
+    """Print the tables of a run, and hand each logger the same as files: ``pruning.html``, ``.png`` and ``.json``.
+
+    What is left is logged, too, where the last log does not say it.
+    """
     console = Console()
     for table in run_tables(history):
         console.print(table)
     for logger in trainer.loggers:
         try:
+            if unlogged:
+                logger.log_metrics(history.left, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
             written = _way_of(logger)(logger, history)
         except Exception as error:  # a full disk or a lost connection shall not cost the run that has just ended
             rank_zero_warn(f"The report of the pruning could not be handed to {type(logger).__name__}: {error!r}")

@@ -101,15 +101,17 @@ def _settings(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """Read from the YAML what makes model, trainer and data; refuse one that does not say what to make."""
     found = yaml.safe_load(options.config.read_text()) or {}
     found = found.get("fit") or found  # files may hold the arguments of each of LightningCLI's own commands
-    settings = {part: found[part] for part in ("seed_everything", "trainer", "model", "data") if part in found}
-    settings["trainer"] = (settings.get("trainer") or {}) | _SWITCHED_OFF
+    settings = {
+        part: found[part] for part in ("seed_everything", "trainer", "model", "data") if found.get(part) is not None
+    }
+    settings["trainer"] = settings.get("trainer", {}) | _SWITCHED_OFF
     for part, given in (("model", options.model_class), ("data", options.data_class)):
         if given is None and isinstance(settings.get(part), dict) and "class_path" not in settings[part]:
             raise PruningError(
                 f"{options.config} gives arguments for {part}, not its class. Name the class that your script names: "
                 f"--{part}_class my_script.MyClass."
             )
-    if options.model_class is None and not settings.get("model") and not any(a.startswith("--model") for a in rest):
+    if options.model_class is None and "model" not in settings and not any(a.startswith("--model") for a in rest):
         raise PruningError(
             f"{options.config} says nothing of the model. Name the class that your script names: "
             "--model_class my_script.MyModel."
