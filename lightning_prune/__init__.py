@@ -26,6 +26,7 @@ from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCyc
 from lightning_prune.sensitivity.filters import sensitivity
 from lightning_prune.sensitivity.findings import Sensitivity
 from lightning_prune.sensitivity.weights import weight_sensitivity
+from lightning_prune.speed import LatencyReport, compare_latency
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
 
@@ -37,6 +38,7 @@ __all__ = [
     "FisherReport",
     "Geometric",
     "IterativeMagnitudePruning",
+    "LatencyReport",
     "Linear",
     "MetricGuard",
     "OBSOneShot",
@@ -54,6 +56,7 @@ __all__ = [
     "WeightReport",
     "apply_masks_",
     "compare_criteria",
+    "compare_latency",
     "count_flops",
     "coupling_rule",
     "hold_masks",
