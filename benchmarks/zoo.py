@@ -16,11 +16,12 @@ import argparse
 import contextlib
 import importlib
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +109,37 @@ def tried(method: Callable[[nn.Module, Inputs], Found], build: Callable[[], tupl
     return {**found, "same shapes": same, "passes": passes, "seconds": seconds, "forward": forward}
 
 
-def compared(zoo: str, name: str, limit: float) -> Found:
-    """Try both methods on one network, each in a process of its own."""
-    found = {}
-    for method in ("ours", "torch_pruning"):
-        command = [sys.executable, "-m", "benchmarks.zoo", "--zoo", zoo, "--one", name, method]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            told = done.stdout.strip().splitlines()
-            died = {"error": f"died: {done.stderr[-300:]}", "passes": False}
-            found[method] = json.loads(told[-1]) if done.returncode == 0 and told else died
-        except subprocess.TimeoutExpired:
-            found[method] = {"error": f"not done in {limit:g} seconds", "passes": False}
-    return found
+def compared(zoo: str, name: str, method: str, limit: float) -> Found:
+    """Try a method on one network, in a process of its own."""
+    fork = multiprocessing.get_context("fork")  # libraries are imported once
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=tell, args=(sender, zoo, name, method))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(limit):
+            found: Found = receiver.recv()
+            return found
+        return {"error": f"not done in {limit:g} seconds", "passes": False}
+    except EOFError:
+        process.join()
+        return {"error": f"died with exit code {process.exitcode}", "passes": False}
+    finally:
+        process.kill()
+        process.join()
+
+
+def tell(sender: Connection, zoo: str, name: str, method: str) -> None:
+    """Try a method on one network and send what came of it."""
+    sender.send(tried(METHODS[method], partial(ZOOS[zoo].build, name)))
+
+
+METHODS: dict[str, Callable[[nn.Module, Inputs], Found]] = {"ours": ours, "torch_pruning": torch_pruning}
 
 
 def table(results: dict[str, Found]) -> Table:
     """Lay out what both left of every network."""
-    passed = {method: sum(r[method]["passes"] for r in results.values()) for method in ("ours", "torch_pruning")}
+    passed = {method: sum(r[method]["passes"] for r in results.values() if method in r) for method in METHODS}
     found = Table(
         title=f"{AMOUNT:.0%} of the channels of {len(results)} networks",
         caption=f"pass: ours {passed['ours']}, torch-pruning {passed['torch_pruning']}; in brackets: does not pass",
@@ -133,10 +147,11 @@ def table(results: dict[str, Found]) -> Table:
     for column in ("network", "kept, ours", "theirs", "seconds, ours", "theirs", "ratio", "proved"):
         found.add_column(column, justify="left" if column in ("network", "proved") else "right")
     for name, row in results.items():
-        seconds = [row[method].get("seconds") for method in ("ours", "torch_pruning")]
+        seconds = [row.get(method, {}).get("seconds") for method in METHODS]
         ratio = f"{seconds[0] / seconds[1]:.2f}" if all(seconds) else ""
-        kept = [told(row[method]) for method in ("ours", "torch_pruning")]
-        found.add_row(name, *kept, *(f"{s:.1f}" if s else "" for s in seconds), ratio, row["ours"].get("proof", ""))
+        kept = [told(row[method]) if method in row else "" for method in METHODS]
+        proof = row.get("ours", {}).get("proof", "")
+        found.add_row(name, *kept, *(f"{s:.1f}" if s else "" for s in seconds), ratio, proof)
     return found
 
 
@@ -153,21 +168,19 @@ def main() -> None:
     parser.add_argument("--zoo", choices=ZOOS, default="torchvision")
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one network and one method")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    zoo = ZOOS[arguments.zoo]
-    if arguments.one:
-        name, method = arguments.one
-        print(json.dumps(tried({"ours": ours, "torch_pruning": torch_pruning}[method], lambda: zoo.build(name))))
-        return
     path = HERE / f"zoo-{arguments.zoo}.json"
     results: dict[str, Found] = json.loads(path.read_text()) if path.exists() else {}
-    for name in arguments.models or [name for name in zoo.names() if name not in results]:
-        results[name] = compared(arguments.zoo, name, arguments.limit)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, *(told(results[name][method]) for method in ("ours", "torch_pruning")), flush=True)
+    for name in arguments.models or ZOOS[arguments.zoo].names():
+        row = results.setdefault(name, {})
+        for method in arguments.methods:
+            if arguments.models or method not in row:
+                row[method] = compared(arguments.zoo, name, method, arguments.limit)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                print(name, method, told(row[method]), flush=True)
     Console(width=140).print(table(results))
 
 

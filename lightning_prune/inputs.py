@@ -183,7 +183,7 @@ def _uncompiled(module: nn.Module) -> dict[str, Any]:
         name: value for name, value in vars(module).items() if type(value) in (FunctionType, MethodType)
     }
     forward = getattr(type(module), "forward", None)
-    if "forward" not in own and hasattr(forward, "_torchdynamo_orig_callable"):
+    if forward is not None and "forward" not in own and hasattr(forward, "_torchdynamo_orig_callable"):
         own["forward"] = MethodType(forward, module)
     for name, value in own.items():
         function = getattr(value, "_torchdynamo_orig_callable", None)

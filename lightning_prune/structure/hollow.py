@@ -1,7 +1,7 @@
 """What operators return in shape alone, for runs that need no numbers; knows no labels.
 
-A *hollow* tensor has shape, type and place, and its entries were never computed. Whatever is made of one is hollow. Code
-that asks for an entry, or for something that depends on entries, cannot be followed this way.
+A *hollow* tensor has shape, type and place, and its entries were never computed. Whatever is made of one is hollow.
+Code that asks for an entry, or for something that depends on entries, cannot be followed this way.
 """
 
 from __future__ import annotations

@@ -129,14 +129,14 @@ class _LabelMode(_Watch):
         kwargs = kwargs or {}
         tensors = list(tensors_among((*args, *kwargs.values()) if kwargs else args))
         found = [self.labels_of(tensor) for tensor in tensors]
-        weight = all([labels.weight for labels in found])
+        weight = all(labels.weight for labels in found)
         out, hollow = self._run(func, args, kwargs, tensors, found, weight)
         self.ledger.ran.append((func, _outline(out)))
         if not weight and reads(func):
             self.ledger.decided.append(self._running[-1][0])
         rule = rule_for(func)
         blank = rule is made_anew
-        if (blank and self.arguments) or any([labels.dims for labels in found]):
+        if (blank and self.arguments) or any(labels.dims for labels in found):
             self.ledger.running = (self._running[-1][0], func)
             call = Call(
                 self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1], self.arguments, self._lay

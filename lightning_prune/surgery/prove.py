@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,11 @@ class Disproof:
 
 
 def prove(
-    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor]
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
 ) -> Disproof | None:
     """Prove that a cut is right, or say why it is not.
 
@@ -45,7 +50,8 @@ def prove(
         example_inputs: What the full and the slim model run on.
         structure: The model's channel groups.
         cut: The cut to prove.
-        tensors: The slim values of everything that the cut changes.
+        tensors: Makes the slim values of everything that the cut changes; asked when nothing else is held beside the
+            model.
     """
     mixed = {name for name in cut.keep if structure.groups[name].changes_statistics}
     mixed |= {name for link in structure.links if mixed & set(link) for name in link}
@@ -57,7 +63,7 @@ def prove(
             return failure
         if len(plain) < len(cut.keep):
             cut, found = draft(model, structure, plain), None
-            tensors = cut.tensors(model)
+            tensors = partial(cut.tensors, model)
         return _compare(model, example_inputs, structure, cut, tensors, found)
     except Exception as error:
         return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
@@ -77,7 +83,7 @@ def _compare(
     example_inputs: ExampleInputs,
     structure: Structure,
     cut: Cut,
-    tensors: dict[str, Tensor],
+    tensors: Callable[[], dict[str, Tensor]],
     found: list[Tensor] | None,
 ) -> Disproof | None:
     """Compare the outputs of the slim model, ``found`` where they are known, with those of the silenced one.
@@ -85,18 +91,29 @@ def _compare(
     Images need not be large for that: where a model runs the same operators on smaller ones, and none of its feature
     maps has shrunk to one position that had more, the smaller ones tell as much.
     """
+    if found is not None:
+        return _same_numbers(_outputs(model, example_inputs, _silenced(model, structure, cut), ()), found)
+    expected, inputs = _expected(model, example_inputs, structure, cut)
+    with suppress(Exception):  # a failure counts on the example inputs
+        return _same_numbers(expected, _outputs(model, inputs, tensors(), cut.attributes))
+    return _same_numbers(
+        _outputs(model, example_inputs, _silenced(model, structure, cut), ()),
+        _outputs(model, example_inputs, tensors(), cut.attributes),
+    )
+
+
+def _expected(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut
+) -> tuple[list[Tensor], ExampleInputs]:
+    """Run the silenced model on the smallest inputs that tell as much as the example inputs; return outputs and inputs."""
     silenced = _silenced(model, structure, cut)
-    for fewer in fewer_positions(example_inputs) if found is None else ():
-        try:
-            ran: list[Ran] = []
-            expected = _outputs(model, fewer, silenced, (), ran)
+    for fewer in fewer_positions(example_inputs):
+        ran: list[Ran] = []
+        with suppress(Exception):  # the model takes images of its own size alone
+            outputs = _outputs(model, fewer, silenced, (), ran)
             if ran == structure.ledger.ran:
-                return _same_numbers(expected, _outputs(model, fewer, tensors, cut.attributes))
-        except Exception:
-            continue  # the model takes images of its own size alone
-    if found is None:
-        found = _outputs(model, example_inputs, tensors, cut.attributes)
-    return _same_numbers(_outputs(model, example_inputs, silenced, ()), found)
+                return outputs, fewer
+    return _outputs(model, example_inputs, silenced, ()), example_inputs
 
 
 def _same_structure(
@@ -113,7 +130,7 @@ def _run_slim(
     example_inputs: ExampleInputs,
     structure: Structure,
     cut: Cut,
-    tensors: dict[str, Tensor] | None = None,
+    tensors: Callable[[], dict[str, Tensor]] | None = None,
 ) -> tuple[Ledger, list[Tensor] | None]:
     """Trace the slim model, and return its outputs if they had to be computed."""
     if structure.ledger.hollow:
@@ -121,8 +138,8 @@ def _run_slim(
         empty = {name: own[name].new_empty(shape) for name, shape in cut.shapes.items()}
         with suppress(Exception):  # a failure counts where numbers were computed
             return _trace_slim(model, example_inputs, structure, cut, empty, hollow=True)[0], None
-    tensors = cut.tensors(model) if tensors is None else tensors
-    return _trace_slim(model, example_inputs, structure, cut, tensors, hollow=False)
+    slim = cut.tensors(model) if tensors is None else tensors()
+    return _trace_slim(model, example_inputs, structure, cut, slim, hollow=False)
 
 
 def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger | None:
