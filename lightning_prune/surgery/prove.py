@@ -105,7 +105,7 @@ def _compare(
 def _expected(
     model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut
 ) -> tuple[list[Tensor], ExampleInputs]:
-    """Run the silenced model on the smallest inputs that tell as much as the example inputs; return outputs and inputs."""
+    """Run the silenced model on the smallest inputs that tell enough; return its outputs, and those inputs."""
     silenced = _silenced(model, structure, cut)
     for fewer in fewer_positions(example_inputs):
         ran: list[Ran] = []
