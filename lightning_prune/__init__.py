@@ -9,7 +9,7 @@ from lightning_prune.callbacks import (
     OBSOneShot,
     TaylorFilterPruning,
 )
-from lightning_prune.checkpoints import load_from_checkpoint
+from lightning_prune.checkpoints import Prunable, load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.export.semi_structured import to_semi_structured_
 from lightning_prune.export.sparse import load_sparse, load_sparse_, save_sparse
@@ -26,6 +26,7 @@ from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCyc
 from lightning_prune.sensitivity.filters import sensitivity
 from lightning_prune.sensitivity.findings import Sensitivity
 from lightning_prune.sensitivity.weights import weight_sensitivity
+from lightning_prune.speed import LatencyReport, compare_latency
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
 
@@ -37,12 +38,14 @@ __all__ = [
     "FisherReport",
     "Geometric",
     "IterativeMagnitudePruning",
+    "LatencyReport",
     "Linear",
     "MetricGuard",
     "OBSOneShot",
     "ObsReport",
     "OneCycle",
     "OneShot",
+    "Prunable",
     "PruningError",
     "RepairReport",
     "Report",
@@ -53,6 +56,7 @@ __all__ = [
     "WeightReport",
     "apply_masks_",
     "compare_criteria",
+    "compare_latency",
     "count_flops",
     "coupling_rule",
     "hold_masks",
