@@ -9,7 +9,7 @@ from lightning_prune.callbacks import (
     OBSOneShot,
     TaylorFilterPruning,
 )
-from lightning_prune.checkpoints import load_from_checkpoint
+from lightning_prune.checkpoints import Prunable, load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.export.semi_structured import to_semi_structured_
 from lightning_prune.export.sparse import load_sparse, load_sparse_, save_sparse
@@ -45,6 +45,7 @@ __all__ = [
     "ObsReport",
     "OneCycle",
     "OneShot",
+    "Prunable",
     "PruningError",
     "RepairReport",
     "Report",

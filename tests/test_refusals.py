@@ -1,5 +1,7 @@
 """Runs that cannot be pruned are refused before the first step, with the model as it was; unusual ones work."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,16 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, PruningError
+from lightning_prune import (
+    Cubic,
+    FilterL1Pruning,
+    IterativeMagnitudePruning,
+    Linear,
+    OBSOneShot,
+    OneShot,
+    PruningError,
+    TaylorFilterPruning,
+)
 from tests.runs import (
     WIDTHS,
     Depthwise,
@@ -144,6 +155,59 @@ def test_overlapping_callbacks(one, two, kind, refused):
         net(kind), FilterL1Pruning(**one), FilterL1Pruning(**two),
         told=r"FilterL1Pruning\(.*\) and FilterL1Pruning\(.*\) both prune .*ignore= or amount=",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "one, two",
+    [
+        (FilterL1Pruning(0.5), FilterL1Pruning(0.5)),
+        (FilterL1Pruning(0.3), FilterL1Pruning(0.5, target="flops", schedule=OneShot(1))),
+        (IterativeMagnitudePruning(0.3), IterativeMagnitudePruning(0.5)),
+    ],
+    ids=["equal", "phases", "weights"],
+)
+def test_two_about_the_same(one, two, refused):
+    """Two callbacks of a class that are about the same parts are refused in setup, both named, with what to do."""
+    refused(net(), one, two, told=r"Pruning\(amount=0.*\) and .*Pruning\(amount=0.*are about the same parts.*Use one")
+
+
+# Weights
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "callback, name",
+    [
+        (FilterL1Pruning(0.5), "second.weight"),
+        (TaylorFilterPruning(0.5), "head.weight"),
+        (IterativeMagnitudePruning(0.5), "head.weight"),
+        (OBSOneShot(0.5), "first.weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_weights_that_are_no_numbers(callback, name, value, refused):
+    """A model with NaN or infinity among the weights to choose from is refused before the first step, by name."""
+    module = net()
+    with torch.no_grad():
+        module.get_parameter(name).view(-1)[:3] = value
+    told = f"{type(callback).__name__}: 3 of {module.get_parameter(name).numel()} entries of {name} are NaN or infinite"
+    with pytest.raises(PruningError, match=told):
+        fit(module, callback)
+    assert widths(module) == WIDTHS and not module._state_dict_hooks
+
+
+@pytest.mark.parametrize("kind", [FilterL1Pruning, IterativeMagnitudePruning])
+def test_weights_that_diverge(kind):
+    """Where weights are NaN once a cut is due, the run stops with what to do, and no cut is made."""
+
+    class Diverges(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if self.current_epoch == 1 else 1)
+
+    module = net(Diverges)
+    with pytest.raises(PruningError, match="entries of first.weight are NaN or infinite.*lower the learning rate"):
+        fit(module, kind(0.5, schedule=OneShot(2)))
+    assert widths(module) == WIDTHS
 
 
 # Amounts and schedules

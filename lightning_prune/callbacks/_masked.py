@@ -11,14 +11,22 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, optim
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.arguments import Amount
 from lightning_prune.bits import pack_bits
 from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import guards
+from lightning_prune.callbacks._processes import refuse_apart
 from lightning_prune.callbacks._pruning import Pruning
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_masks, refuse_unmaskable, structured_callbacks
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_masks,
+    refuse_not_finite,
+    refuse_unmaskable,
+    structured_callbacks,
+)
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
 from lightning_prune.pruning.filters import count_params
@@ -94,14 +102,14 @@ class MaskedPruning(Pruning):
         """Do what else belongs to a cut, once its masks have fallen."""
 
     @property
-    def state_key(self) -> str:
-        """Tell two callbacks of one class apart by the weights they are about."""
+    def about(self) -> str:
+        """Name the class and the weights that this callback is about."""
         named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
         return self._generate_state_key(amount=named, parameters=self.parameters, ignore=self.ignore)
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run in which masks cannot hold."""
-        refuse_masks(type(self).__name__, trainer)
+        refuse_masks(type(self).__name__, trainer, pl_module)
         if self.pattern is not None and (others := structured_callbacks(trainer)):
             raise PruningError(
                 f"{type(self).__name__}(pattern={self.pattern!r}) and {type(others[0]).__name__} contradict: when "
@@ -113,6 +121,7 @@ class MaskedPruning(Pruning):
         """Find the weights, take up the masks that the model carries, and hold them from now on."""
         refuse_unmaskable(type(self).__name__, trainer.optimizers)
         to_prune = weights_to_prune(pl_module, self.amount, self.parameters, self.ignore, self.pattern)
+        refuse_not_finite(type(self).__name__, pl_module, to_prune.weights)
         self._run = _InRun(to_prune, Masks(pl_module), self._needs_masked_gradients(trainer, pl_module))
         self._refuse_shared(trainer)
         for name, reason in to_prune.stay.items() if self._course.progress == 0 else ():
@@ -137,6 +146,7 @@ class MaskedPruning(Pruning):
             if isinstance(amount, Mapping)
             else self.schedule.sparsity(progress, amount)
         )
+        refuse_not_finite(type(self).__name__, pl_module, self._in_run.to_prune.weights)
         keep = _agreed(trainer, self.choose(pl_module, due, progress))
         for guard in guards(trainer):
             guard.before_cut(trainer, pl_module)
@@ -150,6 +160,8 @@ class MaskedPruning(Pruning):
         self.after_masking(trainer, pl_module, progress)
         for copy in averaged_copies(trainer):
             self._in_run.masks.apply_(copy)
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            refuse_apart(type(self).__name__, trainer, pl_module)
 
     def follow(self, kept: Kept) -> None:
         """Follow a cut that another callback made."""

@@ -16,8 +16,9 @@ from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_foll
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
+from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks._reporting import call_of, new_metrics, report
+from lightning_prune.errors import PruningError
 from lightning_prune.reports import History
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
@@ -49,6 +50,7 @@ class Pruning(AnyCallback, ABC):
             )
         self.schedule: Schedule = schedule if schedule is not None else OneShot()
         self._course = Course()
+        self._joined = False  # a run
         self._history = History()
         self._logged: dict[str, Any] = {}  # before the validation that runs
         self._module: weakref.ref[LightningModule] | None = None
@@ -100,6 +102,11 @@ class Pruning(AnyCallback, ABC):
         """Follow a model that was given back what the last cut took."""
 
     @property
+    @abstractmethod
+    def about(self) -> str:
+        """Name, stably from run to run, the class and the parts of the model that this callback is about."""
+
+    @property
     def history(self) -> History:
         """What became of the model so far; of several pruning callbacks of a trainer the last keeps it for all."""
         return self._history
@@ -141,9 +148,17 @@ class Pruning(AnyCallback, ABC):
 
     # When
 
+    @property
+    def state_key(self) -> str:
+        """Tell callbacks of one class apart in checkpoints by what they are about."""
+        # A Trainer refuses equal keys when it is made, and does not say what to do; setup does.
+        return self.about if self._joined else f"{self.about} {id(self)}"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
+        self._joined = True
         if stage == "fit":
+            refuse_twins(self, trainer)
             self.refuse(trainer, pl_module)
             refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
@@ -308,7 +323,17 @@ class Pruning(AnyCallback, ABC):
         return {"progress": course.progress, "ceiling": course.ceiling, "history": history, **self.remembered()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint remembers."""
+        """Take up what a checkpoint remembers.
+
+        Raises:
+            PruningError: If something is missing there.
+        """
+        missing = sorted(self.state_dict().keys() - state_dict.keys())
+        if missing:
+            raise PruningError(
+                f"{type(self).__name__}: the checkpoint does not hold its {', '.join(missing)}, so another version of "
+                "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
+            )
         self._course.progress, self._course.ceiling = state_dict["progress"], state_dict["ceiling"]
         self._history = History.from_plain(state_dict["history"])
         self.take_up(state_dict)

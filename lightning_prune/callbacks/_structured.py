@@ -28,11 +28,12 @@ from lightning_prune.callbacks._averaging import cut_copies_
 from lightning_prune.callbacks._gathering import Gathering
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks._processes import latency_of_first, recalibrate_
+from lightning_prune.callbacks._processes import latency_of_first, recalibrate_, refuse_apart
 from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.callbacks._refusals import (
     pruning_callbacks,
     refuse_blind,
+    refuse_not_finite,
     refuse_overlap,
     refuse_removal,
     structured_callbacks,
@@ -100,6 +101,12 @@ class StructuredPruning(Pruning):
         """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
         return self._gathering.scores(trainer, pl_module, structure)
 
+    def mended(
+        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
+    ) -> Prepared:
+        """Return a proved cut, its slim tensors changed by what else shall happen at it; by default nothing."""
+        return prepared
+
     @property
     def ready(self) -> bool:
         """Whether enough was gathered to score by."""
@@ -111,14 +118,14 @@ class StructuredPruning(Pruning):
         return 0 if self._state.start is None else self._state.start.units
 
     @property
-    def state_key(self) -> str:
-        """Tell two callbacks of one class apart by the modules they are about."""
+    def about(self) -> str:
+        """Name the class and the modules that this callback is about."""
         named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
         return self._generate_state_key(amount=named, ignore=self.ignore)
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run in which no unit can leave."""
-        refuse_removal(type(self).__name__, trainer)
+        refuse_removal(type(self).__name__, trainer, pl_module)
 
     def will_run_on_batches(self, pl_module: LightningModule) -> bool:
         """Tell whether BatchNorm's statistics will be averaged anew after a cut."""
@@ -142,6 +149,7 @@ class StructuredPruning(Pruning):
         state.pinned = structure.pinned
         if state.start is None:
             check_prunable(pl_module, structure)
+            self._refuse_not_finite(pl_module, structure)
             state.start = Start(
                 {name: group.width for name, group in structure.groups.items()},
                 count_params(pl_module),
@@ -166,11 +174,12 @@ class StructuredPruning(Pruning):
     def reach(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
         """Cut until what is due is gone."""
         structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+        self._refuse_not_finite(pl_module, structure)
         scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
         self._gathering.rest()
         prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
         if prepared.cut.kept:
-            self._cut(trainer, pl_module, prepared)
+            self._cut(trainer, pl_module, self.mended(trainer, pl_module, structure, prepared))
             recalibrate_(trainer, pl_module, self.recalibrate)
             if self.target == "latency":
                 self._state.latency = self._latency(trainer, pl_module, structure, {})
@@ -289,6 +298,10 @@ class StructuredPruning(Pruning):
         refused = [name for name in self._state.refused if name in structure.groups]
         return structure.without(refused, _UNPROVED)
 
+    def _refuse_not_finite(self, pl_module: LightningModule, structure: Structure) -> None:
+        written = (slot.tensor for group in structure.groups.values() for slot in group.slots)
+        refuse_not_finite(type(self).__name__, pl_module, written)
+
     def _budget_of(self, structure: Structure) -> Budget:
         budget = Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
         return budget_by_group(structure, budget)
@@ -340,6 +353,7 @@ class StructuredPruning(Pruning):
         cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
         cut_copies_(trainer, pl_module, prepared.cut)
         if averaged:
+            refuse_apart(type(self).__name__, trainer, pl_module)  # to wrap anew sends the first one's weights to all
             strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback in pruning_callbacks(trainer):
             callback.follow(prepared.cut.kept)
