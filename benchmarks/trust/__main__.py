@@ -13,7 +13,6 @@ Writes ``trust.json`` beside this folder, part by part.
 import argparse
 import itertools
 import json
-import logging
 import subprocess
 import sys
 import tempfile
@@ -117,11 +116,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    found = PARTS[options.part][1](options) if options.part else None
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
-    if options.part:
+    if found is not None:
         name = options.part if options.part != "ddp" else f"ddp {options.processes}"
-        found = PARTS[options.part][1](options)
         results[name] = {"command": " ".join(["python -m benchmarks.trust", *sys.argv[1:]]), **found}
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     Console(width=120).print(table(results))

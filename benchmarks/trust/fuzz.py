@@ -6,10 +6,8 @@ What fails in torch or Lightning without any pruning, too, is counted as such.
 
 import copy
 import io
-import pickle
 import tempfile
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -103,7 +101,7 @@ def _with_arguments(case: tuple[str, dict[str, Any]]) -> str:
         made = {k: _scheduled(v) if k == "schedule" else v for k, v in given_.items()}
         callback = getattr(lightning_prune, name)(**made)
     except (ValueError, TypeError) as error:
-        assert str(error), "an error without words"
+        _promise(bool(str(error)), "an error without words")
         return "refused when made"
     return _fit_or_refuse(Net, [callback], _images())
 
@@ -270,7 +268,7 @@ def _with_yaml(case: tuple[str, dict[str, str]]) -> str:
             assert said.getvalue().strip(), "an exit without words"
             return "refused by the command line"
         except (ValueError, TypeError) as error:
-            assert str(error)
+            _promise(bool(str(error)), "an error without words")
             return "refused when made"
     assert any(type(callback).__name__ == name for callback in cli.trainer.callbacks)
     return "works"
@@ -314,11 +312,12 @@ def _with_files(case: tuple[str, str, float]) -> str:
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
         try:
             load_from_checkpoint(Net, path)
-        except (PruningError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
-            assert share == 1 or isinstance(error, PruningError), f"{type(error).__name__} for half a file"
-            assert zipfile.is_zipfile(path) or isinstance(error, PruningError)
+        except (PruningError, RuntimeError, KeyError) as error:
+            _promise(share == 1 or isinstance(error, PruningError), f"{type(error).__name__} for half a file")
         assert "load_state_dict" not in vars(Net)
-        return _fit_or_refuse(Net, [_pruning(name)], _images(), ckpt_path=path)
+        # one width that contradicts the others is loaded as it is written, and then nothing runs
+        runs = broken != "another width"
+        return _fit_or_refuse(Net, [_pruning(name)], _images(), ckpt_path=path, runs=runs)
 
 
 def _pruning(name: str) -> Callback:
@@ -334,6 +333,7 @@ def _fit_or_refuse(
     data: Any,
     change: Callable[[Any], Any] = lambda module: None,
     ckpt_path: Path | None = None,
+    runs: bool = True,
 ) -> str:
     """Train; return what came of it, or raise AssertionError if it broke its promise."""
     torch.manual_seed(0)
@@ -346,15 +346,16 @@ def _fit_or_refuse(
         if not isinstance(error, REFUSALS) and _fails_without(kind, data, change, ckpt_path):
             return "fails without pruning, too"
         ours = isinstance(error, REFUSALS) or ckpt_path is not None  # files are read by torch and Lightning
-        assert ours, f"{type(error).__name__}: {error}"
-        assert str(error), "an error without words"
+        _promise(ours and bool(str(error)), f"{type(error).__name__}: {error}")
         steps = module._trainer.global_step if module._trainer is not None else 0
-        assert not hooks_on(module) or steps or ckpt_path, f"hooks stay: {hooks_on(module)}"
         if not steps and ckpt_path is None:
-            assert _same(before, _picture(module)), f"refused, and changed all the same: {error}"
-        _assert_whole(module)
+            _promise(not hooks_on(module), f"hooks stay: {hooks_on(module)}")
+            _promise(_same(before, _picture(module)), f"refused, and changed all the same: {error}")
+        if runs:
+            _assert_whole(module)
         return f"refused {'later' if steps else 'before the first step'}"
-    _assert_whole(module)
+    if runs:
+        _assert_whole(module)
     return "works"
 
 
@@ -388,6 +389,11 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         for a, b in values
     )
     return equal and (one["shown"], one["modes"]) == (other["shown"], other["modes"])
+
+
+def _promise(kept: bool, broken: str) -> None:
+    if not kept:
+        raise AssertionError(broken)
 
 
 def _assert_whole(module: Net) -> None:

@@ -4,6 +4,7 @@ Lightning's checkpoints hold neither random numbers nor, in the middle of an epo
 itself before every batch and the loader tells where it is, so that whatever differs after a resume is somebody's fault.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ class Net(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]))
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("val_loss", loss, batch_size=len(batch[0]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
@@ -145,6 +147,7 @@ def trainer(*callbacks: Callback, **arguments: Any) -> pl.Trainer:
         "num_sanity_val_steps": 0,
     }
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
 
 
