@@ -22,10 +22,12 @@ from lightning_prune.pruning.fisher import FisherReport, prune_fisher
 from lightning_prune.pruning.obs import ObsReport, prune_obs
 from lightning_prune.pruning.obs_filters import RepairReport, prune_filters_obs
 from lightning_prune.pruning.weights import WeightReport, prune_weights
+from lightning_prune.reports import History
 from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
 from lightning_prune.sensitivity.filters import sensitivity
 from lightning_prune.sensitivity.findings import Sensitivity
 from lightning_prune.sensitivity.weights import weight_sensitivity
+from lightning_prune.speed import LatencyReport, compare_latency
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
 
@@ -36,7 +38,9 @@ __all__ = [
     "FilterPruning",
     "FisherReport",
     "Geometric",
+    "History",
     "IterativeMagnitudePruning",
+    "LatencyReport",
     "Linear",
     "MetricGuard",
     "OBSOneShot",
@@ -54,6 +58,7 @@ __all__ = [
     "WeightReport",
     "apply_masks_",
     "compare_criteria",
+    "compare_latency",
     "count_flops",
     "coupling_rule",
     "hold_masks",

@@ -32,6 +32,7 @@ CALLBACKS = {
     "taylor-activations": partial(TaylorFilterPruning, form="activations"),
     "apoz": partial(FilterPruning, criterion="apoz"),
     "obd": partial(FilterPruning, criterion="obd", batches=1),
+    "obs": partial(FilterPruning, criterion="obs", batches=1, repair=True),
     "own": partial(FilterPruning, criterion="tests.runs.largest_weight", recalibrate=1),
 }
 

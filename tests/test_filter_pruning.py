@@ -1,5 +1,6 @@
 """FilterPruning takes any criterion: what leaves are the units that it scores lowest, found without the library."""
 
+import copy
 import math
 
 import pytest
@@ -8,8 +9,28 @@ import torch.nn.functional as F
 import torchmetrics
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_prune import FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from tests.runs import WIDTHS, Known, Net, assert_same_weights, batches, fit, largest_weight, net, weights, widths
+from lightning_prune import (
+    FilterL1Pruning,
+    FilterPruning,
+    Linear,
+    OneShot,
+    PruningError,
+    TaylorFilterPruning,
+    prune_filters_obs,
+)  # fmt: skip
+from tests.runs import (
+    IMAGE,
+    WIDTHS,
+    Known,
+    Net,
+    assert_same_weights,
+    batches,
+    fit,
+    largest_weight,
+    net,
+    weights,
+    widths,
+)
 
 
 class Noted(Net):
@@ -171,6 +192,22 @@ def test_norms_and_chance():
     for module in (one, two):
         fit(module, FilterPruning(0.5, "random"))
     assert_same_weights(one, weights(two))
+
+
+@pytest.mark.parametrize("criterion, scope", [("obs", "global"), ("l1", "layer")])
+def test_what_reads_the_units_makes_up_for_them(criterion, scope):
+    """With repair, a run leaves the network that prune_filters_obs makes of the first training batches."""
+    module = net(Known, lr=0.0)
+    twin = copy.deepcopy(module)
+    seen = [x for x, _ in list(batches())[:3]]
+    report = prune_filters_obs(twin, IMAGE, seen, 0.4, criterion, "flops", scope)
+    callback = FilterPruning(0.4, criterion, "flops", scope, batches=3, repair=True)
+    fit(module, callback, max_epochs=1)
+    assert widths(module) != WIDTHS
+    assert callback.repairs == report.repairs
+    for name, weight in weights(twin).items():
+        if "running" not in name and "tracked" not in name:  # training moved these
+            torch.testing.assert_close(weights(module)[name], weight)
 
 
 @pytest.mark.parametrize("criterion", [largest_weight, "tests.runs.largest_weight"], ids=["function", "import-path"])

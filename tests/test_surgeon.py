@@ -126,3 +126,26 @@ def test_nets_too_large_are_refused():
     """A Hessian of all weights that would not fit into memory is refused, with the way out."""
     with pytest.raises(PruningError, match="prune_obs"):
         prune_exact(nn.Linear(200, 200), [], F.mse_loss)
+
+
+def test_half_precision_leaves_what_double_does():
+    """A net in half precision loses the same weights as its double, computed in float32 or better."""
+    model, batches = linear()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    twin = copy.deepcopy(half).double()  # the same rounded weights
+    found = [
+        prune_exact(net, [(x.to(dtype), y.to(dtype)) for x, y in batches], F.mse_loss, amount=0.3)
+        for net, dtype in ((half, torch.bfloat16), (twin, torch.float64))
+    ]
+    assert [r[:2] for r in found[0].removals] == [r[:2] for r in found[1].removals]
+    assert half.weight.dtype == torch.bfloat16
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    """With NaN among weights or data nothing can be told, and nothing is removed."""
+    model, batches = linear()
+    batches[0][0][0, 0] = float("nan")
+    before = model.weight.detach().clone()
+    with pytest.raises(PruningError, match="the loss on the batches is nan"):
+        prune_exact(model, batches, F.mse_loss, amount=0.3)
+    assert torch.equal(model.weight, before)

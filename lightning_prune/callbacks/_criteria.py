@@ -14,11 +14,18 @@ from torch.optim import Optimizer
 from lightning_prune.budget import Scores
 from lightning_prune.callbacks._batches import losses_of, training_batches
 from lightning_prune.callbacks._gathering import Gathering, OverTheRun
+from lightning_prune.callbacks._inputs import inputs_of
+from lightning_prune.inputs import ExampleInputs, run
+from lightning_prune.pruning.readers import readers_of, score_by_readers
 from lightning_prune.scoring import CRITERIA, Criterion, adds_up, score_units
+from lightning_prune.statistics.grams import find_products
 from lightning_prune.statistics.units import gather_contributions, taylor_over_units, watch_contributions, watch_moments
 from lightning_prune.structure import Structure
 
-__all__ = ["gathering_for"]
+__all__ = ["DAMPING", "ByReaders", "gathering_for"]
+
+DAMPING = 0.01
+"""Share of its mean diagonal entry that is added to a Hessian's diagonal."""
 
 _MOMENTS = ("total", "squares", "zeros")
 
@@ -59,6 +66,29 @@ class AtTheCut(Gathering):
 
     def take_up(self, gathered: dict[str, list[Any]] | None) -> None:
         """Do nothing."""
+
+
+class ByReaders(AtTheCut):
+    """Asks what reads the units how well it can make up for them, on some training batches when a cut is due."""
+
+    def __init__(self, batches: int) -> None:
+        """Take how many batches are looked at."""
+        super().__init__("obs", batches)
+
+    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
+        """Score by the batches of each process, and average."""
+        with training_batches(trainer, pl_module, self.batches) as batches, trainer.precision_plugin.forward_context():
+            inputs = list(inputs_of(pl_module, batches))
+            products = find_products(pl_module, inputs[0], run)
+            found = score_by_readers(pl_module, structure, products, inputs, run, DAMPING, torch.float64)
+        return {name: trainer.strategy.reduce(score, reduce_op="mean") for name, score in found.items()}  # type: ignore[misc]
+
+    @staticmethod
+    def seen(pl_module: LightningModule, structure: Structure, inputs: ExampleInputs) -> Structure:
+        """Leave out the groups of which no reader can be asked."""
+        products = find_products(pl_module, inputs, run)
+        unseen = [name for name, group in structure.groups.items() if not readers_of(pl_module, group, products)]
+        return structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
 
 
 class TaylorOfWeights(OverTheRun):
@@ -185,6 +215,10 @@ _OVER_THE_RUN: dict[str, Callable[[], Gathering]] = {
 
 def gathering_for(criterion: Criterion, batches: int = 1) -> Gathering:
     """Return what gathers for a criterion: over the run where the run's own passes show it, else when a cut is due."""
+    if criterion == "obs":
+        gathering: Gathering = ByReaders(batches)
+        gathering.adding_up = True
+        return gathering
     named = criterion if isinstance(criterion, str) else ""
     gathering = _OVER_THE_RUN[named]() if named in _OVER_THE_RUN else AtTheCut(criterion, batches)
     gathering.adding_up = adds_up(criterion)

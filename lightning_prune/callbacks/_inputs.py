@@ -65,7 +65,7 @@ def inputs_of(pl_module: LightningModule, batches: Iterable[Any]) -> Iterator[Ex
                 tried = "; ".join(f"{told}: {why}" for (told, _), why in zip(candidates, failures, strict=True))
                 raise PruningError(
                     f"{type(pl_module).__name__}.forward accepts nothing of the training batches ({tried}), on which "
-                    "OBSOneShot and recalibrate= run it. Let forward take the batch, its first part or its keys."
+                    "the pruning callback runs it. Let forward take the batch, its first part or its keys."
                 )
             place = failures.index(None)
         yield candidates[place][1]

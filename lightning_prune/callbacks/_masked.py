@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch import Tensor, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -39,7 +38,7 @@ from lightning_prune.pruning.weights import (
     weight_count,
     weights_to_prune,
 )
-from lightning_prune.reports import weight_table
+from lightning_prune.reports import History
 from lightning_prune.schedules import FewUnits, Schedule
 from lightning_prune.surgery import Kept, PackedMasks, recipe_of
 
@@ -196,11 +195,12 @@ class MaskedPruning(Pruning):
         }
         return values if structured_callbacks(trainer) else {**values, "prune/sparsity": gone / size}
 
-    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what is left of every weight."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, history: History) -> None:
+        """Tell what is left of every weight."""
         callbacks = masking_callbacks(trainer)
         if callbacks[-1] is self:
-            Console().print(weight_table(count for callback in callbacks for count in callback._in_run.counts))
+            history.weights = [count for callback in callbacks for count in callback._in_run.counts]
+            history.dense = {name: why for c in callbacks for name, why in c._in_run.to_prune.stay.items()}
 
     def remembered(self) -> dict[str, Any]:
         """Return the masks, packed to bits."""

@@ -17,7 +17,9 @@ from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short, refuse_twins
+from lightning_prune.callbacks._reporting import call_of, new_metrics, report
 from lightning_prune.errors import PruningError
+from lightning_prune.reports import History
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
 
@@ -49,6 +51,8 @@ class Pruning(AnyCallback, ABC):
         self.schedule: Schedule = schedule if schedule is not None else OneShot()
         self._course = Course()
         self._joined = False  # a run
+        self._history = History()
+        self._logged: dict[str, Any] = {}  # before the validation that runs
         self._module: weakref.ref[LightningModule] | None = None
         self._hooks: list[Any] = []
 
@@ -74,8 +78,8 @@ class Pruning(AnyCallback, ABC):
         """Return what is logged, by name; of several callbacks of a kind one speaks for all."""
 
     @abstractmethod
-    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what became of the model, on one process and once for all callbacks of a kind."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, history: History) -> None:
+        """Write into a history how the model stands; of several callbacks of a kind one speaks for all."""
 
     @abstractmethod
     def remembered(self) -> dict[str, Any]:
@@ -101,6 +105,11 @@ class Pruning(AnyCallback, ABC):
     @abstractmethod
     def about(self) -> str:
         """Name, stably from run to run, the class and the parts of the model that this callback is about."""
+
+    @property
+    def history(self) -> History:
+        """What became of the model so far; of several pruning callbacks of a trainer the last keeps it for all."""
+        return self._history
 
     @property
     def ready(self) -> bool:
@@ -154,7 +163,7 @@ class Pruning(AnyCallback, ABC):
             refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
         if self._module is None or self._module() is not pl_module:
-            self._course = Course()
+            self._course, self._history = Course(), History()
             self.forget()
             self._module = weakref.ref(pl_module)
         self._course.begun, self._course.epoch = False, -1
@@ -191,8 +200,18 @@ class Pruning(AnyCallback, ABC):
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged before."""
+        self._logged = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what this validation logged."""
+        logged, self._logged = self._logged, {}
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and pruning_callbacks(trainer)[-1] is self:
+            self._history.note_metrics(trainer.current_epoch, trainer.global_step, new_metrics(trainer, logged))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what became of the model."""
+        """Report what became of the model, once for all callbacks: in the terminal and to the loggers."""
         for guard in guards(trainer):
             guard.judge(trainer, pl_module)
         course = self._course
@@ -204,8 +223,11 @@ class Pruning(AnyCallback, ABC):
                 f"{type(self).__name__}: training ended before {self.schedule} did; {course.progress:.0%} of its cuts "
                 f"were due and were made.{missed}"
             )
-        if course.begun and trainer.is_global_zero:
-            self.report(trainer, pl_module)
+        if course.begun and self._begun(trainer)[-1] is self:
+            logged = self._history.left
+            changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back
+            if trainer.is_global_zero:
+                report(trainer, self._history, changed)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""
@@ -245,12 +267,27 @@ class Pruning(AnyCallback, ABC):
             return
         if not any(course.unlogged for course in courses):
             return
-        values: dict[str, float] = {}
-        for callback in callbacks:
-            callback._course.unlogged = False
-            values |= callback.metrics(trainer, pl_module)
+        for course in courses:
+            course.unlogged = False
+        values = self._note(trainer, pl_module)
         within = self._changes_within_epochs(trainer)
         pl_module.log_dict(values, on_step=within, on_epoch=not within, batch_size=1)
+
+    def _note(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Note how the model stands, and return what is left of it by the names under which it is logged."""
+        values: dict[str, float] = {}
+        for callback in self._begun(trainer):
+            values |= callback.metrics(trainer, pl_module)
+        history = self._history
+        history.model = type(pl_module).__name__
+        history.callbacks = [call_of(callback) for callback in pruning_callbacks(trainer)]
+        history.note_left(trainer.current_epoch, trainer.global_step, values)
+        for callback in self._begun(trainer):
+            callback.describe(trainer, pl_module, history)
+        return values
+
+    def _begun(self, trainer: Trainer) -> list[Pruning]:
+        return [callback for callback in pruning_callbacks(trainer) if callback._course.begun]
 
     def _changes_within_epochs(self, trainer: Trainer) -> bool:
         return any(callback.schedule.by == "steps" for callback in pruning_callbacks(trainer))
@@ -282,7 +319,8 @@ class Pruning(AnyCallback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how much has gone and of what, as plain numbers and tensors."""
-        return {"progress": self._course.progress, "ceiling": self._course.ceiling, **self.remembered()}
+        course, history = self._course, self._history.to_plain()
+        return {"progress": course.progress, "ceiling": course.ceiling, "history": history, **self.remembered()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers.
@@ -297,6 +335,7 @@ class Pruning(AnyCallback, ABC):
                 "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
             )
         self._course.progress, self._course.ceiling = state_dict["progress"], state_dict["ceiling"]
+        self._history = History.from_plain(state_dict["history"])
         self.take_up(state_dict)
 
     def _detach(self, pl_module: LightningModule) -> None:

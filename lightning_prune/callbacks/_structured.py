@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -45,13 +44,15 @@ from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import circumstances, shapes_of
 from lightning_prune.pruning.filters import Prepared, count_params, prepare
-from lightning_prune.reports import layer_costs, layer_table
+from lightning_prune.reports import History, LayerChange, layer_costs
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import Keep, Structure, find_structure, trace
 from lightning_prune.surgery import Kept, cut_, recipe_of
 
 __all__ = ["StructuredPruning"]
+
+_UNPROVED = "an earlier cut of them could not be proved"
 
 
 class StructuredPruning(Pruning):
@@ -100,6 +101,12 @@ class StructuredPruning(Pruning):
         """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
         return self._gathering.scores(trainer, pl_module, structure)
 
+    def mended(
+        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
+    ) -> Prepared:
+        """Return a proved cut, its slim tensors changed by what else shall happen at it; by default nothing."""
+        return prepared
+
     @property
     def ready(self) -> bool:
         """Whether enough was gathered to score by."""
@@ -139,6 +146,7 @@ class StructuredPruning(Pruning):
         structure = find_structure(trace(pl_module, state.inputs))
         refuse_overlap(self, trainer, pl_module, structure)
         structure = self._prunable(pl_module, structure)
+        state.pinned = structure.pinned
         if state.start is None:
             check_prunable(pl_module, structure)
             self._refuse_not_finite(pl_module, structure)
@@ -171,11 +179,12 @@ class StructuredPruning(Pruning):
         self._gathering.rest()
         prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
         if prepared.cut.kept:
-            self._cut(trainer, pl_module, prepared)
+            self._cut(trainer, pl_module, self.mended(trainer, pl_module, structure, prepared))
             recalibrate_(trainer, pl_module, self.recalibrate)
             if self.target == "latency":
                 self._state.latency = self._latency(trainer, pl_module, structure, {})
         self._state.widths |= {width.name: width.after for width in prepared.widths}
+        self._state.pinned = structure.without(prepared.refused, _UNPROVED).pinned
         if progress < self._course.ceiling:
             self._watch_on(pl_module)
 
@@ -202,15 +211,13 @@ class StructuredPruning(Pruning):
                 values["prune/latency_kept"] = state.latency
         return {name: float(value) for name, value in values.items()}
 
-    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what became of every layer."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, history: History) -> None:
+        """Tell every layer's cost, before and now, and what stays."""
         if self._speaks(trainer):
-            start, flops = self._start, self._count_flops(pl_module)
-            kept = count_params(pl_module) / max(start.params, 1), flops.total / max(start.flops, 1)
-            title = f"Left: {kept[0]:.1%} of params, {kept[1]:.1%} of FLOPs"
-            if self.target == "latency":
-                title += f", {self._state.latency:.1%} of the latency {circumstances(pl_module, self._inputs)}"
-            Console().print(layer_table(start.layers, layer_costs(pl_module, flops), title))
+            now = layer_costs(pl_module, self._count_flops(pl_module))
+            history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in self._start.layers.items()}
+            history.measured = circumstances(pl_module, self._inputs)
+            history.pinned = list(self._state.pinned)
 
     def remembered(self) -> dict[str, Any]:
         """Return what amounts are fractions of, what has gone, and what was gathered since."""
@@ -289,7 +296,7 @@ class StructuredPruning(Pruning):
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self.ignore)
         refused = [name for name in self._state.refused if name in structure.groups]
-        return structure.without(refused, "an earlier cut of them could not be proved")
+        return structure.without(refused, _UNPROVED)
 
     def _refuse_not_finite(self, pl_module: LightningModule, structure: Structure) -> None:
         written = (slot.tensor for group in structure.groups.values() for slot in group.slots)

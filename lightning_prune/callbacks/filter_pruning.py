@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.callbacks._criteria import gathering_for
+from lightning_prune.callbacks._batches import training_batches
+from lightning_prune.callbacks._criteria import DAMPING, ByReaders, gathering_for
+from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._structured import StructuredPruning
+from lightning_prune.inputs import run
+from lightning_prune.pruning.filters import Prepared
+from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA, Criterion
+from lightning_prune.statistics.grams import find_products
+from lightning_prune.structure import Structure
 
 __all__ = ["FilterPruning"]
 
@@ -28,14 +38,15 @@ class FilterPruning(StructuredPruning):
             fractions by pattern of module paths, of the channels that these modules produce.
         criterion: ``l1``, ``l2`` (of a filter's weights), ``bn_scale``, ``random``, ``taylor`` (on weights),
             ``taylor_activations``, ``activation_mean``, ``activation_std``, ``apoz``, ``taylor_second_order``,
-            ``output_change`` (needs no labels), ``obd`` (by per-example gradients), ``obd_hutchinson``; or a function
-            from a weight ``(out, ...)`` to one score per filter ``(out,)``, higher is kept longer, or its import path,
+            ``output_change`` (needs no labels), ``obd`` (by per-example gradients), ``obd_hutchinson``, ``obs`` (what
+            can best be made up for by ``repair``, see :func:`~lightning_prune.prune_filters_obs`); or a function from a
+            weight ``(out, ...)`` to one score per filter ``(out,)``, higher is kept longer, or its import path,
             ``my_package.my_module.my_criterion``.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
             latency.
         scope: ``layer`` takes the same share of every layer; ``global`` compares scores across layers; those of
-            ``taylor``, ``taylor_second_order``, ``output_change`` and ``obd`` are losses, and for a target other than
-            filters they are divided by what the unit saves of it.
+            ``taylor``, ``taylor_second_order``, ``output_change``, ``obd`` and ``obs`` are losses, and for a target
+            other than filters they are divided by what the unit saves of it.
         schedule: When how much of it leaves; by default everything before the first batch, or before epoch 1 where
             training must be seen first.
         ignore: Patterns of module paths whose channels stay.
@@ -45,7 +56,10 @@ class FilterPruning(StructuredPruning):
         min_width: Units that stay of every layer at least, or by pattern of module paths.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
         recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
-        batches: Training batches that criteria of second derivatives and ``output_change`` look at when a cut is due.
+        batches: Training batches that criteria of second derivatives, ``output_change``, ``obs`` and ``repair`` look at
+            when a cut is due.
+        repair: Whether weights and biases that read what leaves are refitted at each cut, to give on these batches
+            what they gave with it.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
@@ -72,6 +86,7 @@ class FilterPruning(StructuredPruning):
         max_amount: float | dict[str, float] = 1.0,
         recalibrate: int = 0,
         batches: int = 8,
+        repair: bool = False,
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
@@ -84,6 +99,31 @@ class FilterPruning(StructuredPruning):
         )  # fmt: skip
         self.criterion = criterion
         self.batches = batches
+        self.repair = repair
+        self.repairs: tuple[Repair, ...] = ()
+
+    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
+        """Tell whether what reads the units, or BatchNorm, will be looked at on training batches."""
+        return self.repair or self.criterion == "obs" or super().will_run_on_batches(pl_module)
+
+    def mended(
+        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
+    ) -> Prepared:
+        """Let what reads the units that leave make up for them, if asked to."""
+        if not self.repair:
+            return prepared
+        with training_batches(trainer, pl_module, self.batches) as batches, trainer.precision_plugin.forward_context():
+            inputs = list(inputs_of(pl_module, batches))
+            products = find_products(pl_module, inputs[0], run)
+            tensors, self.repairs, _ = repaired(
+                pl_module, structure, prepared.cut, prepared.tensors, products, inputs, run, sequential=True,
+                damping=DAMPING, dtype=torch.float64,
+            )  # fmt: skip
+        return replace(prepared, tensors=trainer.strategy.broadcast(tensors))
+
+    def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
+        structure = super()._prunable(pl_module, structure)
+        return ByReaders.seen(pl_module, structure, self._inputs) if self.criterion == "obs" else structure
 
 
 def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
@@ -92,8 +132,8 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
     Raises:
         ValueError: If there is no such name, or nothing to call under the path.
     """
-    if not isinstance(criterion, str) or criterion in CRITERIA:
-        if callable(criterion) or criterion in CRITERIA:
+    if not isinstance(criterion, str) or criterion in CRITERIA or criterion == "obs":
+        if callable(criterion) or isinstance(criterion, str):
             return criterion
         raise ValueError(f"FilterPruning(criterion={criterion!r}): pass a name, an import path or a function.")
     try:
@@ -105,7 +145,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
         ) from error
     if not callable(found):
         raise ValueError(
-            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, the import path "
-            "of a function, or a function."
+            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, [*CRITERIA, 'obs']))}, the "
+            "import path of a function, or a function."
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -85,7 +86,7 @@ def prune_exact(
 
     Raises:
         ValueError: If an argument is out of range.
-        PruningError: If the net is too large for this, or nothing can be removed.
+        PruningError: If the net is too large for this, nothing can be removed, or the loss is not finite.
 
     Examples:
         >>> model, x = nn.Linear(3, 1, bias=False), torch.eye(3)
@@ -104,6 +105,8 @@ def prune_exact(
     least = patient.left.numel() - round(amount * patient.left.numel())
     removals: list[Removal] = []
     before = current = _measured(model, batches, loss)
+    if not math.isfinite(before):
+        raise PruningError(f"prune_exact: the loss on the batches is {before}. Pass a trained model and finite data.")
     stopped = "amount reached"
     while int(patient.left.sum()) > least:
         step = _STEPS[method](patient, batches, loss, alpha)

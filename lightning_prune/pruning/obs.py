@@ -94,7 +94,7 @@ def prune_obs(
         amount: Fraction, in [0, 1), of the weights that leaves; or, by pattern of module paths, of each layer's (what
             no pattern names stays whole). By default 0.5, or what ``pattern`` says.
         solver: ``"exact"`` removes greedily, one weight at a time; ``"admm"`` negotiates over a whole layer, most often
-            with less error and in less time; ``"blocked"`` sweeps once, for layers thousands wide.
+            with less error, and in wide layers in less time; ``"blocked"`` sweeps once, for layers thousands wide.
         scope: With one fraction for all, ``"layer"`` takes it of every layer; ``"global"`` splits the weights to be
             removed over the layers so that the model's outputs change least.
         pattern: ``"N:M"``: of every M neighbours along the input dimension, at one place of a kernel, N stay.

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_prune.solvers.admm import alternate
 from lightning_prune.solvers.blocked import factor, sweep
 from lightning_prune.solvers.damping import inverse
-from lightning_prune.solvers.least_squares import best_on_support, nearer_on_support
+from lightning_prune.solvers.exchange import exchange
+from lightning_prune.solvers.least_squares import best_on_support, nearer_on_support, rise
 from lightning_prune.solvers.patterns import Pattern
 from lightning_prune.solvers.rows import Paths, greedy_paths, keep_along
 
@@ -22,6 +23,7 @@ Leaving = int | Pattern
 
 
 _WIDTH = 128  # columns of a sweep's blocks
+_NARROW = 320  # columns up to which an inverse for each row costs little
 
 
 class RowSolver(ABC):
@@ -64,12 +66,26 @@ class Exact(RowSolver):
 
 
 class Admm(RowSolver):
-    """All rows together, by alternating directions: what stays is negotiated rather than taken greedily."""
+    """All rows together, by alternating directions: what stays is negotiated rather than taken greedily.
+
+    Where rows are narrow, what is negotiated and what is greedy are both mended by trades of single weights, and the
+    better one is taken.
+    """
 
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
-        """Settle what stays; then the weights are the best on that, by conjugate gradients."""
+        """Settle what stays; then the weights are the best on that, in wide rows by conjugate gradients."""
         keep = alternate(self.weights, self.hessian, lambda scores: _highest(scores, leaving))
-        return nearer_on_support(self.weights, self.hessian, keep, self.weights), keep
+        if self.weights.shape[2] > _NARROW:
+            return nearer_on_support(self.weights, self.hessian, keep, self.weights), keep
+        pattern = leaving if isinstance(leaving, Pattern) else None
+        starts = keep, self._exact.solve(leaving)[1]
+        traded = [exchange(self.weights, self.hessian, start, pattern) for start in starts]
+        found = [(best_on_support(self.weights, self.hessian, keep), keep) for keep in traded]
+        return min(found, key=lambda pair: float(rise(pair[0] - self.weights, self.hessian).sum()))
+
+    @cached_property
+    def _exact(self) -> Exact:
+        return Exact(self.weights, self.hessian)
 
 
 class Blocked(RowSolver):

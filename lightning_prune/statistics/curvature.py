@@ -53,11 +53,12 @@ def outer_product_rows(
     with undisturbed(model), torch.enable_grad():
         for inputs, targets in batches:
             found = vmap(lambda x: outputs(own, x))(inputs).detach()
+            found = found.to(torch.promote_types(found.dtype, torch.float32))  # halves have no eigenvectors
             values, vectors = torch.linalg.eigh(vmap(roots)(found, targets))
             root = vectors * values.clamp_min(0).sqrt()[:, None]  # (N, outputs, outputs), H = root @ root.T
             jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(own, inputs)
             flat = torch.cat([jacobian[name].flatten(found.dim()) for name in names], dim=-1).flatten(1, -2)
-            rows.append((root.transpose(1, 2) @ flat).flatten(0, 1).detach())
+            rows.append((root.transpose(1, 2) @ flat.to(root.dtype)).flatten(0, 1).detach())
             examples += len(inputs)
     if not rows:
         raise PruningError("outer_product_rows: no batch came. Pass batches of inputs and targets.")
