@@ -343,10 +343,10 @@ def _fit_or_refuse(
     try:
         _fit(module, callbacks, data, ckpt_path)
     except Exception as error:
-        if not isinstance(error, REFUSALS) and _fails_without(kind, data, change, ckpt_path):
+        if ckpt_path is None and not isinstance(error, PruningError) and _fails_without(kind, data, change):
             return "fails without pruning, too"
-        ours = isinstance(error, REFUSALS) or ckpt_path is not None  # files are read by torch and Lightning
-        _promise(ours and bool(str(error)), f"{type(error).__name__}: {error}")
+        told = isinstance(error, REFUSALS) and bool(str(error))
+        _promise(told or ckpt_path is not None, f"{type(error).__name__}: {error}")  # torch and Lightning read files
         steps = module._trainer.global_step if module._trainer is not None else 0
         if not steps and ckpt_path is None:
             _promise(not hooks_on(module), f"hooks stay: {hooks_on(module)}")
@@ -367,11 +367,11 @@ def _fit(module: pl.LightningModule, callbacks: list[Callback], data: Any, ckpt_
     return made
 
 
-def _fails_without(kind: type[Net], data: Any, change: Callable[[Any], Any], ckpt_path: Path | None) -> bool:
+def _fails_without(kind: type[Net], data: Any, change: Callable[[Any], Any]) -> bool:
     module = kind()
     change(module)
     try:
-        _fit(module, [], data, ckpt_path)
+        _fit(module, [], data)
     except Exception:
         return True
     return False
