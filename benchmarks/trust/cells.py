@@ -190,8 +190,9 @@ def _try(cell: Cell) -> str:
         module, made = _fit(cell, saver)
         wrong = _unfit(cell, module, made)
         again, resumed = _fit(cell, None, path / "epoch=1.ckpt")
-        # Lightning saves before a plateau's step and does not make up for it
-        lost = cell.extra == "rate by plateau"
+        # Lightning saves before a plateau's step and does not make up for it; how more than two processes add up
+        # depends on DDP's buckets, which it lays anew some steps after it was wrapped
+        lost = cell.extra == "rate by plateau" or made.world_size > 2
         apart = [] if lost else differing(outcome(module, made), outcome(again, resumed))
         made.strategy.barrier()
         return wrong or (f"taken up, it ended elsewhere: {apart[:5]}" if apart else "")
