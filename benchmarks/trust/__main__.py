@@ -92,11 +92,14 @@ PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
 
 def table(results: dict[str, Any]) -> Table:
     """Lay out what every part tried."""
-    found = Table(title="Ways to lose a run")
-    for column in ("what", "tried", "failed", "command"):
-        found.add_column(column, justify="right" if column in ("tried", "failed") else "left")
+    found = Table(title="Ways to lose a run", caption="anyway: fails with no pruning in the run, too")
+    for column in ("what", "tried", "failed", "anyway", "command"):
+        found.add_column(column, justify="left" if column in ("what", "command") else "right")
     for name, result in results.items():
-        found.add_row(PARTS[name.split()[0]][0], str(result["tried"]), str(result["failed"]), result["command"])
+        anyway = len(result.get("fail_anyway", ()))
+        anyway += sum(kind["ended"].get("fails without pruning, too", 0) for kind in result.get("kinds", {}).values())
+        cells = map(str, (result["tried"], result["failed"], anyway))
+        found.add_row(PARTS[name.split()[0]][0], *cells, result["command"])
     return found
 
 
