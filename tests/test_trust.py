@@ -3,12 +3,14 @@
 import itertools
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from benchmarks.trust.cells import alone, try_cells
 from benchmarks.trust.fuzz import KINDS, attempts
 from benchmarks.trust.kills import kill_runs
-from benchmarks.trust.runs import CALLBACKS
+from benchmarks.trust.runs import CALLBACKS, Batches, Net, trainer
 from benchmarks.trust.soak import soak
+from lightning_prune import FilterL1Pruning, OneShot
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,23 @@ def test_nothing_gathers(case, width, times):
     assert len(set(seen["hooks"])) == 1
     assert seen["left behind"] == ["._state_dict_hooks"]  # the recipe of a model that was pruned
     assert times < 1000 or seen["memory"][-1] - seen["memory"][len(seen["memory"]) // 2] < 4 * 2**20
+
+
+def test_loaders_of_ones_own_stay_where_they_are():
+    """Batches that are read beside the training leave a loader that counts what it gave where it was."""
+
+    class Places(Callback):
+        def __init__(self, loader):
+            self.loader, self.seen = loader, []
+
+        def on_train_batch_start(self, *_):
+            self.seen.append((self.loader.epoch, self.loader.given))
+
+    seen = []
+    for recalibrate in (0, 2):
+        loader = Batches(7)
+        places = Places(loader)
+        pruning = FilterL1Pruning(0.5, schedule=OneShot(2, by="steps"), recalibrate=recalibrate)
+        trainer(pruning, places, max_epochs=2).fit(Net(), loader)
+        seen.append(places.seen)
+    assert seen[0] == seen[1] and len(seen[0]) == 8
