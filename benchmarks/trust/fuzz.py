@@ -444,6 +444,8 @@ def fuzz_all(examples: int, seed: int) -> dict[str, dict[str, Any]]:
         try:
             ended = attempts(kind, examples, seed)
         except BaseException as error:
-            failure = "".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])[:2000]
+            parts = [error, *getattr(error, "exceptions", ())]
+            told = ["".join([f"{type(part).__name__}: {part}", *getattr(part, "__notes__", [])]) for part in parts]
+            failure = "\n".join(told)[:3000]
         found[kind] = {"ended": dict(ended), "failure": failure}
     return found
