@@ -1,4 +1,4 @@
-"""Runs that compute nothing: shapes are the operators' own, structure is the same, and numbers asked for are computed."""
+"""Runs that compute nothing: shapes and structure are those of a run that computes; numbers asked for are computed."""
 
 from collections import deque
 
@@ -14,7 +14,7 @@ from lightning_prune.structure import find_structure, trace
 from lightning_prune.structure.hollow import shape_alone
 from lightning_prune.structure.trace import _traced
 from lightning_prune.surgery import draft, prove
-from tests.models import IMAGE, NETS, ROWS
+from tests.models import NETS, ROWS
 
 aten = torch.ops.aten
 X, V = torch.randn(2, 6, 5, 4), torch.randn(6)
