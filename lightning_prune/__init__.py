@@ -22,6 +22,7 @@ from lightning_prune.pruning.fisher import FisherReport, prune_fisher
 from lightning_prune.pruning.obs import ObsReport, prune_obs
 from lightning_prune.pruning.obs_filters import RepairReport, prune_filters_obs
 from lightning_prune.pruning.weights import WeightReport, prune_weights
+from lightning_prune.reports import History
 from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
 from lightning_prune.sensitivity.filters import sensitivity
 from lightning_prune.sensitivity.findings import Sensitivity
@@ -37,6 +38,7 @@ __all__ = [
     "FilterPruning",
     "FisherReport",
     "Geometric",
+    "History",
     "IterativeMagnitudePruning",
     "LatencyReport",
     "Linear",

@@ -60,6 +60,7 @@ def _draw_over_time(figure: Any, history: History) -> None:
         dashes = "--" if key == "prune/params_kept" else "-"  # which often runs where FLOPs do
         lower.step([0, *steps], [left[0], *left], dashes, where="post", color=_COLOURS[key], label=name)
     lower.set(xlabel="optimizer steps", ylabel="left, %", ylim=(0, 105))
+    lower.xaxis.get_major_locator().set_params(integer=True)
     lower.legend(loc="lower left", fontsize=8, frameon=False)
     if upper is not None:
         seen = [(moment.step, moment.metrics[metric]) for moment in history.moments if metric in moment.metrics]
