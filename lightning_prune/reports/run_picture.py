@@ -88,7 +88,8 @@ def _draw_against(figure: Any, history: History) -> None:
         [100 * stage.left[key] for stage in ends], [stage.last[metric] for stage in ends],
         color=_COLOURS[key], marker="o", markersize=5, linewidth=1, zorder=3,
     )  # fmt: skip
-    axes.invert_xaxis()
+    least = min((100 * moment.left[key] for moment in seen), default=0.0)
+    axes.set_xlim(103, least - 3)  # ever less to the right
     axes.set(xlabel=f"{shares(history)[key]} left, %", ylabel=metric)
     axes.set_title("against cost: large, before each cut", fontsize=10)
     axes.grid(color="0.92", linewidth=0.6)
