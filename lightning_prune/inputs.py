@@ -11,10 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
 
-__all__ = ["ExampleInputs", "as_call", "call_on", "refuse_shapeless", "run", "tensors_in", "undisturbed"]
+__all__ = [
+    "ExampleInputs",
+    "as_call",
+    "call_on",
+    "fewer_positions",
+    "modules_of",
+    "refuse_shapeless",
+    "run",
+    "tensors_in",
+    "undisturbed",
+]
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """A tensor (the one positional input), a tuple of positional inputs or a mapping of keyword inputs."""
@@ -53,6 +64,26 @@ def call_on(model: nn.Module, batch: Any) -> Any:
     )
 
 
+def fewer_positions(example_inputs: ExampleInputs, fewest: int = 32) -> Iterator[ExampleInputs]:
+    """Yield example inputs with every fourth, then every second row and column of each image, the smallest first.
+
+    Images are tensors of floating point ``(N, C, ..., H, W)``; their sides stay at ``fewest`` or more, else there is
+    nothing to yield.
+    """
+    sides = [min(tensor.shape[-2:]) for tensor in tensors_in(example_inputs) if _is_image(tensor)]
+    for step in (4, 2):
+        if sides and min(sides) >= fewest * step:
+            yield pytree.tree_map_only(
+                Tensor,
+                lambda tensor, step=step: tensor[..., ::step, ::step].contiguous() if _is_image(tensor) else tensor,
+                example_inputs,
+            )
+
+
+def _is_image(tensor: Tensor) -> bool:
+    return tensor.dim() >= 4 and tensor.is_floating_point()
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors held by nested tuples, lists, mappings, dataclasses and plain objects, in order."""
     if isinstance(value, Tensor):
@@ -76,9 +107,27 @@ def refuse_shapeless(model: nn.Module) -> None:
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
+    for path, module in modules_of(model):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                name = f"{path}.{leaf}".lstrip(".")
+                raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
+
+
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return every module once, with its path, as ``named_modules`` does, in a fraction of the time."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        seen.add(id(module))
+        found.append((path, module))
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return found
 
 
 @contextmanager
@@ -93,33 +142,34 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         PruningError: If a parameter or buffer has no shape yet.
     """
     refuse_shapeless(model)
-    modules = list(model.modules())
+    modules = [module for _, module in modules_of(model)]
     training = [module.training for module in modules]
+    tensors = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
+    own = {id(buffer): buffer for module in modules for buffer in module._buffers.values() if buffer is not None}
     attributes = [dict(vars(module)) for module in modules]
-    # Among the dicts are each module's parameters, buffers, submodules and hooks.
-    found_in = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
-    contents = [
-        (container, list(container.items() if isinstance(container, dict) else container) if container else [])
-        for container in found_in
-    ]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
-    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda}
+    # Among the containers are each module's parameters, buffers, submodules and hooks; most are hooks that it lacks.
+    containers = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
+    contents = [container.copy() if container else None for container in containers]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in own.values() if not buffer.is_meta]
+    devices = {tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         try:
             for module in modules:
-                module.training = False
+                if module.training:
+                    module.training = False
                 vars(module).update(_uncompiled(module))
             yield
         finally:
             for module, mode, found in zip(modules, training, attributes, strict=True):
                 vars(module).clear()
                 vars(module).update(found)
-                module.training = mode
-            for container, content in contents:
-                if not (container or content):  # most are hooks that no module has
-                    continue
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+                if module.training is not mode:  # scripted modules keep it elsewhere
+                    module.training = mode
+            for container, content in zip(containers, contents, strict=True):
+                if container:
+                    container.clear()
+                if content is not None:
+                    (container.extend if isinstance(container, list) else container.update)(content)
             for buffer, value in buffers:
                 # Versions do not tell: batch_norm updates its statistics without a new one.
                 if not torch.equal(buffer, value):
@@ -130,11 +180,11 @@ def _uncompiled(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that torch.compile has changed, with the values they had before."""
     written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in vars(module) else {}
     own: dict[str, Any] = {
-        name: value for name, value in vars(module).items() if isinstance(value, FunctionType | MethodType)
+        name: value for name, value in vars(module).items() if type(value) in (FunctionType, MethodType)
     }
     forward = getattr(type(module), "forward", None)
-    if forward is not None:
-        own = {"forward": MethodType(forward, module), **own}
+    if forward is not None and "forward" not in own and hasattr(forward, "_torchdynamo_orig_callable"):
+        own["forward"] = MethodType(forward, module)
     for name, value in own.items():
         function = getattr(value, "_torchdynamo_orig_callable", None)
         if function is not None:

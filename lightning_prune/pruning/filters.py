@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -249,7 +249,7 @@ def prepare(
         except CutDoesNotRunError as error:
             keep, stopped = error.keep, error
         cut = draft(model, structure, keep)
-        tensors = cut.tensors(model)
+        tensors = cache(partial(cut.tensors, model))
         if not (cut.keep and prove(model, example_inputs, structure, cut, tensors)):
             if stopped is not None:
                 raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
@@ -259,7 +259,7 @@ def prepare(
             structure = structure.without([name], reason)
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
-    return Prepared(cut, tensors, structure, keep, tuple(refused), widths, _words(structure, cut))
+    return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
 
 
 def count_params(model: nn.Module) -> int:
@@ -274,7 +274,7 @@ def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Stru
         return prove_structure(model, example_inputs, structure, cut)
 
     def whole(cut: Cut) -> Disproof | None:
-        return prove(model, example_inputs, structure, cut, cut.tensors(model))
+        return prove(model, example_inputs, structure, cut, partial(cut.tensors, model))
 
     return _culprits(model, structure, keep, structural) or _culprits(model, structure, keep, whole)
 
