@@ -20,7 +20,9 @@ __all__ = [
     "as_call",
     "call_on",
     "fewer_positions",
+    "hold_nothing",
     "modules_of",
+    "refuse_empty",
     "refuse_shapeless",
     "run",
     "tensors_in",
@@ -99,6 +101,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
     elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
         yield from tensors_in(vars(value))
+
+
+def hold_nothing(inputs: Any) -> bool:
+    """Tell whether inputs, or a batch, hold tensors and none of them an entry."""
+    sizes = [tensor.numel() for tensor in tensors_in(inputs)]
+    return bool(sizes) and not any(sizes)
+
+
+def refuse_empty(example_inputs: ExampleInputs) -> None:
+    """Refuse inputs on which nothing is computed, so that nothing that must leave together would meet.
+
+    Raises:
+        PruningError: If they hold tensors, and none of them an entry.
+    """
+    if hold_nothing(example_inputs):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example_inputs))
+        raise PruningError(f"The example inputs hold no entries (shapes {shapes}). Pass one example at least.")
 
 
 def refuse_shapeless(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from lightning_prune import (
     TaylorFilterPruning,
 )
 from tests.runs import (
+    IMAGE,
     WIDTHS,
     Depthwise,
     Known,
@@ -296,6 +297,11 @@ def test_wrong_example_inputs(inputs, refused):
     refused(net(), FilterL1Pruning(example_inputs=inputs), error=(PruningError, TypeError), told="example_inputs|fails")
 
 
+def test_empty_example_inputs(refused):
+    """Example inputs without an entry, on which nothing would be computed nor proved, are refused with their shapes."""
+    refused(net(), FilterL1Pruning(example_inputs=IMAGE[:0]), told=r"hold no entries \(shapes \(0, 2, 6, 6\)\)")
+
+
 # Small runs
 
 
@@ -329,6 +335,15 @@ def test_empty_loader():
     made = trainer(FilterL1Pruning(amount=0.5))
     made.fit(module, DataLoader(TensorDataset(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.long))))
     assert widths(module) == WIDTHS
+
+
+def test_batches_without_examples():
+    """Empty batches are passed over: the model is traced on the first that holds an example, and cut as a whole."""
+    empty, full = [(x[:n], y[:n]) for x, y in batches(8) for n in (0, 8)]
+    module = net()
+    trainer(FilterL1Pruning(amount=0.5), max_epochs=1).fit(module, DataLoader([empty, empty, full, full], None))
+    assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
+    assert_agrees_with_shapes(module)
 
 
 def test_batches_of_one():

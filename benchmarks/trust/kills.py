@@ -23,7 +23,7 @@ import torch
 from benchmarks.trust import runs
 from lightning_prune import load_from_checkpoint, masks_on
 
-__all__ = ["PLACES", "Found", "kill_runs"]
+__all__ = ["PLACES", "Found", "as_json", "differing", "kill_runs"]
 
 PLACES: dict[str, tuple[str, ...]] = {
     "during a cut": ("_structured.py:reach", "_masked.py:reach"),
@@ -41,8 +41,6 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 """What is going on -> functions, as ``file:name``, within whose calls that is."""
 ANY_TIME = "at any time"
-UNFIT = {("guard", "step")}
-"""From a checkpoint of an epoch's last step Lightning goes on without its validation, which a guard judges by."""
 
 
 @dataclass
@@ -120,10 +118,13 @@ def kill_runs(
     context.set_forkserver_preload(["benchmarks.trust.runs"])
     with tempfile.TemporaryDirectory(dir=folder) as top:
         for case in cases:
-            for moments in [moments for moments in every if (case, moments) not in UNFIT]:
+            for moments in every:
                 whole = Path(top) / f"{case}-{moments}"
-                _start(context, whole, case, moments, watch="clock").join()
-                expected, lengths = torch.load(whole / "outcome"), torch.load(whole / "lengths")
+                _start(context, whole, case, moments, watch=None).join()
+                expected, seconds = torch.load(whole / "outcome")
+                clocked = Path(top) / f"{case}-{moments}-clocked"
+                _start(context, clocked, case, moments, watch="clock").join()
+                lengths = {**torch.load(clocked / "lengths"), "seconds": seconds}
                 for _ in range(per_case):
                     trial = Path(top) / "trial"
                     _try(context, trial, case, moments, expected, lengths, chance, found)
@@ -165,7 +166,7 @@ def _try(
         if process.exitcode != -signal.SIGKILL:
             found.lost.append(f"{told} it failed when it was taken up: {(folder / 'failure').read_text()}")
             return
-    apart = _differing(expected, torch.load(folder / "outcome"))
+    apart = differing(expected, torch.load(folder / "outcome")[0])
     if apart:
         found.lost.append(f"{told} it ended elsewhere: {', '.join(apart[:5])}")
 
@@ -202,9 +203,9 @@ def _run(folder: Path, case: str, every: str, watch: Kill | str | None) -> None:
         (folder / "failure").write_text(f"{type(error).__name__}: {error}")
         raise
     sys.setprofile(None)
-    torch.save(done, folder / "outcome")
+    torch.save((done, time.perf_counter() - start), folder / "outcome")
     if clock is not None:
-        torch.save({**clock.lengths, "seconds": time.perf_counter() - start}, folder / "lengths")
+        torch.save(clock.lengths, folder / "lengths")
 
 
 def _read_back(folder: Path, seen: dict[Path, int]) -> int:
@@ -226,19 +227,19 @@ def _read_back(folder: Path, seen: dict[Path, int]) -> int:
     return count
 
 
-def _differing(expected: Any, found: Any, name: str = "") -> list[str]:
+def differing(expected: Any, found: Any, name: str = "") -> list[str]:
     """Name the parts of nested dicts and lists that are not equal to the last bit."""
     if isinstance(expected, torch.Tensor):
         return [] if torch.equal(expected, found) else [name]
     if isinstance(expected, dict):
         if expected.keys() != found.keys():
             return [name]
-        return [apart for key in expected for apart in _differing(expected[key], found[key], f"{name}.{key}")]
+        return [apart for key in expected for apart in differing(expected[key], found[key], f"{name}.{key}")]
     if isinstance(expected, list):
         if len(expected) != len(found):
             return [name]
         pairs = enumerate(zip(expected, found, strict=True))
-        return [apart for i, pair in pairs for apart in _differing(*pair, f"{name}[{i}]")]
+        return [apart for i, pair in pairs for apart in differing(*pair, f"{name}[{i}]")]
     return [] if expected == found else [name]
 
 

@@ -4,6 +4,7 @@ Lightning's checkpoints hold neither random numbers nor, in the middle of an epo
 itself before every batch and the loader tells where it is, so that whatever differs after a resume is somebody's fault.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,8 @@ class Net(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]), batch_size=len(batch[0]))
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("val_loss", loss, batch_size=len(batch[0]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
@@ -94,13 +96,14 @@ class Batches:
         colours = 2 * torch.randn(CLASSES, 2, 1, 1, generator=torch.Generator().manual_seed(3))
         self.labels = torch.randint(CLASSES, (count, size), generator=generator)
         self.images = colours[self.labels] + torch.randn(count, size, *IMAGE, generator=generator)
-        self.epoch, self.given = 0, 0
+        self.epoch, self.given, self.begin = 0, 0, 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.epoch))
+        self.given, self.begin = self.begin, 0
         for index in order[self.given :].tolist():
             self.given += 1
             if self.given == len(self):
@@ -113,13 +116,22 @@ class Batches:
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self.epoch, self.given = epoch, 0
+            self.epoch, self.given, self.begin = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "given": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.given = state["epoch"], state["given"]
+        self.begin = self.given  # of the next pass alone, as torchdata's StatefulDataLoader has it
+
+
+class WithinEpochs(ModelCheckpoint):
+    """Saves after every step but an epoch's last: Lightning counts one epoch too few in what is taken up from there."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
 
 
 def trainer(*callbacks: Callback, **arguments: Any) -> pl.Trainer:
@@ -135,6 +147,7 @@ def trainer(*callbacks: Callback, **arguments: Any) -> pl.Trainer:
         "num_sanity_val_steps": 0,
     }
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
 
 
@@ -144,11 +157,12 @@ def train(folder: Path, case: str, every: str) -> dict[str, Any]:
     Gradients are accumulated where checkpoints are written every ``epoch``: those that a resumed run writes every
     ``step`` may fall, by Lightning, between two batches of one step, and the gradients so far are lost.
     """
-    moments = {"every_n_train_steps": 1} if every == "step" else {}
-    saver = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, save_last=True, **moments)
+    savers: list[Callback] = [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_last=True)]
+    if every == "step":
+        savers.append(WithinEpochs(folder, filename="{step}", save_top_k=-1, save_last=True, every_n_train_steps=1))
     torch.manual_seed(0)
     module = Net()
-    made = trainer(*CALLBACKS[case](), saver, enable_checkpointing=True, accumulate_grad_batches=1 if moments else 2)
+    made = trainer(*CALLBACKS[case](), *savers, enable_checkpointing=True, accumulate_grad_batches=3 - len(savers))
     made.fit(module, Batches(7), DataLoader(list(Batches(8, 2)), None), ckpt_path="last")
     return outcome(module, made)
 

@@ -34,7 +34,7 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, count: int) -
     """
     loaders = trainer.fit_loop._combined_loader
     assert loaders is not None  # training has begun
-    own = pytree.tree_map_only(DataLoader, _beside, loaders.iterables)
+    own = pytree.tree_map(_beside, loaders.iterables)
     generators = [g for loader in pytree.tree_leaves(own) for g in _generators(loader)]
     states = [generator.get_state() for generator in generators]
     chance = random.getstate(), np.random.get_state()
@@ -91,9 +91,13 @@ def _say_nothing(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log`` where a step is taken to look at its loss alone."""
 
 
-def _beside(loader: DataLoader) -> DataLoader:
-    """Return a loader of the same data that works in this process and shares no iterator with the other."""
+def _beside(loader: Any) -> Any:
+    """Return a loader of the same data that works in this process and shares neither iterator nor place with it."""
+    if isinstance(loader, Iterator):  # which can be read once alone
+        return loader
     own = copy.copy(loader)
+    if not isinstance(loader, DataLoader):
+        return own
     vars(own).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
     vars(own).update(_DataLoader__multiprocessing_context=None)
     return own

@@ -86,8 +86,9 @@ def refuse_apart(where: str, trainer: Trainer, pl_module: LightningModule) -> No
     here, there = first.get(name, ("absent",))[0], other.get(name, ("absent",))[0]
     raise PruningError(
         f"{where}: after a cut the processes hold different models. The first to differ is {name}: {here} on process "
-        f"0, {there} on process {apart[0]}{'' if here != there else ', with other values'}. Something changes weights "
-        "on single processes: look for code that asks for the rank, or for steps outside of DDP's backward pass."
+        f"0, {there} on process {apart[0]}{'' if here != there else ', with other values'}. Something differs between "
+        "processes before that: a learning rate that follows a metric logged without sync_dist=True, code that asks "
+        "for the rank, or steps outside of DDP's backward pass."
     )
 
 

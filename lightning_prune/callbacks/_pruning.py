@@ -66,7 +66,7 @@ class Pruning(AnyCallback, ABC):
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
         """Look at the model, and refuse what cannot be reached before epochs are spent on it.
 
-        Called when training starts, without a batch; if that returns False, with the first batch.
+        Called when training starts, without a batch; while that returns False, with every batch.
         """
 
     @abstractmethod
@@ -193,6 +193,8 @@ class Pruning(AnyCallback, ABC):
         """
         if not self._course.begun:
             self._begin(trainer, pl_module, batch)
+        if not self._course.begun:
+            return
         if not self._course.seen and self.due and self.will_run_on_batches(pl_module):
             next(inputs_of(pl_module, [batch]))  # refuses what forward does not take before steps are spent on it
             self._course.seen = True

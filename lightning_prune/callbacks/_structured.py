@@ -41,7 +41,7 @@ from lightning_prune.callbacks._refusals import (
 from lightning_prune.callbacks._state import Start, State
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import FlopCount, count_flops
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.inputs import ExampleInputs, hold_nothing
 from lightning_prune.latency import circumstances, shapes_of
 from lightning_prune.pruning.filters import Prepared, count_params, prepare
 from lightning_prune.reports import History, LayerChange, layer_costs
@@ -132,9 +132,9 @@ class StructuredPruning(Pruning):
         return bool(self.recalibrate and batch_norms(pl_module))
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
-        """Trace the model on known inputs, or on the first batch, and rehearse the whole amount."""
+        """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(type(self).__name__, trainer.optimizers)
-        if batch is not None:
+        if batch is not None and not hold_nothing(batch):
             self._state.example = batch_as_inputs(pl_module, batch)
         given = [callback.example_inputs for callback in (self, *structured_callbacks(trainer))]
         known = [*given, pl_module.example_input_array, self._state.example]

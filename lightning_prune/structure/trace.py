@@ -8,7 +8,7 @@ from contextlib import suppress
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, refuse_shapeless, undisturbed
+from lightning_prune.inputs import ExampleInputs, refuse_empty, refuse_shapeless, undisturbed
 from lightning_prune.structure.labels import Labels, Ledger
 from lightning_prune.structure.tensors import named_tensors
 from lightning_prune.structure.watch import watch
@@ -23,9 +23,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
     forward pass. Mode, RNG, buffers and module attributes are left as found.
 
     Raises:
-        PruningError: If the model does not run on the example inputs, or has parameters without a shape.
+        PruningError: If the model does not run on the example inputs, these hold nothing, or parameters have no shape.
     """
     refuse_shapeless(model)
+    refuse_empty(example_inputs)
     for hollow in (True, False):
         with suppress(Exception):  # some code takes plain numbers alone
             return _traced(model, example_inputs, numbers=True, hollow=hollow)
