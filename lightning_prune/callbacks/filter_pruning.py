@@ -116,7 +116,7 @@ class FilterPruning(StructuredPruning):
         """Let what reads the units that leave make up for them, if asked to."""
         if not self.repair:
             return prepared
-        with training_batches(trainer, pl_module, self.batches) as batches, trainer.precision_plugin.forward_context():
+        with training_batches(trainer, pl_module, self.batches) as batches:  # not in autocast, which hides parameters
             inputs = list(inputs_of(pl_module, batches))
             products = find_products(pl_module, inputs[0], run)
             tensors, self.repairs, _ = repaired(
