@@ -4,7 +4,9 @@
     python -m benchmarks.structure --models resnet50    # some of them
 
 Writes what it prints into ``structure.json`` beside this file. Ours is everything that ``prune_filters`` does but the
-counting of FLOPs, which is timed by itself; torch-pruning's is building its dependency graph and pruning once.
+counting of FLOPs, which is timed by itself; torch-pruning's is building its dependency graph and pruning once. Seconds
+are of this process's CPU, so that other work on the machine counts less. Memory is the highest resident one, less what
+the process held before the network was there, in shares of what the network and one forward pass of it hold.
 """
 
 import argparse
@@ -13,10 +15,12 @@ import importlib
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -34,21 +38,42 @@ from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft, prove
 
 RESULTS = Path(__file__).with_suffix(".json")
-MODELS = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
+MODELS = (
+    "resnet18", "resnet50", "resnet152", "densenet121", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0",
+    "regnet_y_400mf", "vgg16", "convnext_tiny", "vit_b_16", "swin_t", "transformer-12", "transformer-24",
+    "transformer-48",
+)  # fmt: skip
+"""Networks of torchvision, and transformers of so many blocks."""
 AMOUNT = 0.3
 STEPS = ("trace", "groups", "plan", "proof", "cut")
 
 
-def build(name: str) -> nn.Module:
-    """Build a network of torchvision with random weights and random BatchNorm statistics."""
-    models = importlib.import_module("torchvision.models")
+class Blocks(nn.Module):
+    """Token embedding, transformer blocks as torch builds them, and a classifier."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(32, 256)
+        block = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(256, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify sequences of 32 numbers each, ``(N, T, 32)``."""
+        return self.head(self.blocks(self.embed(x)).mean(1))
+
+
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    """Build a network with random weights and random BatchNorm statistics, and its example inputs."""
     torch.manual_seed(0)
-    model = getattr(models, name)(weights=None).eval()
+    if name.startswith("transformer-"):
+        return Blocks(int(name.removeprefix("transformer-"))).eval(), torch.randn(1, 64, 32)
+    model = getattr(importlib.import_module("torchvision.models"), name)(weights=None).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    return model
+    return model, torch.randn(1, 3, 224, 224)
 
 
 def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
@@ -65,13 +90,13 @@ def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
             dense=Dense(widths, Footprint(0, 0)), footprint=partial(measure, model, structure),
         )  # fmt: skip
         cut = draft(model, structure, keep)
-        tensors = cut.tensors(model)
+        tensors = cache(partial(cut.tensors, model))
     with timed(seconds, "proof"):
         failure = prove(model, x, structure, cut, tensors)
     if failure:
         raise RuntimeError(failure.reason)
     with timed(seconds, "cut"):
-        cut_(model, cut, tensors)
+        cut_(model, cut, tensors())
     return seconds
 
 
@@ -79,26 +104,25 @@ def torch_pruning(model: nn.Module, x: Tensor) -> float:
     """Prune the model with torch-pruning, all but its classifier, and return the seconds."""
     library = importlib.import_module("torch_pruning")
     classifier = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
-    start = time.perf_counter()
+    start = time.process_time()
     importance = library.importance.GroupMagnitudeImportance(p=1)
     library.pruner.BasePruner(model, x, importance, pruning_ratio=AMOUNT, ignored_layers=classifier).step()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Write the seconds that the body takes under a name."""
-    start = time.perf_counter()
+    """Write the CPU seconds that the body takes under a name."""
+    start = time.process_time()
     yield
-    seconds[name] = time.perf_counter() - start
+    seconds[name] = time.process_time() - start
 
 
 def compare(name: str, repeats: int) -> dict[str, float]:
     """Time one network, ours and torch-pruning in turns, and return medians in seconds."""
-    x = torch.randn(1, 3, 224, 224)
     rows: list[dict[str, float]] = []
     for _ in range(repeats + 1):
-        model, row = build(name), {}
+        (model, x), row = build(name), {}
         params = sum(p.numel() for p in model.parameters())
         with torch.no_grad():
             model(x)
@@ -108,27 +132,63 @@ def compare(name: str, repeats: int) -> dict[str, float]:
             count_flops(model, x)
         row |= ours(model, x)
         row["ours"] = sum(row[step] for step in STEPS)
-        other = build(name)
+        other, x = build(name)
         row["torch-pruning"] = torch_pruning(other, x)
         rows.append(row)
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}  # the first one warms up
-    return medians | {
+    memory = {f"memory, {method}": in_a_process_of_its_own(name, method) for method in METHODS}
+    return medians | memory | {
         "ratio": statistics.median(row["ours"] / row["torch-pruning"] for row in rows[1:]),
         "params kept": sum(p.numel() for p in model.parameters()) / params,
         "params kept by torch-pruning": sum(p.numel() for p in other.parameters()) / params,
-    }
+    }  # fmt: skip
+
+
+def resident(which: str) -> int:
+    """Return this process's resident memory in kilobytes, ``VmRSS`` now or ``VmHWM`` at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def memory(name: str, method: str) -> float:
+    """Return the highest memory during a method, in shares of what the network and one forward pass hold."""
+    warm, small = build("resnet18")  # what libraries load at their first use is not the network's
+    METHODS[method](warm, small[..., ::4, ::4])
+    del warm
+    before = resident("VmRSS")
+    model, x = build(name)
+    with torch.no_grad():
+        forward = highest(lambda: model(x)) - before
+    return (highest(lambda: METHODS[method](model, x)) - before) / forward
+
+
+def highest(run: Callable[[], object]) -> int:
+    """Return the highest resident memory during a run, in kilobytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    return resident("VmHWM")
+
+
+def in_a_process_of_its_own(name: str, method: str) -> float:
+    """Measure memory where nothing else has been held before."""
+    command = [sys.executable, "-m", "benchmarks.structure", "--memory", name, method]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+METHODS: dict[str, Callable[[nn.Module, Tensor], object]] = {"ours": ours, "torch-pruning": torch_pruning}
 
 
 def table(results: dict[str, dict[str, float]]) -> Table:
     """Lay out the medians in milliseconds."""
-    title = f"One cut of {AMOUNT:.0%} of the channels at 224 x 224, milliseconds (medians)"
+    title = f"One cut of {AMOUNT:.0%} of the channels, milliseconds of CPU (medians)"
     found = Table(title=title, caption="ours: all that prune_filters does but counting FLOPs (last column)")
-    for column in ("network", "forward", "ours", "torch-pruning", "ratio", *STEPS, "FLOPs"):
+    for column in ("network", "forward", "ours", "torch-pruning", "ratio", *STEPS, "FLOPs", "memory", "theirs"):
         found.add_column(column, justify="left" if column == "network" else "right")
     for name, row in results.items():
         times = [f"{1e3 * row[key]:.0f}" for key in ("forward", "ours", "torch-pruning")]
         steps = [f"{1e3 * row[step]:.0f}" for step in STEPS]
-        found.add_row(name, *times, f"{row['ratio']:.2f}", *steps, f"{1e3 * row['flops']:.0f}")
+        held = [f"{row[f'memory, {method}']:.2f}" for method in METHODS]
+        found.add_row(name, *times, f"{row['ratio']:.2f}", *steps, f"{1e3 * row['flops']:.0f}", *held)
     return found
 
 
@@ -138,14 +198,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--memory", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")
-    results = {name: compare(name, arguments.repeats) for name in arguments.models}
-    Console(width=120).print(table(results))
+    if arguments.memory:
+        print(memory(*arguments.memory))
+        return
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": arguments.threads}
-    about |= {"repeats": arguments.repeats, "seconds": results}
-    arguments.out.write_text(json.dumps(about, indent=1) + "\n")
+    results: dict[str, dict[str, float]] = {}
+    for name in arguments.models:
+        results[name] = compare(name, arguments.repeats)
+        told = about | {"repeats": arguments.repeats, "seconds": results}
+        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+    Console(width=140).print(table(results))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,20 @@ Weights are random, with random statistics and affine parameters, so that no two
 in a process of its own. Writes what it prints into ``zoo-NAME.json`` beside this file, network by network; networks
 that are there already are not run again unless they are named. Ours passes where the cut was proved, the output shapes
 are as they were and at least 15 % of the parameters are gone; torch-pruning, told which layers make the outputs, passes
-where the output shapes are as they were and as much is gone: it proves nothing.
+where the output shapes are as they were and as much is gone: it proves nothing. Seconds are of this process's CPU; from
+ours those that counting FLOPs takes are taken off, measured by counting them again.
 """
 
 import argparse
 import contextlib
 import importlib
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ with contextlib.suppress(ImportError):  # where torchvision was built for anothe
     importlib.import_module("torchvision_cpu")
 
 from benchmarks.zoos import ZOOS, Inputs
+from lightning_prune.flops import count_flops
 from lightning_prune.inputs import run, tensors_in
 from lightning_prune.pruning.filters import count_params, prune_filters
 
@@ -56,11 +59,21 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def ours(model: nn.Module, inputs: Inputs) -> Found:
     """Cut a network and say what is left, what was proved and what stays."""
+    counting = [counted(model, inputs)]
     report = prune_filters(model, inputs, AMOUNT)
+    counting.append(counted(model, inputs))
     reasons: dict[str, int] = {}
     for pin in report.pinned:
         reasons[pin.reason] = reasons.get(pin.reason, 0) + 1
-    return {"kept": report.params_after / report.params_before, "proof": report.proof, "stays": reasons}
+    kept = report.params_after / report.params_before
+    return {"kept": kept, "proof": report.proof, "stays": reasons, "counting": sum(counting)}
+
+
+def counted(model: nn.Module, inputs: Inputs) -> float:
+    """Return the CPU seconds that it takes to count the model's FLOPs."""
+    start = time.process_time()
+    count_flops(model, inputs)
+    return time.process_time() - start
 
 
 def torch_pruning(model: nn.Module, inputs: Inputs) -> Found:
@@ -80,13 +93,14 @@ def tried(method: Callable[[nn.Module, Inputs], Found], build: Callable[[], tupl
     model, inputs = build()
     model = randomised(model)
     with torch.no_grad():
-        start = time.perf_counter()
+        start = time.process_time()
         shapes = [tensor.shape for tensor in tensors_in(run(model, inputs))]
-        forward = time.perf_counter() - start
-    start = time.perf_counter()
+        forward = time.process_time() - start
+    start = time.process_time()
     try:
         found = method(model, inputs)
-        seconds = time.perf_counter() - start
+        # counting was done twice: inside, and once more to be measured
+        seconds = time.process_time() - start - 2 * found.get("counting", 0.0)
         with torch.no_grad():
             same = [tensor.shape for tensor in tensors_in(run(model, inputs))] == shapes
     except Exception as error:
@@ -95,24 +109,37 @@ def tried(method: Callable[[nn.Module, Inputs], Found], build: Callable[[], tupl
     return {**found, "same shapes": same, "passes": passes, "seconds": seconds, "forward": forward}
 
 
-def compared(zoo: str, name: str, limit: float) -> Found:
-    """Try both methods on one network, each in a process of its own."""
-    found = {}
-    for method in ("ours", "torch_pruning"):
-        command = [sys.executable, "-m", "benchmarks.zoo", "--zoo", zoo, "--one", name, method]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            told = done.stdout.strip().splitlines()
-            died = {"error": f"died: {done.stderr[-300:]}", "passes": False}
-            found[method] = json.loads(told[-1]) if done.returncode == 0 and told else died
-        except subprocess.TimeoutExpired:
-            found[method] = {"error": f"not done in {limit:g} seconds", "passes": False}
-    return found
+def compared(zoo: str, name: str, method: str, limit: float) -> Found:
+    """Try a method on one network, in a process of its own."""
+    fork = multiprocessing.get_context("fork")  # libraries are imported once
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=tell, args=(sender, zoo, name, method))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(limit):
+            found: Found = receiver.recv()
+            return found
+        return {"error": f"not done in {limit:g} seconds", "passes": False}
+    except EOFError:
+        process.join()
+        return {"error": f"died with exit code {process.exitcode}", "passes": False}
+    finally:
+        process.kill()
+        process.join()
+
+
+def tell(sender: Connection, zoo: str, name: str, method: str) -> None:
+    """Try a method on one network and send what came of it."""
+    sender.send(tried(METHODS[method], partial(ZOOS[zoo].build, name)))
+
+
+METHODS: dict[str, Callable[[nn.Module, Inputs], Found]] = {"ours": ours, "torch_pruning": torch_pruning}
 
 
 def table(results: dict[str, Found]) -> Table:
     """Lay out what both left of every network."""
-    passed = {method: sum(r[method]["passes"] for r in results.values()) for method in ("ours", "torch_pruning")}
+    passed = {method: sum(r[method]["passes"] for r in results.values() if method in r) for method in METHODS}
     found = Table(
         title=f"{AMOUNT:.0%} of the channels of {len(results)} networks",
         caption=f"pass: ours {passed['ours']}, torch-pruning {passed['torch_pruning']}; in brackets: does not pass",
@@ -120,10 +147,11 @@ def table(results: dict[str, Found]) -> Table:
     for column in ("network", "kept, ours", "theirs", "seconds, ours", "theirs", "ratio", "proved"):
         found.add_column(column, justify="left" if column in ("network", "proved") else "right")
     for name, row in results.items():
-        seconds = [row[method].get("seconds") for method in ("ours", "torch_pruning")]
+        seconds = [row.get(method, {}).get("seconds") for method in METHODS]
         ratio = f"{seconds[0] / seconds[1]:.2f}" if all(seconds) else ""
-        kept = [told(row[method]) for method in ("ours", "torch_pruning")]
-        found.add_row(name, *kept, *(f"{s:.1f}" if s else "" for s in seconds), ratio, row["ours"].get("proof", ""))
+        kept = [told(row[method]) if method in row else "" for method in METHODS]
+        proof = row.get("ours", {}).get("proof", "")
+        found.add_row(name, *kept, *(f"{s:.1f}" if s else "" for s in seconds), ratio, proof)
     return found
 
 
@@ -140,21 +168,19 @@ def main() -> None:
     parser.add_argument("--zoo", choices=ZOOS, default="torchvision")
     parser.add_argument("--models", nargs="+")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for one network and one method")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    zoo = ZOOS[arguments.zoo]
-    if arguments.one:
-        name, method = arguments.one
-        print(json.dumps(tried({"ours": ours, "torch_pruning": torch_pruning}[method], lambda: zoo.build(name))))
-        return
     path = HERE / f"zoo-{arguments.zoo}.json"
     results: dict[str, Found] = json.loads(path.read_text()) if path.exists() else {}
-    for name in arguments.models or [name for name in zoo.names() if name not in results]:
-        results[name] = compared(arguments.zoo, name, arguments.limit)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(name, *(told(results[name][method]) for method in ("ours", "torch_pruning")), flush=True)
+    for name in arguments.models or ZOOS[arguments.zoo].names():
+        row = results.setdefault(name, {})
+        for method in arguments.methods:
+            if arguments.models or method not in row:
+                row[method] = compared(arguments.zoo, name, method, arguments.limit)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                print(name, method, told(row[method]), flush=True)
     Console(width=140).print(table(results))
 
 

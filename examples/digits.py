@@ -12,8 +12,8 @@ import csv
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import matplotlib.pyplot as plt
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -85,9 +86,9 @@ class DigitsNet(pl.LightningModule):
         images, labels = batch
         self.log("val_acc", (self(images).argmax(dim=1) == labels).float().mean(), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), self.lr)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs or 1)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
@@ -114,7 +115,7 @@ def train(net: DigitsNet, epochs: int, folder: Path, *callbacks: Callback) -> li
 
 
 @torch.inference_mode()
-def latencies(nets: list[nn.Module], images: Tensor, rounds: int = 40) -> list[float]:
+def latencies(nets: Sequence[nn.Module], images: Tensor, rounds: int = 40) -> list[float]:
     """Return the median milliseconds of one call of each network, measured in turn."""
     seconds: list[list[float]] = [[] for _ in nets]
     for _ in range(rounds):

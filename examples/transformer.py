@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_prune import FewUnits, TaylorFilterPruning, count_flops
 
 CONTEXT = 32
+ONE_TEXT = torch.zeros(1, CONTEXT, dtype=torch.long)
 
 
 def zen() -> str:
@@ -42,11 +43,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         y = self.norm1(x)
-        heads = [
+        q, k, v = (
             part(y).view(batch, length, self.num_heads, self.head_width).transpose(1, 2)
             for part in (self.q, self.k, self.v)
-        ]
-        seen = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        )
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         x = x + self.out(seen.reshape(batch, length, self.num_heads * self.head_width))
         return x + self.hidden(self.norm2(x))
 
@@ -60,7 +61,7 @@ class CharacterModel(pl.LightningModule):
         self.place = nn.Parameter(0.02 * torch.randn(CONTEXT, width))
         self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
-        self.example_input_array = torch.zeros(1, CONTEXT, dtype=torch.long)
+        self.example_input_array = ONE_TEXT
 
     def forward(self, characters: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.embed(characters) + self.place)))
@@ -88,7 +89,7 @@ def main() -> None:
     data = DataLoader(TensorDataset(windows[:, :-1], windows[:, 1:]), batch_size=32, shuffle=True)
 
     model = CharacterModel(len(alphabet))
-    before = count_flops(model, model.example_input_array).total
+    before = count_flops(model, ONE_TEXT).total
     pruning = TaylorFilterPruning(
         amount=0.4,
         target="flops",
@@ -101,9 +102,10 @@ def main() -> None:
         enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(model, data)
-    heads = [block.num_heads for block in model.blocks]
-    hidden = [block.hidden[0].out_features for block in model.blocks]
-    left = count_flops(model, model.example_input_array).total / before
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    heads = [block.num_heads for block in blocks]
+    hidden = [block.hidden[0].out_features for block in blocks]
+    left = count_flops(model, ONE_TEXT).total / before
     loss = float(trainer.callback_metrics["loss"])
     print(f"{left:.1%} of the FLOPs left; heads {heads}, hidden units {hidden}; loss {loss:.3f}")
 

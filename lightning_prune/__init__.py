@@ -9,7 +9,7 @@ from lightning_prune.callbacks import (
     OBSOneShot,
     TaylorFilterPruning,
 )
-from lightning_prune.checkpoints import load_from_checkpoint
+from lightning_prune.checkpoints import Prunable, load_from_checkpoint
 from lightning_prune.errors import PruningError
 from lightning_prune.export.semi_structured import to_semi_structured_
 from lightning_prune.export.sparse import load_sparse, load_sparse_, save_sparse
@@ -22,10 +22,12 @@ from lightning_prune.pruning.fisher import FisherReport, prune_fisher
 from lightning_prune.pruning.obs import ObsReport, prune_obs
 from lightning_prune.pruning.obs_filters import RepairReport, prune_filters_obs
 from lightning_prune.pruning.weights import WeightReport, prune_weights
+from lightning_prune.reports import History
 from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
 from lightning_prune.sensitivity.filters import sensitivity
 from lightning_prune.sensitivity.findings import Sensitivity
 from lightning_prune.sensitivity.weights import weight_sensitivity
+from lightning_prune.speed import LatencyReport, compare_latency
 from lightning_prune.structure import coupling_rule
 from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
 
@@ -36,13 +38,16 @@ __all__ = [
     "FilterPruning",
     "FisherReport",
     "Geometric",
+    "History",
     "IterativeMagnitudePruning",
+    "LatencyReport",
     "Linear",
     "MetricGuard",
     "OBSOneShot",
     "ObsReport",
     "OneCycle",
     "OneShot",
+    "Prunable",
     "PruningError",
     "RepairReport",
     "Report",
@@ -53,6 +58,7 @@ __all__ = [
     "WeightReport",
     "apply_masks_",
     "compare_criteria",
+    "compare_latency",
     "count_flops",
     "coupling_rule",
     "hold_masks",

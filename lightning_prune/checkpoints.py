@@ -1,19 +1,62 @@
-"""Loads a checkpoint of a pruned run outside a Trainer."""
+"""Loads checkpoints of pruned runs where no callback of ours is at work: by a function, or by the module's class."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
+from lightning_prune.errors import PruningError
 from lightning_prune.surgery import take_shapes_
 
-__all__ = ["load_from_checkpoint"]
+__all__ = ["Prunable", "load_from_checkpoint"]
 
 _Module = TypeVar("_Module", bound=LightningModule)
+
+
+class Prunable:
+    """Lets a module load what pruning has left of it: name it before ``LightningModule``.
+
+    Then ``MyModule.load_from_checkpoint``, ``load_state_dict`` and ``trainer.test(ckpt_path=...)`` take checkpoints of
+    any shape that a run has written, and ``strategy="ddp_spawn"`` and ``"ddp_notebook"`` can bring a slim model back.
+    Nothing else changes. It works for plain modules, too.
+
+    Raises:
+        TypeError: When a class is defined that names it too late to be heard.
+
+    Examples:
+        >>> from lightning_prune import masks_on, prune_weights
+        >>> class Net(Prunable, nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.hidden = nn.Linear(4, 10)
+        >>> pruned, other = Net(), Net()
+        >>> report = prune_weights(pruned, 0.5)
+        >>> _ = other.load_state_dict(pruned.state_dict())
+        >>> int(masks_on(other)["hidden.weight"].sum())
+        20
+    """
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        """Refuse an order of bases in which ``load_state_dict`` would not be ours."""
+        super().__init_subclass__(*args, **kwargs)
+        order = cls.__mro__
+        if nn.Module in order and order.index(nn.Module) < order.index(Prunable):
+            raise TypeError(
+                f"class {cls.__name__}: Prunable stands behind a module, whose load_state_dict is used. Name it first: "
+                f"class {cls.__name__}(Prunable, LightningModule)."
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the shapes of the state dict, and whatever else it tells of its model, and load it."""
+        _take_shapes_of(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
 
 def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Path, **kwargs: Any) -> _Module:
@@ -26,9 +69,19 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
 
     Returns:
         The slim model.
+
+    Raises:
+        PruningError: If the file is no checkpoint, or only part of one.
     """
-    with _taking_shapes(module_class):
-        return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
+    try:
+        with _taking_shapes(module_class):
+            return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
+    except Exception as error:
+        if wrong := _wrong_with(Path(checkpoint_path)):
+            raise PruningError(
+                f"load_from_checkpoint: {checkpoint_path} {wrong}. Give the path of a checkpoint that a Trainer wrote."
+            ) from error
+        raise
 
 
 @contextmanager
@@ -38,7 +91,7 @@ def _taking_shapes(module_class: type[LightningModule]) -> Iterator[None]:
     load = module_class.load_state_dict
 
     def resize_and_load(self: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        take_shapes_(self, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
+        _take_shapes_of(self, state_dict)
         return load(self, state_dict, *args, **kwargs)
 
     module_class.load_state_dict = resize_and_load  # type: ignore[method-assign, assignment]
@@ -49,3 +102,23 @@ def _taking_shapes(module_class: type[LightningModule]) -> Iterator[None]:
             del module_class.load_state_dict
         else:
             module_class.load_state_dict = load  # type: ignore[method-assign]
+
+
+def _take_shapes_of(module: Any, state_dict: Mapping[str, Any]) -> None:
+    take_shapes_(module, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
+
+
+def _wrong_with(path: Path) -> str | None:
+    """Tell in words why a file is no checkpoint; nothing of one that is, or that lies elsewhere than on disk."""
+    if not path.is_file():
+        return None
+    if not zipfile.is_zipfile(path):
+        return "was not written by torch.save, or only in part"
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # what it holds is not plain: then the first failure told
+        return None
+    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
+        return None
+    holds = ", ".join(map(repr, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
+    return f"holds no state_dict (but {holds or 'nothing'})"

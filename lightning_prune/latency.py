@@ -18,9 +18,9 @@ from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import AttributeChange, Cut, draft, shape_attributes, temporarily_cut
 
-__all__ = ["CutDoesNotRunError", "Shapes", "circumstances", "latency_kept", "shapes_of"]
+__all__ = ["ROUNDS", "CutDoesNotRunError", "Shapes", "Turn", "circumstances", "latency_kept", "shapes_of"]
 
-_ROUNDS = 5
+ROUNDS = 5
 _BLOCK = 0.02  # seconds that one model runs before it is the other's turn
 
 
@@ -77,9 +77,9 @@ def latency_kept(
     cut = draft(model, structure, keep)
     slim = partial(temporarily_cut, model, cut, cut.tensors(model)) if cut.keep else nullcontext
     with undisturbed(model):
-        turns = [_Turn(model, example_inputs, shape) for shape in (_stand_in(model, whole), slim)]
+        turns = [Turn(model, example_inputs, shape) for shape in (_stand_in(model, whole), slim)]
         try:
-            ratios = [turns[1].seconds() / turns[0].seconds() for _ in range(_ROUNDS)]
+            ratios = [turns[1].seconds() / turns[0].seconds() for _ in range(ROUNDS)]
         except Exception as error:
             raise CutDoesNotRunError(keep) from error
     return median(ratios)
@@ -95,7 +95,7 @@ def circumstances(model: nn.Module, example_inputs: ExampleInputs) -> str:
     return f"on {where}, inputs: {shapes}"
 
 
-class _Turn:
+class Turn:
     """Runs a model in one shape for a while, whenever it is its turn."""
 
     def __init__(

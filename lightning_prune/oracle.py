@@ -126,7 +126,8 @@ def compare_criteria(
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
     truth = oracle(model, structure, batches, loss, progress=progress)
-    return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in criteria}
+    shown = track(criteria, "criteria", disable=not progress, transient=True)
+    return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in shown}
 
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:

@@ -293,6 +293,11 @@ class FewOf(Schedule):
     by: Moments
     of: int
 
+    def __str__(self) -> str:
+        """Return what the user wrote, and how many units it is about."""
+        written = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "of")
+        return f"FewUnits({written}) of {self.of} units that leave"
+
     @property
     def _number(self) -> int:
         return max(1, math.ceil(self.of / self.units))

@@ -25,6 +25,7 @@ FLOORS = {
     "surgery": 3,
     "latency": 3,
     "masks": 3,
+    "speed": 4,
     "scoring": 4,
     "arguments": 4,
     "pruning": 4,

@@ -43,6 +43,13 @@ SCRIPT = """
             return super().forward(images)
 
 
+    class Rogue(Net):
+        # One process goes its own way.
+        def on_train_batch_end(self, *_):
+            if self.global_rank == 1 and self.global_step == 7:
+                self.second.weight.data[0, 0, 0, 0] += 1e-6
+
+
     class Sized(Net):
         # Each process sees images of another size.
         def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -82,7 +89,7 @@ SCRIPT = """
 
     compare = Compare()
     torch.manual_seed(0)
-    kinds = {kind.__name__: kind for kind in (Net, Known, Depthwise, Sized, Slow, Manual)}
+    kinds = {kind.__name__: kind for kind in (Net, Known, Depthwise, Rogue, Sized, Slow, Manual)}
     module = kinds[case["kind"]](dropout=0.0, lr=0.1)
     made = trainer(
         pruning(),
@@ -118,7 +125,7 @@ SCRIPT = """
 """
 
 
-def run(
+def ended(
     folder,
     *,
     kind="Net",
@@ -129,15 +136,20 @@ def run(
     arguments=None,
     **trainer,
 ):
-    """Run the script in two processes and return what each saw."""
+    """Run the script in two processes."""
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     case = {"kind": kind, "callback": callback, "target": target, "resume": resume, "trainer": trainer}
     case |= {"ddp": ddp or {}, "arguments": arguments or {}}
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(script), str(folder), json.dumps(case)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def run(folder, **case):
+    """Run the script and return what each process saw."""
+    done = ended(folder, **case)
+    assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -191,3 +203,12 @@ def test_settings(case, tmp_path):
         assert 10 <= sum(ranks[0]["widths"][-1]) <= 13
     if case == "recalibrate":  # after the cuts before epochs 1, 2 and 3
         assert ranks[0]["statistics"][1:4] == [0.0] * 3 and ranks[0]["statistics"][4] > 0
+
+
+@pytest.mark.slow
+def test_processes_that_part_are_stopped_at_the_next_cut(tmp_path):
+    """Where one process changed a weight on its own, the next cut says so, and which; training would never have."""
+    done = ended(tmp_path, kind="Rogue")
+    assert done.returncode != 0
+    assert "FilterL1Pruning: after a cut the processes hold different models" in done.stderr
+    assert "with other values. Something differs between processes" in done.stderr

@@ -182,6 +182,17 @@ def test_inspect_a_run(capsys):
     assert "head.weight, dimension 0" in text and "reaches the model's output" in text
 
 
+@pytest.mark.parametrize(
+    "config", [{"trainer": {"max_epochs": 1}}, {"model": None}, {}], ids=["trainer", "null", "empty"]
+)
+def test_a_config_without_a_model_is_refused_by_name(config, folder):
+    """A YAML that says nothing of the model needs --model_class, and says so; with it, it will do."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit, match=r"run.yaml says nothing of the model.*--model_class my_script.MyModel"):
+        cli.main(["inspect", "--config", "run.yaml"])
+    cli.main(["inspect", "--config", "run.yaml", *CLASSES])
+
+
 def test_inspect_a_module(capsys):
     """--model takes what makes a module, class or function, and its arguments; --yaml prints a block for amount=."""
     cli.main(["inspect", "--model", "cli_script.mlp", "--model.width", "9", "--input_shape", "1,4"])
@@ -221,7 +232,15 @@ def test_inspect_tells_what_can_go(capsys):
             cli.main([*model, *limit])
 
 
-@pytest.mark.parametrize("command", ["sensitivity", "inspect"])
+def test_a_shape_that_is_none_is_told_with_an_example(capsys):
+    """What is no shape is refused in the words of the option."""
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", "--model", "cli_script.mlp", "--input_shape", "a,b"])
+    text = text_of(capsys)
+    assert "argument --input_shape: 'a,b' is no shape; write sizes as 1,3,32,32" in text and "_shape value" not in text
+
+
+@pytest.mark.parametrize("command", ["sensitivity", "inspect", "report"])
 def test_help_needs_no_manual(command, capsys):
     """--help names every option, says where classes come from and ends with a call that works."""
     with pytest.raises(SystemExit):

@@ -66,8 +66,9 @@ def fit(model, *callbacks, epochs=6, **kwargs):
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
     }
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), num_sanity_val_steps=0, **{**options, **kwargs})
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**options, **kwargs})
     trainer.fit(model, loader(), loader(), ckpt_path=kwargs.pop("ckpt_path", None))
     return trainer
 
@@ -176,6 +177,25 @@ def test_a_metric_that_is_not_logged_is_named():
     """An unknown metric is refused after the first validation, with those that there are."""
     with pytest.raises(PruningError, match="score"):
         fit(Scripted([1.0] * 6), FilterL1Pruning(0.5, schedule=OneShot(2)), MetricGuard("accuracy", 0.1))
+
+
+def test_a_metric_that_is_not_logged_is_told_before_training():
+    """Sanity checking tells which metrics there are, if it shows another; the first validation without it ends it."""
+    steps = []
+
+    class Counted(Scripted):
+        def on_before_optimizer_step(self, optimizer):
+            steps.append(self.global_step)
+
+        def on_sanity_check_end(self):  # comes after that of callbacks
+            assert told.list and not steps
+
+    with (
+        pytest.warns(UserWarning, match="MetricGuard.*'scor'.*: validation logs score. Name one of these") as told,
+        pytest.raises(PruningError, match="validation logs score. Name one of these"),
+    ):
+        fit(Counted([0.9] * 6), FilterL1Pruning(0.5), MetricGuard("scor", 0.1), num_sanity_val_steps=1)
+    assert len(steps) == 4
 
 
 def test_a_guard_alone_is_refused():

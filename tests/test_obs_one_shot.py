@@ -167,3 +167,17 @@ def test_what_cannot_be_done_is_refused_before_the_first_step(kind, callback, to
     with pytest.raises(PruningError, match=told):
         fit(model, callback)
     assert_same_weights(model, before)
+
+
+def test_batches_that_are_no_numbers_are_told():
+    """Where layers see NaN, that is what the error says, and not that something is singular; nothing is masked."""
+
+    class Blinded(Net):
+        def forward(self, images):
+            return super().forward(images if self.training else images * float("nan"))
+
+    module = net(Blinded)
+    before = weights(module)
+    with pytest.raises(PruningError, match=r"first.weight: The Hessian.*holds NaN or infinity: so do the batches"):
+        fit(module, OBSOneShot(0.5, epoch=0))
+    assert_same_weights(module, before)

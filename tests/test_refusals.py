@@ -1,5 +1,7 @@
 """Runs that cannot be pruned are refused before the first step, with the model as it was; unusual ones work."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,18 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, PruningError
+from lightning_prune import (
+    Cubic,
+    FilterL1Pruning,
+    IterativeMagnitudePruning,
+    Linear,
+    OBSOneShot,
+    OneShot,
+    PruningError,
+    TaylorFilterPruning,
+)
 from tests.runs import (
+    IMAGE,
     WIDTHS,
     Depthwise,
     Known,
@@ -146,6 +158,59 @@ def test_overlapping_callbacks(one, two, kind, refused):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "one, two",
+    [
+        (FilterL1Pruning(0.5), FilterL1Pruning(0.5)),
+        (FilterL1Pruning(0.3), FilterL1Pruning(0.5, target="flops", schedule=OneShot(1))),
+        (IterativeMagnitudePruning(0.3), IterativeMagnitudePruning(0.5)),
+    ],
+    ids=["equal", "phases", "weights"],
+)
+def test_two_about_the_same(one, two, refused):
+    """Two callbacks of a class that are about the same parts are refused in setup, both named, with what to do."""
+    refused(net(), one, two, told=r"Pruning\(amount=0.*\) and .*Pruning\(amount=0.*are about the same parts.*Use one")
+
+
+# Weights
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "callback, name",
+    [
+        (FilterL1Pruning(0.5), "second.weight"),
+        (TaylorFilterPruning(0.5), "head.weight"),
+        (IterativeMagnitudePruning(0.5), "head.weight"),
+        (OBSOneShot(0.5), "first.weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_weights_that_are_no_numbers(callback, name, value, refused):
+    """A model with NaN or infinity among the weights to choose from is refused before the first step, by name."""
+    module = net()
+    with torch.no_grad():
+        module.get_parameter(name).view(-1)[:3] = value
+    told = f"{type(callback).__name__}: 3 of {module.get_parameter(name).numel()} entries of {name} are NaN or infinite"
+    with pytest.raises(PruningError, match=told):
+        fit(module, callback)
+    assert widths(module) == WIDTHS and not module._state_dict_hooks
+
+
+@pytest.mark.parametrize("kind", [FilterL1Pruning, IterativeMagnitudePruning])
+def test_weights_that_diverge(kind):
+    """Where weights are NaN once a cut is due, the run stops with what to do, and no cut is made."""
+
+    class Diverges(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if self.current_epoch == 1 else 1)
+
+    module = net(Diverges)
+    with pytest.raises(PruningError, match="entries of first.weight are NaN or infinite.*lower the learning rate"):
+        fit(module, kind(0.5, schedule=OneShot(2)))
+    assert widths(module) == WIDTHS
+
+
 # Amounts and schedules
 
 
@@ -232,6 +297,11 @@ def test_wrong_example_inputs(inputs, refused):
     refused(net(), FilterL1Pruning(example_inputs=inputs), error=(PruningError, TypeError), told="example_inputs|fails")
 
 
+def test_empty_example_inputs(refused):
+    """Example inputs without an entry, on which nothing would be computed nor proved, are refused with their shapes."""
+    refused(net(), FilterL1Pruning(example_inputs=IMAGE[:0]), told=r"hold no entries \(shapes \(0, 2, 6, 6\)\)")
+
+
 # Small runs
 
 
@@ -265,6 +335,15 @@ def test_empty_loader():
     made = trainer(FilterL1Pruning(amount=0.5))
     made.fit(module, DataLoader(TensorDataset(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.long))))
     assert widths(module) == WIDTHS
+
+
+def test_batches_without_examples():
+    """Empty batches are passed over: the model is traced on the first that holds an example, and cut as a whole."""
+    empty, full = [(x[:n], y[:n]) for x, y in batches(8) for n in (0, 8)]
+    module = net()
+    trainer(FilterL1Pruning(amount=0.5), max_epochs=1).fit(module, DataLoader([empty, empty, full, full], None))
+    assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
+    assert_agrees_with_shapes(module)
 
 
 def test_batches_of_one():

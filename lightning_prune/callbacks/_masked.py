@@ -10,16 +10,23 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch import Tensor, optim
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.arguments import Amount
 from lightning_prune.bits import pack_bits
 from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import guards
+from lightning_prune.callbacks._processes import refuse_apart
 from lightning_prune.callbacks._pruning import Pruning
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_masks, refuse_unmaskable, structured_callbacks
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_masks,
+    refuse_not_finite,
+    refuse_unmaskable,
+    structured_callbacks,
+)
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
 from lightning_prune.pruning.filters import count_params
@@ -31,7 +38,7 @@ from lightning_prune.pruning.weights import (
     weight_count,
     weights_to_prune,
 )
-from lightning_prune.reports import weight_table
+from lightning_prune.reports import History
 from lightning_prune.schedules import FewUnits, Schedule
 from lightning_prune.surgery import Kept, PackedMasks, recipe_of
 
@@ -95,14 +102,14 @@ class MaskedPruning(Pruning):
         """Do what else belongs to a cut, once its masks have fallen."""
 
     @property
-    def state_key(self) -> str:
-        """Tell two callbacks of one class apart by the weights they are about."""
+    def about(self) -> str:
+        """Name the class and the weights that this callback is about."""
         named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
         return self._generate_state_key(amount=named, parameters=self.parameters, ignore=self.ignore)
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run in which masks cannot hold."""
-        refuse_masks(type(self).__name__, trainer)
+        refuse_masks(type(self).__name__, trainer, pl_module)
         if self.pattern is not None and (others := structured_callbacks(trainer)):
             raise PruningError(
                 f"{type(self).__name__}(pattern={self.pattern!r}) and {type(others[0]).__name__} contradict: when "
@@ -114,6 +121,7 @@ class MaskedPruning(Pruning):
         """Find the weights, take up the masks that the model carries, and hold them from now on."""
         refuse_unmaskable(type(self).__name__, trainer.optimizers)
         to_prune = weights_to_prune(pl_module, self.amount, self.parameters, self.ignore, self.pattern)
+        refuse_not_finite(type(self).__name__, pl_module, to_prune.weights)
         self._run = _InRun(to_prune, Masks(pl_module), self._needs_masked_gradients(trainer, pl_module))
         self._refuse_shared(trainer)
         for name, reason in to_prune.stay.items() if self._course.progress == 0 else ():
@@ -138,6 +146,7 @@ class MaskedPruning(Pruning):
             if isinstance(amount, Mapping)
             else self.schedule.sparsity(progress, amount)
         )
+        refuse_not_finite(type(self).__name__, pl_module, self._in_run.to_prune.weights)
         keep = _agreed(trainer, self.choose(pl_module, due, progress))
         for guard in guards(trainer):
             guard.before_cut(trainer, pl_module)
@@ -151,6 +160,8 @@ class MaskedPruning(Pruning):
         self.after_masking(trainer, pl_module, progress)
         for copy in averaged_copies(trainer):
             self._in_run.masks.apply_(copy)
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            refuse_apart(type(self).__name__, trainer, pl_module)
 
     def follow(self, kept: Kept) -> None:
         """Follow a cut that another callback made."""
@@ -184,11 +195,12 @@ class MaskedPruning(Pruning):
         }
         return values if structured_callbacks(trainer) else {**values, "prune/sparsity": gone / size}
 
-    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what is left of every weight."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, history: History) -> None:
+        """Tell what is left of every weight."""
         callbacks = masking_callbacks(trainer)
         if callbacks[-1] is self:
-            Console().print(weight_table(count for callback in callbacks for count in callback._in_run.counts))
+            history.weights = [count for callback in callbacks for count in callback._in_run.counts]
+            history.dense = {name: why for c in callbacks for name, why in c._in_run.to_prune.stay.items()}
 
     def remembered(self) -> dict[str, Any]:
         """Return the masks, packed to bits."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import zlib
+
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lightning_prune.batch_norm import batch_norms, recalibrate_batch_norm
 from lightning_prune.callbacks._batches import training_batches
 from lightning_prune.callbacks._inputs import inputs_of
+from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, run
 from lightning_prune.latency import CutDoesNotRunError, Shapes, latency_kept
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["latency_of_first", "recalibrate_"]
+__all__ = ["latency_of_first", "recalibrate_", "refuse_apart"]
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**22  # words whose sum is taken at a time, so that no second model lies in memory
 
 
 def latency_of_first(
@@ -52,3 +60,45 @@ def recalibrate_(trainer: Trainer, pl_module: LightningModule, count: int) -> No
     for norm in norms.values():
         for buffer in (norm.running_mean, norm.running_var):
             buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
+
+
+def refuse_apart(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse to go on where processes that train one model hold others, by one small message a cut.
+
+    Raises:
+        PruningError: On all processes, naming the first parameter that differs.
+    """
+    strategy = trainer.strategy
+    alone = {*getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())}  # of each process, as DDP was told
+    if getattr(strategy, "_model_averaging_period", None) is not None:  # weights part on purpose for a while
+        return
+    own = {name: parameter for name, parameter in pl_module.named_parameters() if name not in alone}
+    shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    sums = torch.stack([_bits_summed(parameter) for parameter in own.values()])
+    ours = torch.stack([torch.tensor(zlib.crc32(repr(shapes).encode())).to(sums), _bits_summed(sums)])
+    found = strategy.all_gather(ours.to(strategy.root_device)).view(-1, 2)  # type: ignore[attr-defined]
+    apart = [rank for rank, theirs in enumerate(found.tolist()) if theirs != found[0].tolist()]
+    if not apart:
+        return
+    told = {name: (shapes[name], int(number)) for name, number in zip(shapes, sums, strict=True)}
+    first, other = strategy.broadcast(told), strategy.broadcast(told, apart[0])
+    name = next(name for name in [*first, *other] if first.get(name) != other.get(name))
+    here, there = first.get(name, ("absent",))[0], other.get(name, ("absent",))[0]
+    raise PruningError(
+        f"{where}: after a cut the processes hold different models. The first to differ is {name}: {here} on process "
+        f"0, {there} on process {apart[0]}{'' if here != there else ', with other values'}. Something differs between "
+        "processes before that: a learning rate that follows a metric logged without sync_dist=True, code that asks "
+        "for the rank, or steps outside of DDP's backward pass."
+    )
+
+
+def _bits_summed(tensor: Tensor) -> Tensor:
+    """Return a sum over the bits of a tensor, each word weighed by its place."""
+    tensor = tensor.detach()
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    words = plain.reshape(-1).contiguous().view(_WORDS[plain.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in words.split(_AT_ONCE):
+        places = torch.arange(1, len(part) + 1, device=tensor.device)
+        total = 31 * total + (part.long() * places).sum()
+    return total

@@ -16,7 +16,10 @@ from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_foll
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short
+from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short, refuse_twins
+from lightning_prune.callbacks._reporting import call_of, new_metrics, report
+from lightning_prune.errors import PruningError
+from lightning_prune.reports import History
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
 
@@ -47,6 +50,9 @@ class Pruning(AnyCallback, ABC):
             )
         self.schedule: Schedule = schedule if schedule is not None else OneShot()
         self._course = Course()
+        self._joined = False  # a run
+        self._history = History()
+        self._logged: dict[str, Any] = {}  # before the validation that runs
         self._module: weakref.ref[LightningModule] | None = None
         self._hooks: list[Any] = []
 
@@ -60,7 +66,7 @@ class Pruning(AnyCallback, ABC):
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
         """Look at the model, and refuse what cannot be reached before epochs are spent on it.
 
-        Called when training starts, without a batch; if that returns False, with the first batch.
+        Called when training starts, without a batch; while that returns False, with every batch.
         """
 
     @abstractmethod
@@ -72,8 +78,8 @@ class Pruning(AnyCallback, ABC):
         """Return what is logged, by name; of several callbacks of a kind one speaks for all."""
 
     @abstractmethod
-    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what became of the model, on one process and once for all callbacks of a kind."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, history: History) -> None:
+        """Write into a history how the model stands; of several callbacks of a kind one speaks for all."""
 
     @abstractmethod
     def remembered(self) -> dict[str, Any]:
@@ -94,6 +100,16 @@ class Pruning(AnyCallback, ABC):
     @abstractmethod
     def undo(self, pl_module: LightningModule, undoable: dict[str, Any]) -> None:
         """Follow a model that was given back what the last cut took."""
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """Name, stably from run to run, the class and the parts of the model that this callback is about."""
+
+    @property
+    def history(self) -> History:
+        """What became of the model so far; of several pruning callbacks of a trainer the last keeps it for all."""
+        return self._history
 
     @property
     def ready(self) -> bool:
@@ -132,14 +148,22 @@ class Pruning(AnyCallback, ABC):
 
     # When
 
+    @property
+    def state_key(self) -> str:
+        """Tell callbacks of one class apart in checkpoints by what they are about."""
+        # A Trainer refuses equal keys when it is made, and does not say what to do; setup does.
+        return self.about if self._joined else f"{self.about} {id(self)}"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
+        self._joined = True
         if stage == "fit":
+            refuse_twins(self, trainer)
             self.refuse(trainer, pl_module)
             refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
         if self._module is None or self._module() is not pl_module:
-            self._course = Course()
+            self._course, self._history = Course(), History()
             self.forget()
             self._module = weakref.ref(pl_module)
         self._course.begun, self._course.epoch = False, -1
@@ -169,6 +193,8 @@ class Pruning(AnyCallback, ABC):
         """
         if not self._course.begun:
             self._begin(trainer, pl_module, batch)
+        if not self._course.begun:
+            return
         if not self._course.seen and self.due and self.will_run_on_batches(pl_module):
             next(inputs_of(pl_module, [batch]))  # refuses what forward does not take before steps are spent on it
             self._course.seen = True
@@ -176,8 +202,18 @@ class Pruning(AnyCallback, ABC):
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged before."""
+        self._logged = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what this validation logged."""
+        logged, self._logged = self._logged, {}
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and pruning_callbacks(trainer)[-1] is self:
+            self._history.note_metrics(trainer.current_epoch, trainer.global_step, new_metrics(trainer, logged))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what became of the model."""
+        """Report what became of the model, once for all callbacks: in the terminal and to the loggers."""
         for guard in guards(trainer):
             guard.judge(trainer, pl_module)
         course = self._course
@@ -189,8 +225,11 @@ class Pruning(AnyCallback, ABC):
                 f"{type(self).__name__}: training ended before {self.schedule} did; {course.progress:.0%} of its cuts "
                 f"were due and were made.{missed}"
             )
-        if course.begun and trainer.is_global_zero:
-            self.report(trainer, pl_module)
+        if course.begun and self._begun(trainer)[-1] is self:
+            logged = self._history.left
+            changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back
+            if trainer.is_global_zero:
+                report(trainer, self._history, changed)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""
@@ -230,12 +269,27 @@ class Pruning(AnyCallback, ABC):
             return
         if not any(course.unlogged for course in courses):
             return
-        values: dict[str, float] = {}
-        for callback in callbacks:
-            callback._course.unlogged = False
-            values |= callback.metrics(trainer, pl_module)
+        for course in courses:
+            course.unlogged = False
+        values = self._note(trainer, pl_module)
         within = self._changes_within_epochs(trainer)
         pl_module.log_dict(values, on_step=within, on_epoch=not within, batch_size=1)
+
+    def _note(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Note how the model stands, and return what is left of it by the names under which it is logged."""
+        values: dict[str, float] = {}
+        for callback in self._begun(trainer):
+            values |= callback.metrics(trainer, pl_module)
+        history = self._history
+        history.model = type(pl_module).__name__
+        history.callbacks = [call_of(callback) for callback in pruning_callbacks(trainer)]
+        history.note_left(trainer.current_epoch, trainer.global_step, values)
+        for callback in self._begun(trainer):
+            callback.describe(trainer, pl_module, history)
+        return values
+
+    def _begun(self, trainer: Trainer) -> list[Pruning]:
+        return [callback for callback in pruning_callbacks(trainer) if callback._course.begun]
 
     def _changes_within_epochs(self, trainer: Trainer) -> bool:
         return any(callback.schedule.by == "steps" for callback in pruning_callbacks(trainer))
@@ -267,11 +321,23 @@ class Pruning(AnyCallback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how much has gone and of what, as plain numbers and tensors."""
-        return {"progress": self._course.progress, "ceiling": self._course.ceiling, **self.remembered()}
+        course, history = self._course, self._history.to_plain()
+        return {"progress": course.progress, "ceiling": course.ceiling, "history": history, **self.remembered()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint remembers."""
+        """Take up what a checkpoint remembers.
+
+        Raises:
+            PruningError: If something is missing there.
+        """
+        missing = sorted(self.state_dict().keys() - state_dict.keys())
+        if missing:
+            raise PruningError(
+                f"{type(self).__name__}: the checkpoint does not hold its {', '.join(missing)}, so another version of "
+                "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
+            )
         self._course.progress, self._course.ceiling = state_dict["progress"], state_dict["ceiling"]
+        self._history = History.from_plain(state_dict["history"])
         self.take_up(state_dict)
 
     def _detach(self, pl_module: LightningModule) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.arguments import amount_by_group, with_ignored
+from lightning_prune.checkpoints import Prunable
 from lightning_prune.errors import PruningError
 from lightning_prune.schedules import Schedule
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Structure, named_tensors
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks._gathering import Gathering
@@ -20,12 +22,12 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks._structured import StructuredPruning
 
 __all__ = [
-    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_overlap", "refuse_removal", "refuse_run",
-    "refuse_short", "refuse_unmaskable", "structured_callbacks",
+    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_not_finite", "refuse_overlap", "refuse_removal",
+    "refuse_run", "refuse_short", "refuse_twins", "refuse_unmaskable", "structured_callbacks",
 ]  # fmt: skip
 
 
-def refuse_removal(where: str, trainer: Trainer) -> None:
+def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse strategies and other callbacks beside which no unit can leave.
 
     Raises:
@@ -36,11 +38,7 @@ def refuse_removal(where: str, trainer: Trainer) -> None:
             f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, from which no unit can be cut. "
             "Prune on one device or with strategy='ddp', then shard the slim model."
         )
-    if hasattr(trainer.strategy.launcher, "_start_method"):
-        raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and a model that "
-            "was cut there does not fit into the one that waits here. Use strategy='ddp', from a script."
-        )
+    _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
     if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
         raise PruningError(
             f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no "
@@ -50,7 +48,7 @@ def refuse_removal(where: str, trainer: Trainer) -> None:
         raise PruningError(f"{where} and ModelPruning contradict: one cuts what the other wraps. Use one of them.")
 
 
-def refuse_masks(where: str, trainer: Trainer) -> None:
+def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse strategies and other callbacks beside which masks cannot hold.
 
     Raises:
@@ -61,13 +59,42 @@ def refuse_masks(where: str, trainer: Trainer) -> None:
             f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, on which no mask of the whole "
             "fits. Prune on one device or with strategy='ddp'."
         )
-    if hasattr(trainer.strategy.launcher, "_start_method"):
-        raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and what is known "
-            "of the masks ends with them. Use strategy='ddp', from a script."
-        )
+    _refuse_spawned(where, trainer, pl_module, "what is known of the masks ends with them")
     if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise PruningError(f"{where} and ModelPruning contradict: one masks what the other wraps. Use one of them.")
+
+
+def refuse_twins(mine: Pruning, trainer: Trainer) -> None:
+    """Refuse two callbacks of one class that are about the same parts of a model: a checkpoint knows one of them.
+
+    Raises:
+        PruningError: Naming both.
+    """
+    for other in pruning_callbacks(trainer):
+        if other is not mine and other.about == mine.about:
+            raise PruningError(
+                f"{other!r} and {mine!r} are about the same parts of the model, so the amount of one contradicts the "
+                "other's. Use one callback, with one schedule, or part the model between them by ignore= or "
+                "amount={pattern: ...}."
+            )
+
+
+def refuse_not_finite(where: str, pl_module: LightningModule, names: Iterable[str]) -> None:
+    """Refuse to decide by weights that are no numbers: they would count as the least important, and never recover.
+
+    Raises:
+        PruningError: Naming the first of them.
+    """
+    own = named_tensors(pl_module)
+    for name in dict.fromkeys(names):
+        weight = own[name]
+        if isinstance(weight, nn.Parameter) and not weight.is_meta and not weight.isfinite().all():
+            count = int((~weight.isfinite()).sum())
+            raise PruningError(
+                f"{where}: {count} of {weight.numel()} entries of {name} are NaN or infinite, so no choice among them "
+                "means anything. Start from weights that are finite, or from the last checkpoint that was, and lower "
+                "the learning rate or clip gradients."
+            )
 
 
 def refuse_unmaskable(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -161,6 +188,16 @@ def structured_callbacks(trainer: Trainer) -> list[StructuredPruning]:
     from lightning_prune.callbacks._structured import StructuredPruning
 
     return [callback for callback in pruning_callbacks(trainer) if isinstance(callback, StructuredPruning)]
+
+
+def _refuse_spawned(where: str, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
+    if hasattr(trainer.strategy.launcher, "_start_method") and not isinstance(pl_module, Prunable):
+        kind = type(pl_module).__name__
+        raise PruningError(
+            f"{where}: {type(trainer.strategy).__name__} trains in processes that this one starts, and {why}. Use "
+            f"strategy='ddp', from a script, or let {kind} take back what was cut: class {kind}(Prunable, "
+            "LightningModule), with lightning_prune.Prunable."
+        )
 
 
 def _claims(callback: StructuredPruning, pl_module: LightningModule, structure: Structure) -> set[str]:

@@ -13,6 +13,7 @@ from lightning_prune.flops import FlopCount
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import Shapes
 from lightning_prune.reports import LayerCost
+from lightning_prune.structure import Pinned
 
 __all__ = ["Start", "State"]
 
@@ -46,6 +47,8 @@ class State:
     flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
     widths: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    pinned: list[Pinned] = field(default_factory=list)  # as the last trace found
+    branching: list[str] = field(default_factory=list)  # the same
     latency: float = 1.0  # share of it that was left after the last cut, where it is a target
 
     def remembered(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -29,28 +28,32 @@ from lightning_prune.callbacks._averaging import cut_copies_
 from lightning_prune.callbacks._gathering import Gathering
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks._processes import latency_of_first, recalibrate_
+from lightning_prune.callbacks._processes import latency_of_first, recalibrate_, refuse_apart
 from lightning_prune.callbacks._pruning import Pruning
 from lightning_prune.callbacks._refusals import (
     pruning_callbacks,
     refuse_blind,
+    refuse_not_finite,
     refuse_overlap,
     refuse_removal,
     structured_callbacks,
 )
 from lightning_prune.callbacks._state import Start, State
+from lightning_prune.callbacks._step import Traced, check_traced, instead_of_forward, refuse_step
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import FlopCount, count_flops
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.inputs import ExampleInputs, hold_nothing
 from lightning_prune.latency import circumstances, shapes_of
 from lightning_prune.pruning.filters import Prepared, count_params, prepare
-from lightning_prune.reports import layer_costs, layer_table
+from lightning_prune.reports import History, LayerChange, layer_costs
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import Keep, Structure, find_structure, trace
 from lightning_prune.surgery import Kept, cut_, recipe_of
 
 __all__ = ["StructuredPruning"]
+
+_UNPROVED = "an earlier cut of them could not be proved"
 
 
 class StructuredPruning(Pruning):
@@ -68,11 +71,13 @@ class StructuredPruning(Pruning):
         min_width: MinWidth,
         max_amount: MaxAmount,
         recalibrate: int,
+        traced: Traced,
         gathering: Gathering,
     ) -> None:
         """Check the arguments and keep them."""
         where = type(self).__name__
         check_arguments(where, amount, "l1", target, scope, round_to, min_width, max_amount)
+        check_traced(where, traced, example_inputs)
         if isinstance(ignore, str):
             raise TypeError(f"{where}(ignore={ignore!r}): pass a list of patterns, [{ignore!r}].")
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
@@ -92,6 +97,7 @@ class StructuredPruning(Pruning):
         self.min_width = min_width
         self.max_amount = max_amount
         self.recalibrate = recalibrate
+        self.trace: Traced = traced
         self._state = State()
         self._gathering = gathering
 
@@ -116,27 +122,24 @@ class StructuredPruning(Pruning):
         return 0 if self._state.start is None else self._state.start.units
 
     @property
-    def state_key(self) -> str:
-        """Tell two callbacks of one class apart by the modules they are about."""
+    def about(self) -> str:
+        """Name the class and the modules that this callback is about."""
         named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
         return self._generate_state_key(amount=named, ignore=self.ignore)
 
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run in which no unit can leave."""
-        refuse_removal(type(self).__name__, trainer)
+        refuse_removal(type(self).__name__, trainer, pl_module)
+        refuse_step(type(self).__name__, self.trace, pl_module)
 
     def will_run_on_batches(self, pl_module: LightningModule) -> bool:
         """Tell whether BatchNorm's statistics will be averaged anew after a cut."""
         return bool(self.recalibrate and batch_norms(pl_module))
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
-        """Trace the model on known inputs, or on the first batch, and rehearse the whole amount."""
+        """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(type(self).__name__, trainer.optimizers)
-        if batch is not None:
-            self._state.example = batch_as_inputs(pl_module, batch)
-        given = [callback.example_inputs for callback in (self, *structured_callbacks(trainer))]
-        known = [*given, pl_module.example_input_array, self._state.example]
-        inputs = next((inputs for inputs in known if inputs is not None), None)
+        inputs = self._found_inputs(trainer, pl_module, batch)
         if inputs is None:
             return False
         state = self._state
@@ -144,8 +147,10 @@ class StructuredPruning(Pruning):
         structure = find_structure(trace(pl_module, state.inputs))
         refuse_overlap(self, trainer, pl_module, structure)
         structure = self._prunable(pl_module, structure)
+        state.pinned, state.branching = structure.pinned, list(structure.branching)
         if state.start is None:
             check_prunable(pl_module, structure)
+            self._refuse_not_finite(pl_module, structure)
             state.start = Start(
                 {name: group.width for name, group in structure.groups.items()},
                 count_params(pl_module),
@@ -170,6 +175,7 @@ class StructuredPruning(Pruning):
     def reach(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
         """Cut until what is due is gone."""
         structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+        self._refuse_not_finite(pl_module, structure)
         scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
         self._gathering.rest()
         prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
@@ -179,6 +185,7 @@ class StructuredPruning(Pruning):
             if self.target == "latency":
                 self._state.latency = self._latency(trainer, pl_module, structure, {})
         self._state.widths |= {width.name: width.after for width in prepared.widths}
+        self._state.pinned = structure.without(prepared.refused, _UNPROVED).pinned
         if progress < self._course.ceiling:
             self._watch_on(pl_module)
 
@@ -205,15 +212,13 @@ class StructuredPruning(Pruning):
                 values["prune/latency_kept"] = state.latency
         return {name: float(value) for name, value in values.items()}
 
-    def report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what became of every layer."""
+    def describe(self, trainer: Trainer, pl_module: LightningModule, history: History) -> None:
+        """Tell every layer's cost, before and now, and what stays."""
         if self._speaks(trainer):
-            start, flops = self._start, self._count_flops(pl_module)
-            kept = count_params(pl_module) / max(start.params, 1), flops.total / max(start.flops, 1)
-            title = f"Left: {kept[0]:.1%} of params, {kept[1]:.1%} of FLOPs"
-            if self.target == "latency":
-                title += f", {self._state.latency:.1%} of the latency {circumstances(pl_module, self._inputs)}"
-            Console().print(layer_table(start.layers, layer_costs(pl_module, flops), title))
+            now = layer_costs(pl_module, self._count_flops(pl_module))
+            history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in self._start.layers.items()}
+            history.measured = circumstances(pl_module, self._inputs)
+            history.pinned, history.branching = list(self._state.pinned), list(self._state.branching)
 
     def remembered(self) -> dict[str, Any]:
         """Return what amounts are fractions of, what has gone, and what was gathered since."""
@@ -283,6 +288,18 @@ class StructuredPruning(Pruning):
         """Tell whether this callback logs and reports for all that remove units."""
         return structured_callbacks(trainer)[-1] is self
 
+    def _found_inputs(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> ExampleInputs | None:
+        """Return what the model is to be run on, if that is known yet."""
+        state = self._state
+        batch = None if batch is not None and hold_nothing(batch) else batch
+        if self.trace != "forward":  # a whole batch is too much for a checkpoint: a resumed run takes its own first one
+            return None if batch is None else instead_of_forward(self.trace, batch)
+        if batch is not None:
+            state.example = batch_as_inputs(pl_module, batch)
+        given = [callback.example_inputs for callback in (self, *structured_callbacks(trainer))]
+        known = [*given, pl_module.example_input_array, state.example]
+        return next((inputs for inputs in known if inputs is not None), None)
+
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self._gathering.looks_at_training:
             structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
@@ -292,7 +309,11 @@ class StructuredPruning(Pruning):
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self.ignore)
         refused = [name for name in self._state.refused if name in structure.groups]
-        return structure.without(refused, "an earlier cut of them could not be proved")
+        return structure.without(refused, _UNPROVED)
+
+    def _refuse_not_finite(self, pl_module: LightningModule, structure: Structure) -> None:
+        written = (slot.tensor for group in structure.groups.values() for slot in group.slots)
+        refuse_not_finite(type(self).__name__, pl_module, written)
 
     def _budget_of(self, structure: Structure) -> Budget:
         budget = Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
@@ -345,6 +366,7 @@ class StructuredPruning(Pruning):
         cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
         cut_copies_(trainer, pl_module, prepared.cut)
         if averaged:
+            refuse_apart(type(self).__name__, trainer, pl_module)  # to wrap anew sends the first one's weights to all
             strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback in pruning_callbacks(trainer):
             callback.follow(prepared.cut.kept)

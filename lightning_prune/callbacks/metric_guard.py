@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks._averaging import averaged_copies
@@ -99,13 +99,17 @@ class MetricGuard(Guard):
         }
         self._state.validations = 0
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell of a metric that was not logged, before an epoch is spent; some log nothing while they are checked."""
+        if self.monitor not in trainer.callback_metrics:
+            rank_zero_warn(f"{self._not_logged(trainer)} Training stops after the first validation without it.")
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the metric."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor not in trainer.callback_metrics:
-            logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "nothing"
-            raise PruningError(f"MetricGuard(monitor={self.monitor!r}): validation logs {logged}. Name one of these.")
+            raise PruningError(self._not_logged(trainer))
         state, value = self._state, float(trainer.callback_metrics[self.monitor])
         state.last, state.validations = value, state.validations + 1
         if state.best is None or self._behind(value, state.best) < 0:
@@ -131,6 +135,10 @@ class MetricGuard(Guard):
         if trainer.strategy.broadcast(harmed):
             self._take_back(trainer, pl_module, before)
         return False
+
+    def _not_logged(self, trainer: Trainer) -> str:
+        logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "nothing"
+        return f"MetricGuard(monitor={self.monitor!r}): validation logs {logged}. Name one of these."
 
     def _behind(self, value: float, best: float) -> float:
         return best - value if self.mode == "max" else value - best

@@ -61,7 +61,8 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
         How each tensor is stored, and bytes before and after.
 
     Raises:
-        PruningError: If the state dict holds something that is no tensor.
+        PruningError: If the state dict holds something that is no tensor, or the file does not give back what was
+            written.
 
     Examples:
         >>> import tempfile
@@ -83,7 +84,12 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
     stored = _write(state, unfinished)
     found = load_sparse(unfinished)
     for name, tensor in state.items():
-        assert torch.equal(found[name].nan_to_num(), tensor.detach().cpu().nan_to_num()), name
+        if not torch.equal(found[name].nan_to_num(), tensor.detach().cpu().nan_to_num()):
+            unfinished.unlink()
+            raise PruningError(
+                f"save_sparse: {name} was read back from {unfinished} otherwise than it was written. {path} is as it "
+                "was; look whether its disk is full or failing, and save again."
+            )
     os.replace(unfinished, path)
     return SparseReport(tuple(stored), sum(tensor.bytes_before for tensor in stored), path.stat().st_size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class Report:
         pinned: What stayed, and why.
         proved: That what was cut was proved: what cannot be proved is not cut, but listed under ``pinned``.
         proof: What was proved, in words.
+        branching: Modules whose code goes by numbers of its input: only the path that the example inputs took was seen.
         latency_kept: Share of the latency that is left, as measured, where that was the target.
         measured: What the latency was measured on.
     """
@@ -71,6 +72,7 @@ class Report:
     pinned: tuple[Pinned, ...]
     proved: bool
     proof: str
+    branching: tuple[str, ...] = ()
     latency_kept: float | None = None
     measured: str = ""
 
@@ -170,6 +172,7 @@ def prune_filters(
         pinned=tuple(prepared.structure.pinned),
         proved=True,
         proof=prepared.proof,
+        branching=prepared.structure.branching,
         latency_kept=kept,
         measured=circumstances(model, example_inputs) if target == "latency" else "",
     )
@@ -249,7 +252,7 @@ def prepare(
         except CutDoesNotRunError as error:
             keep, stopped = error.keep, error
         cut = draft(model, structure, keep)
-        tensors = cut.tensors(model)
+        tensors = cache(partial(cut.tensors, model))
         if not (cut.keep and prove(model, example_inputs, structure, cut, tensors)):
             if stopped is not None:
                 raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
@@ -259,7 +262,7 @@ def prepare(
             structure = structure.without([name], reason)
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
-    return Prepared(cut, tensors, structure, keep, tuple(refused), widths, _words(structure, cut))
+    return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
 
 
 def count_params(model: nn.Module) -> int:
@@ -274,7 +277,7 @@ def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Stru
         return prove_structure(model, example_inputs, structure, cut)
 
     def whole(cut: Cut) -> Disproof | None:
-        return prove(model, example_inputs, structure, cut, cut.tensors(model))
+        return prove(model, example_inputs, structure, cut, partial(cut.tensors, model))
 
     return _culprits(model, structure, keep, structural) or _culprits(model, structure, keep, whole)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.flops import FlopCount
 
-__all__ = ["LayerCost", "layer_costs", "layer_table"]
+__all__ = ["LayerCost", "count_change", "layer_costs", "layer_table"]
 
 
 class LayerCost(NamedTuple):
@@ -42,14 +42,15 @@ def layer_table(before: Mapping[str, LayerCost], after: Mapping[str, LayerCost],
         table.add_column(heading, justify="right", no_wrap=True)
     for path, was in before.items():
         now = after.get(path, was)
-        cells = (_change(a, b) for a, b in zip(was, now, strict=True))
+        cells = (count_change(a, b) for a, b in zip(was, now, strict=True))
         table.add_row(path, *cells, style=None if was != now else "dim")
     return table
 
 
+def count_change(before: int, after: int) -> str:
+    """Return what a number was and became."""
+    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+
+
 def _looks_up(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag)
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} → {after:,}"

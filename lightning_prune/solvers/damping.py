@@ -53,8 +53,13 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Return lower Cholesky factors, ``(..., n, n)``.
 
     Raises:
-        PruningError: If a matrix is not positive definite to working precision.
+        PruningError: If a matrix holds what is not finite, or is not positive definite to working precision.
     """
+    if not matrix.isfinite().all():
+        raise PruningError(
+            f"The Hessian, {matrix.shape[-1]} x {matrix.shape[-1]}, holds NaN or infinity: so do the batches, or what "
+            "the layers before make of them. Pass data that is finite, to a model that is."
+        )
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.any():
         raise PruningError(

@@ -19,7 +19,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
 from lightning_prune.statistics.unrolled import Convolution, Matmul, Reading
 from lightning_prune.structure import named_tensors
-from lightning_prune.structure.trace import unfused
+from lightning_prune.structure.watch import unfused
 
 __all__ = [
     "Change", "Gram", "Pair", "Products", "Run", "find_products", "fitting", "gather_grams", "gather_pair",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.inputs import tensors_in, undisturbed
-from lightning_prune.structure.trace import exchange_
+from lightning_prune.structure.tensors import exchange_
 
 __all__ = ["Outputs", "replaced"]
 

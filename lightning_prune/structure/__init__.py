@@ -2,7 +2,8 @@
 
 from lightning_prune.structure.groups import ChannelGroup, Keep, Pinned, Slot, Structure, find_structure
 from lightning_prune.structure.rules import Call, coupling_rule
-from lightning_prune.structure.trace import named_tensors, trace
+from lightning_prune.structure.tensors import named_tensors
+from lightning_prune.structure.trace import trace
 
 __all__ = [
     "Call",

@@ -15,10 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["INERT", "PINNED", "Attribute", "Choice", "Cost", "Equation", "Label", "Labels", "Ledger", "SlotRange"]
+__all__ = [
+    "INERT",
+    "PINNED",
+    "Attribute",
+    "Choice",
+    "Cost",
+    "Equation",
+    "Label",
+    "Labels",
+    "Ledger",
+    "Ran",
+    "SlotRange",
+]
 
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
+Ran = tuple[Any, tuple[bool, ...]]
+"""An operator that ran, and along which dimensions of its output there was one index alone."""
 
 PINNED = 0
 """The atom that may never leave: what meets it stays."""
@@ -42,12 +56,13 @@ class Labels:
     """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
 
     ``weight`` says that the tensor was made from parameters and constants alone, ``blank`` that it holds one value
-    everywhere and waits to be filled.
+    everywhere and waits to be filled, ``hollow`` that its entries were not computed.
     """
 
     dims: dict[int, tuple[Label, ...]] = field(default_factory=dict)
     weight: bool = True
     blank: bool = False
+    hollow: bool = False
 
     def at(self, dim: int) -> tuple[Label, ...]:
         """Return the labels along a dimension, none for a dimension of fixed size."""
@@ -123,15 +138,16 @@ class Ledger:
         self.equations: list[Equation] = []
         self.numbers = True  # whether numbers remember where they come from
         self.lengths: dict[Hashable, Label] = {}
+        self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
         self.unseen: set[str] = set()  # parameters and buffers that no operator took
+        self.idle: list[str] = []  # parameters of those that go with nothing that an operator took
         self.whole: list[Atoms] = []
         self.costs: list[Cost] = []
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}
         self.statistics: list[Atoms] = []
         self.output_shapes: list[tuple[int, ...]] = []
-        self.runs_on_meta: bool | None = (
-            None  # whether the traced model runs where nothing is computed; None: not tried
-        )
+        self.hollow = True  # whether the traced model runs where nothing is computed
+        self.ran: list[Ran] = []
         self._chosen: dict[str, int] = {}
         self.running: tuple[str, Any] = ("", None)  # path of the module and the operator at hand, for reasons
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.inputs import modules_of
 from lightning_prune.structure.labels import Label
 
 __all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "numbers_in", "remember_"]
@@ -107,7 +108,7 @@ _TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
 
 def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> None:
     """Let every number that the modules of a model hold remember it; ``undisturbed`` takes this back."""
-    for path, module in model.named_modules():
+    for path, module in modules_of(model):
         if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
             continue
         held = {name: _held(path, name, value, compared) for name, value in vars(module).items()}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_prune.inputs import modules_of
 from lightning_prune.structure import named_tensors
 
 __all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
@@ -61,7 +62,7 @@ def shape_attributes(
     tied = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
     shapes = {_parametrized(name): tied[id(tensor)] for name, tensor in _every_name(model) if id(tensor) in tied}
     changes = {(change.module, change.name): change for change in known}
-    modules = dict(model.named_modules())
+    modules = dict(modules_of(model))
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         if path not in modules:  # another name of a module
             continue
@@ -101,5 +102,7 @@ def _parametrized(name: str) -> str:
 
 def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> None:
     """Set the attributes of the model's modules to their new values."""
+    modules = dict(modules_of(model))
     for change in changes:
-        setattr(model.get_submodule(change.module), change.name, change.new)
+        module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
+        setattr(module, change.name, change.new)

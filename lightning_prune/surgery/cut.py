@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.inputs import modules_of
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.links import left
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
@@ -89,8 +90,9 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
 def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[AttributeChange]:
     """Work out the attributes that count labels: ``groups``, ``num_groups``, ``normalized_shape``."""
     changes: dict[tuple[str, str], AttributeChange] = {}
+    modules = dict(modules_of(model))
     for attribute in structure.ledger.attributes:
-        old = getattr(model.get_submodule(attribute.module), attribute.name)
+        old = getattr(modules[attribute.module], attribute.name)
         count = left(attribute.labels, alive)
         new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
         if attribute.index is None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, fewer_positions, run, tensors_in, undisturbed
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.structure.groups import resolve
-from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger
+from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger, Ran
 from lightning_prune.structure.links import left
-from lightning_prune.structure.trace import exchange_, watch
-from lightning_prune.surgery.attributes import set_attributes_
+from lightning_prune.structure.tensors import exchange_
+from lightning_prune.structure.watch import recorded, watch
+from lightning_prune.surgery.attributes import AttributeChange, set_attributes_
 from lightning_prune.surgery.cut import Cut, draft
 
 __all__ = ["Disproof", "prove", "prove_structure"]
@@ -29,7 +32,11 @@ class Disproof:
 
 
 def prove(
-    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, tensors: dict[str, Tensor]
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
 ) -> Disproof | None:
     """Prove that a cut is right, or say why it is not.
 
@@ -43,36 +50,79 @@ def prove(
         example_inputs: What the full and the slim model run on.
         structure: The model's channel groups.
         cut: The cut to prove.
-        tensors: The slim values of everything that the cut changes.
+        tensors: Makes the slim values of everything that the cut changes; asked when nothing else is held beside the
+            model.
     """
     mixed = {name for name in cut.keep if structure.groups[name].changes_statistics}
     mixed |= {name for link in structure.links if mixed & set(link) for name in link}
     plain = {name: stays for name, stays in cut.keep.items() if name not in mixed}
     try:
-        whole = len(plain) == len(cut.keep)  # then one run of the slim model serves both proofs
-        ledger, found = _run_slim(model, example_inputs, structure, cut, tensors if whole else None)
-        failure = _same_shapes(structure, ledger) or _nothing_new(
-            structure, _with_two_left(model, example_inputs, structure, cut) or ledger
-        )
+        ledger, found = _run_slim(model, example_inputs, structure, cut, tensors)
+        failure = _same_structure(model, example_inputs, structure, cut, ledger)
         if failure or not plain:
             return failure
-        if not whole:
-            cut = draft(model, structure, plain)
-            found = _outputs(model, example_inputs, cut.tensors(model), cut.attributes)
+        if len(plain) < len(cut.keep):
+            cut, found = draft(model, structure, plain), None
+            tensors = partial(cut.tensors, model)
+        return _compare(model, example_inputs, structure, cut, tensors, found)
     except Exception as error:
         return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
-    return _same_numbers(_outputs(model, example_inputs, _silenced(model, structure, cut), ()), found)
 
 
 def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
     """Prove the first half alone, computing nothing where the model allows it: a cheap way to look for culprits."""
     try:
-        ledger, _ = _run_slim(model, example_inputs, structure, cut, None)
-        return _same_shapes(structure, ledger) or _nothing_new(
-            structure, _with_two_left(model, example_inputs, structure, cut) or ledger
-        )
+        ledger, _ = _run_slim(model, example_inputs, structure, cut)
+        return _same_structure(model, example_inputs, structure, cut, ledger)
     except Exception as error:
         return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
+
+
+def _compare(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
+    found: list[Tensor] | None,
+) -> Disproof | None:
+    """Compare the outputs of the slim model, ``found`` where they are known, with those of the silenced one.
+
+    Images need not be large for that: where a model runs the same operators on smaller ones, and none of its feature
+    maps has shrunk to one position that had more, the smaller ones tell as much.
+    """
+    if found is not None:
+        return _same_numbers(_outputs(model, example_inputs, _silenced(model, structure, cut), ()), found)
+    expected, inputs = _expected(model, example_inputs, structure, cut)
+    with suppress(Exception):  # a failure counts on the example inputs
+        return _same_numbers(expected, _outputs(model, inputs, tensors(), cut.attributes))
+    return _same_numbers(
+        _outputs(model, example_inputs, _silenced(model, structure, cut), ()),
+        _outputs(model, example_inputs, tensors(), cut.attributes),
+    )
+
+
+def _expected(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut
+) -> tuple[list[Tensor], ExampleInputs]:
+    """Run the silenced model on the smallest inputs that tell enough; return its outputs, and those inputs."""
+    silenced = _silenced(model, structure, cut)
+    for fewer in fewer_positions(example_inputs):
+        ran: list[Ran] = []
+        with suppress(Exception):  # the model takes images of its own size alone
+            outputs = _outputs(model, fewer, silenced, (), ran)
+            if ran == structure.ledger.ran:
+                return outputs, fewer
+    return _outputs(model, example_inputs, silenced, ()), example_inputs
+
+
+def _same_structure(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, slim: Ledger
+) -> Disproof | None:
+    """Compare what a trace of the slim model found with what one of the full model did."""
+    return _same_shapes(structure, slim) or _nothing_new(
+        structure, _with_two_left(model, example_inputs, structure, cut) or slim
+    )
 
 
 def _run_slim(
@@ -80,33 +130,16 @@ def _run_slim(
     example_inputs: ExampleInputs,
     structure: Structure,
     cut: Cut,
-    tensors: dict[str, Tensor] | None,
-) -> tuple[Ledger, list[Tensor]]:
-    """Trace the slim model; without tensors on the meta device, so that nothing is computed."""
-    if tensors is None:
+    tensors: Callable[[], dict[str, Tensor]] | None = None,
+) -> tuple[Ledger, list[Tensor] | None]:
+    """Trace the slim model, and return its outputs if they had to be computed."""
+    if structure.ledger.hollow:
         own = named_tensors(model)
-        shapes = {name: cut.shapes.get(name, tuple(tensor.shape)) for name, tensor in own.items()}
-        meta = {name: torch.empty(shapes[name], dtype=tensor.dtype, device="meta") for name, tensor in own.items()}
-        try:
-            return _trace_slim(model, _to_meta(example_inputs), structure, cut, meta, meta=True)
-        except Exception:
-            if cut.keep and _runs_on_meta(model, example_inputs, structure):
-                raise
-            tensors = cut.tensors(model)  # some models read numbers on their way: those run in full
-    return _trace_slim(model, example_inputs, structure, cut, tensors, meta=False)
-
-
-def _runs_on_meta(model: nn.Module, example_inputs: ExampleInputs, structure: Structure) -> bool:
-    """Tell whether the whole model runs where nothing is computed, so that a slim one that does not is at fault."""
-    ledger = structure.ledger
-    if ledger.runs_on_meta is None:
-        own = {name: tensor.to("meta") for name, tensor in named_tensors(model).items()}
-        try:
-            _trace_slim(model, _to_meta(example_inputs), structure, draft(model, structure, {}), own, meta=True)
-            ledger.runs_on_meta = True
-        except Exception:
-            ledger.runs_on_meta = False
-    return ledger.runs_on_meta
+        empty = {name: own[name].new_empty(shape) for name, shape in cut.shapes.items()}
+        with suppress(Exception):  # a failure counts where numbers were computed
+            return _trace_slim(model, example_inputs, structure, cut, empty, hollow=True)[0], None
+    slim = cut.tensors(model) if tensors is None else tensors()
+    return _trace_slim(model, example_inputs, structure, cut, slim, hollow=False)
 
 
 def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger | None:
@@ -124,7 +157,7 @@ def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: S
                 two[name] = stays | held & _first_gone(stays | ~held, 2 - int((stays & held).sum()))
     if all(np.array_equal(two[name], stays) for name, stays in cut.keep.items()):
         return None
-    return _run_slim(model, example_inputs, structure, draft(model, structure, two), None)[0]
+    return _run_slim(model, example_inputs, structure, draft(model, structure, two))[0]
 
 
 def _first_gone(stays: np.ndarray, count: int) -> np.ndarray:
@@ -138,10 +171,10 @@ def _trace_slim(
     structure: Structure,
     cut: Cut,
     tensors: dict[str, Tensor],
-    meta: bool,
+    hollow: bool,
 ) -> tuple[Ledger, list[Tensor]]:
     ledger = Ledger(first_atom=structure.ledger.size)
-    ledger.numbers = structure.ledger.numbers
+    ledger.numbers, ledger.hollow = structure.ledger.numbers, hollow
     alive = structure.alive(cut.keep)
     for place, label in structure.ledger.lengths.items():
         ledger.lengths[place] = Label(label.atoms[alive[label.atoms]])
@@ -154,9 +187,8 @@ def _trace_slim(
             labels[slot.tensor][slot.dim] = (Label(atoms),)
     with undisturbed(model):
         set_attributes_(model, cut.attributes)
-        outputs = watch(
-            model, example_inputs, tensors, ledger, {name: Labels(dims) for name, dims in labels.items()}, meta=meta
-        )
+        carried = {name: Labels(dims, hollow=hollow and name in tensors) for name, dims in labels.items()}
+        outputs = watch(model, example_inputs, tensors, ledger, carried)
     return ledger, outputs
 
 
@@ -211,17 +243,15 @@ def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> dict[str, Ten
 
 
 def _outputs(
-    model: nn.Module, example_inputs: ExampleInputs, tensors: dict[str, Tensor], attributes: Any
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    tensors: dict[str, Tensor],
+    attributes: Iterable[AttributeChange],
+    ran: list[Ran] | None = None,
 ) -> list[Tensor]:
+    """Run the model with other tensors and attributes, and write down which operators ran where that is asked."""
     with undisturbed(model):
         set_attributes_(model, attributes)
         exchange_(model, tensors)
-        return list(tensors_in(run(model, example_inputs)))
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(item) for key, item in value.items()}
-    return type(value)(map(_to_meta, value)) if type(value) in (list, tuple) else value
+        with nullcontext() if ran is None else recorded(ran):
+            return list(tensors_in(run(model, example_inputs)))

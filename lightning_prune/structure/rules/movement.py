@@ -135,9 +135,7 @@ def _rerun(call: Call, carried: Tensor) -> Tensor:
 
 
 def _at_hand(value: Any) -> Any:
-    """Bring indices to where labels are; on the meta device they have no values, and the trace must run in full."""
+    """Bring indices to where labels are."""
     if isinstance(value, list | tuple):
         return [_at_hand(item) for item in value]
-    if isinstance(value, Tensor) and value.is_meta:
-        raise NotImplementedError("indices on the meta device have no values")
     return value.cpu() if isinstance(value, Tensor) else value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_prune.structure.labels import Label, Labels, Ledger
+from lightning_prune.structure.numbers import numbers_in
 
 __all__ = ["RULES", "Call", "Dims", "Rule", "coupling_rule", "rule_for", "tensors_among"]
 
@@ -28,7 +29,8 @@ class Call:
         out: What it returned.
         module: Path of the module that was running, and the module itself.
         lay: Gives labels to another tensor than the output.
-        asked: The whole numbers among the arguments of the Python function that called it, flattened.
+        asked: The whole numbers among the arguments of the Python function that called it, flattened; worked out when
+            a rule first looks.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Call:
         out: Any,
         labels: Callable[[Tensor], Labels],
         module: tuple[str, torch.nn.Module | None],
-        asked: tuple[int, ...],
+        arguments: Any,
         lay: Callable[[Tensor, Labels], None],
     ) -> None:
         """Bundle what one call consists of."""
@@ -51,8 +53,13 @@ class Call:
         self.out = out
         self.labels = labels
         self.module = module
-        self.asked = asked
         self.lay = lay
+        self._arguments = arguments
+
+    @cached_property
+    def asked(self) -> tuple[int, ...]:
+        """Return the whole numbers that Python asked for."""
+        return tuple(numbers_in(self._arguments))
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name it has in the operator's schema, or its default."""

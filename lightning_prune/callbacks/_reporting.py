@@ -1,0 +1,105 @@
+"""Shows the history of a run when it ends: in the terminal, and as files where each logger keeps its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from lightning_prune.reports import History, draw_run, run_tables, write_run
+
+__all__ = ["call_of", "new_metrics", "report"]
+
+
+def new_metrics(trainer: Trainer, before: Mapping[str, Any]) -> dict[str, float]:
+    """Return what was logged since ``before`` was read, but for what our callbacks log."""
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if value is not before.get(name) and not name.startswith("prune/")
+    }
+
+
+def call_of(callback: Callback) -> str:
+    """Return the call that makes a callback, without what was left at its default and without example inputs."""
+    given = []
+    for name, parameter in inspect.signature(type(callback)).parameters.items():
+        value = getattr(callback, name)
+        if name == "example_inputs" or value == parameter.default or (value == [] and not parameter.default):
+            continue
+        given.append(f"{name}={value!r}")
+    return f"{type(callback).__name__}({', '.join(given)})"
+
+
+def report(trainer: Trainer, history: History, unlogged: bool) -> None:
+    """Print the tables of a run, and hand each logger the same as files: ``pruning.html``, ``.png`` and ``.json``.
+
+    What is left is logged, too, where the last log does not say it.
+    """
+    console = Console()
+    for table in run_tables(history):
+        console.print(table)
+    for logger in trainer.loggers:
+        try:
+            if unlogged:
+                logger.log_metrics(history.left, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            written = _way_of(logger)(logger, history)
+        except Exception as error:  # a full disk or a lost connection shall not cost the run that has just ended
+            rank_zero_warn(f"The report of the pruning could not be handed to {type(logger).__name__}: {error!r}")
+        else:
+            if written:
+                console.print(f"Report of the pruning: {written}", soft_wrap=True)
+
+
+def _to_folder(logger: Any, history: History) -> str | None:
+    """Write into the folder of the run, as checkpoints are; a logger without one gets nothing."""
+    folder = getattr(logger, "log_dir", None)
+    if folder is None and logger.save_dir is not None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir) / str(logger.name) / version
+    return None if folder is None else str(write_run(history, folder)[1])
+
+
+def _to_tensorboard(logger: Any, history: History) -> str | None:
+    written = _to_folder(logger, history)
+    try:
+        figure = draw_run(history)
+    except ModuleNotFoundError:
+        return written
+    logger.experiment.add_figure("prune/report", figure, history.moments[-1].step)
+    return written
+
+
+def _to_wandb(logger: Any, history: History) -> str:
+    name = f"pruning-{logger.version}"
+    with TemporaryDirectory() as folder:
+        files = write_run(history, folder)
+        logger.experiment.log_artifact(folder, name=name, type="report")
+        if len(files) > 2:
+            logger.log_image("prune/report", [str(files[2])])
+    return f"artifact {name} of the run in W&B"
+
+
+def _to_mlflow(logger: Any, history: History) -> str:
+    with TemporaryDirectory() as folder:
+        write_run(history, folder)
+        logger.experiment.log_artifacts(logger.run_id, folder, "pruning")
+    return f"artifacts of run {logger.run_id} in MLflow, under pruning/"
+
+
+_WAYS: dict[str, Callable[[Any, History], str | None]] = {
+    "TensorBoardLogger": _to_tensorboard,
+    "WandbLogger": _to_wandb,
+    "MLFlowLogger": _to_mlflow,
+}
+
+
+def _way_of(logger: Any) -> Callable[[Any, History], str | None]:
+    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    return next((_WAYS[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in _WAYS), _to_folder)

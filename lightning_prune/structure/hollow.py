@@ -1,0 +1,179 @@
+"""What operators return in shape alone, for runs that need no numbers; knows no labels.
+
+A *hollow* tensor has shape, type and place, and its entries were never computed. Whatever is made of one is hollow.
+Code that asks for an entry, or for something that depends on entries, cannot be followed this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["NumbersNeededError", "reads", "refuse_reading", "shape_alone", "writes"]
+
+Shaped = Callable[..., Any]
+"""Given the arguments of an operator, makes its output without computing it, or returns None where it cannot."""
+
+
+class NumbersNeededError(Exception):
+    """A run without numbers came to where one is needed."""
+
+
+def shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what an operator would return, not computed, or None where only computing tells."""
+    shaped = _SHAPED.get(func.overloadpacket)
+    return None if shaped is None else shaped(*args, **kwargs)
+
+
+def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
+    """Refuse an operator whose output's shape, or numbers that Python sees, depend on entries of hollow tensors.
+
+    Raises:
+        NumbersNeededError: Saying which.
+    """
+    exact = [t for t in hollow if not (t.is_floating_point() or t.is_complex())]
+    counted = any(t.dtype is not torch.bool for t in exact)  # positions and the like, which must lie in bounds
+    moving = _decides_shape(func) and (exact or func._opname not in _INDEXING)
+    if counted or moving or _tells(func):
+        raise NumbersNeededError(f"{func.overloadpacket} depends on numbers that were not computed")
+
+
+@cache
+def reads(func: Any) -> bool:
+    """Tell whether an operator hands entries of a tensor to Python, whose code may go on by them."""
+    return torch.Tag.data_dependent_output in func.tags
+
+
+@cache
+def writes(func: Any) -> bool:
+    """Tell whether an operator writes into an argument."""
+    return bool(func._schema.is_mutable)
+
+
+@cache
+def _tells(func: Any) -> bool:
+    return any("Tensor" not in str(value.type) for value in func._schema.returns)
+
+
+@cache
+def _decides_shape(func: Any) -> bool:
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
+_INDEXING = ("index", "_unsafe_index")
+
+
+def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return torch.empty_like(x) if x.is_floating_point() else None
+
+
+def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return x if x.is_floating_point() else None
+
+
+def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
+    if not isinstance(a, Tensor) or not a.is_floating_point():
+        return None
+    if not isinstance(b, Tensor):
+        return torch.empty_like(a)
+    if a.dtype is not b.dtype or a.device != b.device:
+        return None
+    if a.shape == b.shape:
+        return torch.empty_like(a)
+    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
+
+
+def _softmax(x: Tensor, dim: int, to_float: bool = False) -> Tensor | None:
+    return None if to_float else _like_first(x)
+
+
+def _clone(x: Tensor, *, memory_format: Any = None) -> Tensor | None:
+    if not x.is_floating_point():
+        return None
+    return torch.empty_like(x) if memory_format is None else torch.empty_like(x, memory_format=memory_format)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    transposed: bool, output_padding: Sequence[int], groups: int,
+) -> Tensor | None:  # fmt: skip
+    positions = x.dim() - 2
+    first, second = weight.shape[:2]
+    entering, made = (first, second * groups) if transposed else (second * groups, first)
+    fits = x.dim() == weight.dim() and x.shape[1] == entering and first % groups == 0 and x.dtype is weight.dtype
+    if not fits or (bias is not None and len(bias) != made):
+        return None  # the operator itself says what is wrong
+    shape = [x.shape[0], made]
+    for d in range(positions):
+        step, pad, spread = stride[d % len(stride)], padding[d % len(padding)], dilation[d % len(dilation)]
+        reach = spread * (weight.shape[d + 2] - 1)
+        if transposed:
+            shape.append((x.shape[d + 2] - 1) * step - 2 * pad + reach + output_padding[d % len(output_padding)] + 1)
+        else:
+            shape.append((x.shape[d + 2] + 2 * pad - reach - 1) // step + 1)
+    return x.new_empty(shape) if min(shape) > 0 else None
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor | None:
+    fits = a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2] and a.dtype is b.dtype
+    return a.new_empty((*a.shape[:-1], b.shape[-1])) if fits and a.is_floating_point() else None
+
+
+def _addmm(addend: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
+    out = _mm(a, b)
+    if out is None or any(own not in (1, size) for own, size in zip(addend.shape[::-1], out.shape[::-1], strict=False)):
+        return None
+    return out
+
+
+def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
+    training = bool(args[4]) if len(args) > 6 else training
+    channels = [value for value in args[:4] if isinstance(value, Tensor)]
+    if training or any(value.shape[0] != x.shape[1] for value in channels) or not x.is_floating_point():
+        return None
+    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
+    first = x.dim() - len(shape)
+    fits = all(value is None or value.shape == x.shape[first:] for value in (weight, bias))
+    if not fits or tuple(shape) != tuple(x.shape[first:]) or not x.is_floating_point():
+        return None
+    told = x.new_empty((*x.shape[:first], *[1] * len(shape)))
+    return torch.empty_like(x), told, told
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = parts[0]
+    rank, dtype = first.dim(), first.dtype
+    if not first.is_floating_point() or any(part.dim() != rank or part.dtype is not dtype for part in parts):
+        return None
+    dim %= rank
+    around = (*first.shape[:dim], *first.shape[dim + 1 :])
+    if any((*part.shape[:dim], *part.shape[dim + 1 :]) != around for part in parts):
+        return None
+    return first.new_empty((*first.shape[:dim], sum(part.shape[dim] for part in parts), *first.shape[dim + 1 :]))
+
+
+_BY_NAME: dict[Shaped, str] = {
+    _like_first: "relu gelu silu sigmoid hardswish hardsigmoid hardtanh leaky_relu elu mish tanh exp rsqrt sqrt neg "
+    "log_sigmoid softplus erf sin cos clamp hardshrink square abs reciprocal",
+    _itself: "relu_ silu_ hardswish_ hardsigmoid_ hardtanh_ leaky_relu_ elu_ mish_ sigmoid_ tanh_ clamp_ gelu_",
+    _broadcast: "add mul sub div pow",
+    _softmax: "_softmax _log_softmax _safe_softmax",
+    _clone: "clone",
+    _convolution: "convolution",
+    _mm: "mm bmm",
+    _addmm: "addmm baddbmm",
+    _batch_norm: "native_batch_norm",
+    _layer_norm: "native_layer_norm",
+    _cat: "cat",
+}
+_SHAPED: dict[Any, Shaped] = {
+    getattr(torch.ops.aten, name): shaped for shaped, names in _BY_NAME.items() for name in names.split()
+}
+"""Operator -> its output in shape alone: those that cost most of a run; all others are computed, from whatever."""

@@ -1,0 +1,291 @@
+"""Runs a model once with labels riding on its tensors; knows how to watch operators, not what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.structure.hollow import NumbersNeededError, reads, refuse_reading, shape_alone, writes
+from lightning_prune.structure.labels import Labels, Ledger, Ran
+from lightning_prune.structure.numbers import Number, Size, remember_
+from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.rules.frozen import compared, made_anew
+from lightning_prune.structure.tensors import exchange_, named_tensors
+
+__all__ = ["recorded", "unfused", "watch"]
+
+_UNLABELLED = Labels(weight=True)
+_ACTIVATION = Labels(weight=False)
+_RIDING = "_lightning_prune_labels"
+_SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
+_READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
+
+
+def watch(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    replaced: Mapping[str, Tensor],
+    ledger: Ledger,
+    labels: Mapping[str, Labels],
+) -> list[Tensor]:
+    """Run the model with labels, inside :func:`undisturbed`, pin what reaches its outputs, and return those.
+
+    Args:
+        model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
+        example_inputs: What to call it on.
+        replaced: Tensors to run with instead of the model's own, by name.
+        ledger: Where meetings are written down; says whether anything is computed.
+        labels: The labels that each parameter and buffer carries, by name.
+
+    Raises:
+        NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
+    """
+    mode = _LabelMode(ledger)
+    own = named_tensors(model)
+    for name, tensor in own.items():
+        mode.give(replaced.get(name, tensor), labels[name])
+    for tensor in tensors_in(example_inputs):
+        mode.give(tensor, _ACTIVATION)
+    exchange_(model, replaced)
+    if ledger.numbers:
+        remember_(model, partial(compared, ledger))
+    with unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
+        outputs = run(model, example_inputs)
+    ledger.running = ("", None)
+    ledger.unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
+    tensors = list(tensors_in(outputs))
+    for tensor in tensors:
+        ledger.output_shapes.append(tuple(tensor.shape))
+        for found in mode.labels_of(tensor).dims.values():
+            ledger.pin(found, "reaches the model's output")
+    if mode.refusal is not None:  # the model's own code may have caught it
+        raise mode.refusal
+    return tensors
+
+
+@contextmanager
+def recorded(ran: list[Ran]) -> Iterator[None]:
+    """Write down the operators that run inside the block, as a trace does."""
+    with unfused(), _Record(ran):
+        yield
+
+
+def _outline(out: Any) -> tuple[bool, ...]:
+    """Tell of an operator's output along which dimensions there is one index alone."""
+    first = (
+        out if isinstance(out, Tensor) else next(tensors_among(out), None) if isinstance(out, list | tuple) else None
+    )
+    return () if first is None else tuple([size == 1 for size in first.shape])
+
+
+class _Watch(TorchDispatchMode):
+    """What every mode of this file is: none of them is ever compiled, so dynamo need not be told to keep out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps each call, and imports all of dynamo at the first
+
+
+class _Record(_Watch):
+    """Lets every operator run and remembers which it was."""
+
+    def __init__(self, ran: list[Ran]) -> None:
+        super().__init__()
+        self.ran = ran
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ran.append((func, _outline(out)))
+        return out
+
+
+class _LabelMode(_Watch):
+    """Looks up the rule of every operator that runs, and lets it pass labels on."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self._given: dict[int, tuple[Tensor, Labels]] = {}
+        self._mark = object()  # tells this trace's labels from another's
+        self._running: list[tuple[str, nn.Module | None]] = [("", None)]
+        self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
+        self.arguments: tuple[Any, ...] = ()  # of the Python function that is calling operators
+        self.seen: set[int] = set()  # tensors given before the run that an operator took
+        self.refusal: NumbersNeededError | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(tensors_among((*args, *kwargs.values()) if kwargs else args))
+        found = [self.labels_of(tensor) for tensor in tensors]
+        weight = all(labels.weight for labels in found)
+        out, hollow = self._run(func, args, kwargs, tensors, found, weight)
+        self.ledger.ran.append((func, _outline(out)))
+        if not weight and reads(func):
+            self.ledger.decided.append(self._running[-1][0])
+        rule = rule_for(func)
+        blank = rule is made_anew
+        if (blank and self.arguments) or any(labels.dims for labels in found):
+            self.ledger.running = (self._running[-1][0], func)
+            call = Call(
+                self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1], self.arguments, self._lay
+            )
+            dims = (rule or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown))(call)
+        else:
+            dims = {}
+        for tensor, own in _outputs(out, dims):
+            self._lay(tensor, Labels({d: f for d, f in own.items() if f}, weight and not blank, blank, hollow))
+        return out
+
+    def _run(
+        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], found: list[Labels], weight: bool
+    ) -> tuple[Any, bool]:
+        """Return what an operator returns, and whether that was not computed."""
+        if not self.ledger.hollow:
+            return func(*args, **kwargs), False
+        hollow = [t for t, labels in zip(tensors, found, strict=True) if self._is_hollow(t, labels)]
+        out = None if weight and not hollow else shape_alone(func, args, kwargs)
+        if hollow and out is None:
+            self.refuse(func, hollow)
+            out = func(*args, **kwargs)
+        if out is None:
+            return func(*args, **kwargs), False
+        if writes(func):
+            for target in tensors[:1]:
+                self._written[target.untyped_storage()._cdata] = target.untyped_storage()
+        return out, True
+
+    def _is_hollow(self, tensor: Tensor, labels: Labels) -> bool:
+        return labels.hollow or bool(self._written and tensor.untyped_storage()._cdata in self._written)
+
+    def refuse(self, func: Any, tensors: Iterable[Tensor]) -> None:
+        """Refuse to go on where entries are asked for that were not computed."""
+        try:
+            refuse_reading(func, tensors)
+        except NumbersNeededError as error:
+            self.refusal = error
+            raise
+
+    def read(self, func: Any, values: Any) -> None:
+        """Take note that Python reads entries of tensors, other than by an operator."""
+        read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
+        if any(not labels.weight for _, labels in read):
+            self.ledger.decided.append(self._running[-1][0])
+        if any(self._is_hollow(tensor, labels) for tensor, labels in read):
+            self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
+            raise self.refusal
+
+    def give(self, tensor: Tensor, labels: Labels) -> None:
+        """Let a tensor that is there before the run carry labels; it is kept, and nothing is written on it."""
+        self._given[id(tensor)] = tensor, labels
+
+    def labels_of(self, tensor: Tensor) -> Labels:
+        """Return the labels that a tensor carries."""
+        given = self._given.get(id(tensor))
+        if given is not None:
+            self.seen.add(id(tensor))
+            return given[1]
+        mark, labels = getattr(tensor, _RIDING, _NOTHING)
+        return labels if mark is self._mark else _UNLABELLED
+
+    def _lay(self, tensor: Tensor, labels: Labels) -> None:
+        if id(tensor) in self._given:  # written in place
+            self.give(tensor, labels)
+        else:
+            setattr(tensor, _RIDING, (self._mark, labels))  # leaves with the tensor; a table of weak keys costs more
+
+    @contextmanager
+    def knows_modules(self, model: nn.Module) -> Iterator[None]:
+        """Know, inside the block, which module of the model is running."""
+        names = {id(module): name for name, module in modules_of(model)}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._running.append((names.get(id(module), self._running[-1][0]), module))
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._running.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _NumberMode(TorchFunctionMode):
+    """Lets sizes remember the labels they count, and tells rules which numbers Python asked an operator for."""
+
+    def __init__(self, labels: _LabelMode) -> None:
+        super().__init__()
+        self._labels = labels
+        self._compared = partial(compared, labels.ledger)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SHAPE_READERS:
+            return self._remembering(args[0], func(*args, **(kwargs or {})), args[1:])
+        if func in _READERS:
+            self._labels.read(func, args)
+        self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
+        try:
+            if func in _RECURRENT:
+                with _in_steps():
+                    return func(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._labels.arguments = ()
+
+    def _remembering(self, tensor: Tensor, sizes: Any, dim: Any) -> Any:
+        dims = self._labels.labels_of(tensor).dims
+        if not dims:
+            return sizes
+        if isinstance(sizes, int):
+            found = dims.get(int(dim[0]) % tensor.dim() if dim else -1)
+            return Number(sizes, Size(found), self._compared) if found else sizes
+        return torch.Size(
+            [Number(size, Size(dims[d]), self._compared) if d in dims else size for d, size in enumerate(sizes)]
+        )
+
+
+def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(out, Tensor):
+        yield out, dims
+    elif isinstance(out, list | tuple):
+        for i, part in enumerate(out):
+            if isinstance(part, Tensor):
+                yield part, dims[i] if isinstance(dims, list) else {}
+
+
+@contextmanager
+def _in_steps() -> Iterator[None]:
+    """Run recurrent layers step by step: those of oneDNN and cuDNN cannot be looked into."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
+    try:
+        yield
+    finally:
+        for library, before in zip(libraries, enabled, strict=True):
+            library.set_flags(_enabled=before)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Take attention apart into products, which have rules."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

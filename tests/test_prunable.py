@@ -1,0 +1,160 @@
+"""Modules that load what pruning has left of them, and files that nobody can load."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import (
+    FilterL1Pruning,
+    IterativeMagnitudePruning,
+    Linear,
+    Prunable,
+    PruningError,
+    load_from_checkpoint,
+    masks_on,
+)
+from tests.runs import (
+    Attentive,
+    Depthwise,
+    Net,
+    assert_agrees_with_shapes,
+    assert_same_weights,
+    batches,
+    fit,
+    net,
+    trainer,
+    weights,
+    widths,
+)
+
+
+class Slimming(Prunable, Net):
+    """A module of the user's that names the mixin."""
+
+
+class SlimmingDepthwise(Prunable, Depthwise):
+    """The same, of numbers that shapes do not tell."""
+
+
+class SlimmingAttentive(Prunable, Attentive):
+    """The same, of heads."""
+
+
+@pytest.mark.parametrize("kind", [Slimming, SlimmingDepthwise, SlimmingAttentive])
+@pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights-only"])
+def test_the_class_loads_its_own_checkpoints(kind, weights_only, tmp_path):
+    """``MyModule.load_from_checkpoint`` gives the slim module, of its class, with its hyperparameters."""
+    module = net(kind, lr=0.03)
+    fit(module, FilterL1Pruning(0.5)).save_checkpoint(tmp_path / "slim.ckpt", weights_only=weights_only)
+    loaded = kind.load_from_checkpoint(tmp_path / "slim.ckpt", map_location="cpu")
+    assert type(loaded) is kind and loaded.hparams.lr == 0.03
+    assert_same_weights(loaded, weights(module))
+    assert_agrees_with_shapes(loaded)
+
+
+def test_a_trainer_without_callbacks_of_ours_tests_it(tmp_path):
+    """Shapes are taken where no pruning callback is there, and masks come with them."""
+    module = net(Slimming)
+    callbacks = FilterL1Pruning({"first": 0.5}), IterativeMagnitudePruning(0.5, parameters=["head"])
+    fit(module, *callbacks).save_checkpoint(tmp_path / "slim.ckpt")
+    other = net(Slimming, seed=5)
+    trainer().test(other, batches(), ckpt_path=tmp_path / "slim.ckpt", verbose=False)
+    assert_same_weights(other, weights(module))
+    assert torch.equal(masks_on(other)["head.weight"], masks_on(module)["head.weight"])
+
+
+def test_a_foreign_state_is_still_refused():
+    """A state dict that no pruning made and that does not fit gives torch's own error, and missing keys do, too."""
+    module = net(Slimming)
+    state = copy.deepcopy(module.state_dict())
+    state["first.weight"] = state["first.weight"][:4]
+    with pytest.raises(RuntimeError, match="size mismatch for first.weight"):
+        module.load_state_dict(state)
+    del state["first.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict(state)
+    assert module.load_state_dict(state, strict=False).missing_keys == ["first.weight"]
+
+
+def test_named_too_late_is_refused():
+    """Behind the module the mixin would not be heard: the class cannot be defined."""
+    with pytest.raises(TypeError, match=r"class Late: Prunable stands behind.*class Late\(Prunable, LightningModule\)"):
+
+        class Late(pl.LightningModule, Prunable):
+            pass
+
+
+def test_plain_modules_may_name_it():
+    """It is no matter of Lightning's."""
+
+    class Plain(Prunable, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+    one, other = Plain(), Plain()
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.layer.weight, other.layer.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+@pytest.mark.parametrize("kind", [FilterL1Pruning, IterativeMagnitudePruning])
+def test_a_slim_model_comes_back_from_other_processes(kind, strategy):
+    """Under strategies that train in processes of their own, such modules return slim, with their masks, and run."""
+    module = net(Slimming)
+    made = fit(module, kind(0.5, schedule=Linear(1, 2)), strategy=strategy, devices=2)
+    if kind is FilterL1Pruning:
+        assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
+    else:
+        assert sum(int((~keep).sum()) for keep in masks_on(module).values()) == 333  # half of 666
+        assert not module.head.weight[~masks_on(module)["head.weight"]].any()
+    assert_agrees_with_shapes(module)
+    assert made.callback_metrics["prune/sparsity"] == pytest.approx(0.5)
+    trainer().test(module, batches(), verbose=False)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "was not written by torch.save, or only in part"),
+        (b"nothing that torch has written", "was not written by torch.save, or only in part"),
+        ({"a": torch.ones(1), "b": 2}, r"holds no state_dict \(but 'a', 'b'\)"),
+        ({}, r"holds no state_dict \(but nothing\)"),
+        ([1, 2], r"holds no state_dict \(but list\)"),
+    ],
+    ids=["empty", "bytes", "dict", "empty-dict", "list"],
+)
+def test_what_is_no_checkpoint_is_told(content, told, tmp_path):
+    """A file that is something else is refused with what it is."""
+    path = tmp_path / "junk.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(PruningError, match=f"load_from_checkpoint: .*junk.ckpt {told}"):
+        load_from_checkpoint(Net, path)
+
+
+def test_half_a_checkpoint_is_told(tmp_path):
+    """A file that was cut off is refused as such; one that is not there gives Python's own error."""
+    path = tmp_path / "half.ckpt"
+    fit(net(), FilterL1Pruning(0.5)).save_checkpoint(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(PruningError, match="was not written by torch.save, or only in part"):
+        load_from_checkpoint(Net, path)
+    with pytest.raises(FileNotFoundError):
+        load_from_checkpoint(Net, tmp_path / "absent.ckpt")
+
+
+def test_a_state_of_another_version_is_told():
+    """State that lacks what this version remembers is refused by name, and nothing of it is taken up."""
+    callback = FilterL1Pruning(0.5)
+    state = callback.state_dict()
+    del state["widths"], state["start"]
+    with pytest.raises(PruningError, match="FilterL1Pruning: the checkpoint does not hold its start, widths"):
+        callback.load_state_dict({**state, "progress": 1.0})
+    assert callback.state_dict()["progress"] == 0.0

@@ -1,0 +1,271 @@
+"""What a run that prunes leaves behind: its history, in the callback, in checkpoints, in the terminal and as files."""
+
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lightning_prune import (
+    FewUnits,
+    FilterL1Pruning,
+    IterativeMagnitudePruning,
+    Linear,
+    MetricGuard,
+    OBSOneShot,
+    OneShot,
+    PruningError,
+)
+from lightning_prune.callbacks import _reporting
+from lightning_prune.reports import History, draw_run, run_tables
+from lightning_prune.reports.run_page import run_page
+from lightning_prune.reports.summary import main_metric, stages, staying, totals
+from tests import runs
+from tests.runs import Watch, fit, net, widths
+
+
+class Metrics(Watch):
+    """Notes what every validation logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.validated = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.validated.append({"val_loss": float(trainer.callback_metrics["val_loss"])})
+
+
+def logged(folder):
+    return CSVLogger(folder, name="run", version=0)
+
+
+def test_history_tells_what_left_when_and_what_validation_said():
+    """Each cut is a moment with the FLOPs that a count finds; each validation is one with what it logged alone."""
+    module, callback, watch = net(), FilterL1Pruning(0.5, schedule=Linear(1, 2)), Metrics()
+    fit(module, watch, callback, val=True)
+    history = callback.history
+    assert [m.metrics for m in history.moments if m.metrics] == watch.validated
+    cuts = [m for m in history.moments if not m.metrics]
+    assert [(m.epoch, m.step) for m in cuts] == [(0, 0), (1, 4), (2, 8)]
+    assert [m.left["prune/flops"] for m in cuts] == watch.flops
+    assert [m.left["prune/params"] for m in cuts] == watch.params
+    for name, width in runs.WIDTHS.items():
+        assert (history.layers[name].before.width, history.layers[name].now.width) == (width, widths(module)[name])
+    assert staying(history) == {"reaches the model's output": ["head.weight"]}
+    assert history.model == "Net" and history.callbacks == [
+        "FilterL1Pruning(amount=0.5, schedule=Linear(start=1, end=2, every=1, by='epochs'))"
+    ]
+    dense = {total.name: total.before for total in totals(history)}
+    assert dense == {"parameters": watch.params[0], "FLOPs": watch.flops[0]}
+
+
+def test_stages_hold_the_first_and_the_last_validation_between_two_cuts():
+    """Right after a cut a metric is that of the wounded model, before the next that of the healed one."""
+    history = History()
+    for moment, left, metrics in ((0, 1.0, (0.5, 0.9)), (2, 0.6, (0.7, 0.8, 0.85)), (5, 0.4, ())):
+        history.note_left(moment, 10 * moment, {"prune/flops_kept": left})
+        for i, value in enumerate(metrics):
+            history.note_metrics(moment + i, 10 * (moment + i + 1), {"acc": value})
+    found = [(s.epoch, s.left["prune/flops_kept"], s.first.get("acc"), s.last.get("acc")) for s in stages(history)]
+    assert found == [(0, 1.0, 0.5, 0.9), (2, 0.6, 0.7, 0.85), (5, 0.4, None, None)]
+
+
+def test_a_report_is_left_in_the_folder_of_the_logger(tmp_path, capsys):
+    """The terminal shows tables; the log folder holds the history as JSON, a page that needs no network, a picture."""
+    callback = FilterL1Pruning(0.5, schedule=Linear(1, 2))
+    fit(net(), callback, val=True, logger=logged(tmp_path))
+    folder = tmp_path / "run" / "version_0"
+    assert History.from_json(folder / "pruning.json") == callback.history
+    assert (folder / "pruning.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "pruning.html").read_text()
+    assert all(word in page for word in [*runs.WIDTHS, "val_loss", "8 → 4", "reaches the model&#x27;s output"])
+    assert not re.search(r'(src|href)="(?!data:)|@import|url\(', page)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("8 → 4", "From cut to cut", "What stays", "val_loss"))
+    assert "version_0/pruning.html" in re.sub(r"\s", "", shown)
+
+
+def test_the_picture_shows_what_the_history_says():
+    """Lines are what was left and the metric at each step, bars the widths; the metric ends each stage at its cost."""
+    callback = FilterL1Pruning(0.5, schedule=Linear(1, 2))
+    fit(net(), callback, val=True)
+    history = callback.history
+    figure = draw_run(history)
+    axes = {(part.get_xlabel(), part.get_ylabel()): part for part in figure.axes}
+    (flops,) = [line for line in axes["optimizer steps", "left, %"].lines if line.get_label() == "FLOPs"]
+    assert list(flops.get_ydata()[1:]) == [100 * moment.left["prune/flops_kept"] for moment in history.moments]
+    assert list(flops.get_xdata()[1:]) == [moment.step for moment in history.moments]
+    losses = [(m.step, m.metrics["val_loss"]) for m in history.moments if m.metrics]
+    assert [tuple(point) for point in axes["", "val_loss"].lines[0].get_xydata()] == losses
+    ends = [(100 * s.left["prune/flops_kept"], s.last["val_loss"]) for s in stages(history)]
+    assert [tuple(point) for point in axes["FLOPs left, %", "val_loss"].lines[0].get_xydata()] == ends
+    heights = [bar.get_height() for bar in axes["", "width"].patches]
+    changes = history.layers.values()
+    assert heights == [change.before.width for change in changes] + [change.now.width for change in changes]
+
+
+def test_a_logger_of_ones_own_gets_files_beside_its_checkpoints(tmp_path):
+    """Whatever says where it saves and what the run is called has the report there."""
+
+    class Own(Logger):
+        name, version, save_dir = "mine", 3, str(tmp_path)
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def log_hyperparams(self, params):
+            pass
+
+    fit(net(), FilterL1Pruning(0.5), logger=Own())
+    assert (tmp_path / "mine" / "version_3" / "pruning.html").exists()
+
+
+def test_without_a_logger_nothing_is_written(tmp_path, monkeypatch):
+    """A run that logs nowhere leaves no file."""
+    monkeypatch.chdir(tmp_path)
+    fit(net(), FilterL1Pruning(0.5), val=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_page_says_what_is_missing(tmp_path, monkeypatch):
+    """There is no picture then, everything else, and a word on how to get it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    fit(net(), FilterL1Pruning(0.5), logger=logged(tmp_path))
+    folder = tmp_path / "run" / "version_0"
+    assert {path.name for path in folder.glob("pruning*")} == {"pruning.json", "pruning.html"}
+    page = (folder / "pruning.html").read_text()
+    assert "lightning-prune[plots]" in page and "<img" not in page
+
+
+def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch):
+    """A full disk at the very end is warned of, and training ends well."""
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_reporting, "write_run", full)
+    with pytest.warns(UserWarning, match=r"CSVLogger: OSError\('no space left'\)"):
+        trainer = fit(net(), FilterL1Pruning(0.5), logger=logged(tmp_path))
+    assert trainer.state.finished
+
+
+def test_masks_are_told_weight_by_weight(tmp_path):
+    """Of every weight the report says how many entries are left, and which weights stay dense, and why."""
+    module = net()
+    callback = IterativeMagnitudePruning(pattern="4:8")
+    with pytest.warns(UserWarning, match="stays dense"):
+        fit(module, callback, logger=logged(tmp_path))
+    zeros = {name: int((parameter == 0).sum()) for name, parameter in module.named_parameters()}
+    assert {w.name: w.size - w.stays for w in callback.history.weights} == {"second.weight": zeros["second.weight"]}
+    assert set(callback.history.dense) == {"first.weight", "hidden.weight", "head.weight"}
+    page = (tmp_path / "run" / "version_0" / "pruning.html").read_text()
+    assert "50.0%" in page and "its 6 inputs are no multiple of 8" in page
+
+
+def test_one_report_for_all_callbacks(capsys):
+    """Of several callbacks the last keeps the history of all: layers and weights, in one report."""
+    first, last = FilterL1Pruning(0.5), IterativeMagnitudePruning(0.5)
+    fit(net(), first, last)
+    assert first.history.moments == [] and set(last.history.layers) > set(runs.WIDTHS)
+    assert {"prune/flops_kept", "prune/nonzero_kept"} <= set(last.history.left)
+    assert len(last.history.weights) == 4 and capsys.readouterr().out.count("Left:") == 2
+
+
+def test_a_resumed_run_has_the_whole_history(tmp_path):
+    """A run that stops and goes on in a new process has the history of one that never stopped."""
+
+    def made():
+        return FilterL1Pruning(0.5, schedule=Linear(1, 3))
+
+    whole, save = made(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(net(dropout=0.0), whole, save, val=True, max_epochs=5, enable_checkpointing=True)
+    resumed = made()
+    fit(net(seed=3, dropout=0.0), resumed, val=True, max_epochs=5, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert resumed.history == whole.history and len(stages(whole.history)) == 4
+
+
+def test_a_second_fit_has_its_own_moments():
+    """Another training of the same model counts from the start, and so does its history; widths are of the first."""
+    module, callback = net(), FilterL1Pruning(0.5)
+    fit(module, callback, val=True)
+    fit(module, callback, val=True)
+    steps = [moment.step for moment in callback.history.moments]
+    assert steps == sorted(steps) and steps[0] == 0
+    assert callback.history.layers["first"].before.width == 8
+
+
+def test_a_cut_that_a_guard_takes_back_is_told_as_such():
+    """What is left rises again in the history, when the guard judges as training ends, too."""
+    callback = FilterL1Pruning(0.5, schedule=OneShot(1))
+    guard = MetricGuard("val_loss", 0.0, mode="min", patience=1)
+
+    class Worse(runs.Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.current_epoch))
+
+    fit(net(Worse), callback, guard, val=True, max_epochs=2)
+    assert [stage.left["prune/params_kept"] == 1.0 for stage in stages(callback.history)] == [True, False, True]
+
+
+def test_a_cut_after_the_last_step_is_told_and_logged(tmp_path):
+    """Where weights leave after training, report and logger say what is left then."""
+    callback = OBSOneShot(0.5, batches=2)
+    fit(net(), callback, val=True, logger=logged(tmp_path))
+    assert [stage.left["prune/weight_sparsity"] for stage in stages(callback.history)] == [0.0, 0.5]
+    rows = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))["prune/weight_sparsity"] == "0.5"
+
+
+def test_histories_survive_json(tmp_path):
+    """A file says what the history says, without metrics that are no numbers; another file is refused by its name."""
+    history = History("Net", ["a"], "on cpu")
+    history.note_left(0, 0, {"prune/flops_kept": 1.0})
+    history.note_metrics(0, 4, {"good": 0.5, "bad": math.nan})
+    history.to_json(tmp_path / "deep" / "pruning.json")
+    found = History.from_json(tmp_path / "deep" / "pruning.json")
+    assert found.moments[1].metrics == {"good": 0.5}
+    assert found == History.from_plain(json.loads(json.dumps(found.to_plain())))
+    (tmp_path / "other.json").write_text('{"model": 3}')
+    with pytest.raises(PruningError, match=r"other.json holds no history"):
+        History.from_json(tmp_path / "other.json")
+
+
+def test_names_are_escaped_on_the_page():
+    """What comes from the run cannot break the page."""
+    history = History("<b>", ["f(x='<i>')"])
+    history.note_left(0, 0, {"prune/flops_kept": 1.0})
+    history.note_metrics(0, 1, {"<u>": 1.0})
+    page = run_page(history, None)
+    assert not any(tag in page for tag in ("<b>&", "Pruning of <b>", "<i>", "<u>"))
+
+
+def test_many_cuts_fit_into_a_terminal():
+    """Of many stages a dozen are shown, the first and the last among them, and the table says so."""
+    callback = FilterL1Pruning(0.7, schedule=FewUnits(1), example_inputs=runs.IMAGE)
+    fit(net(), callback, val=True, max_epochs=10)
+    assert len(stages(callback.history)) == callback.units > 12
+    (table,) = [table for table in run_tables(callback.history) if table.title == "From cut to cut"]
+    assert table.row_count == 12 and f"12 of {callback.units} are shown" in str(table.caption)
+    assert next(table.columns[1].cells) == "0"
+
+
+def test_a_metric_that_is_no_loss_is_drawn_first():
+    """Among the metrics the picture prefers an accuracy to a loss."""
+    history = History()
+    history.note_metrics(0, 0, {"val_loss": 1.0, "val_acc": 0.5})
+    assert main_metric(history) == "val_acc"
+
+
+def test_histories_in_checkpoints_load_safely(tmp_path):
+    """The history in a checkpoint is plain."""
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    callback = FilterL1Pruning(0.5)
+    fit(net(), callback, save, val=True, enable_checkpointing=True)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert History.from_plain(state["history"]) == callback.history
