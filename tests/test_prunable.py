@@ -79,6 +79,21 @@ def test_a_foreign_state_is_still_refused():
     assert module.load_state_dict(state, strict=False).missing_keys == ["first.weight"]
 
 
+@pytest.mark.parametrize(
+    "change", [lambda s: s.pop("hidden.weight"), lambda s: s.update({"hidden.weight": torch.ones(3)})]
+)
+def test_a_broken_state_leaves_a_module_that_runs(change):
+    """Where a slim state lacks a weight, or has one of another rank, loading fails and the shapes stay as they were."""
+    slim, module = net(Slimming), net(Slimming)
+    fit(slim, FilterL1Pruning(0.5), max_epochs=1)
+    state = slim.state_dict()
+    change(state)
+    with pytest.raises(RuntimeError, match="hidden.weight"):
+        module.load_state_dict(state)
+    assert widths(module) == {"first": 8, "second": 6, "hidden": 10}
+    assert_agrees_with_shapes(module)
+
+
 def test_named_too_late_is_refused():
     """Behind the module the mixin would not be heard: the class cannot be defined."""
     with pytest.raises(TypeError, match=r"class Late: Prunable stands behind.*class Late\(Prunable, LightningModule\)"):

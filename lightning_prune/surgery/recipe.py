@@ -79,9 +79,12 @@ def drop_unused_recipe_(model: nn.Module) -> None:
 def take_shapes_(
     module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *_: Any
 ) -> None:
-    """Take the shapes of a state dict that is about to be loaded, if a recipe lies beside it; a hook before loading."""
+    """Take the shapes of a state dict that is about to be loaded, if a recipe lies beside it; a hook before loading.
+
+    Where the state dict has a part of a module's tensors alone, the model stays as it is, and loading says why.
+    """
     recipe = local_metadata.get(RECIPE)
-    if recipe is not None:
+    if recipe is not None and _tells_all(module, state_dict, prefix):
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         resize_(module, own, recipe["attributes"])
         recipe_of(module).masks = dict(recipe.get("masks", {}))
@@ -115,6 +118,18 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     recipe = recipe_of(model)
     recipe.note((change.module, change.name) for change in known)
     recipe.needed = True
+
+
+def _tells_all(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    """Tell whether a state dict has all tensors of each module that it has any of, with as many dimensions."""
+    told: dict[str, set[bool]] = {}
+    for name, tensor in nn.Module.state_dict(module, keep_vars=True).items():
+        saved = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor):
+            told.setdefault(name.rpartition(".")[0], set()).add(saved is not None)
+        if isinstance(tensor, Tensor) and isinstance(saved, Tensor) and saved.dim() != tensor.dim():
+            return False
+    return all(len(found) == 1 for found in told.values())
 
 
 def _holds(mask: list[Any], weight: Tensor | None) -> bool:
