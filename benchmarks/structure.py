@@ -205,11 +205,13 @@ def main() -> None:
     if arguments.memory:
         print(memory(*arguments.memory))
         return
-    results = {name: compare(name, arguments.repeats) for name in arguments.models}
-    Console(width=140).print(table(results))
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": arguments.threads}
-    about |= {"repeats": arguments.repeats, "seconds": results}
-    arguments.out.write_text(json.dumps(about, indent=1) + "\n")
+    results: dict[str, dict[str, float]] = {}
+    for name in arguments.models:
+        results[name] = compare(name, arguments.repeats)
+        told = about | {"repeats": arguments.repeats, "seconds": results}
+        arguments.out.write_text(json.dumps(told, indent=1) + "\n")
+    Console(width=140).print(table(results))
 
 
 if __name__ == "__main__":

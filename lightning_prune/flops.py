@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, as_call, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, as_call, called, tensors_in, undisturbed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore scripts a function as it is imported; torch calls that deprecated.
@@ -68,7 +69,10 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
     with undisturbed(model), _unfused():
         _call_eagerly_(model)
         leaves, spec = pytree.tree_flatten(_copied(example_inputs))
-        analysis = FlopCountAnalysis(_Traceable(model, leaves, spec), tuple(filter(torch.is_tensor, leaves)))
+        analysis = FlopCountAnalysis(
+            _Traceable(partial(called(example_inputs), model), model, leaves, spec),
+            tuple(filter(torch.is_tensor, leaves)),
+        )
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle(**_RULES)
         try:
@@ -86,8 +90,9 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
 class _Traceable(nn.Module):
     """The model seen as ``torch.jit`` wants it: from the tensors among its inputs to the tensors among its outputs."""
 
-    def __init__(self, model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(self, call: Callable[..., Any], model: nn.Module, leaves: list[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
+        self.call = call
         self.model = model
         self.leaves = leaves
         self.spec = spec
@@ -97,7 +102,7 @@ class _Traceable(nn.Module):
         args, kwargs = pytree.tree_unflatten(
             [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.spec
         )
-        outputs = tuple(tensors_in(self.model(*args, **kwargs)))
+        outputs = tuple(tensors_in(self.call(*args, **kwargs)))
         if not outputs:
             raise ValueError("it returned no tensor that a trace could end in")
         return outputs
@@ -147,7 +152,7 @@ def _refuse(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model(*args, **kwargs)
+            called(example_inputs)(model, *args, **kwargs)
     except Exception as failure:
         raise PruningError(
             f"count_flops: {type(model).__name__} fails on the example inputs: {type(failure).__name__}: {failure}. "

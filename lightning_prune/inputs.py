@@ -3,10 +3,10 @@
 import dataclasses
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from lightning_prune.errors import PruningError
 
 __all__ = [
     "ExampleInputs",
+    "Instead",
     "as_call",
     "call_on",
+    "called",
     "fewer_positions",
     "hold_nothing",
     "modules_of",
@@ -29,8 +31,16 @@ __all__ = [
     "undisturbed",
 ]
 
-ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""A tensor (the one positional input), a tuple of positional inputs or a mapping of keyword inputs."""
+
+class Instead(NamedTuple):
+    """What runs in place of a model's ``forward``: ``function(model, *inputs)``."""
+
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Instead
+"""A tensor (the one positional input), a tuple of positional or a mapping of keyword inputs, or what runs instead."""
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
@@ -43,6 +53,8 @@ def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
+    if isinstance(example_inputs, Instead):
+        return example_inputs.inputs, {}
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):
@@ -56,6 +68,15 @@ def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
 def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """Call the model on example inputs and return whatever it returns."""
     args, kwargs = as_call(example_inputs)
+    return called(example_inputs)(model, *args, **kwargs)
+
+
+def called(example_inputs: ExampleInputs) -> Callable[..., Any]:
+    """Return the function of model and arguments that example inputs are for: the model's own call, or another."""
+    return example_inputs.function if isinstance(example_inputs, Instead) else _call
+
+
+def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     return model(*args, **kwargs)
 
 

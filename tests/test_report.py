@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_prune import (
     FewUnits,
@@ -21,7 +21,7 @@ from lightning_prune import (
     PruningError,
 )
 from lightning_prune.callbacks import _reporting
-from lightning_prune.reports import History, run_tables
+from lightning_prune.reports import History, draw_run, run_tables
 from lightning_prune.reports.run_page import run_page
 from lightning_prune.reports.summary import main_metric, stages, staying, totals
 from tests import runs
@@ -87,6 +87,41 @@ def test_a_report_is_left_in_the_folder_of_the_logger(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("8 → 4", "From cut to cut", "What stays", "val_loss"))
     assert "version_0/pruning.html" in re.sub(r"\s", "", shown)
+
+
+def test_the_picture_shows_what_the_history_says():
+    """Lines are what was left and the metric at each step, bars the widths; the metric ends each stage at its cost."""
+    callback = FilterL1Pruning(0.5, schedule=Linear(1, 2))
+    fit(net(), callback, val=True)
+    history = callback.history
+    figure = draw_run(history)
+    axes = {(part.get_xlabel(), part.get_ylabel()): part for part in figure.axes}
+    (flops,) = [line for line in axes["optimizer steps", "left, %"].lines if line.get_label() == "FLOPs"]
+    assert list(flops.get_ydata()[1:]) == [100 * moment.left["prune/flops_kept"] for moment in history.moments]
+    assert list(flops.get_xdata()[1:]) == [moment.step for moment in history.moments]
+    losses = [(m.step, m.metrics["val_loss"]) for m in history.moments if m.metrics]
+    assert [tuple(point) for point in axes["", "val_loss"].lines[0].get_xydata()] == losses
+    ends = [(100 * s.left["prune/flops_kept"], s.last["val_loss"]) for s in stages(history)]
+    assert [tuple(point) for point in axes["FLOPs left, %", "val_loss"].lines[0].get_xydata()] == ends
+    heights = [bar.get_height() for bar in axes["", "width"].patches]
+    changes = history.layers.values()
+    assert heights == [change.before.width for change in changes] + [change.now.width for change in changes]
+
+
+def test_a_logger_of_ones_own_gets_files_beside_its_checkpoints(tmp_path):
+    """Whatever says where it saves and what the run is called has the report there."""
+
+    class Own(Logger):
+        name, version, save_dir = "mine", 3, str(tmp_path)
+
+        def log_metrics(self, metrics, step=None):
+            pass
+
+        def log_hyperparams(self, params):
+            pass
+
+    fit(net(), FilterL1Pruning(0.5), logger=Own())
+    assert (tmp_path / "mine" / "version_3" / "pruning.html").exists()
 
 
 def test_without_a_logger_nothing_is_written(tmp_path, monkeypatch):

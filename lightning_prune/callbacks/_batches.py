@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
+from lightning_prune.callbacks._step import call_step, silent
 from lightning_prune.errors import PruningError
 from lightning_prune.statistics.gradients import Loss
 
@@ -59,13 +58,9 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
             f"{type(pl_module).__name__} optimizes manually: its training step returns no loss to be differentiated. "
             "Use a criterion that the run itself shows, such as 'taylor'."
         )
-    takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)  # as Lightning asks
-    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
-    states = [{name: copy.deepcopy(getattr(metric, name)) for name in metric._defaults} for metric in metrics]
-    counts = [(metric._update_count, metric._computed) for metric in metrics]
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
-        found = pl_module.training_step(*((batch, 0) if takes_index else (batch,)))
+        found = call_step(pl_module, "training_step", batch)
         value = found["loss"] if isinstance(found, dict) else found
         if not isinstance(value, Tensor):
             raise PruningError(
@@ -73,22 +68,8 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
             )
         return value
 
-    logs = {name: vars(pl_module).get(name) for name in ("log", "log_dict")}
-    try:
-        for name in logs:
-            vars(pl_module)[name] = _say_nothing
+    with silent(pl_module):
         yield loss
-    finally:
-        for name, value in logs.items():
-            vars(pl_module).pop(name) if value is None else vars(pl_module).update({name: value})
-        for metric, state, (updates, computed) in zip(metrics, states, counts, strict=True):
-            for name, value in state.items():
-                setattr(metric, name, value)
-            metric._update_count, metric._computed = updates, computed
-
-
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``log`` where a step is taken to look at its loss alone."""
 
 
 def _beside(loader: Any) -> Any:

@@ -77,7 +77,7 @@ class ByReaders(AtTheCut):
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Score by the batches of each process, and average."""
-        with training_batches(trainer, pl_module, self.batches) as batches, trainer.precision_plugin.forward_context():
+        with training_batches(trainer, pl_module, self.batches) as batches:  # not in autocast, which hides parameters
             inputs = list(inputs_of(pl_module, batches))
             products = find_products(pl_module, inputs[0], run)
             found = score_by_readers(pl_module, structure, products, inputs, run, DAMPING, torch.float64)

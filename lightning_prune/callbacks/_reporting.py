@@ -77,12 +77,13 @@ def _to_tensorboard(logger: Any, history: History) -> str | None:
 
 
 def _to_wandb(logger: Any, history: History) -> str:
+    name = f"pruning-{logger.version}"
     with TemporaryDirectory() as folder:
         files = write_run(history, folder)
-        artifact = logger.experiment.log_artifact(folder, name=f"pruning-{logger.version}", type="report")
+        logger.experiment.log_artifact(folder, name=name, type="report")
         if len(files) > 2:
             logger.log_image("prune/report", [str(files[2])])
-    return f"artifact {artifact.name} of the run in W&B"
+    return f"artifact {name} of the run in W&B"
 
 
 def _to_mlflow(logger: Any, history: History) -> str:

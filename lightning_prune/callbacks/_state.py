@@ -48,6 +48,7 @@ class State:
     widths: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     pinned: list[Pinned] = field(default_factory=list)  # as the last trace found
+    branching: list[str] = field(default_factory=list)  # the same
     latency: float = 1.0  # share of it that was left after the last cut, where it is a target
 
     def remembered(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from lightning_prune.callbacks._refusals import (
     structured_callbacks,
 )
 from lightning_prune.callbacks._state import Start, State
+from lightning_prune.callbacks._step import Traced, check_traced, instead_of_forward, refuse_step
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import FlopCount, count_flops
 from lightning_prune.inputs import ExampleInputs, hold_nothing
@@ -70,11 +71,13 @@ class StructuredPruning(Pruning):
         min_width: MinWidth,
         max_amount: MaxAmount,
         recalibrate: int,
+        traced: Traced,
         gathering: Gathering,
     ) -> None:
         """Check the arguments and keep them."""
         where = type(self).__name__
         check_arguments(where, amount, "l1", target, scope, round_to, min_width, max_amount)
+        check_traced(where, traced, example_inputs)
         if isinstance(ignore, str):
             raise TypeError(f"{where}(ignore={ignore!r}): pass a list of patterns, [{ignore!r}].")
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
@@ -94,6 +97,7 @@ class StructuredPruning(Pruning):
         self.min_width = min_width
         self.max_amount = max_amount
         self.recalibrate = recalibrate
+        self.trace: Traced = traced
         self._state = State()
         self._gathering = gathering
 
@@ -126,6 +130,7 @@ class StructuredPruning(Pruning):
     def refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a run in which no unit can leave."""
         refuse_removal(type(self).__name__, trainer, pl_module)
+        refuse_step(type(self).__name__, self.trace, pl_module)
 
     def will_run_on_batches(self, pl_module: LightningModule) -> bool:
         """Tell whether BatchNorm's statistics will be averaged anew after a cut."""
@@ -134,11 +139,7 @@ class StructuredPruning(Pruning):
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(type(self).__name__, trainer.optimizers)
-        if batch is not None and not hold_nothing(batch):
-            self._state.example = batch_as_inputs(pl_module, batch)
-        given = [callback.example_inputs for callback in (self, *structured_callbacks(trainer))]
-        known = [*given, pl_module.example_input_array, self._state.example]
-        inputs = next((inputs for inputs in known if inputs is not None), None)
+        inputs = self._found_inputs(trainer, pl_module, batch)
         if inputs is None:
             return False
         state = self._state
@@ -146,7 +147,7 @@ class StructuredPruning(Pruning):
         structure = find_structure(trace(pl_module, state.inputs))
         refuse_overlap(self, trainer, pl_module, structure)
         structure = self._prunable(pl_module, structure)
-        state.pinned = structure.pinned
+        state.pinned, state.branching = structure.pinned, list(structure.branching)
         if state.start is None:
             check_prunable(pl_module, structure)
             self._refuse_not_finite(pl_module, structure)
@@ -217,7 +218,7 @@ class StructuredPruning(Pruning):
             now = layer_costs(pl_module, self._count_flops(pl_module))
             history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in self._start.layers.items()}
             history.measured = circumstances(pl_module, self._inputs)
-            history.pinned = list(self._state.pinned)
+            history.pinned, history.branching = list(self._state.pinned), list(self._state.branching)
 
     def remembered(self) -> dict[str, Any]:
         """Return what amounts are fractions of, what has gone, and what was gathered since."""
@@ -286,6 +287,18 @@ class StructuredPruning(Pruning):
     def _speaks(self, trainer: Trainer) -> bool:
         """Tell whether this callback logs and reports for all that remove units."""
         return structured_callbacks(trainer)[-1] is self
+
+    def _found_inputs(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> ExampleInputs | None:
+        """Return what the model is to be run on, if that is known yet."""
+        state = self._state
+        batch = None if batch is not None and hold_nothing(batch) else batch
+        if self.trace != "forward":  # a whole batch is too much for a checkpoint: a resumed run takes its own first one
+            return None if batch is None else instead_of_forward(self.trace, batch)
+        if batch is not None:
+            state.example = batch_as_inputs(pl_module, batch)
+        given = [callback.example_inputs for callback in (self, *structured_callbacks(trainer))]
+        known = [*given, pl_module.example_input_array, state.example]
+        return next((inputs for inputs in known if inputs is not None), None)
 
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self._gathering.looks_at_training:

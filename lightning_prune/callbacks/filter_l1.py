@@ -44,6 +44,9 @@ class FilterL1Pruning(StructuredPruning):
             ``amount`` of each layer's own filters stops there.
         recalibrate: Training batches over which BatchNorm's means and variances are averaged anew after each cut; by
             default they follow as training goes on.
+        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
+            or counted by that.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,8 +73,9 @@ class FilterL1Pruning(StructuredPruning):
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
         recalibrate: int = 0,
+        trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
         super().__init__(
             amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
-            gathering_for("l1"),
+            trace, gathering_for("l1"),
         )  # fmt: skip

@@ -60,6 +60,9 @@ class FilterPruning(StructuredPruning):
             when a cut is due.
         repair: Whether weights and biases that read what leaves are refitted at each cut, to give on these batches
             what they gave with it.
+        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
+            or counted by that.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
@@ -87,6 +90,7 @@ class FilterPruning(StructuredPruning):
         recalibrate: int = 0,
         batches: int = 8,
         repair: bool = False,
+        trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
@@ -95,7 +99,7 @@ class FilterPruning(StructuredPruning):
             schedule = OneShot(at=1)
         super().__init__(
             amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
-            gathering,
+            trace, gathering,
         )  # fmt: skip
         self.criterion = criterion
         self.batches = batches
@@ -112,7 +116,7 @@ class FilterPruning(StructuredPruning):
         """Let what reads the units that leave make up for them, if asked to."""
         if not self.repair:
             return prepared
-        with training_batches(trainer, pl_module, self.batches) as batches, trainer.precision_plugin.forward_context():
+        with training_batches(trainer, pl_module, self.batches) as batches:  # not in autocast, which hides parameters
             inputs = list(inputs_of(pl_module, batches))
             products = find_products(pl_module, inputs[0], run)
             tensors, self.repairs, _ = repaired(

@@ -46,6 +46,9 @@ class TaylorFilterPruning(StructuredPruning):
         min_width: Units that stay of every layer at least, or by pattern of module paths.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
         recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
+        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
+            or counted by that.
 
     Raises:
         ValueError: If an argument is out of range, or the schedule cuts before epoch 1.
@@ -70,6 +73,7 @@ class TaylorFilterPruning(StructuredPruning):
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
         recalibrate: int = 0,
+        trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
         if form not in _CRITERIA:
             raise ValueError(f"TaylorFilterPruning(form={form!r}): choose 'weights' or 'activations'.")
@@ -77,7 +81,7 @@ class TaylorFilterPruning(StructuredPruning):
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
         super().__init__(
             amount, target, scope, schedule if schedule is not None else OneShot(at=1), ignore, round_to,
-            example_inputs, min_width, max_amount, recalibrate, gathering_for(_CRITERIA[form]),
+            example_inputs, min_width, max_amount, recalibrate, trace, gathering_for(_CRITERIA[form]),
         )  # fmt: skip
         self.form = form
         self.flops_penalty = flops_penalty

@@ -57,6 +57,7 @@ class Report:
         pinned: What stayed, and why.
         proved: That what was cut was proved: what cannot be proved is not cut, but listed under ``pinned``.
         proof: What was proved, in words.
+        branching: Modules whose code goes by numbers of its input: only the path that the example inputs took was seen.
         latency_kept: Share of the latency that is left, as measured, where that was the target.
         measured: What the latency was measured on.
     """
@@ -71,6 +72,7 @@ class Report:
     pinned: tuple[Pinned, ...]
     proved: bool
     proof: str
+    branching: tuple[str, ...] = ()
     latency_kept: float | None = None
     measured: str = ""
 
@@ -170,6 +172,7 @@ def prune_filters(
         pinned=tuple(prepared.structure.pinned),
         proved=True,
         proof=prepared.proof,
+        branching=prepared.structure.branching,
         latency_kept=kept,
         measured=circumstances(model, example_inputs) if target == "latency" else "",
     )

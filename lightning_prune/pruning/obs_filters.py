@@ -143,6 +143,7 @@ def prune_filters_obs(
         pinned=tuple(prepared.structure.pinned),
         proved=True,
         proof=prepared.proof,
+        branching=prepared.structure.branching,
         latency_kept=kept,
         measured=circumstances(model, example_inputs) if target == "latency" else "",
     )

@@ -87,4 +87,6 @@ def pinned_table(structure: Structure) -> Table:
     table.add_column("because", overflow="fold")
     for pin in structure.pinned:
         table.add_row(f"{pin.tensor}, dimension {pin.dim}", f"{pin.count} of {pin.size}", pin.reason)
+    if structure.branching:
+        table.caption = f"Only the path that the example inputs took was seen of: {', '.join(structure.branching)}."
     return table

@@ -54,6 +54,7 @@ class History:
         weights: Name, size and what stays of every weight that could be masked; where weights become zero.
         pinned: Channels that stay, and why.
         dense: Name of a weight that could not be masked -> why.
+        branching: Modules whose code goes by numbers of its input, so that only the path taken was seen.
     """
 
     model: str = ""
@@ -64,6 +65,7 @@ class History:
     weights: list[WeightCount] = field(default_factory=list)
     pinned: list[Pinned] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
+    branching: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> dict[str, float]:
@@ -101,6 +103,7 @@ class History:
             [WeightCount(*weight) for weight in plain["weights"]],
             [Pinned(**pin) for pin in plain["pinned"]],
             dict(plain["dense"]),
+            list(plain.get("branching", ())),  # histories written before this was noted
         )
 
     def to_json(self, path: str | Path) -> None:

@@ -81,14 +81,17 @@ def _draw_against(figure: Any, history: History) -> None:
         axes.text(0.5, 0.5, "validation logged nothing", ha="center", va="center", color="0.5")
         axes.set_axis_off()
         return
-    seen = [moment for moment in history.moments if metric in moment.metrics and key in moment.left]
+    found = [stage for stage in stages(history) if key in stage.left]
+    seen = [  # before the first cut they tell of learning
+        m for m in history.moments if metric in m.metrics and key in m.left and m.left != found[0].left
+    ]
     axes.scatter([100 * m.left[key] for m in seen], [m.metrics[metric] for m in seen], s=8, color="0.75", zorder=2)
-    ends = [stage for stage in stages(history) if metric in stage.last and key in stage.left]
+    ends = [stage for stage in found if metric in stage.last]
     axes.plot(
         [100 * stage.left[key] for stage in ends], [stage.last[metric] for stage in ends],
         color=_COLOURS[key], marker="o", markersize=5, linewidth=1, zorder=3,
     )  # fmt: skip
-    axes.invert_xaxis()
+    axes.set_xlim(103, min((100 * stage.left[key] for stage in found), default=100.0) - 3)  # ever less to the right
     axes.set(xlabel=f"{shares(history)[key]} left, %", ylabel=metric)
     axes.set_title("against cost: large, before each cut", fontsize=10)
     axes.grid(color="0.92", linewidth=0.6)

@@ -110,4 +110,6 @@ def staying(history: History) -> dict[str, list[str]]:
         found.setdefault(pin.reason, []).append(f"{pin.tensor}{many}")
     for name, reason in history.dense.items():
         found.setdefault(reason, []).append(name)
+    if history.branching:
+        found["stays right for the path that the example inputs took; no other was seen"] = list(history.branching)
     return found

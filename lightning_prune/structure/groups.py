@@ -92,6 +92,11 @@ class Structure:
     links: tuple[tuple[str, ...], ...] = ()
     """Groups that must keep the same share, since a number in the code ties their widths together."""
 
+    @property
+    def branching(self) -> tuple[str, ...]:
+        """Paths of the modules whose code goes by numbers of its input: of them only the path taken was seen."""
+        return tuple(path or "the model" for path in dict.fromkeys(self.ledger.decided))
+
     def alive(self, keep: Keep) -> NDArray[np.bool_]:
         """Return for every atom whether it is left once the units that ``keep`` gives up have gone, ``(atoms,)``."""
         left = np.ones(self.ledger.size, dtype=bool)
@@ -329,15 +334,23 @@ def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable]
         for root in np.unique(labels):
             reasons.setdefault(int(root), reason)
     made = _roles(ledger)["producer"]
-    return [
-        Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, slot, stays, reasons, component))
-        for slot in ledger.slots
-        if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
-    ] + [
-        Pinned(slot.tensor, slot.dim, slot.size, slot.size, "its channels can only leave all together")
-        for which in sorted(alone)
-        if made[(slot := ledger.slots[which]).start]
-    ]
+    return (
+        [
+            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, slot, stays, reasons, component))
+            for slot in ledger.slots
+            if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
+        ]
+        + [
+            Pinned(slot.tensor, slot.dim, slot.size, slot.size, "its channels can only leave all together")
+            for which in sorted(alone)
+            if made[(slot := ledger.slots[which]).start]
+        ]
+        + [
+            Pinned(slot.tensor, slot.dim, slot.size, slot.size, "it never ran on the example inputs")
+            for slot in ledger.slots
+            if slot.dim == 0 and slot.tensor in ledger.idle
+        ]
+    )
 
 
 def _reason(

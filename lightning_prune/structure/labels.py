@@ -140,6 +140,7 @@ class Ledger:
         self.lengths: dict[Hashable, Label] = {}
         self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
         self.unseen: set[str] = set()  # parameters and buffers that no operator took
+        self.idle: list[str] = []  # parameters of those that go with nothing that an operator took
         self.whole: list[Atoms] = []
         self.costs: list[Cost] = []
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}

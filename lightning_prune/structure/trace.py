@@ -8,7 +8,7 @@ from contextlib import suppress
 from torch import nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, refuse_empty, refuse_shapeless, undisturbed
+from lightning_prune.inputs import ExampleInputs, Instead, refuse_empty, refuse_shapeless, undisturbed
 from lightning_prune.structure.labels import Labels, Ledger
 from lightning_prune.structure.tensors import named_tensors
 from lightning_prune.structure.watch import watch
@@ -33,10 +33,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
     try:
         return _traced(model, example_inputs, numbers=False, hollow=False)
     except Exception as error:
+        where, name = f"({type(error).__name__}: {error})", type(model).__name__
+        if isinstance(example_inputs, Instead):
+            told = f"{example_inputs.function.__name__} of {name} does not run in eval mode, without gradients {where}."
+            raise PruningError(told) from error
         raise PruningError(
-            f"{type(model).__name__} does not run on the example inputs in eval mode ({type(error).__name__}: {error})"
-            ". Pass example_inputs that its forward accepts: a tensor, a tuple of positional inputs or a dict of "
-            "keyword inputs."
+            f"{name} does not run on the example inputs in eval mode {where}. Pass example_inputs that its forward "
+            "accepts: a tensor, a tuple of positional inputs or a dict of keyword inputs."
         ) from error
 
 
@@ -47,12 +50,18 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs, numbers: bool, holl
     with undisturbed(model):
         watch(model, example_inputs, {}, ledger, labels)
     if ledger.unseen:
-        _follow_siblings(model, ledger, labels)
+        followed = _follow_siblings(model, ledger, labels)
+        ledger.idle = [n for n, _ in model.named_parameters() if n in ledger.unseen and n not in followed]
     return ledger
 
 
-def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> None:
-    """Let modules that did not run, such as experts that no example came to, go with one beside them that did."""
+def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> set[str]:
+    """Let modules that did not run, such as experts that no example came to, go with one beside them that did.
+
+    Returns:
+        The names of their parameters and buffers.
+    """
+    followed: set[str] = set()
     names = {id(tensor): name for name, tensor in named_tensors(model).items()}
     idle = _idle(model, {id(tensor) for tensor in named_tensors(model).values() if names[id(tensor)] in ledger.unseen})
     for parent in model.modules():
@@ -65,9 +74,11 @@ def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labe
             kind = (type(child), *((leaf, shape) for leaf, shape, _ in own))
             first = ran.setdefault(kind, [name for _, _, name in own])
             if id(child) in idle and not set(first) <= ledger.unseen:
+                followed |= {name for _, _, name in own}
                 for name, other in zip((name for _, _, name in own), first, strict=True):
                     for dim, found in labels[name].dims.items():
                         ledger.meet(found[0].atoms, labels[other].dims[dim][0].atoms)
+    return followed
 
 
 def _idle(model: nn.Module, unseen: set[int]) -> set[int]:
