@@ -15,14 +15,14 @@ from lightning_prune.budget import Scores
 from lightning_prune.callbacks._batches import losses_of, training_batches
 from lightning_prune.callbacks._gathering import Gathering, OverTheRun
 from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.inputs import ExampleInputs, run
-from lightning_prune.pruning.readers import readers_of, score_by_readers
+from lightning_prune.inputs import run
+from lightning_prune.pruning.readers import score_by_readers
 from lightning_prune.scoring import CRITERIA, Criterion, adds_up, score_units
 from lightning_prune.statistics.grams import find_products
 from lightning_prune.statistics.units import gather_contributions, taylor_over_units, watch_contributions, watch_moments
 from lightning_prune.structure import Structure
 
-__all__ = ["DAMPING", "ByReaders", "gathering_for"]
+__all__ = ["DAMPING", "gathering_for"]
 
 DAMPING = 0.01
 """Share of its mean diagonal entry that is added to a Hessian's diagonal."""
@@ -82,13 +82,6 @@ class ByReaders(AtTheCut):
             products = find_products(pl_module, inputs[0], run)
             found = score_by_readers(pl_module, structure, products, inputs, run, DAMPING, torch.float64)
         return {name: trainer.strategy.reduce(score, reduce_op="mean") for name, score in found.items()}  # type: ignore[misc]
-
-    @staticmethod
-    def seen(pl_module: LightningModule, structure: Structure, inputs: ExampleInputs) -> Structure:
-        """Leave out the groups of which no reader can be asked."""
-        products = find_products(pl_module, inputs, run)
-        unseen = [name for name, group in structure.groups.items() if not readers_of(pl_module, group, products)]
-        return structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
 
 
 class TaylorOfWeights(OverTheRun):

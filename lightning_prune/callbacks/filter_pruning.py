@@ -12,11 +12,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune.callbacks._batches import training_batches
-from lightning_prune.callbacks._criteria import DAMPING, ByReaders, gathering_for
+from lightning_prune.callbacks._criteria import DAMPING, gathering_for
 from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.inputs import run
 from lightning_prune.pruning.filters import Prepared
+from lightning_prune.pruning.readers import only_read
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA, Criterion
@@ -127,7 +128,9 @@ class FilterPruning(StructuredPruning):
 
     def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
         structure = super()._prunable(pl_module, structure)
-        return ByReaders.seen(pl_module, structure, self._inputs) if self.criterion == "obs" else structure
+        if self.criterion != "obs":
+            return structure
+        return only_read(pl_module, structure, find_products(pl_module, self._inputs, run))
 
 
 def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:

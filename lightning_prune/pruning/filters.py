@@ -31,7 +31,7 @@ from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure
 
-__all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters"]
+__all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters", "reported"]
 
 
 class GroupWidth(NamedTuple):
@@ -161,21 +161,7 @@ def prune_filters(
     )
     kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
     cut_(model, prepared.cut, prepared.tensors, optimizers)
-    return Report(
-        params_before=dense.footprint.params,
-        params_after=count_params(model),
-        flops_before=dense.footprint.flops,
-        flops_after=count_flops(model, example_inputs).total,
-        groups=prepared.widths,
-        kept=prepared.cut.kept,
-        attributes=prepared.cut.attributes,
-        pinned=tuple(prepared.structure.pinned),
-        proved=True,
-        proof=prepared.proof,
-        branching=prepared.structure.branching,
-        latency_kept=kept,
-        measured=circumstances(model, example_inputs) if target == "latency" else "",
-    )
+    return reported(model, example_inputs, prepared, dense, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,6 +249,27 @@ def prepare(
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
+
+
+def reported(
+    model: nn.Module, example_inputs: ExampleInputs, made: Prepared, dense: Dense, latency_kept: float | None
+) -> Report:
+    """Report a cut that has been made; ``latency_kept`` is known where latency was the target."""
+    return Report(
+        params_before=dense.footprint.params,
+        params_after=count_params(model),
+        flops_before=dense.footprint.flops,
+        flops_after=count_flops(model, example_inputs).total,
+        groups=made.widths,
+        kept=made.cut.kept,
+        attributes=made.cut.attributes,
+        pinned=tuple(made.structure.pinned),
+        proved=True,
+        proof=made.proof,
+        branching=made.structure.branching,
+        latency_kept=latency_kept,
+        measured="" if latency_kept is None else circumstances(model, example_inputs),
+    )
 
 
 def count_params(model: nn.Module) -> int:

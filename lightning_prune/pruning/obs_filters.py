@@ -15,9 +15,9 @@ from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs, call_on
-from lightning_prune.latency import circumstances, latency_kept, shapes_of
-from lightning_prune.pruning.filters import Report, count_params, prepare
-from lightning_prune.pruning.readers import score_by_readers
+from lightning_prune.latency import latency_kept, shapes_of
+from lightning_prune.pruning.filters import Report, count_params, prepare, reported
+from lightning_prune.pruning.readers import only_read, score_by_readers
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
@@ -111,10 +111,9 @@ def prune_filters_obs(
     check_prunable(model, structure)
     products = find_products(model, batches[0], forward)
     if criterion == "obs":
-        scores = score_by_readers(model, structure, products, batches, forward, damping, dtype)
-        unseen = [name for name in structure.groups if name not in scores]
-        structure = structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
+        structure = only_read(model, structure, products)
         check_prunable(model, structure)
+        scores = score_by_readers(model, structure, products, batches, forward, damping, dtype)
     else:
         scores = score_units(model, structure, criterion, batches, loss)
     amount = amount_by_group(structure, amount)
@@ -132,19 +131,5 @@ def prune_filters_obs(
         model, structure, prepared.cut, prepared.tensors, products, batches, forward, sequential, damping, dtype
     )
     cut_(model, prepared.cut, tensors)
-    report = Report(
-        params_before=dense.footprint.params,
-        params_after=count_params(model),
-        flops_before=dense.footprint.flops,
-        flops_after=count_flops(model, example_inputs).total,
-        groups=prepared.widths,
-        kept=prepared.cut.kept,
-        attributes=prepared.cut.attributes,
-        pinned=tuple(prepared.structure.pinned),
-        proved=True,
-        proof=prepared.proof,
-        branching=prepared.structure.branching,
-        latency_kept=kept,
-        measured=circumstances(model, example_inputs) if target == "latency" else "",
-    )
+    report = reported(model, example_inputs, prepared, dense, kept)
     return RepairReport(report, repairs, skipped, damping)

@@ -16,7 +16,7 @@ from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gathe
 from lightning_prune.statistics.outputs import Outputs
 from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
-__all__ = ["readers_of", "score_by_readers"]
+__all__ = ["only_read", "score_by_readers"]
 
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time
 _SHARE = 0.3  # of the units, without which readers are compared
@@ -33,6 +33,12 @@ def readers_of(model: nn.Module, group: ChannelGroup, products: Products) -> lis
         and (reading := products.readings.get(slot.tensor)) is not None
         and reading.channel_dim(own[slot.tensor]) == slot.dim
     ]
+
+
+def only_read(model: nn.Module, structure: Structure, products: Products) -> Structure:
+    """Leave out the groups of which no reader's inputs can be seen."""
+    unseen = [name for name, group in structure.groups.items() if not readers_of(model, group, products)]
+    return structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
 
 
 def score_by_readers(
