@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from rich.progress import track
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from lightning_prune.errors import PruningError
 from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.solvers.damping import cholesky
-from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import Gram, fitting, gather_grams, gather_pair
 from lightning_prune.statistics.outputs import Outputs, replaced
+from lightning_prune.statistics.products import Products
 
 __all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "told_of"]
 
@@ -51,22 +52,18 @@ class Surgery:
 
     Attributes:
         model: The model.
-        batches: Batches of data.
-        forward: Calls the model on a batch and returns its outputs.
+        calibration: That data.
         products: Which of its parameters multiply what.
         solver: Prunes the rows of one layer.
         damping: Share of the mean diagonal entry that is added to Hessians.
-        dtype: What Hessians are summed and solved in.
         tensors: The model's parameters and buffers, by name.
     """
 
     model: nn.Module
-    batches: Sequence[Any]
-    forward: Run
+    calibration: Calibration
     products: Products
     solver: type[RowSolver]
     damping: float
-    dtype: torch.dtype
     tensors: Mapping[str, Tensor]
     _held: dict[str, _Patient] = field(default_factory=dict)
 
@@ -75,14 +72,14 @@ class Surgery:
         for part in self._fitting(names):
             if part[0] not in self._held:
                 self._held.clear()
-                grams = gather_grams(self.model, self.batches, self.forward, part, self.dtype)
+                grams = gather_grams(self.model, self.products, part, self.calibration)
                 self._held.update({name: self._patient(name, gram) for name, gram in grams.items()})
             for name in part:
                 yield name, self._held[name]
 
     def rows(self, name: str) -> Tensor:
         """Return a layer's weights as ``(groups, rows, columns)``."""
-        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.dtype)
+        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.calibration.dtype)
 
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
         """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
@@ -110,7 +107,7 @@ class Surgery:
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
-        return fitting({name: 2 * self.products.bytes(name, self.dtype) for name in names}, _MEMORY)
+        return fitting({name: 2 * self.products.bytes(name, self.calibration.dtype) for name in names}, _MEMORY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +146,8 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
         for solved in found.values():
             others |= solved.others
         pair = gather_pair(
-            surgery.model, surgery.batches, surgery.forward, name, partial(replaced, surgery.model, others),
-            surgery.products.calls[name], surgery.dtype,
-        )  # fmt: skip
+            surgery.model, surgery.products, name, surgery.calibration, partial(replaced, surgery.model, others)
+        )
         pair = pair.centred() if name in surgery.products.shifts else pair
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
         pull = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
@@ -172,7 +168,7 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     model is measured once, at the level nearest to ``amount``: how far, squared, the outputs move.
     """
     level = min(_LEVELS, key=lambda level: abs(level - amount))
-    outputs = Outputs(surgery.model, surgery.batches, surgery.forward)
+    outputs = Outputs(surgery.model, surgery.calibration)
     curves = {}
     patients = surgery.patients(names)
     for _ in _shown("measured", names, progress):
