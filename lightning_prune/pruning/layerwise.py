@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
+from lightning_prune.solvers import Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.solvers.damping import cholesky
 from lightning_prune.statistics.calibration import Calibration
 from lightning_prune.statistics.grams import Gram, fitting, gather_grams, gather_pair
@@ -103,7 +103,8 @@ class Surgery:
         hessian = gram.hessian
         if name in self.products.shifts:
             hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
-        return _Patient(self.rows(name), hessian, damped(hessian, self.damping), gram.mean)
+        rows = self.rows(name)
+        return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping)))
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
@@ -112,12 +113,12 @@ class Surgery:
 
 @dataclass(frozen=True, eq=False)
 class _Patient:
-    """One layer: its weights, ``(groups, rows, columns)``, its Hessian, plain and damped, and its mean input."""
+    """One layer: its weights, ``(groups, rows, columns)``, its Hessian and mean input, and what solves it, damped."""
 
     weights: Tensor
     hessian: Tensor
-    damped: Tensor
     mean: Tensor
+    solver: RowSolver
 
 
 def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
@@ -127,7 +128,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
     for _ in _shown("pruned", list(leaving), progress):
         name, patient = next(patients)
         with told_of(name):
-            new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
+            new, keep = patient.solver.solve(leaving[name])
         lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
         found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
@@ -164,8 +165,8 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
 def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: bool) -> dict[str, Curve]:
     """Return what pruning ever more of each layer alone does to the model's outputs.
 
-    How a layer's own error grows is found by the fastest solver, whichever prunes in the end. What it means for the
-    model is measured once, at the level nearest to ``amount``: how far, squared, the outputs move.
+    How a layer's own error grows is found by what tells it soonest. What it means for the model is measured once, at
+    the level nearest to ``amount``: how far, squared, the outputs move.
     """
     level = min(_LEVELS, key=lambda level: abs(level - amount))
     outputs = Outputs(surgery.model, surgery.calibration)
@@ -173,13 +174,12 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     patients = surgery.patients(names)
     for _ in _shown("measured", names, progress):
         name, patient = next(patients)
-        solver = Blocked(patient.weights, patient.damped)
-        size = patient.weights.numel()
-        with told_of(name):
-            found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
-        errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
+        quick, size = patient.solver.quick, patient.weights.numel()
+        counts = list(dict.fromkeys(int(share * size) for share in _LEVELS))
         asked = int(level * size)
-        new = found[asked]
+        with told_of(name):
+            errors = dict(zip(counts, quick.errors(counts), strict=True))
+            new, _ = quick.solve(asked)
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
         solved = surgery.solved(name, new, new != 0, 0.0, mean)
         moved = outputs.moved({name: solved.weight, **solved.others})
