@@ -26,12 +26,13 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
+from lightning_prune.masks import follow_cut_
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
-from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure
+from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure, recipe_of
 
-__all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters", "reported"]
+__all__ = ["GroupWidth", "Prepared", "Report", "carry_out_", "count_params", "prepare", "prune_filters", "reported"]
 
 
 class GroupWidth(NamedTuple):
@@ -95,7 +96,8 @@ def prune_filters(
     """Remove filters and neurons from a model, in place.
 
     Parameters stay the same objects; their gradients and the optimizer's state follow. The cut is proved
-    before it is made; channels whose cut cannot be proved stay, and the report says so.
+    before it is made; channels whose cut cannot be proved stay, and the report says so. The state dict of what is left
+    loads into a model of the original class by :func:`~lightning_prune.load_state_dict_`.
 
     Args:
         model: The model; anything that runs on ``example_inputs`` in eval mode.
@@ -160,7 +162,7 @@ def prune_filters(
         adding_up=adds_up(criterion),
     )
     kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
-    cut_(model, prepared.cut, prepared.tensors, optimizers)
+    carry_out_(model, prepared, prepared.tensors, optimizers)
     return reported(model, example_inputs, prepared, dense, kept)
 
 
@@ -249,6 +251,19 @@ def prepare(
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
+
+
+def carry_out_(
+    model: nn.Module, made: Prepared, tensors: dict[str, Tensor], optimizers: Iterable[Optimizer] = ()
+) -> None:
+    """Make a cut that was prepared, and let the model's state dicts tell of it from then on."""
+    if not made.cut.kept:
+        return
+    cut_(model, made.cut, tensors, optimizers)
+    follow_cut_(model, made.cut.kept)
+    recipe = recipe_of(model)
+    recipe.note((attribute.module, attribute.name) for attribute in made.structure.ledger.attributes)
+    recipe.needed = True
 
 
 def reported(

@@ -16,14 +16,13 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs, call_on
 from lightning_prune.latency import latency_kept, shapes_of
-from lightning_prune.pruning.filters import Report, count_params, prepare, reported
+from lightning_prune.pruning.filters import Report, carry_out_, count_params, prepare, reported
 from lightning_prune.pruning.readers import only_read, score_by_readers
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.statistics.grams import Run, find_products
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.surgery import cut_
 
 __all__ = ["RepairReport", "prune_filters_obs"]
 
@@ -130,6 +129,6 @@ def prune_filters_obs(
     tensors, repairs, skipped = repaired(
         model, structure, prepared.cut, prepared.tensors, products, batches, forward, sequential, damping, dtype
     )
-    cut_(model, prepared.cut, tensors)
+    carry_out_(model, prepared, tensors)
     report = reported(model, example_inputs, prepared, dense, kept)
     return RepairReport(report, repairs, skipped, damping)
