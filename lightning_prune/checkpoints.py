@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import named_tensors
@@ -92,7 +92,7 @@ def load_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], strict: bo
         )
     """
     if not _take_shapes_of(model, state_dict):
-        _refuse_other_shapes(model, state_dict)
+        _refuse_other_shapes("load_state_dict_", model, state_dict)
     return model.load_state_dict(state_dict, strict)
 
 
@@ -108,7 +108,8 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
         The slim model.
 
     Raises:
-        PruningError: If the file is no checkpoint, or only part of one.
+        PruningError: If the file is no checkpoint or only part of one, or its shapes are not the module's and it does
+            not tell what else differs.
     """
     try:
         with _taking_shapes(module_class):
@@ -128,8 +129,13 @@ def _taking_shapes(module_class: type[LightningModule]) -> Iterator[None]:
     load = module_class.load_state_dict
 
     def resize_and_load(self: LightningModule, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        _take_shapes_of(self, state_dict)
-        return load(self, state_dict, *args, **kwargs)
+        told = _take_shapes_of(self, state_dict)
+        try:
+            return load(self, state_dict, *args, **kwargs)
+        except RuntimeError:
+            if not told:
+                _refuse_other_shapes("load_from_checkpoint", self, state_dict)
+            raise
 
     module_class.load_state_dict = resize_and_load  # type: ignore[method-assign, assignment]
     try:
@@ -150,14 +156,14 @@ def _take_shapes_of(module: Any, state_dict: Mapping[str, Any]) -> bool:
     return bool(told)
 
 
-def _refuse_other_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def _refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     for name, tensor in named_tensors(model).items():
         saved = state_dict.get(name)
-        if saved is not None and saved.shape != tensor.shape:
+        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
             raise PruningError(
-                f"load_state_dict_: {name} is {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} "
-                f"in {type(model).__name__}, and nothing beside it tells what else differs: another model was saved, "
-                "or a copy into a plain dict or a file of safetensors lost that. Save model.state_dict() as it is by "
+                f"{where}: {name} is {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
+                f"{type(model).__name__}, and nothing beside it tells what else differs: another model was saved, or a "
+                "copy into a plain dict or a file of safetensors lost that. Save model.state_dict() as it is by "
                 "torch.save, or by save_sparse for load_sparse_."
             )
 
@@ -173,6 +179,6 @@ def _wrong_with(path: Path) -> str | None:
     except Exception:  # what it holds is not plain: then the first failure told
         return None
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        return None
+        return None if "pytorch-lightning_version" in found else "does not say which Lightning wrote it"
     holds = ", ".join(map(repr, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
     return f"holds no state_dict (but {holds or 'nothing'})"

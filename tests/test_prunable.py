@@ -1,4 +1,4 @@
-"""Modules that load what pruning has left of them, and files that nobody can load."""
+"""Modules that load what pruning has left of them."""
 
 import copy
 
@@ -13,7 +13,6 @@ from lightning_prune import (
     Linear,
     Prunable,
     PruningError,
-    load_from_checkpoint,
     load_state_dict_,
     masks_on,
     prune_filters,
@@ -246,46 +245,3 @@ def test_a_slim_model_comes_back_from_other_processes(kind, strategy):
     assert_agrees_with_shapes(module)
     assert made.callback_metrics["prune/sparsity"] == pytest.approx(0.5)
     trainer().test(module, batches(), verbose=False)
-
-
-# Files
-
-
-@pytest.mark.parametrize(
-    "content, told",
-    [
-        (b"", "was not written by torch.save, or only in part"),
-        (b"nothing that torch has written", "was not written by torch.save, or only in part"),
-        ({"a": torch.ones(1), "b": 2}, r"holds no state_dict \(but 'a', 'b'\)"),
-        ({}, r"holds no state_dict \(but nothing\)"),
-        ([1, 2], r"holds no state_dict \(but list\)"),
-    ],
-    ids=["empty", "bytes", "dict", "empty-dict", "list"],
-)
-def test_what_is_no_checkpoint_is_told(content, told, tmp_path):
-    """A file that is something else is refused with what it is."""
-    path = tmp_path / "junk.ckpt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(PruningError, match=f"load_from_checkpoint: .*junk.ckpt {told}"):
-        load_from_checkpoint(Net, path)
-
-
-def test_half_a_checkpoint_is_told(tmp_path):
-    """A file that was cut off is refused as such; one that is not there gives Python's own error."""
-    path = tmp_path / "half.ckpt"
-    fit(net(), FilterL1Pruning(0.5)).save_checkpoint(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(PruningError, match="was not written by torch.save, or only in part"):
-        load_from_checkpoint(Net, path)
-    with pytest.raises(FileNotFoundError):
-        load_from_checkpoint(Net, tmp_path / "absent.ckpt")
-
-
-def test_a_state_of_another_version_is_told():
-    """State that lacks what this version remembers is refused by name, and nothing of it is taken up."""
-    callback = FilterL1Pruning(0.5)
-    state = callback.state_dict()
-    del state["widths"], state["start"]
-    with pytest.raises(PruningError, match="FilterL1Pruning: the checkpoint does not hold its start, widths"):
-        callback.load_state_dict({**state, "progress": 1.0})
-    assert callback.state_dict()["progress"] == 0.0

@@ -16,7 +16,13 @@ from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_foll
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short, refuse_twins
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_misfits,
+    refuse_run,
+    refuse_short,
+    refuse_twins,
+)
 from lightning_prune.callbacks._reporting import call_of, new_metrics, report
 from lightning_prune.errors import PruningError
 from lightning_prune.reports import History
@@ -177,6 +183,7 @@ class Pruning(AnyCallback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
+        refuse_misfits(type(self).__name__, trainer, pl_module)
         self._begin(trainer, pl_module, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -328,7 +335,7 @@ class Pruning(AnyCallback, ABC):
         """Take up what a checkpoint remembers.
 
         Raises:
-            PruningError: If something is missing there.
+            PruningError: If something is missing there, or is not what it should be.
         """
         missing = sorted(self.state_dict().keys() - state_dict.keys())
         if missing:
@@ -336,9 +343,17 @@ class Pruning(AnyCallback, ABC):
                 f"{type(self).__name__}: the checkpoint does not hold its {', '.join(missing)}, so another version of "
                 "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
             )
-        self._course.progress, self._course.ceiling = state_dict["progress"], state_dict["ceiling"]
-        self._history = History.from_plain(state_dict["history"])
-        self.take_up(state_dict)
+        try:
+            progress, ceiling = float(state_dict["progress"]), float(state_dict["ceiling"])
+            history = History.from_plain(state_dict["history"])
+            self.take_up(state_dict)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.forget()
+            raise PruningError(
+                f"{type(self).__name__}: what the checkpoint holds of it cannot be read ({error!r}): the file is "
+                "damaged. Take up an earlier one."
+            ) from error
+        self._course.progress, self._course.ceiling, self._history = progress, ceiling, history
 
     def _detach(self, pl_module: LightningModule) -> None:
         self.detach(pl_module)
