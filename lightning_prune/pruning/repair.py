@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.progress import each
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers.least_squares import refit
 from lightning_prune.statistics.grams import Pair, Products, Run, find_products, gather_grams, gather_pair
@@ -40,6 +41,7 @@ def repaired(
     sequential: bool,
     damping: float,
     dtype: torch.dtype,
+    progress: bool = False,
 ) -> tuple[dict[str, Tensor], tuple[Repair, ...], dict[str, str]]:
     """Fit all weights, and their biases, that read units which leave, to the outputs of the whole model.
 
@@ -55,6 +57,7 @@ def repaired(
             the whole model without what leaves.
         damping: Share of the inputs' mean variance with which weights hold on to what they were.
         dtype: What is summed and solved in.
+        progress: Whether to show a progress bar.
 
     Returns:
         ``tensors`` with refitted weights and biases; what was refitted, in the order in which it runs; and by parameter
@@ -65,21 +68,23 @@ def repaired(
         slim = find_products(model, batches[0], forward)
     skipped = {name: products.otherwise.get(name, "its inputs are not seen") for name in sorted(readers)}
     tensors, repairs = dict(tensors), []
-    for name in [name for name in products.readings if name in readers and name not in products.otherwise]:
-        place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
-        if place is None:
-            skipped[name] = "its groups are not those of before"
-            continue
-        skipped.pop(name)
-        if sequential:
-            change = partial(temporarily_cut, model, cut, dict(tensors))
-            pair = gather_pair(model, batches, forward, name, change, products.calls[name], dtype, place.groups)
-        else:
-            pair = gather_grams(model, batches, forward, [name], dtype)[name].without(place.groups, place.columns)
-        with told_of(name):
-            new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
-        tensors |= new
-        repairs.append(repair)
+    fitting = [name for name in products.readings if name in readers and name not in products.otherwise]
+    with each(fitting, "layers refitted", progress) as names:
+        for name in names:
+            place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
+            if place is None:
+                skipped[name] = "its groups are not those of before"
+                continue
+            skipped.pop(name)
+            if sequential:
+                change = partial(temporarily_cut, model, cut, dict(tensors))
+                pair = gather_pair(model, batches, forward, name, change, products.calls[name], dtype, place.groups)
+            else:
+                pair = gather_grams(model, batches, forward, [name], dtype)[name].without(place.groups, place.columns)
+            with told_of(name):
+                new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
+            tensors |= new
+            repairs.append(repair)
     return tensors, tuple(repairs), skipped
 
 
