@@ -40,6 +40,7 @@ class Course:
     ceiling: float = 1.0  # of the same, beyond which a guard lets nothing go
     epoch: int = -1  # the last one whose start was seen
     begun: bool = False
+    reported: bool = False
     seen: bool = False  # whether forward took a batch of those that it will be run on
     unlogged: bool = False  # whether something changed since the last log
     blind: bool = False  # whether a cut is due for which nothing was seen to decide by
@@ -172,7 +173,7 @@ class Pruning(AnyCallback, ABC):
             self._course, self._history = Course(), History()
             self.forget()
             self._module = weakref.ref(pl_module)
-        self._course.begun, self._course.epoch = False, -1
+        self._course.begun, self._course.reported, self._course.epoch = False, False, -1
         self._detach(pl_module)
         recipe_of(pl_module)
         self._hooks = [
@@ -184,6 +185,7 @@ class Pruning(AnyCallback, ABC):
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
         refuse_misfits(type(self).__name__, trainer, pl_module)
+        self._history.stopped = ""
         self._begin(trainer, pl_module, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,6 +239,7 @@ class Pruning(AnyCallback, ABC):
             changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back
             if trainer.is_global_zero:
                 report(trainer, self._history, changed)
+        course.reported = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""
@@ -244,9 +247,16 @@ class Pruning(AnyCallback, ABC):
         drop_unused_recipe_(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave as after a run that ended well: Lightning tears down nothing here."""
+        """Leave as after a run that ended well, since Lightning tears down nothing here, and report what was cut."""
         self._detach(pl_module)
         drop_unused_recipe_(pl_module)
+        course, history = self._course, self._history
+        if course.begun and not course.reported and history.moments and self._begun(trainer)[-1] is self:
+            course.reported = True
+            name, epoch, step = type(exception).__name__, trainer.current_epoch, trainer.global_step
+            history.stopped = f"{name} in epoch {epoch}, after step {step}"
+            if trainer.is_global_zero:
+                report(trainer, history, unlogged=False, tables=isinstance(exception, KeyboardInterrupt))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> None:
         """Begin, and refuse a training too short for as many cuts as it turns out to take."""
