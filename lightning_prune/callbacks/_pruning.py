@@ -16,6 +16,7 @@ from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_foll
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
+from lightning_prune.callbacks._processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks._refusals import (
     pruning_callbacks,
     refuse_misfits,
@@ -185,6 +186,7 @@ class Pruning(AnyCallback, ABC):
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
         refuse_misfits(type(self).__name__, trainer, pl_module)
+        refuse_uneven(type(self).__name__, trainer)
         self._history.stopped = ""
         self._begin(trainer, pl_module, None)
 
@@ -210,6 +212,11 @@ class Pruning(AnyCallback, ABC):
         if self.schedule.by == "steps" or self._course.epoch != trainer.current_epoch:
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Refuse to go on to the next cut where processes part: one for all callbacks."""
+        if next((callback for callback in pruning_callbacks(trainer) if callback.due), None) is self:
+            refuse_early_end(type(self).__name__, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was logged before."""
