@@ -200,6 +200,11 @@ CASES = {
     "taylor-activations": {"callback": "TaylorFilterPruning", "arguments": {"form": "activations"}, "resume": True},
     "apoz": {"callback": "FilterPruning", "arguments": {"criterion": "apoz"}, "resume": True},
     "obd": {"callback": "FilterPruning", "arguments": {"criterion": "obd", "batches": 2}, "resume": True},
+    "obs": {
+        "callback": "FilterPruning",
+        "arguments": {"criterion": "obs", "batches": 2, "repair": True},
+        "resume": True,
+    },
     "recalibrate": {"arguments": {"recalibrate": 2}, "resume": True},
     "latency": {"kind": "Slow", "target": "latency", "resume": True},
     "manual": {"kind": "Manual", "callback": "TaylorFilterPruning", "resume": True},

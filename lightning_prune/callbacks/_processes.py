@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,9 +18,10 @@ from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, run
 from lightning_prune.latency import CutDoesNotRunError, Shapes, latency_kept
+from lightning_prune.statistics.calibration import Calibration
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["latency_of_first", "recalibrate_", "refuse_apart", "refuse_early_end", "refuse_uneven"]
+__all__ = ["calibration_of", "latency_of_first", "recalibrate_", "refuse_apart", "refuse_early_end", "refuse_uneven"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AT_ONCE = 2**22  # words whose sum is taken at a time, so that no second model lies in memory
@@ -55,6 +59,14 @@ def latency_of_first(
     if found is None:
         raise CutDoesNotRunError(keep) from failure
     return found
+
+
+@contextmanager
+def calibration_of(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Calibration]:
+    """Yield the first training batches of each process, not in autocast, which hides parameters; sums are over all."""
+    with training_batches(trainer, pl_module, count) as batches:
+        inputs = list(inputs_of(pl_module, batches))
+        yield Calibration(inputs, run, over_processes=partial(trainer.strategy.reduce, reduce_op="sum"))
 
 
 def recalibrate_(trainer: Trainer, pl_module: LightningModule, count: int) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
 from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target
-from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs, call_on
 from lightning_prune.progress import each
@@ -19,8 +18,9 @@ from lightning_prune.pruning.filters import Report, carry_out_, clock, count_par
 from lightning_prune.pruning.readers import only_read, score_by_readers
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.scoring import Criterion, adds_up, score_units
+from lightning_prune.statistics.calibration import Calibration, Run
 from lightning_prune.statistics.gradients import Loss
-from lightning_prune.statistics.grams import Run, find_products
+from lightning_prune.statistics.products import find_products
 from lightning_prune.structure import find_structure, trace
 
 __all__ = ["RepairReport", "prune_filters_obs"]
@@ -104,18 +104,16 @@ def prune_filters_obs(
     check_arguments("prune_filters_obs", amount, "l1" if criterion == "obs" else criterion, target, scope, round_to)
     if not damping >= 0:
         raise ValueError(f"prune_filters_obs(damping={damping!r}): a share of the mean variance, from 0; 0.01 is 1 %.")
-    batches = list(batches)
-    if not batches:
-        raise PruningError("prune_filters_obs: no batch came. Pass a list or loader of at least one batch.")
+    calibration = Calibration(list(batches), forward, dtype)
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
-    products = find_products(model, batches[0], forward)
+    products = find_products(model, calibration.batches[0], forward)
     if criterion == "obs":
         structure = only_read(model, structure, products)
         check_prunable(model, structure)
-        scores = score_by_readers(model, structure, products, batches, forward, damping, dtype, progress)
+        scores = score_by_readers(model, structure, products, calibration, damping, progress)
     else:
-        with each(batches, "batches", progress) as seen:
+        with each(calibration.batches, "batches", progress) as seen:
             scores = score_units(model, structure, criterion, seen, loss)
     amount = amount_by_group(structure, amount)
     dense = Dense(
@@ -129,9 +127,8 @@ def prune_filters_obs(
         )  # fmt: skip
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     tensors, repairs, skipped = repaired(
-        model, structure, prepared.cut, prepared.tensors, products, batches, forward, sequential, damping, dtype,
-        progress,
-    )  # fmt: skip
+        model, structure, prepared.cut, prepared.tensors, products, calibration, sequential, damping, progress
+    )
     carry_out_(model, prepared, tensors)
     report = reported(model, example_inputs, prepared, dense, kept)
     return RepairReport(report, repairs, skipped, damping)
