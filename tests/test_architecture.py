@@ -12,6 +12,7 @@ FLOORS = {
     "bits": 0,
     "errors": 0,
     "inputs": 0,
+    "progress": 0,
     "selection": 1,
     "solvers": 1,
     "schedules": 1,

@@ -16,7 +16,14 @@ from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_foll
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short, refuse_twins
+from lightning_prune.callbacks._processes import refuse_early_end, refuse_uneven
+from lightning_prune.callbacks._refusals import (
+    pruning_callbacks,
+    refuse_misfits,
+    refuse_run,
+    refuse_short,
+    refuse_twins,
+)
 from lightning_prune.callbacks._reporting import call_of, new_metrics, report
 from lightning_prune.errors import PruningError
 from lightning_prune.reports import History
@@ -34,6 +41,7 @@ class Course:
     ceiling: float = 1.0  # of the same, beyond which a guard lets nothing go
     epoch: int = -1  # the last one whose start was seen
     begun: bool = False
+    reported: bool = False
     seen: bool = False  # whether forward took a batch of those that it will be run on
     unlogged: bool = False  # whether something changed since the last log
     blind: bool = False  # whether a cut is due for which nothing was seen to decide by
@@ -166,7 +174,7 @@ class Pruning(AnyCallback, ABC):
             self._course, self._history = Course(), History()
             self.forget()
             self._module = weakref.ref(pl_module)
-        self._course.begun, self._course.epoch = False, -1
+        self._course.begun, self._course.reported, self._course.epoch = False, False, -1
         self._detach(pl_module)
         recipe_of(pl_module)
         self._hooks = [
@@ -177,6 +185,9 @@ class Pruning(AnyCallback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
+        refuse_misfits(type(self).__name__, trainer, pl_module)
+        refuse_uneven(type(self).__name__, trainer)
+        self._history.stopped = ""
         self._begin(trainer, pl_module, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,6 +212,11 @@ class Pruning(AnyCallback, ABC):
         if self.schedule.by == "steps" or self._course.epoch != trainer.current_epoch:
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Refuse to go on to the next cut where processes part: one for all callbacks."""
+        if next((callback for callback in pruning_callbacks(trainer) if callback.due), None) is self:
+            refuse_early_end(type(self).__name__, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was logged before."""
@@ -230,6 +246,7 @@ class Pruning(AnyCallback, ABC):
             changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back
             if trainer.is_global_zero:
                 report(trainer, self._history, changed)
+        course.reported = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""
@@ -237,9 +254,16 @@ class Pruning(AnyCallback, ABC):
         drop_unused_recipe_(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave as after a run that ended well: Lightning tears down nothing here."""
+        """Leave as after a run that ended well, since Lightning tears down nothing here, and report what was cut."""
         self._detach(pl_module)
         drop_unused_recipe_(pl_module)
+        course, history = self._course, self._history
+        if course.begun and not course.reported and history.moments and self._begun(trainer)[-1] is self:
+            course.reported = True
+            name, epoch, step = type(exception).__name__, trainer.current_epoch, trainer.global_step
+            history.stopped = f"{name} in epoch {epoch}, after step {step}"
+            if trainer.is_global_zero:
+                report(trainer, history, unlogged=False, tables=isinstance(exception, KeyboardInterrupt))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> None:
         """Begin, and refuse a training too short for as many cuts as it turns out to take."""
@@ -328,7 +352,7 @@ class Pruning(AnyCallback, ABC):
         """Take up what a checkpoint remembers.
 
         Raises:
-            PruningError: If something is missing there.
+            PruningError: If something is missing there, or is not what it should be.
         """
         missing = sorted(self.state_dict().keys() - state_dict.keys())
         if missing:
@@ -336,9 +360,17 @@ class Pruning(AnyCallback, ABC):
                 f"{type(self).__name__}: the checkpoint does not hold its {', '.join(missing)}, so another version of "
                 "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
             )
-        self._course.progress, self._course.ceiling = state_dict["progress"], state_dict["ceiling"]
-        self._history = History.from_plain(state_dict["history"])
-        self.take_up(state_dict)
+        try:
+            progress, ceiling = float(state_dict["progress"]), float(state_dict["ceiling"])
+            history = History.from_plain(state_dict["history"])
+            self.take_up(state_dict)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.forget()
+            raise PruningError(
+                f"{type(self).__name__}: what the checkpoint holds of it cannot be read ({error!r}): the file is "
+                "damaged. Take up an earlier one."
+            ) from error
+        self._course.progress, self._course.ceiling, self._history = progress, ceiling, history
 
     def _detach(self, pl_module: LightningModule) -> None:
         self.detach(pl_module)

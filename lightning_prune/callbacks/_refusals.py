@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.arguments import amount_by_group, with_ignored
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks._structured import StructuredPruning
 
 __all__ = [
-    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_not_finite", "refuse_overlap", "refuse_removal",
-    "refuse_run", "refuse_short", "refuse_twins", "refuse_unmaskable", "structured_callbacks",
+    "pruning_callbacks", "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite",
+    "refuse_overlap", "refuse_removal", "refuse_run", "refuse_short", "refuse_twins", "refuse_unmaskable",
+    "structured_callbacks",
 ]  # fmt: skip
 
 
@@ -145,6 +146,44 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
         f"{where}: {schedule} is complete only before {schedule.by[:-1]} {schedule.last} (counted from 0), but "
         f"training ends after {ends}. End the schedule earlier, or train for longer."
     )
+
+
+def refuse_foreign(where: str, pl_module: LightningModule, keep: Mapping[str, Tensor]) -> None:
+    """Refuse masks that came with a checkpoint and are another model's.
+
+    Raises:
+        PruningError: Naming the first of them.
+    """
+    own = dict(pl_module.named_parameters())
+    for name, stays in keep.items():
+        shape = tuple(own[name].shape) if name in own else ()
+        if stays.dim() != len(shape) or any(size not in (1, of) for size, of in zip(stays.shape, shape, strict=True)):
+            here = f"of shape {shape}" if name in own else f"not there in {type(pl_module).__name__}"
+            raise PruningError(
+                f"{where}: the checkpoint holds a mask of shape {tuple(stays.shape)} for {name}, which is {here}: "
+                "weights and masks are not of one model. Take up another checkpoint, or load the weights alone."
+            )
+
+
+def refuse_misfits(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse optimizers whose state belongs to other shapes: a fused one steps with it, and says nothing.
+
+    Raises:
+        PruningError: Naming the first parameter and its state.
+    """
+    names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    torchs = [optimizer for optimizer in trainer.optimizers if type(optimizer).__module__.startswith("torch.optim")]
+    for optimizer in torchs:  # what others keep of a parameter may be of any shape
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                alike = isinstance(value, Tensor) and value.dim() == parameter.dim()
+                if alike and any(size not in (1, own) for size, own in zip(value.shape, parameter.shape, strict=True)):
+                    raise PruningError(
+                        f"{where}: {type(optimizer).__name__} holds {key} of shape {tuple(value.shape)} for "
+                        f"{names.get(id(parameter), 'a parameter')} of shape {tuple(parameter.shape)}: its state is "
+                        "another model's. Take up a checkpoint whose weights and optimizer were saved together, or "
+                        "load its weights alone, by load_from_checkpoint."
+                    )
 
 
 def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: LightningModule) -> None:

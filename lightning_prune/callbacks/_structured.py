@@ -264,8 +264,9 @@ class StructuredPruning(Pruning):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._gathering.before_batch()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Gather from the forward passes of one training step."""
+        super().on_train_batch_end(trainer, pl_module)
         self._gathering.after_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -163,6 +163,7 @@ class IterativeMagnitudePruning(MaskedPruning):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Remember the run as it stands, if this is where rounds start."""
+        super().on_train_batch_end(trainer, pl_module)
         self._remember(trainer, pl_module)
 
     def remembered(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_fraction, check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
+from lightning_prune.progress import counted
 from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
 from lightning_prune.statistics.curvature import OutputLoss, outer_product_rows
 
@@ -65,6 +66,7 @@ def prune_exact(
     ignore: Sequence[str] = (),
     masks: dict[str, Tensor] | None = None,
     accept: Callable[[nn.Module], bool] | None = None,
+    progress: bool = True,
 ) -> SurgeonReport:
     """Remove weights and biases of a small, trained net one at a time, in place, until one of the limits is met.
 
@@ -83,6 +85,7 @@ def prune_exact(
         ignore: Patterns of module paths whose weights stay.
         masks: True for each weight that had not left before, by parameter name; to go on after some training.
         accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -108,19 +111,21 @@ def prune_exact(
     if not math.isfinite(before):
         raise PruningError(f"prune_exact: the loss on the batches is {before}. Pass a trained model and finite data.")
     stopped = "amount reached"
-    while int(patient.left.sum()) > least:
-        step = _STEPS[method](patient, batches, loss, alpha)
-        if step.rise > max_rise:
-            stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
-            break
-        undo = patient.values()
-        at = patient.take(step)
-        current = _measured(model, batches, loss)
-        if current > max_loss or (accept is not None and not accept(model)):
-            patient.put_back(at, undo)
-            stopped = f"the next removal would take the loss to {current:.3g}"
-            break
-        removals.append(Removal(*patient.place(at), step.rise, current))
+    with counted("weights", max(0, int(patient.left.sum()) - least), progress) as advance:
+        while int(patient.left.sum()) > least:
+            step = _STEPS[method](patient, batches, loss, alpha)
+            if step.rise > max_rise:
+                stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
+                break
+            undo = patient.values()
+            at = patient.take(step)
+            current = _measured(model, batches, loss)
+            if current > max_loss or (accept is not None and not accept(model)):
+                patient.put_back(at, undo)
+                stopped = f"the next removal would take the loss to {current:.3g}"
+                break
+            removals.append(Removal(*patient.place(at), step.rise, current))
+            advance(f"(loss {current:.3g})")
     return SurgeonReport(tuple(removals), before, patient.masks(), stopped)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.progress import counted
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers import best_on_columns, damped, inverse, rise
 from lightning_prune.solvers.units import Reader, unit_rises
@@ -41,7 +42,12 @@ def only_read(model: nn.Module, structure: Structure, products: Products) -> Str
 
 
 def score_by_readers(
-    model: nn.Module, structure: Structure, products: Products, calibration: Calibration, damping: float
+    model: nn.Module,
+    structure: Structure,
+    products: Products,
+    calibration: Calibration,
+    damping: float,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Score the units of every group by how far, squared, the model's outputs move without them.
 
@@ -56,14 +62,16 @@ def score_by_readers(
     sizes = {n: 2 * sum(products.bytes(slot.tensor, calibration.dtype) for slot in found) for n, found in slots.items()}
     outputs = Outputs(model, calibration)
     scores = {}
-    for part in fitting(sizes, _MEMORY):
-        tensors = dict.fromkeys(slot.tensor for name in part for slot in slots[name])
-        grams = gather_grams(model, products, list(tensors), calibration)
-        for name in part:
-            width = structure.groups[name].width
-            with told_of(name):
-                readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in slots[name]]
-                scores[name] = unit_rises([reader for found in readers for reader in found])
+    with counted("groups scored", len(sizes), progress) as advance:
+        for part in fitting(sizes, _MEMORY):
+            tensors = dict.fromkeys(slot.tensor for name in part for slot in slots[name])
+            grams = gather_grams(model, products, list(tensors), calibration)
+            for name in part:
+                width, own = structure.groups[name].width, slots[name]
+                with told_of(name):
+                    readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in own]
+                    scores[name] = unit_rises([reader for found in readers for reader in found])
+                advance()
     return scores
 
 

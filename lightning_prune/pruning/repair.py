@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.progress import each
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers.least_squares import refit
 from lightning_prune.statistics.calibration import Calibration
@@ -39,6 +40,7 @@ def repaired(
     calibration: Calibration,
     sequential: bool,
     damping: float,
+    progress: bool = False,
 ) -> tuple[dict[str, Tensor], tuple[Repair, ...], dict[str, str]]:
     """Fit all weights, and their biases, that read units which leave, to the outputs of the whole model.
 
@@ -52,6 +54,7 @@ def repaired(
         sequential: Fit to the inputs that the slim model gives, its earlier layers refitted, rather than to those of
             the whole model without what leaves.
         damping: Share of the inputs' mean variance with which weights hold on to what they were.
+        progress: Whether to show a progress bar.
 
     Returns:
         ``tensors`` with refitted weights and biases; what was refitted, in the order in which it runs; and by parameter
@@ -62,21 +65,23 @@ def repaired(
         slim = find_products(model, calibration.batches[0], calibration.forward)
     skipped = {name: products.otherwise.get(name, "its inputs are not seen") for name in sorted(readers)}
     tensors, repairs = dict(tensors), []
-    for name in [name for name in products.readings if name in readers and name not in products.otherwise]:
-        place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
-        if place is None:
-            skipped[name] = "its groups are not those of before"
-            continue
-        skipped.pop(name)
-        if sequential:
-            change = partial(temporarily_cut, model, cut, dict(tensors))
-            pair = gather_pair(model, products, name, calibration, change, place.groups)
-        else:
-            pair = gather_grams(model, products, [name], calibration)[name].without(place.groups, place.columns)
-        with told_of(name):
-            new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
-        tensors |= new
-        repairs.append(repair)
+    fitting = [name for name in products.readings if name in readers and name not in products.otherwise]
+    with each(fitting, "layers refitted", progress) as names:
+        for name in names:
+            place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
+            if place is None:
+                skipped[name] = "its groups are not those of before"
+                continue
+            skipped.pop(name)
+            if sequential:
+                change = partial(temporarily_cut, model, cut, dict(tensors))
+                pair = gather_pair(model, products, name, calibration, change, place.groups)
+            else:
+                pair = gather_grams(model, products, [name], calibration)[name].without(place.groups, place.columns)
+            with told_of(name):
+                new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
+            tensors |= new
+            repairs.append(repair)
     return tensors, tuple(repairs), skipped
 
 
