@@ -296,3 +296,19 @@ def test_pruned_weights_are_held_by_default():
     with hold_masks(model, optimizer):
         step(model, optimizer)
     assert_zero(model, keep)
+
+
+def test_zeros_hold_under_sparse_gradients():
+    """SparseAdam, which writes some rows of an embedding alone, leaves its masked entries at zero."""
+    table, tokens = nn.Embedding(7, 4, sparse=True), torch.tensor([0, 2, 5])
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    keep = torch.rand(7, 4) < 0.5
+    with hold_masks(table, optimizer, {"weight": keep}) as masks:
+        before = table.weight.detach().clone()
+        for _ in range(3):
+            optimizer.zero_grad()
+            table(tokens).square().sum().backward()
+            masks.mask_gradients_(optimizer)
+            optimizer.step()
+            assert not table.weight[~keep].any()
+    assert (table.weight != before)[tokens][keep[tokens]].all()
