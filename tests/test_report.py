@@ -214,6 +214,19 @@ def test_masks_are_told_weight_by_weight(tmp_path):
     assert "50.0%" in page and "its 6 inputs are no multiple of 8" in page
 
 
+def test_code_that_goes_by_numbers_is_named(capsys):
+    """Where a module's path hangs on numbers of its input, the report says that only the one taken was seen."""
+
+    class Choosing(runs.Net):
+        def forward(self, images):
+            return super().forward(images if images.sum() < 1e9 else -images)
+
+    callback = FilterL1Pruning(0.5)
+    fit(Choosing(), callback)
+    assert callback.history.branching == ["the model"] and callback.history.layers["second"].now.width == 3
+    assert "path that the example inputs took" in " ".join(capsys.readouterr().out.split())
+
+
 def test_one_report_for_all_callbacks(capsys):
     """Of several callbacks the last keeps the history of all: layers and weights, in one report."""
     first, last = FilterL1Pruning(0.5), IterativeMagnitudePruning(0.5)
