@@ -19,15 +19,14 @@ from lightning_prune.bits import pack_bits
 from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._processes import refuse_apart
-from lightning_prune.callbacks._pruning import Pruning
+from lightning_prune.callbacks._pruning import Pruning, pruning_callbacks
 from lightning_prune.callbacks._refusals import (
-    pruning_callbacks,
     refuse_foreign,
     refuse_masks,
     refuse_not_finite,
     refuse_unmaskable,
-    structured_callbacks,
 )
+from lightning_prune.callbacks._structured import structured_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
 from lightning_prune.pruning.filters import count_params

@@ -17,20 +17,14 @@ from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._processes import refuse_early_end, refuse_uneven
-from lightning_prune.callbacks._refusals import (
-    pruning_callbacks,
-    refuse_misfits,
-    refuse_run,
-    refuse_short,
-    refuse_twins,
-)
+from lightning_prune.callbacks._refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks._reporting import call_of, new_metrics, report
 from lightning_prune.errors import PruningError
 from lightning_prune.reports import History
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
 
-__all__ = ["Course", "Pruning"]
+__all__ = ["Course", "Pruning", "pruning_callbacks"]
 
 
 @dataclass
@@ -166,7 +160,7 @@ class Pruning(AnyCallback, ABC):
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
         self._joined = True
         if stage == "fit":
-            refuse_twins(self, trainer)
+            refuse_twins(self, pruning_callbacks(trainer))
             self.refuse(trainer, pl_module)
             refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
@@ -382,3 +376,8 @@ class Pruning(AnyCallback, ABC):
         """Pickle without the model, to which the trainer's ``log`` and ``log_dict`` lead too."""
         own = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {**own, "_module": None, "_hooks": []}
+
+
+def pruning_callbacks(trainer: Trainer) -> list[Pruning]:
+    """Return the trainer's callbacks that prune."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Pruning)]  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ from lightning_prune.arguments import Amount
 from lightning_prune.callbacks._averaging import restart_averages_
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._masked import MaskedPruning, masking_callbacks
-from lightning_prune.callbacks._refusals import structured_callbacks
 from lightning_prune.callbacks._rewind import draw_anew_, remember, rewind_
+from lightning_prune.callbacks._structured import structured_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.weights import choose_weights, score_weights, shuffled
 from lightning_prune.schedules import Schedule
