@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_fraction, check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
+from lightning_prune.masks import apply_masks_
 from lightning_prune.progress import counted
 from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
 from lightning_prune.statistics.curvature import OutputLoss, outer_product_rows
@@ -39,7 +40,7 @@ class SurgeonReport:
     Attributes:
         removals: One by one.
         loss_before: The loss before the first.
-        masks: By parameter name, True for each weight that stays.
+        masks: By parameter name, True for each weight that stays; the model carries them.
         stopped: Why no more was removed.
     """
 
@@ -126,6 +127,7 @@ def prune_exact(
                 break
             removals.append(Removal(*patient.place(at), step.rise, current))
             advance(f"(loss {current:.3g})")
+    apply_masks_(model, patient.masks())
     return SurgeonReport(tuple(removals), before, patient.masks(), stopped)
 
 

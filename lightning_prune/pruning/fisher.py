@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_amount, check_fraction
 from lightning_prune.errors import PruningError
+from lightning_prune.masks import apply_masks_
 from lightning_prune.progress import each
 from lightning_prune.pruning.obs import write_
 from lightning_prune.pruning.prunable import find_weights
@@ -25,7 +26,7 @@ class FisherReport:
     """What a pruning by the Fisher matrix did.
 
     Attributes:
-        masks: By parameter name, True for each weight that stays.
+        masks: By parameter name, True for each weight that stays; the model carries them.
         predicted: What the loss rises by, by this matrix.
         skipped: By parameter name, why its weights stay.
         damping: What was added to the matrix's diagonal.
@@ -128,6 +129,7 @@ def prune_fisher(
     shapes = {name: weight.parameter.shape for name, weight in found.found.items()}
     write_(model, {name: values.view(shapes[name]) for name, values in flat.items()})
     masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
+    apply_masks_(model, masks)
     return FisherReport(masks, predicted, found.stay, added)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import call_on
+from lightning_prune.masks import apply_masks_
 from lightning_prune.pruning.layerwise import (
     Leaving,
     Surgery,
@@ -108,7 +109,8 @@ def prune_obs(
         progress: Whether to show a progress bar.
 
     Returns:
-        What was done, with the masks that hold the zeros in further training.
+        What was done, with the masks, which the model carries: :func:`~lightning_prune.hold_masks` holds the zeros in
+        further training.
 
     Raises:
         ValueError: If an argument is out of range, or a pattern names no module.
@@ -128,6 +130,7 @@ def prune_obs(
     asked.check("prune_obs")
     plan = plan_obs(model, Calibration(list(batches), forward, dtype), asked)
     write_(model, plan.tensors)
+    apply_masks_(model, plan.report.masks)
     return plan.report
 
 
