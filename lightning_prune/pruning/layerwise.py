@@ -171,10 +171,11 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     level = min(_LEVELS, key=lambda level: abs(level - amount))
     outputs = Outputs(surgery.model, surgery.calibration)
     curves = {}
+    widest = max(surgery.products.shapes[name][2] for name in names)
     patients = surgery.patients(names)
     for _ in _shown("measured", names, progress):
         name, patient = next(patients)
-        quick, size = patient.solver.quick, patient.weights.numel()
+        quick, size = patient.solver.quick(widest), patient.weights.numel()
         counts = list(dict.fromkeys(int(share * size) for share in _LEVELS))
         asked = int(level * size)
         with told_of(name):
