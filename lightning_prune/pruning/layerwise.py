@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
+from lightning_prune.progress import seen
 from lightning_prune.solvers import Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.solvers.damping import cholesky
 from lightning_prune.statistics.calibration import Calibration
@@ -210,4 +211,4 @@ def _share(lost: Tensor, whole: Tensor) -> float:
 
 
 def _shown(done: str, names: Sequence[str], progress: bool) -> Iterable[str]:
-    return track(names, f"layers {done}", disable=not progress, transient=True)
+    return track(names, f"layers {done}", disable=not (progress and seen()), transient=True)
