@@ -174,6 +174,20 @@ def test_bad_arguments_are_refused(asked, error):
         prune_filters_obs(residual(), IMAGE, images(1), **asked)
 
 
+@pytest.mark.parametrize("dead", [-9.0, 0.7])
+def test_inputs_that_never_vary_are_no_reason_to_refuse(dead):
+    """Where all that a layer reads is constant, dead or saturated, any weights do: they stay, and its bias makes up."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Hardtanh(0, 0.5), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-3)
+        model[0].bias.fill_(dead)
+    batches = [torch.randn(64, 6) for _ in range(2)]
+    before = model(batches[0]).detach()
+    prune_filters_obs(model, batches[0][:1], batches, 0.5, "l1", ignore=["2"])
+    assert model[0].out_features == 4
+    torch.testing.assert_close(model(batches[0]), before, atol=1e-4, rtol=1e-4)
+
+
 def test_a_refused_cut_leaves_the_model_as_it_was():
     """Inputs that depend on each other and no damping: nothing is written."""
     model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2)).double()

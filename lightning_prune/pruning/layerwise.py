@@ -105,7 +105,7 @@ class Surgery:
         if name in self.products.shifts:
             hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
         rows = self.rows(name)
-        return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping)))
+        return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping, gram.hessian)))
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
@@ -150,16 +150,17 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
         pair = gather_pair(
             surgery.model, surgery.products, name, surgery.calibration, partial(replaced, surgery.model, others)
         )
+        whole = pair.after
         pair = pair.centred() if name in surgery.products.shifts else pair
-        weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
+        weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping, whole)
         pull = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
         with told_of(name):
             aim = torch.cholesky_solve(pull.transpose(1, 2), cholesky(hessian)).transpose(1, 2)
             new, keep = surgery.solver(aim, hessian).solve(leaving[name])
-        whole = rise(weights, pair.before).sum()
-        lost = whole + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
+        energy = rise(weights, pair.before).sum()
+        lost = energy + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
         mean = (weights @ pair.mean_before[..., None] - new @ pair.mean_after[..., None])[..., 0]
-        found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
+        found[name] = surgery.solved(name, new, keep, _share(lost, energy), mean)
     return found
 
 

@@ -9,13 +9,19 @@ from lightning_prune.errors import PruningError
 
 __all__ = ["damped", "inverse"]
 
+_NOTHING = 1e-4  # of a mean square; below, a variance damped by a hundredth drowns in the rounding of single precision
 
-def damped(hessian: Tensor, fraction: float) -> Tensor:
+
+def damped(hessian: Tensor, fraction: float, whole: Tensor | None = None) -> Tensor:
     r"""Add to the diagonal: :math:`H + \lambda I`, :math:`\lambda` a fraction of the mean of the diagonal.
+
+    Inputs that never vary leave nothing in H but rounding, and any weights serve as well; then what is added is a
+    fraction of more than that mean, so that they stay what they are held on to.
 
     Args:
         hessian: Symmetric, positive semi-definite matrices, ``(..., n, n)``.
         fraction: Share of each matrix's own mean diagonal entry that is added; 0 adds nothing.
+        whole: The matrices before means were taken off, ``(..., n, n)``, where H is of what is left.
 
     Returns:
         New matrices of the same shape.
@@ -30,7 +36,9 @@ def damped(hessian: Tensor, fraction: float) -> Tensor:
     """
     if not fraction >= 0:
         raise ValueError(f"damping={fraction!r}: it is a share of the mean diagonal entry, from 0. Write 0.01 for 1 %.")
-    added = fraction * hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    own, least = (h.diagonal(dim1=-2, dim2=-1).mean(dim=-1) for h in (hessian, hessian if whole is None else whole))
+    mean = own.maximum(_NOTHING * least)
+    added = fraction * mean.where(mean > 0, 1)
     return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
 
 

@@ -122,8 +122,8 @@ def refit(
         PruningError: If the inputs are linearly dependent and not damped.
     """
     cross = cross - mean_before[:, :, None] * mean_after[:, None]
-    after = after - mean_after[:, :, None] * mean_after[:, None]
-    regular = damped(after, damping)
+    whole, after = after, after - mean_after[:, :, None] * mean_after[:, None]
+    regular = damped(after, damping, whole)
     pull = weights @ cross + start @ (regular - after)
     new = torch.cholesky_solve(pull.transpose(1, 2), cholesky(regular)).transpose(1, 2)
     return new, (weights @ mean_before[..., None] - new @ mean_after[..., None])[..., 0]
