@@ -125,12 +125,18 @@ class Structure:
 
     def without(self, names: Iterable[str], reason: str) -> Structure:
         """Return the structure with some groups pinned, and the groups linked to them."""
-        names = set(names)
-        linked = {other: link for link in self.links if names & set(link) for other in link if other not in names}
-        reasons = dict.fromkeys(names, reason) | {
-            name: f"its width is tied to that of {', '.join(sorted(names & set(link)))}, which stays: {reason}"
-            for name, link in linked.items()
-        }
+        return self.without_each(dict.fromkeys(names, reason))
+
+    def without_each(self, why: Mapping[str, str]) -> Structure:
+        """Return the structure with some groups pinned, each for a reason of its own, and the groups linked to them."""
+        if not why:
+            return self
+        reasons = dict(why)
+        for link in self.links:
+            stays = sorted(why.keys() & set(link))
+            for name in link if stays else ():
+                told = f"its width is tied to that of {', '.join(stays)}, which stays: {why[stays[0]]}"
+                reasons.setdefault(name, told)
         pins = [
             Pinned(slot.tensor, slot.dim, len(slot.units), int((slot.units >= 0).sum()), reasons[name])
             for name in self.groups
@@ -168,6 +174,7 @@ def find_structure(ledger: Ledger) -> Structure:
     alone: list[int] = []
     kinds, first = np.unique(signature[units], return_index=True)
     by_kind = _split_by(signature[units], kinds)
+    place = np.empty(ledger.size, dtype=np.int64)  # of each unit within its group
     for which in np.argsort(first):
         rows = by_kind[which]
         if not roles["producer"][atoms[rows]].any():
@@ -177,16 +184,14 @@ def find_structure(ledger: Ledger) -> Structure:
         if len(found) < 2:
             alone.extend(int(slot_of[part[0]]) for part in by_slot)
             continue
-        slots = tuple(_slot(ledger.slots[slot_of[part[0]]], found, atoms[part], units[part], roles) for part in by_slot)
+        place[found] = np.arange(len(found))
+        slots = tuple(_slot(ledger.slots[slot_of[part[0]]], place[units[part]], atoms[part], roles) for part in by_slot)
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
     links, stuck = find_links(ledger, component, members)
-    pinned_ = _pinned(ledger, component, taken, set(alone))
-    structure = Structure(groups, pinned_, ledger, taken, component, members, tuple(links))
-    for name, reason in stuck.items():
-        structure = structure.without([name], reason)
-    return structure
+    pinned_ = _pinned(ledger, component, roles["producer"], set(alone))
+    return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)).without_each(stuck)
 
 
 def resolve(ledger: Ledger, taken: Mapping[Hashable, Hashable]) -> Atoms:
@@ -287,8 +292,9 @@ def _together(ledger: Ledger, ways: Sequence[tuple[Hashable, Hashable]]) -> Atom
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
     if not slots:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    atoms = np.concatenate([np.arange(slot.start, slot.start + slot.size) for slot in slots])
-    return atoms, np.repeat(np.arange(len(slots)), [slot.size for slot in slots])
+    starts, sizes = np.array([(slot.start, slot.size) for slot in slots]).T
+    before = np.cumsum(sizes) - sizes
+    return np.arange(sizes.sum()) + np.repeat(starts - before, sizes), np.repeat(np.arange(len(slots)), sizes)
 
 
 def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
@@ -305,9 +311,12 @@ def _split_by(values: NDArray[np.uint64], kinds: NDArray[np.uint64]) -> list[Ato
     return np.split(order, np.searchsorted(values[order], kinds)[1:])
 
 
-def _slot(place: SlotRange, found: Atoms, atoms: Atoms, units: Atoms, roles: Mapping[str, NDArray[np.bool_]]) -> Slot:
-    index = np.full(place.size, -1, dtype=np.int64)
-    index[atoms - place.start] = np.searchsorted(found, units)
+def _slot(place: SlotRange, units: Atoms, atoms: Atoms, roles: Mapping[str, NDArray[np.bool_]]) -> Slot:
+    if len(atoms) == place.size:
+        index = units
+    else:
+        index = np.full(place.size, -1, dtype=np.int64)
+        index[atoms - place.start] = units
     role: Literal["producer", "consumer", "follower"] = (
         "consumer" if roles["consumer"][atoms[0]] else "producer" if roles["producer"][atoms[0]] else "follower"
     )
@@ -327,16 +336,14 @@ def _owner(tensor: str) -> str:
     return module if leaf in ("weight", "bias") and module else tensor
 
 
-def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable], alone: set[int]) -> list[Pinned]:
+def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: set[int]) -> list[Pinned]:
     """Say of every dimension that makes channels which of them stay, and why."""
-    reasons: dict[int, str] = {}
-    for labels, reason in ledger.pins:
-        for root in np.unique(labels):
-            reasons.setdefault(int(root), reason)
-    made = _roles(ledger)["producer"]
+    told = np.full(ledger.size, -1)  # the first pin of each atom
+    for which in reversed(range(len(ledger.pins))):
+        told[ledger.pins[which][0]] = which
     return (
         [
-            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, slot, stays, reasons, component))
+            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, told[slot.start : slot.start + slot.size][stays]))
             for slot in ledger.slots
             if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
         ]
@@ -353,11 +360,6 @@ def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable]
     )
 
 
-def _reason(
-    ledger: Ledger, slot: SlotRange, stays: NDArray[np.bool_], reasons: Mapping[int, str], component: Atoms
-) -> str:
-    own = np.arange(slot.start, slot.start + slot.size)[stays]
-    for atom in own:
-        if int(atom) in reasons:
-            return reasons[int(atom)]
-    return "tied to channels that stay"
+def _reason(ledger: Ledger, told: Atoms) -> str:
+    first = told[told >= 0][:1]
+    return ledger.pins[first[0]][1] if len(first) else "tied to channels that stay"

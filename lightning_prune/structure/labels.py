@@ -268,6 +268,8 @@ class Ledger:
 
 def _distinct(columns: Atoms) -> tuple[Atoms, Atoms]:
     """Return each different column once, ``(n, different)``, and which of these every column is, ``(size,)``."""
+    if columns.shape[0] and (columns[0, 1:] > columns[0, :-1]).all():  # most are, and sorting columns costs
+        return columns, np.arange(columns.shape[1])
     _, first, places = np.unique(columns, axis=1, return_index=True, return_inverse=True)
     order = np.argsort(first)  # in the order in which they appear
     rank = np.empty_like(order)

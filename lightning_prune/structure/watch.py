@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tens
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["recorded", "unfused", "watch"]
+__all__ = ["exchanged", "unfused", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -76,9 +76,14 @@ def watch(
 
 
 @contextmanager
-def recorded(ran: list[Ran]) -> Iterator[None]:
-    """Write down the operators that run inside the block, as a trace does."""
-    with unfused(), _Record(ran):
+def exchanged(instead: Mapping[int, Callable[[], Tensor]], ran: list[Ran] | None = None) -> Iterator[None]:
+    """Let operators inside the block take other tensors.
+
+    Args:
+        instead: ``id`` of a tensor -> what makes the one that operators take in its place.
+        ran: Where the operators are written down, as a trace does, if they are to be.
+    """
+    with nullcontext() if ran is None else unfused(), _Exchange(instead, [] if ran is None else ran):
         yield
 
 
@@ -98,17 +103,25 @@ class _Watch(TorchDispatchMode):
         return False  # else torch wraps each call, and imports all of dynamo at the first
 
 
-class _Record(_Watch):
-    """Lets every operator run and remembers which it was."""
+class _Exchange(_Watch):
+    """Lets every operator run, on other tensors where there are some instead, and remembers which it was."""
 
-    def __init__(self, ran: list[Ran]) -> None:
+    def __init__(self, instead: Mapping[int, Callable[[], Tensor]], ran: list[Ran]) -> None:
         super().__init__()
+        self.instead = instead
         self.ran = ran
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = {name: self._taken(value) for name, value in kwargs.items()} if kwargs else {}
+        out = func(*[self._taken(value) for value in args], **kwargs)
         self.ran.append((func, _outline(out)))
         return out
+
+    def _taken(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._taken(item) for item in value]
+        make = self.instead.get(id(value))
+        return value if make is None else make()
 
 
 class _LabelMode(_Watch):
