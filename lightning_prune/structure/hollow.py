@@ -7,13 +7,13 @@ Code that asks for an entry, or for something that depends on entries, cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NumbersNeededError", "reads", "refuse_reading", "shape_alone", "writes"]
+__all__ = ["NumbersNeededError", "Shaped", "reads", "refuse_reading", "shaper", "writes"]
 
 Shaped = Callable[..., Any]
 """Given the arguments of an operator, makes its output without computing it, or returns None where it cannot."""
@@ -23,10 +23,9 @@ class NumbersNeededError(Exception):
     """A run without numbers came to where one is needed."""
 
 
-def shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what an operator would return, not computed, or None where only computing tells."""
-    shaped = _SHAPED.get(func.overloadpacket)
-    return None if shaped is None else shaped(*args, **kwargs)
+def shaper(func: Any) -> Shaped | None:
+    """Return what makes an operator's output in shape alone, or None where only computing tells."""
+    return _SHAPED.get(func.overloadpacket)
 
 
 def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
@@ -42,13 +41,11 @@ def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
         raise NumbersNeededError(f"{func.overloadpacket} depends on numbers that were not computed")
 
 
-@cache
 def reads(func: Any) -> bool:
     """Tell whether an operator hands entries of a tensor to Python, whose code may go on by them."""
     return torch.Tag.data_dependent_output in func.tags
 
 
-@cache
 def writes(func: Any) -> bool:
     """Tell whether an operator writes into an argument."""
     return bool(func._schema.is_mutable)
@@ -147,6 +144,30 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
     return torch.empty_like(x), told, told
 
 
+def _pool(with_indices: bool, countless: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``kernel, stride, padding`` come first, ``dilation`` of a maximum next, and ``ceil_mode`` at ``countless``."""
+    if not x.is_floating_point() or not all(x.shape) or kwargs:
+        return None
+    dilation = args[3] if with_indices and len(args) > 3 else (1,)
+    ceil = bool(args[countless]) if len(args) > countless else False
+    kernel = args[0]
+    stride = (args[1] if len(args) > 1 else ()) or kernel
+    padding = args[2] if len(args) > 2 else (0,)
+    first = x.dim() - len(kernel)
+    shape = list(x.shape[:first])
+    for d, size in enumerate(x.shape[first:]):
+        step, pad = stride[d % len(stride)], padding[d % len(padding)]
+        room = size + 2 * pad - dilation[d % len(dilation)] * (kernel[d] - 1) - 1
+        steps = -(-room // step) if ceil else room // step
+        if ceil and steps * step >= size + pad:  # the last window must begin inside
+            steps -= 1
+        shape.append(steps + 1)
+    if min(shape) < 1:
+        return None
+    out = x.new_empty(shape)
+    return (out, torch.empty_like(out, dtype=torch.int64)) if with_indices else out
+
+
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     first = parts[0]
     rank, dtype = first.dim(), first.dtype
@@ -172,6 +193,8 @@ _BY_NAME: dict[Shaped, str] = {
     _batch_norm: "native_batch_norm",
     _layer_norm: "native_layer_norm",
     _cat: "cat",
+    partial(_pool, True, 4): "max_pool2d_with_indices max_pool3d_with_indices",
+    partial(_pool, False, 3): "avg_pool2d avg_pool3d",
 }
 _SHAPED: dict[Any, Shaped] = {
     getattr(torch.ops.aten, name): shaped for shaped, names in _BY_NAME.items() for name in names.split()

@@ -29,6 +29,8 @@ __all__ = [
     "SlotRange",
 ]
 
+# What a trace makes thousands of is not frozen, which would take three times as long; nothing is ever written on it.
+
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
 Ran = tuple[Any, tuple[bool, ...]]
@@ -40,7 +42,7 @@ INERT = 1
 """The atom that stands for nothing: what meets it is not affected."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Label:
     """Which atom each index along one dimension stands for, ``(size,)``.
 
@@ -51,7 +53,7 @@ class Label:
     conditional: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Labels:
     """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
 
@@ -69,7 +71,7 @@ class Labels:
         return self.dims.get(dim, ())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class SlotRange:
     """The atoms ``start .. start + size`` that stand for one dimension of a parameter or buffer."""
 
@@ -91,7 +93,7 @@ class Choice:
     where: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Attribute:
     """A number held by a module that follows how many indices keep all their labels.
 
@@ -105,7 +107,7 @@ class Attribute:
     where: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Equation:
     """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives."""
 
@@ -114,7 +116,7 @@ class Equation:
     where: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Cost:
     """Multiply-adds of an operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
-from lightning_prune.structure.hollow import NumbersNeededError, reads, refuse_reading, shape_alone, writes
+from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remember_
-from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, unknown
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
@@ -30,6 +30,7 @@ _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_AS_IS = nullcontext()
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -124,6 +125,16 @@ class _Exchange(_Watch):
         return value if make is None else make()
 
 
+class _Known(NamedTuple):
+    """What a trace needs to know of an operator each time it runs."""
+
+    func: Any
+    rule: Rule
+    shaped: Shaped | None
+    reads: bool
+    writes: bool
+
+
 class _LabelMode(_Watch):
     """Looks up the rule of every operator that runs, and lets it pass labels on."""
 
@@ -136,51 +147,58 @@ class _LabelMode(_Watch):
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
         self.arguments: tuple[Any, ...] = ()  # of the Python function that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
+        self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
         self.refusal: NumbersNeededError | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        known = self._known.get(id(func)) or self._learnt(func)
         tensors = list(tensors_among((*args, *kwargs.values()) if kwargs else args))
         found = [self.labels_of(tensor) for tensor in tensors]
-        weight = all(labels.weight for labels in found)
-        out, hollow = self._run(func, args, kwargs, tensors, found, weight)
+        weight = all([labels.weight for labels in found])
+        out, hollow = self._run(known, args, kwargs, tensors, found, weight)
         self.ledger.ran.append((func, _outline(out)))
-        if not weight and reads(func):
+        if not weight and known.reads:
             self.ledger.decided.append(self._running[-1][0])
-        rule = rule_for(func)
-        blank = rule is made_anew
-        if (blank and self.arguments) or any(labels.dims for labels in found):
+        blank = known.rule is made_anew
+        if (blank and self.arguments) or any([labels.dims for labels in found]):
             self.ledger.running = (self._running[-1][0], func)
             call = Call(
                 self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1], self.arguments, self._lay
             )
-            dims = (rule or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown))(call)
+            dims = known.rule(call)
         else:
             dims = {}
         for tensor, own in _outputs(out, dims):
             self._lay(tensor, Labels({d: f for d, f in own.items() if f}, weight and not blank, blank, hollow))
         return out
 
+    def _learnt(self, func: Any) -> _Known:
+        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
+        known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
+        return known
+
     def _run(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], found: list[Labels], weight: bool
+        self, known: _Known, args: Any, kwargs: Any, tensors: list[Tensor], found: list[Labels], weight: bool
     ) -> tuple[Any, bool]:
         """Return what an operator returns, and whether that was not computed."""
         if not self.ledger.hollow:
-            return func(*args, **kwargs), False
-        hollow = [t for t, labels in zip(tensors, found, strict=True) if self._is_hollow(t, labels)]
-        out = None if weight and not hollow else shape_alone(func, args, kwargs)
+            return known.func(*args, **kwargs), False
+        hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
+        shaped = None if weight and not hollow else known.shaped
+        out = None if shaped is None else shaped(*args, **kwargs)
         if hollow and out is None:
-            self.refuse(func, hollow)
-            out = func(*args, **kwargs)
+            self.refuse(known.func, hollow)
+            out = known.func(*args, **kwargs)
         if out is None:
-            return func(*args, **kwargs), False
-        if writes(func):
+            return known.func(*args, **kwargs), False
+        if known.writes:
             for target in tensors[:1]:
                 self._written[target.untyped_storage()._cdata] = target.untyped_storage()
         return out, True
 
-    def _is_hollow(self, tensor: Tensor, labels: Labels) -> bool:
-        return labels.hollow or bool(self._written and tensor.untyped_storage()._cdata in self._written)
+    def _written_into(self, tensor: Tensor) -> bool:
+        return bool(self._written) and tensor.untyped_storage()._cdata in self._written
 
     def refuse(self, func: Any, tensors: Iterable[Tensor]) -> None:
         """Refuse to go on where entries are asked for that were not computed."""
@@ -195,7 +213,7 @@ class _LabelMode(_Watch):
         read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
         if any(not labels.weight for _, labels in read):
             self.ledger.decided.append(self._running[-1][0])
-        if any(self._is_hollow(tensor, labels) for tensor, labels in read):
+        if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):
             self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
             raise self.refusal
 
@@ -246,16 +264,15 @@ class _NumberMode(TorchFunctionMode):
         self._compared = partial(compared, labels.ledger)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _SHAPE_READERS:
-            return self._remembering(args[0], func(*args, **(kwargs or {})), args[1:])
+            return self._remembering(args[0], func(*args, **kwargs), args[1:])
         if func in _READERS:
             self._labels.read(func, args)
         self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
         try:
-            if func in _RECURRENT:
-                with _in_steps():
-                    return func(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+            with _in_steps() if func in _RECURRENT else _AS_IS:
+                return func(*args, **kwargs)
         finally:
             self._labels.arguments = ()
 
