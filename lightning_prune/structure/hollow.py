@@ -84,6 +84,45 @@ def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
     return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
 
 
+def _into(a: Tensor, b: Any, *_: Any, **__: Any) -> Tensor | None:
+    if not a.is_floating_point():
+        return None
+    fits = not isinstance(b, Tensor) or b.shape == a.shape or torch.broadcast_shapes(a.shape, b.shape) == a.shape
+    return a if fits else None
+
+
+def _anew(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return x.new_empty(x.shape) if x.is_floating_point() else None
+
+
+def _reduction(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
+    if kwargs or not x.is_floating_point() or not x.numel():
+        return None
+    rank = max(x.dim(), 1)
+    gone = {d % rank for d in ((dim,) if isinstance(dim, int) else dim or range(rank))}
+    sizes = [1 if d in gone else size for d, size in enumerate(x.shape) if keepdim or d not in gone]
+    return x.new_empty(sizes)
+
+
+def _vector_norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
+    return _reduction(x, dim, keepdim, **kwargs)
+
+
+def _resized(x: Tensor, size: Sequence[int] | None, *_: Any, **__: Any) -> Tensor | None:
+    if size is None or not x.is_floating_point() or not x.numel() or min(size) < 1:
+        return None
+    return x.new_empty((*x.shape[:2], *size)) if x.dim() == len(size) + 2 else None
+
+
+def _padded(x: Tensor, pads: Sequence[int], *_: Any) -> Tensor | None:
+    if not x.is_floating_point() or len(pads) > 2 * x.dim():
+        return None
+    sizes = list(x.shape)
+    for d in range(len(pads) // 2):
+        sizes[-1 - d] += pads[2 * d] + pads[2 * d + 1]
+    return x.new_empty(sizes) if min(sizes) > 0 else None
+
+
 def _softmax(x: Tensor, dim: int, to_float: bool = False) -> Tensor | None:
     return None if to_float else _like_first(x)
 
@@ -132,7 +171,8 @@ def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
     channels = [value for value in args[:4] if isinstance(value, Tensor)]
     if training or any(value.shape[0] != x.shape[1] for value in channels) or not x.is_floating_point():
         return None
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    told = x.new_empty(0)
+    return torch.empty_like(x), told, told
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
@@ -185,6 +225,12 @@ _BY_NAME: dict[Shaped, str] = {
     "log_sigmoid softplus erf sin cos clamp hardshrink square abs reciprocal",
     _itself: "relu_ silu_ hardswish_ hardsigmoid_ hardtanh_ leaky_relu_ elu_ mish_ sigmoid_ tanh_ clamp_ gelu_",
     _broadcast: "add mul sub div pow",
+    _into: "add_ mul_ sub_ div_",
+    _anew: "roll masked_fill",
+    _reduction: "mean sum amax amin",
+    _vector_norm: "linalg_vector_norm",
+    _resized: "upsample_bilinear2d upsample_nearest2d upsample_bicubic2d upsample_nearest3d upsample_trilinear3d",
+    _padded: "constant_pad_nd",
     _softmax: "_softmax _log_softmax _safe_softmax",
     _clone: "clone",
     _convolution: "convolution",

@@ -174,7 +174,7 @@ class Ledger:
             return
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
-        self.pairs.append((a.ravel(), b.ravel()))
+        self.pairs.append((a, b) if a.ndim == 1 else (a.ravel(), b.ravel()))
 
     def pin(self, labels: Iterable[Label], reason: str) -> None:
         """Write down that nothing of these labels may leave, and why."""
@@ -190,12 +190,18 @@ class Ledger:
             for side in sides:
                 self.pin(side, reason)
             return ()
-        if all(len(side) == 1 for side in sides):  # where one has several, the other hangs on whichever is taken
-            self.together += [(sides[0][0].atoms, side[0].atoms) for side in sides[1:]]
-        for first in sides[0]:
-            for side in sides[1:]:
-                for other in side:
-                    self.meet(first.atoms, other.atoms)
+        if all([len(side) == 1 for side in sides]):  # where one has several, the other hangs on whichever is taken
+            first, *others = [side[0] for side in sides]
+            for other in others:
+                self.together.append((first.atoms, other.atoms))
+                self.meet(first.atoms, other.atoms)
+            if not first.conditional:
+                return (first,)
+        else:
+            for mine in sides[0]:
+                for side in sides[1:]:
+                    for other in side:
+                        self.meet(mine.atoms, other.atoms)
         every = [label for side in sides for label in side]
         certain = [label for label in every if not label.conditional]
         return (certain[0],) if certain else tuple({id(label.atoms): label for label in every}.values())
@@ -260,8 +266,8 @@ class Ledger:
 
     def cost(self, operator: str, factor: float, *sizes: int | tuple[Label, ...]) -> None:
         """Write down the multiply-adds of an operator as a product of fixed and labelled sizes."""
-        fixed = math.prod(size for size in sizes if isinstance(size, int))
-        self.costs.append(Cost(operator, factor * fixed, tuple(size for size in sizes if not isinstance(size, int))))
+        fixed = math.prod([size for size in sizes if isinstance(size, int)])
+        self.costs.append(Cost(operator, factor * fixed, tuple([size for size in sizes if not isinstance(size, int)])))
 
     def _hand_out(self, count: int) -> Atoms:
         start, self.size = self.size, self.size + count

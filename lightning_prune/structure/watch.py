@@ -30,7 +30,6 @@ _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-_AS_IS = nullcontext()
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -91,7 +90,7 @@ def exchanged(instead: Mapping[int, Callable[[], Tensor]], ran: list[Ran] | None
 def _outline(out: Any) -> tuple[bool, ...]:
     """Tell of an operator's output along which dimensions there is one index alone."""
     first = (
-        out if isinstance(out, Tensor) else next(tensors_among(out), None) if isinstance(out, list | tuple) else None
+        out if isinstance(out, Tensor) else next(iter(tensors_among(out)), None) if isinstance(out, list | tuple) else None
     )
     return () if first is None else tuple([size == 1 for size in first.shape])
 
@@ -153,24 +152,25 @@ class _LabelMode(_Watch):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = self._known.get(id(func)) or self._learnt(func)
-        tensors = list(tensors_among((*args, *kwargs.values()) if kwargs else args))
+        tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
         weight = all([labels.weight for labels in found])
         out, hollow = self._run(known, args, kwargs, tensors, found, weight)
-        self.ledger.ran.append((func, _outline(out)))
-        if not weight and known.reads:
-            self.ledger.decided.append(self._running[-1][0])
+        ledger, running = self.ledger, self._running[-1]
+        ledger.ran.append((func, _outline(out)))
+        if known.reads and not weight:
+            ledger.decided.append(running[0])
         blank = known.rule is made_anew
-        if (blank and self.arguments) or any([labels.dims for labels in found]):
-            self.ledger.running = (self._running[-1][0], func)
-            call = Call(
-                self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1], self.arguments, self._lay
+        dims: Any = {}
+        if (blank and self.arguments and out.numel()) or any([labels.dims for labels in found]):
+            ledger.running = (running[0], func)
+            dims = known.rule(
+                Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
             )
-            dims = known.rule(call)
-        else:
-            dims = {}
-        for tensor, own in _outputs(out, dims):
-            self._lay(tensor, Labels({d: f for d, f in own.items() if f}, weight and not blank, blank, hollow))
+        for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):
+            if not all(own.values()):
+                own = {d: labels for d, labels in own.items() if labels}
+            self._lay(tensor, Labels(own, weight and not blank, blank, hollow))
         return out
 
     def _learnt(self, func: Any) -> _Known:
@@ -184,7 +184,9 @@ class _LabelMode(_Watch):
         """Return what an operator returns, and whether that was not computed."""
         if not self.ledger.hollow:
             return known.func(*args, **kwargs), False
-        hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
+        hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow]
+        if self._written and len(hollow) < len(tensors):
+            hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
         shaped = None if weight and not hollow else known.shaped
         out = None if shaped is None else shaped(*args, **kwargs)
         if hollow and out is None:
@@ -192,13 +194,12 @@ class _LabelMode(_Watch):
             out = known.func(*args, **kwargs)
         if out is None:
             return known.func(*args, **kwargs), False
-        if known.writes:
-            for target in tensors[:1]:
-                self._written[target.untyped_storage()._cdata] = target.untyped_storage()
+        if known.writes and not found[0].hollow:
+            self._written[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
         return out, True
 
     def _written_into(self, tensor: Tensor) -> bool:
-        return bool(self._written) and tensor.untyped_storage()._cdata in self._written
+        return tensor.untyped_storage()._cdata in self._written
 
     def refuse(self, func: Any, tensors: Iterable[Tensor]) -> None:
         """Refuse to go on where entries are asked for that were not computed."""
@@ -271,8 +272,10 @@ class _NumberMode(TorchFunctionMode):
             self._labels.read(func, args)
         self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
         try:
-            with _in_steps() if func in _RECURRENT else _AS_IS:
-                return func(*args, **kwargs)
+            if func in _RECURRENT:
+                with _in_steps():
+                    return func(*args, **kwargs)
+            return func(*args, **kwargs)
         finally:
             self._labels.arguments = ()
 
