@@ -30,8 +30,16 @@ from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
 from lightning_prune.surgery import (
-    AttributeChange, Cut, Disproof, Kept, comparable, cut_, draft, prove, prove_structure,
-)  # fmt: skip
+    AttributeChange,
+    Cut,
+    Disproof,
+    Kept,
+    comparable,
+    cut_,
+    draft,
+    prove,
+    prove_structure,
+)
 
 __all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters", "reported"]
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,20 +173,19 @@ def find_structure(ledger: Ledger) -> Structure:
     groups: dict[str, ChannelGroup] = {}
     members: dict[str, Atoms] = {}
     alone: list[int] = []
-    kinds, first = np.unique(signature[units], return_index=True)
-    by_kind = _split_by(signature[units], kinds)
+    order = np.argsort(signature[units], kind="stable")
+    by_kind = sorted(_runs(order, signature[units[order]]), key=lambda rows: int(rows[0])) if len(order) else []
     place = np.empty(ledger.size, dtype=np.int64)  # of each unit within its group
-    for which in np.argsort(first):
-        rows = by_kind[which]
+    for rows in by_kind:
         if not roles["producer"][atoms[rows]].any():
             continue  # no operator makes them: they lie unused, or are numbers of the model's own
-        by_slot = np.split(rows, np.flatnonzero(np.diff(slot_of[rows])) + 1)  # rows keep the order of slots
+        by_slot = _runs(rows, slot_of[rows])  # rows keep the order of slots
         found = np.unique(units[by_slot[0]])  # every slot holds all units
         if len(found) < 2:
             alone.extend(int(slot_of[part[0]]) for part in by_slot)
             continue
         place[found] = np.arange(len(found))
-        slots = tuple(_slot(ledger.slots[slot_of[part[0]]], place[units[part]], atoms[part], roles) for part in by_slot)
+        slots = _slots([ledger.slots[slot_of[part[0]]] for part in by_slot], by_slot, place, units, atoms, roles)
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
@@ -306,21 +306,35 @@ def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
     return roles
 
 
-def _split_by(values: NDArray[np.uint64], kinds: NDArray[np.uint64]) -> list[Atoms]:
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.searchsorted(values[order], kinds)[1:])
+def _runs(rows: Atoms, values: NDArray[Any]) -> list[Atoms]:
+    """Cut rows where their value changes."""
+    bounds = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(rows)]
+    return [rows[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _slot(place: SlotRange, units: Atoms, atoms: Atoms, roles: Mapping[str, NDArray[np.bool_]]) -> Slot:
-    if len(atoms) == place.size:
-        index = units
-    else:
-        index = np.full(place.size, -1, dtype=np.int64)
-        index[atoms - place.start] = units
-    role: Literal["producer", "consumer", "follower"] = (
-        "consumer" if roles["consumer"][atoms[0]] else "producer" if roles["producer"][atoms[0]] else "follower"
-    )
-    return Slot(place.tensor, place.dim, index, role)
+def _slots(
+    ranges: list[SlotRange],
+    rows: list[Atoms],
+    place: Atoms,
+    units: Atoms,
+    atoms: Atoms,
+    roles: Mapping[str, NDArray[np.bool_]],
+) -> tuple[Slot, ...]:
+    """Make the slots of a group; most hold its units in the same order, and share one array."""
+    slots: list[Slot] = []
+    for along, own in zip(ranges, rows, strict=True):
+        index, at = place[units[own]], atoms[own]
+        if len(at) < along.size:
+            sparse = np.full(along.size, -1, dtype=np.int64)
+            sparse[at - along.start] = index
+            index = sparse
+        if slots and np.array_equal(slots[0].units, index):
+            index = slots[0].units
+        role: Literal["producer", "consumer", "follower"] = (
+            "consumer" if roles["consumer"][at[0]] else "producer" if roles["producer"][at[0]] else "follower"
+        )
+        slots.append(Slot(along.tensor, along.dim, index, role))
+    return tuple(slots)
 
 
 def _name(slots: tuple[Slot, ...], taken: Mapping[str, ChannelGroup]) -> str:
@@ -343,7 +357,7 @@ def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: se
         told[ledger.pins[which][0]] = which
     return (
         [
-            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, told[slot.start : slot.start + slot.size][stays]))
+            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, told, slot, stays))
             for slot in ledger.slots
             if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
         ]
@@ -360,6 +374,7 @@ def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: se
     )
 
 
-def _reason(ledger: Ledger, told: Atoms) -> str:
-    first = told[told >= 0][:1]
+def _reason(ledger: Ledger, told: Atoms, slot: SlotRange, stays: NDArray[np.bool_]) -> str:
+    own = told[slot.start : slot.start + slot.size][stays]
+    first = own[own >= 0][:1]
     return ledger.pins[first[0]][1] if len(first) else "tied to channels that stay"

@@ -81,7 +81,9 @@ def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
         return None
     if a.shape == b.shape:
         return torch.empty_like(a)
-    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    like = next((side for side in (a, b) if side.shape == shape), None)
+    return a.new_empty(shape) if like is None else torch.empty_like(like)
 
 
 def _into(a: Tensor, b: Any, *_: Any, **__: Any) -> Tensor | None:
@@ -151,7 +153,15 @@ def _convolution(
             shape.append((x.shape[d + 2] - 1) * step - 2 * pad + reach + output_padding[d % len(output_padding)] + 1)
         else:
             shape.append((x.shape[d + 2] + 2 * pad - reach - 1) // step + 1)
-    return x.new_empty(shape) if min(shape) > 0 else None
+    return _laid_out_like(x, x.new_empty(shape)) if min(shape) > 0 else None
+
+
+def _laid_out_like(x: Tensor, made: Tensor) -> Tensor:
+    """Return a tensor of the same shape whose channels lie last in memory where those of ``x`` do."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return made
+    return torch.empty_like(made, memory_format=last)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
@@ -181,7 +191,7 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
     if not fits or tuple(shape) != tuple(x.shape[first:]) or not x.is_floating_point():
         return None
     told = x.new_empty((*x.shape[:first], *[1] * len(shape)))
-    return torch.empty_like(x), told, told
+    return x.new_empty(x.shape), told, told
 
 
 def _pool(with_indices: bool, countless: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:

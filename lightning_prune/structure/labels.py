@@ -190,7 +190,7 @@ class Ledger:
             for side in sides:
                 self.pin(side, reason)
             return ()
-        if all([len(side) == 1 for side in sides]):  # where one has several, the other hangs on whichever is taken
+        if all(len(side) == 1 for side in sides):  # where one has several, the other hangs on whichever is taken
             first, *others = [side[0] for side in sides]
             for other in others:
                 self.together.append((first.atoms, other.atoms))

@@ -94,9 +94,7 @@ def find_links(
     return links, stuck
 
 
-def _ties(
-    ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]
-) -> list[_Tie]:
+def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]) -> list[_Tie]:
     asked: dict[Place, list[Attribute]] = defaultdict(list)
     for attribute in ledger.attributes:
         asked[attribute.module, attribute.name, attribute.index].append(attribute)

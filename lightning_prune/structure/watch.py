@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["exchanged", "unfused", "watch"]
+__all__ = ["OtherOperatorsError", "exchanged", "unfused", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -76,21 +76,35 @@ def watch(
 
 
 @contextmanager
-def exchanged(instead: Mapping[int, Callable[[], Tensor]], ran: list[Ran] | None = None) -> Iterator[None]:
+def exchanged(instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None = None) -> Iterator[None]:
     """Let operators inside the block take other tensors.
 
     Args:
         instead: ``id`` of a tensor -> what makes the one that operators take in its place.
-        ran: Where the operators are written down, as a trace does, if they are to be.
+        expected: The operators that a trace wrote down, if they are to be the same ones.
+
+    Raises:
+        OtherOperatorsError: As soon as another operator runs, or its output has one index alone along other dimensions.
     """
-    with nullcontext() if ran is None else unfused(), _Exchange(instead, [] if ran is None else ran):
+    mode = _Exchange(instead, expected)
+    with nullcontext() if expected is None else unfused(), mode:
         yield
+    if expected is not None and mode.count < len(expected):
+        raise OtherOperatorsError
+
+
+class OtherOperatorsError(Exception):
+    """A run came to other operators than it should."""
 
 
 def _outline(out: Any) -> tuple[bool, ...]:
     """Tell of an operator's output along which dimensions there is one index alone."""
     first = (
-        out if isinstance(out, Tensor) else next(iter(tensors_among(out)), None) if isinstance(out, list | tuple) else None
+        out
+        if isinstance(out, Tensor)
+        else next(iter(tensors_among(out)), None)
+        if isinstance(out, list | tuple)
+        else None
     )
     return () if first is None else tuple([size == 1 for size in first.shape])
 
@@ -104,17 +118,21 @@ class _Watch(TorchDispatchMode):
 
 
 class _Exchange(_Watch):
-    """Lets every operator run, on other tensors where there are some instead, and remembers which it was."""
+    """Lets every operator run, on other tensors where there are some instead, as long as it is the expected one."""
 
-    def __init__(self, instead: Mapping[int, Callable[[], Tensor]], ran: list[Ran]) -> None:
+    def __init__(self, instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None) -> None:
         super().__init__()
         self.instead = instead
-        self.ran = ran
+        self.expected = expected
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: self._taken(value) for name, value in kwargs.items()} if kwargs else {}
         out = func(*[self._taken(value) for value in args], **kwargs)
-        self.ran.append((func, _outline(out)))
+        if self.expected is not None:
+            if self.count == len(self.expected) or self.expected[self.count] != (func, _outline(out)):
+                raise OtherOperatorsError
+            self.count += 1
         return out
 
     def _taken(self, value: Any) -> Any:
@@ -154,7 +172,7 @@ class _LabelMode(_Watch):
         known = self._known.get(id(func)) or self._learnt(func)
         tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
-        weight = all([labels.weight for labels in found])
+        weight = all(labels.weight for labels in found)
         out, hollow = self._run(known, args, kwargs, tensors, found, weight)
         ledger, running = self.ledger, self._running[-1]
         ledger.ran.append((func, _outline(out)))
@@ -162,11 +180,9 @@ class _LabelMode(_Watch):
             ledger.decided.append(running[0])
         blank = known.rule is made_anew
         dims: Any = {}
-        if (blank and self.arguments and out.numel()) or any([labels.dims for labels in found]):
+        if (blank and self.arguments and out.numel()) or any(labels.dims for labels in found):
             ledger.running = (running[0], func)
-            dims = known.rule(
-                Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
-            )
+            dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):
             if not all(own.values()):
                 own = {d: labels for d, labels in own.items() if labels}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -110,11 +110,8 @@ def _expected(
 ) -> tuple[list[Tensor], ExampleInputs]:
     """Run the silenced model on the smallest inputs that tell enough; return its outputs, and those inputs."""
     for fewer in fewer_positions(example_inputs):
-        ran: list[Ran] = []
-        with suppress(Exception):  # the model takes images of its own size alone
-            outputs = silenced(fewer, ran)
-            if ran == structure.ledger.ran:
-                return outputs, fewer
+        with suppress(Exception):  # other operators, or the model takes images of its own size alone
+            return silenced(fewer, structure.ledger.ran), fewer
     return silenced(example_inputs), example_inputs
 
 
@@ -239,29 +236,27 @@ class _Silenced:
     silent: dict[str, dict[int, Tensor]]
     """For each tensor, dimension -> which indices are left as they are, ``(size,)`` bool."""
 
-    def __call__(self, example_inputs: ExampleInputs, ran: list[Ran] | None = None) -> list[Tensor]:
-        """Run it and return its outputs; write down which operators ran where that is asked.
+    def __call__(self, example_inputs: ExampleInputs, expected: Sequence[Ran] | None = None) -> list[Tensor]:
+        """Run it and return its outputs, as long as the operators are those expected.
 
-        A parameter's values are made when an operator takes it: never all of them lie beside the model's own.
+        A silenced tensor is made when an operator takes it: never all of them lie beside the model's own.
         """
         own = named_tensors(self.model)
-        makers = {name: partial(self._made, name, own[name]) for name in self.silent.keys() | self.base.kept.keys()}
-        late = {id(own[name]): make for name, make in makers.items() if isinstance(own[name], nn.Parameter)}
-        early = {name: make() for name, make in makers.items() if id(own[name]) not in late}
+        slim = {name: narrowed(own[name], kept) for name, kept in self.base.kept.items()}
+        silent = {name: slim.get(name, own[name]).detach() for name in self.silent}
+        late = {id(slim.get(name, own[name])): partial(self._made, name, value) for name, value in silent.items()}
         with undisturbed(self.model):
             set_attributes_(self.model, self.base.attributes)
-            exchange_(self.model, early)
-            with exchanged(late, ran):
+            exchange_(self.model, slim)
+            with exchanged(late, expected):
                 return list(tensors_in(run(self.model, example_inputs)))
 
     def _made(self, name: str, value: Tensor) -> Tensor:
-        kept, factor = self.base.kept.get(name, {}), None
-        value = narrowed(value, kept)
-        for dim, left in self.silent.get(name, {}).items():
-            left = (left[kept[dim]] if dim in kept else left).to(value)
-            along = left.view([-1 if other == dim else 1 for other in range(value.dim())])
-            factor = along if factor is None else factor * along
-        return value if factor is None else value * factor  # some ten times faster than index_fill
+        kept, factor = self.base.kept.get(name, {}), torch.ones((), dtype=value.dtype, device=value.device)
+        for dim, stays in self.silent[name].items():
+            ones = (stays[kept[dim]] if dim in kept else stays).to(value)
+            factor = factor * ones.view([-1 if other == dim else 1 for other in range(value.dim())])
+        return value * factor  # some ten times faster than index_fill
 
 
 def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> _Silenced:
