@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy, fit
-from lightning_prune import count_flops, prune_filters
+from lightning_prune import count_flops, prune_filters, prune_filters_obs
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 SCORED = 1024  # training images that criteria look at
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Method(NamedTuple):
-    """A way to cut.
+    """A way to cut; "repaired", what reads the channels that leave is refitted to the images scored, without labels.
 
     ``groups`` says which channels may leave: all, or the inner ones of the blocks alone, as Li et al. prune ResNets.
     """
@@ -47,6 +47,8 @@ METHODS = (
     Method("ours", "l1", "layer"),
     Method("ours", "output_change", "global"),
     Method("ours", "taylor", "global"),
+    Method("ours", "obs, repaired", "global"),
+    Method("ours", "l1, repaired", "layer"),
     *(Method("torch-pruning", criterion, scope) for scope in ("layer", "global") for criterion in ("l1", "taylor")),
     Method("torch-pruning", "l1", "layer", "inner"),
     Method("torch-pruning", "taylor", "global", "inner"),
@@ -70,7 +72,12 @@ def ours(dense: nn.Module, method: Method, batches: Sequence[Batch]) -> nn.Modul
     ignore = (
         ["conv1"] if method.groups == "inner" else []
     )  # the first convolution makes the stream that all blocks add to
-    prune_filters(model, ONE_IMAGE, 0.5, method.criterion, "flops", method.scope, ignore, batches=batches, loss=loss)
+    criterion, repaired = method.criterion.removesuffix(", repaired"), method.criterion.endswith(", repaired")
+    if repaired:
+        images = [images for images, _ in batches]
+        prune_filters_obs(model, ONE_IMAGE, images, 0.5, criterion, "flops", method.scope, ignore=ignore)
+    else:
+        prune_filters(model, ONE_IMAGE, 0.5, criterion, "flops", method.scope, ignore, batches=batches, loss=loss)
     return model
 
 

@@ -31,7 +31,9 @@ from lightning_prune import prune_filters, prune_filters_obs, prune_obs, prune_w
 from lightning_prune.inputs import call_on
 from lightning_prune.solvers import SOLVERS, damped, rise
 from lightning_prune.solvers.blocked import factor
-from lightning_prune.statistics.grams import find_products, gather_grams
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import gather_grams
+from lightning_prune.statistics.products import find_products
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 
@@ -96,7 +98,7 @@ def layers(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     """Error of every layer at half of its weights, beside the exact greedy solver's; and each solver's time."""
     model, calibration, _ = _trained(arguments)
     products = find_products(model, calibration[0], call_on)
-    grams = gather_grams(model, calibration, call_on, list(products.readings))
+    grams = gather_grams(model, products, list(products.readings), Calibration(calibration))
     for name, gram in grams.items():
         rows = gram.reading.rows(model.get_parameter(name).detach()).double()
         hessian = damped(gram.hessian, 0.01)

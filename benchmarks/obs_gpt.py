@@ -22,7 +22,9 @@ from lightning_prune import prune_obs, prune_weights
 from lightning_prune.inputs import call_on
 from lightning_prune.selection import keep_highest
 from lightning_prune.solvers import Pattern
-from lightning_prune.statistics.grams import find_products, gather_grams
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import gather_grams
+from lightning_prune.statistics.products import find_products
 
 
 class Block(nn.Module):
@@ -69,8 +71,9 @@ def perplexity(model: nn.Module, text: Tensor) -> float:
 
 def by_magnitude_and_activation(model: nn.Module, batches: list[Tensor], ignore: str, pattern: str | None) -> None:
     """Zero, row by row, the weights of least ``|w| * norm(x)``; nothing moves (Sun et al., Wanda, 2023)."""
-    names = [n for n in find_products(model, batches[0], call_on).readings if not n.startswith(ignore)]
-    for name, gram in gather_grams(model, batches, call_on, names).items():
+    products = find_products(model, batches[0], call_on)
+    names = [n for n in products.readings if not n.startswith(ignore)]
+    for name, gram in gather_grams(model, products, names, Calibration(batches)).items():
         weight = model.get_parameter(name).data
         scores = weight.abs() * gram.hessian[0].diagonal().sqrt().to(weight)
         keep = (

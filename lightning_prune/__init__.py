@@ -9,7 +9,7 @@ from lightning_prune.callbacks import (
     OBSOneShot,
     TaylorFilterPruning,
 )
-from lightning_prune.checkpoints import Prunable, load_from_checkpoint
+from lightning_prune.checkpoints import Prunable, load_from_checkpoint, load_state_dict_
 from lightning_prune.errors import PruningError
 from lightning_prune.export.semi_structured import to_semi_structured_
 from lightning_prune.export.sparse import load_sparse, load_sparse_, save_sparse
@@ -65,6 +65,7 @@ __all__ = [
     "load_from_checkpoint",
     "load_sparse",
     "load_sparse_",
+    "load_state_dict_",
     "masks_on",
     "prune_exact",
     "prune_filters",

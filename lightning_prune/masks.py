@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.bits import pack_bits, unpack_bits
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
-__all__ = ["Masks", "apply_masks_", "hold_masks", "masks_on", "unpacked"]
+__all__ = ["Masks", "apply_masks_", "follow_cut_", "hold_masks", "masks_on", "unpacked"]
 
 
 class Masks:
@@ -121,8 +121,7 @@ class Masks:
         """Follow a cut that removed entries of the parameters themselves."""
         for name, dims in kept.items():
             if name in self._masks:
-                mask = self._masks[name]
-                self._masks[name] = narrowed(mask, {dim: index for dim, index in dims.items() if mask.shape[dim] > 1})
+                self._masks[name] = _followed(self._masks[name], dims)
         self._changed()
 
     def packed(self) -> PackedMasks:
@@ -170,6 +169,15 @@ def masks_on(model: nn.Module) -> dict[str, Tensor]:
 def unpacked(masks: PackedMasks) -> dict[str, Tensor]:
     """Return what a checkpoint holds of masks as bool, by name."""
     return {name: unpack_bits(packed, shape) for name, (packed, shape) in masks.items()}
+
+
+def follow_cut_(model: nn.Module, kept: Kept) -> None:
+    """Let the masks that a model carries follow a cut that removed entries of the parameters themselves."""
+    recipe = recipe_of(model)
+    for name, stays in masks_on(model).items():
+        if name in kept:
+            slim = _followed(stays, kept[name])
+            recipe.masks[name] = [pack_bits(slim), list(slim.shape)]
 
 
 def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -232,6 +240,10 @@ def hold_masks(
         yield masks
     finally:
         masks.release()
+
+
+def _followed(mask: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    return narrowed(mask, {dim: index for dim, index in dims.items() if mask.shape[dim] > 1})
 
 
 def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:

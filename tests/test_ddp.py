@@ -50,6 +50,21 @@ SCRIPT = """
                 self.second.weight.data[0, 0, 0, 0] += 1e-6
 
 
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self, count):
+            self.count = count
+
+        def __iter__(self):
+            return iter([images(self.count)[i] for i in range(self.count)])
+
+
+    class Uneven(Net):
+        # The second process has a batch less.
+        def train_dataloader(self):
+            count = 32 - 8 * self.global_rank
+            return DataLoader(Stream(count) if case["stream"] else images(count), 8)
+
+
     class Sized(Net):
         # Each process sees images of another size.
         def on_before_batch_transfer(self, batch, dataloader_idx):
@@ -60,7 +75,8 @@ SCRIPT = """
     def pruning():
         schedule = lightning_prune.Linear(1, 3)
         kind, arguments = getattr(lightning_prune, case["callback"]), case["arguments"]
-        return kind(amount=0.5, target=case["target"], scope="layer", schedule=schedule, **arguments)
+        target = {} if case["target"] is None else {"target": case["target"]}
+        return kind(amount=0.5, scope="layer", schedule=schedule, **target, **arguments)
 
 
     class Compare(Callback):
@@ -89,7 +105,7 @@ SCRIPT = """
 
     compare = Compare()
     torch.manual_seed(0)
-    kinds = {kind.__name__: kind for kind in (Net, Known, Depthwise, Rogue, Sized, Slow, Manual)}
+    kinds = {kind.__name__: kind for kind in (Net, Known, Depthwise, Rogue, Sized, Slow, Manual, Uneven)}
     module = kinds[case["kind"]](dropout=0.0, lr=0.1)
     made = trainer(
         pruning(),
@@ -101,7 +117,7 @@ SCRIPT = """
         max_epochs=8,
         **case["trainer"],
     )
-    made.fit(module, DataLoader(images(64), 8, shuffle=True))
+    made.fit(module, None if case["kind"] == "Uneven" else DataLoader(images(64), 8, shuffle=True))
     resumed = Compare()
     if case["resume"]:
         torch.manual_seed(5)
@@ -134,13 +150,14 @@ def ended(
     ddp=None,
     resume=False,
     arguments=None,
+    stream=False,
     **trainer,
 ):
     """Run the script in two processes."""
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     case = {"kind": kind, "callback": callback, "target": target, "resume": resume, "trainer": trainer}
-    case |= {"ddp": ddp or {}, "arguments": arguments or {}}
+    case |= {"ddp": ddp or {}, "arguments": arguments or {}, "stream": stream}
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(script), str(folder), json.dumps(case)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -183,6 +200,11 @@ CASES = {
     "taylor-activations": {"callback": "TaylorFilterPruning", "arguments": {"form": "activations"}, "resume": True},
     "apoz": {"callback": "FilterPruning", "arguments": {"criterion": "apoz"}, "resume": True},
     "obd": {"callback": "FilterPruning", "arguments": {"criterion": "obd", "batches": 2}, "resume": True},
+    "obs": {
+        "callback": "FilterPruning",
+        "arguments": {"criterion": "obs", "batches": 2, "repair": True},
+        "resume": True,
+    },
     "recalibrate": {"arguments": {"recalibrate": 2}, "resume": True},
     "latency": {"kind": "Slow", "target": "latency", "resume": True},
     "manual": {"kind": "Manual", "callback": "TaylorFilterPruning", "resume": True},
@@ -212,3 +234,13 @@ def test_processes_that_part_are_stopped_at_the_next_cut(tmp_path):
     assert done.returncode != 0
     assert "FilterL1Pruning: after a cut the processes hold different models" in done.stderr
     assert "with other values. Something differs between processes" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream, told", [(False, "processes have 4, 3 batches"), (True, "after 3 batches, 50%")])
+@pytest.mark.parametrize("callback", ["TaylorFilterPruning", "IterativeMagnitudePruning"])
+def test_uneven_data_is_refused_before_anyone_waits(callback, stream, told, tmp_path):
+    """Where loaders say how long they are before the first step, else as soon as one of them has ended."""
+    done = ended(tmp_path, kind="Uneven", callback=callback, target=None, stream=stream, use_distributed_sampler=False)
+    assert done.returncode != 0
+    assert f"{callback}: {told}" in done.stderr and "limit_train_batches" in done.stderr

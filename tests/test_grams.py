@@ -9,8 +9,10 @@ from torch import nn
 
 from lightning_prune import PruningError
 from lightning_prune.inputs import call_on as call
-from lightning_prune.statistics.grams import find_products, gather_grams, gather_pair, watch_inputs
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import gather_grams, gather_pair
 from lightning_prune.statistics.outputs import replaced
+from lightning_prune.statistics.products import find_products, watch_inputs
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 5), (2, 3, 5)),
@@ -73,7 +75,8 @@ class Odd(nn.Module):
 def test_grams_are_means_of_outer_products_over_all_batches_and_calls():
     """H is the mean of x x^T over everything a weight multiplied, and the mean input is kept beside it."""
     model, batches = Odd().double(), [torch.randn(n, 6, dtype=torch.float64) for n in (3, 5)]
-    grams = gather_grams(model, batches, call, ["left", "right", "twice.weight"])
+    products = find_products(model, batches[0], call)
+    grams = gather_grams(model, products, ["left", "right", "twice.weight"], Calibration(batches))
     x = torch.cat(batches)
     a = x @ model.left.T
     b = a @ model.right
@@ -96,7 +99,8 @@ def test_pairs_compare_inputs_before_and_after():
     """The three means of a pair are those of the inputs with the old and with the new weights in front."""
     model, batches = Odd().double(), [torch.randn(n, 6, dtype=torch.float64) for n in (3, 5)]
     new = torch.randn(4, 6, dtype=torch.float64)
-    pair = gather_pair(model, batches, call, "right", partial(replaced, model, {"left": new}), 1)
+    products = find_products(model, batches[0], call)
+    pair = gather_pair(model, products, "right", Calibration(batches), partial(replaced, model, {"left": new}))
     x, y = torch.cat(batches) @ model.left.detach().T, torch.cat(batches) @ new.T
     for found, expected in ((pair.before, x.T @ x), (pair.cross, x.T @ y), (pair.after, y.T @ y)):
         torch.testing.assert_close(found[0], expected / 8)
@@ -104,5 +108,7 @@ def test_pairs_compare_inputs_before_and_after():
 
 def test_a_weight_that_multiplies_nothing_is_refused():
     """No inputs, no Hessian."""
-    with pytest.raises(PruningError, match="tied.weight.*ignore="):
-        gather_grams(nn.ModuleDict({"tied": nn.Embedding(3, 2)}), [torch.zeros(1)], lambda m, b: None, ["tied.weight"])
+    model, batches = Odd().double(), [torch.randn(3, 6, dtype=torch.float64)]
+    products = find_products(model, batches[0], call)
+    with pytest.raises(PruningError, match=r"left: .*nothing was multiplied by it.*ignore="):
+        gather_grams(model, products, ["left"], Calibration(batches, lambda model, batch: None))

@@ -51,6 +51,15 @@ def mlp(width: int = 6) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
 
 
+class Choosing(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
+def choosing() -> nn.Sequential:
+    return Choosing(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
 if __name__ == "__main__":
     LightningCLI(Net, Data)
 """
@@ -200,6 +209,12 @@ def test_inspect_a_module(capsys):
     assert "1 channel groups can be cut" in text and " 9 " in text
     cli.main(["inspect", "--model", "cli_script.mlp", "--input_shape", "1,4", "--yaml"])
     assert yaml.safe_load(capsys.readouterr().out) == {"amount": {"0": 0.0}}
+
+
+def test_inspect_names_code_that_goes_by_numbers(capsys):
+    """Under what stays it says of which modules only one path was seen."""
+    cli.main(["inspect", "--model", "cli_script.choosing", "--input_shape", "1,4"])
+    assert "Only the path that the example inputs took was seen of: the model." in text_of(capsys)
 
 
 @pytest.mark.parametrize(

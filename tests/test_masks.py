@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from lightning_prune import apply_masks_, hold_masks, masks_on, prune_weights
+from lightning_prune import (
+    apply_masks_,
+    hold_masks,
+    load_state_dict_,
+    masks_on,
+    prune_exact,
+    prune_fisher,
+    prune_obs,
+    prune_weights,
+)
 from lightning_prune.masks import Masks
 from lightning_prune.surgery import take_shapes_
 
@@ -296,3 +305,50 @@ def test_pruned_weights_are_held_by_default():
     with hold_masks(model, optimizer):
         step(model, optimizer)
     assert_zero(model, keep)
+
+
+def test_zeros_hold_under_sparse_gradients():
+    """SparseAdam, which writes some rows of an embedding alone, leaves its masked entries at zero."""
+    table, tokens = nn.Embedding(7, 4, sparse=True), torch.tensor([0, 2, 5])
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    keep = torch.rand(7, 4) < 0.5
+    with hold_masks(table, optimizer, {"weight": keep}) as masks:
+        before = table.weight.detach().clone()
+        for _ in range(3):
+            optimizer.zero_grad()
+            table(tokens).square().sum().backward()
+            masks.mask_gradients_(optimizer)
+            optimizer.step()
+            assert not table.weight[~keep].any()
+    assert (table.weight != before)[tokens][keep[tokens]].all()
+
+
+def by_surgery(model, batch):
+    return prune_obs(model, [batch[0]], 0.5).masks
+
+
+def by_fisher(model, batch):
+    return prune_fisher(model, [batch], lambda model, batch: F.mse_loss(model(batch[0]), batch[1])).masks
+
+
+def one_by_one(model, batch):
+    return prune_exact(model, [batch], F.mse_loss, 0.5).masks
+
+
+@pytest.mark.parametrize("prune", [by_surgery, by_fisher, one_by_one])
+def test_zeros_of_surgery_are_held_and_told(prune):
+    """What second-order pruning zeroed stays zero in training under ``hold_masks``, and in whoever loads the state."""
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))  # noqa: E731
+    model, batch = make(), (torch.randn(64, 6), torch.randn(64, 2))
+    gone = {name: ~stays for name, stays in prune(model, batch).items() if not stays.all()}
+    optimizer = optim.Adam(model.parameters(), 0.1)
+    with hold_masks(model, optimizer):
+        for _ in range(3):
+            F.mse_loss(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+    assert gone and not any(model.get_parameter(name)[entries].any() for name, entries in gone.items())
+    other = make()
+    load_state_dict_(other, model.state_dict())
+    assert {name: ~stays for name, stays in masks_on(other).items()}.keys() == gone.keys()
+    assert all(torch.equal(~masks_on(other)[name], entries) for name, entries in gone.items())

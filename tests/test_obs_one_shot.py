@@ -1,7 +1,11 @@
 """OBSOneShot in a run: when it prunes, that zeros are held, and that the network goes on to work."""
 
 import inspect
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -99,6 +103,44 @@ def test_statistics_are_averaged_anew_where_asked():
     fit(averaged, OBSOneShot(amount=0.8, recalibrate=True))
     assert torch.equal(plain.first.weight, averaged.first.weight)
     assert not torch.equal(plain.norm.running_var, averaged.norm.running_var)
+
+
+PROCESSES = """
+    import os, sys
+    import torch
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.utils.data import DataLoader, Subset
+    from lightning_prune import OBSOneShot
+    from tests.runs import Net, images, trainer
+
+    processes, target = int(sys.argv[1]), sys.argv[2]
+    torch.manual_seed(0)
+    module, rank = Net(dropout=0.0, lr=0.0), int(os.environ.get("LOCAL_RANK", 0))
+    data = Subset(images(64), range(rank, 64, processes))
+    made = trainer(
+        OBSOneShot(0.5, epoch=0, batches=4), max_epochs=1, devices=processes,
+        strategy=DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto",
+        use_distributed_sampler=False,  # which would shuffle
+    )
+    made.fit(module, DataLoader(data, 16 // processes))
+    if made.is_global_zero:
+        torch.save(dict(module.named_parameters()), target)
+"""
+
+
+@pytest.mark.slow
+def test_processes_look_at_the_batches_of_all(tmp_path):
+    """Two processes that see half of every batch each end where one ends that sees them whole."""
+    script, found = tmp_path / "script.py", []
+    script.write_text(textwrap.dedent(PROCESSES))
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for processes in ("1", "2"):
+        target = str(tmp_path / processes)
+        command = [sys.executable, str(script), processes, target]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        found.append(torch.load(target, weights_only=True))
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)  # inputs are multiplied in single precision
 
 
 def test_contract():

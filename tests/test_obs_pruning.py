@@ -1,13 +1,17 @@
 """prune_obs on whole models: what leaves, what the others become, and what is left alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_prune import PruningError, prune_obs
+from lightning_prune.pruning.obs import Asked, plan_obs
 from lightning_prune.solvers import SOLVERS
+from lightning_prune.statistics.calibration import Calibration
 
 
 def net():
@@ -111,6 +115,32 @@ def test_a_later_layer_aims_at_what_the_whole_model_gave():
         torch.testing.assert_close(row[keep].detach(), expected, rtol=1e-7, atol=1e-9)
     lost = (model(x) - before).square().sum() / before.square().sum()
     assert report.layers[1].error == pytest.approx(lost.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_processes_that_see_parts_of_the_data_do_as_one_that_sees_all(sequential):
+    """Sums over the data are added up over processes, so each of them works out what one would on all batches."""
+    model, batches = net().eval(), images(8)
+    asked = Asked(0.5, "admm", "global", None, sequential, 0.01, (), progress=False)
+    barrier, parts = Barrier(2), {}
+
+    def process(rank):
+        def over_processes(total):
+            parts[rank] = total
+            barrier.wait(timeout=60)
+            both = parts[0] + parts[1]
+            barrier.wait(timeout=60)
+            return both
+
+        own = batches[rank::2]  # where outputs are compared, it is on the first batches
+        return plan_obs(copy.deepcopy(model), Calibration(own, over_processes=over_processes), asked)
+
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(process, range(2)))
+    alone = plan_obs(model, Calibration(batches), asked)
+    for plan in plans:
+        torch.testing.assert_close(plan.tensors, alone.tensors)
+        assert [fit.left for fit in plan.report.layers] == [fit.left for fit in alone.report.layers]
 
 
 def test_layers_that_matter_less_lose_more():
@@ -243,5 +273,5 @@ def test_batches_that_the_model_does_not_take_are_refused():
 
 def test_no_data_is_refused():
     """Without batches there is nothing to keep outputs on."""
-    with pytest.raises(PruningError, match="no batch came"):
+    with pytest.raises(PruningError, match="No batch came"):
         prune_obs(net(), [])

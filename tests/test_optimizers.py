@@ -116,6 +116,49 @@ def test_factored_state_follows():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_sparse_gradients_follow():
+    """SparseAdam on an embedding: gradients that wait are cut with the table, and steps are those of a slim twin."""
+    tokens = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(0))
+
+    def embedded(width, hidden):
+        table, read = nn.Embedding(7, width, sparse=True), nn.Linear(width, hidden)
+        model = nn.Sequential(table, read, nn.ReLU(), nn.Linear(hidden, 2)).double()
+        return model, [optim.SparseAdam(table.parameters(), lr=0.1), optim.Adam(model[1:].parameters(), lr=0.1)]
+
+    def backward(model):
+        model(tokens).square().mean().backward()
+
+    model, both = embedded(8, 6)
+    for _ in range(2):
+        backward(model)
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    backward(model)
+    waiting = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    full, before = copy.deepcopy((model, both))
+    kept = prune_filters(model, tokens, 0.5, optimizer=both).kept
+    twin, steps = embedded(4, 3)
+    twin.load_state_dict({name: chosen(value, kept.get(name, {})) for name, value in full.state_dict().items()})
+    for (name, old), new in zip(full.named_parameters(), twin.parameters(), strict=True):
+        which = 0 if name.startswith("0.") else 1
+        steps[which].state[new] = {
+            key: chosen(value, kept.get(name, {})) if torch.is_tensor(value) and value.shape == old.shape
+            else copy.deepcopy(value)
+            for key, value in before[which].state[old].items()
+        }  # fmt: skip
+        new.grad = chosen(waiting[name], kept.get(name, {}))
+    assert model[0].weight.grad.is_sparse
+    for _ in range(2):
+        for optimizer in (*both, *steps):
+            optimizer.step()
+            optimizer.zero_grad()
+        backward(model)
+        backward(twin)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_groups_and_schedulers_are_untouched():
     """Parameter groups keep their options and the same Parameter objects, and a scheduler goes on where it was."""
     model = network()

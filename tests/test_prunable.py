@@ -1,4 +1,4 @@
-"""Modules that load what pruning has left of them, and files that nobody can load."""
+"""Modules that load what pruning has left of them."""
 
 import copy
 
@@ -13,10 +13,14 @@ from lightning_prune import (
     Linear,
     Prunable,
     PruningError,
-    load_from_checkpoint,
+    load_state_dict_,
     masks_on,
+    prune_filters,
+    prune_filters_obs,
+    prune_weights,
 )
 from tests.runs import (
+    IMAGE,
     Attentive,
     Depthwise,
     Net,
@@ -115,6 +119,117 @@ def test_plain_modules_may_name_it():
     assert torch.equal(one.layer.weight, other.layer.weight)
 
 
+# Without a run
+
+
+def plain(kind, seed=0):
+    torch.manual_seed(seed)
+    return kind().eval(), torch.randn(2, *IMAGE.shape[1:])
+
+
+def cut(model, images):
+    prune_filters(model, images, amount=0.5)
+
+
+def cut_and_repair(model, images):
+    prune_filters_obs(model, images, [torch.randn(64, *IMAGE.shape[1:])], amount=0.5, scope="layer")
+
+
+def cut_twice(model, images):
+    prune_filters(model, images, amount=0.25)
+    prune_filters(model, images, amount=0.3)
+
+
+@pytest.mark.parametrize(
+    "kind, prune",
+    [(Net, cut), (Depthwise, cut), (Attentive, cut), (Depthwise, cut_twice), (Attentive, cut_and_repair)],
+)
+def test_what_plain_pytorch_cut_loads_into_a_full_model(kind, prune, tmp_path):
+    """The state dict of a model cut outside of any run gives its outputs from a full-size one, through a file, too."""
+    model, images = plain(kind)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    prune(model, images)
+    torch.save(model.state_dict(), tmp_path / "slim.pt")
+    other, _ = plain(kind, seed=1)
+    parameters = list(other.parameters())
+    load_state_dict_(other, torch.load(tmp_path / "slim.pt", weights_only=True))
+    assert torch.equal(other(images), model(images))
+    assert sum(parameter.numel() for parameter in other.parameters()) < dense
+    assert all(now is before for now, before in zip(other.parameters(), parameters, strict=True))
+    assert_agrees_with_shapes(other)
+
+
+def test_the_class_loads_what_plain_pytorch_cut():
+    """``Prunable`` takes it as it takes what a run has left."""
+    model, images = plain(SlimmingAttentive)
+    cut(model, images)
+    other, _ = plain(SlimmingAttentive, seed=1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(images), model(images))
+
+
+@pytest.mark.parametrize("load", [load_state_dict_, lambda model, state: model.load_state_dict(state)])
+def test_a_part_that_was_cut_alone_is_loaded_within_the_whole(load):
+    """Where a model's backbone alone was pruned, the whole model's state dict tells of it."""
+
+    class Whole(Prunable, nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = Attentive(), nn.Linear(3, 2)
+
+        def forward(self, images):
+            return self.head(self.backbone(images))
+
+    model, images = plain(Whole)
+    cut(model.backbone, images)
+    other, _ = plain(Whole, seed=1)
+    load(other, model.state_dict())
+    assert torch.equal(other(images), model(images))
+
+
+def test_masks_follow_a_plain_cut():
+    """A model that carries masks carries them, and tells of them, after filters have left."""
+    model, images = plain(Net)
+    prune_weights(model, 0.5)
+    before = masks_on(model)
+    report = prune_filters(model, images, amount=0.5)
+    for name, stays in masks_on(model).items():
+        for dim, index in report.kept.get(name, {}).items():
+            before[name] = before[name].index_select(dim, index)
+        assert torch.equal(stays, before[name])
+    other, _ = plain(Net, seed=1)
+    load_state_dict_(other, model.state_dict())
+    assert masks_on(other).keys() == before.keys() == masks_on(model).keys()
+
+
+def test_nothing_cut_leaves_nothing_behind():
+    """A model that lost nothing carries nothing of ours."""
+    model, images = plain(Net)
+    prune_filters(model, images, amount=0.0)
+    assert not model._state_dict_hooks
+
+
+@pytest.mark.parametrize(
+    "lose", [dict, lambda state: {name: value[:1] for name, value in state.items() if value.dim()}]
+)
+def test_a_state_that_tells_nothing_is_refused(lose):
+    """A copy that lost what shapes do not tell is refused before anything is written; one that fits is loaded."""
+    model, images = plain(Depthwise)
+    cut(model, images)
+    other, _ = plain(Depthwise, seed=1)
+    before = copy.deepcopy(weights(other))
+    with pytest.raises(
+        PruningError, match=r"load_state_dict_: .* in the state dict.*Save model.state_dict\(\) as it is"
+    ):
+        load_state_dict_(other, lose(model.state_dict()))
+    assert_same_weights(other, before)
+    load_state_dict_(other, dict(plain(Depthwise)[0].state_dict()))
+    assert_same_weights(other, weights(plain(Depthwise)[0]))
+
+
+# Processes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 @pytest.mark.parametrize("kind", [FilterL1Pruning, IterativeMagnitudePruning])
@@ -130,46 +245,3 @@ def test_a_slim_model_comes_back_from_other_processes(kind, strategy):
     assert_agrees_with_shapes(module)
     assert made.callback_metrics["prune/sparsity"] == pytest.approx(0.5)
     trainer().test(module, batches(), verbose=False)
-
-
-# Files
-
-
-@pytest.mark.parametrize(
-    "content, told",
-    [
-        (b"", "was not written by torch.save, or only in part"),
-        (b"nothing that torch has written", "was not written by torch.save, or only in part"),
-        ({"a": torch.ones(1), "b": 2}, r"holds no state_dict \(but 'a', 'b'\)"),
-        ({}, r"holds no state_dict \(but nothing\)"),
-        ([1, 2], r"holds no state_dict \(but list\)"),
-    ],
-    ids=["empty", "bytes", "dict", "empty-dict", "list"],
-)
-def test_what_is_no_checkpoint_is_told(content, told, tmp_path):
-    """A file that is something else is refused with what it is."""
-    path = tmp_path / "junk.ckpt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(PruningError, match=f"load_from_checkpoint: .*junk.ckpt {told}"):
-        load_from_checkpoint(Net, path)
-
-
-def test_half_a_checkpoint_is_told(tmp_path):
-    """A file that was cut off is refused as such; one that is not there gives Python's own error."""
-    path = tmp_path / "half.ckpt"
-    fit(net(), FilterL1Pruning(0.5)).save_checkpoint(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(PruningError, match="was not written by torch.save, or only in part"):
-        load_from_checkpoint(Net, path)
-    with pytest.raises(FileNotFoundError):
-        load_from_checkpoint(Net, tmp_path / "absent.ckpt")
-
-
-def test_a_state_of_another_version_is_told():
-    """State that lacks what this version remembers is refused by name, and nothing of it is taken up."""
-    callback = FilterL1Pruning(0.5)
-    state = callback.state_dict()
-    del state["widths"], state["start"]
-    with pytest.raises(PruningError, match="FilterL1Pruning: the checkpoint does not hold its start, widths"):
-        callback.load_state_dict({**state, "progress": 1.0})
-    assert callback.state_dict()["progress"] == 0.0

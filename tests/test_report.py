@@ -108,6 +108,52 @@ def test_the_picture_shows_what_the_history_says():
     assert heights == [change.before.width for change in changes] + [change.now.width for change in changes]
 
 
+@pytest.mark.parametrize("error, raised", [(KeyboardInterrupt, SystemExit), (MemoryError, MemoryError)])
+def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
+    """Ctrl-C and errors leave the files of what was cut so far, and say what stopped it; above errors no tables."""
+
+    class Stopper(Watch):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 6:
+                raise error
+
+    class Saver(ModelCheckpoint):
+        def on_exception(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    module, callbacks = (
+        net(),
+        (FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3))),
+    )
+    with pytest.raises(raised):
+        fit(
+            module,
+            *callbacks,
+            Stopper(),
+            Saver(tmp_path),
+            enable_checkpointing=True,
+            val=True,
+            max_epochs=4,
+            logger=logged(tmp_path),
+        )
+    found = History.from_json(tmp_path / "run" / "version_0" / "pruning.json")
+    assert found.stopped == f"{error.__name__} in epoch 1, after step 6"
+    assert [moment.epoch for moment in found.moments if not moment.metrics] == [0, 1]
+    assert found.layers["first"].now.width == widths(module)["first"] == 6
+    assert f"Stopped by {found.stopped}." in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
+    assert ("From cut to cut" in capsys.readouterr().out) == (error is KeyboardInterrupt)
+    again = FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3))
+    fit(net(), *again, val=True, max_epochs=4, ckpt_path=tmp_path / "stopped.ckpt", logger=logged(tmp_path))
+    assert again[-1].history.stopped == ""
+
+
+def test_what_is_refused_leaves_no_report(tmp_path):
+    """A run that did not begin has nothing to tell."""
+    with pytest.raises(PruningError):
+        fit(net(), FilterL1Pruning(0.999, target="flops"), logger=logged(tmp_path))
+    assert not list(tmp_path.rglob("pruning.*"))
+
+
 def test_a_logger_of_ones_own_gets_files_beside_its_checkpoints(tmp_path):
     """Whatever says where it saves and what the run is called has the report there."""
 
@@ -166,6 +212,19 @@ def test_masks_are_told_weight_by_weight(tmp_path):
     assert set(callback.history.dense) == {"first.weight", "hidden.weight", "head.weight"}
     page = (tmp_path / "run" / "version_0" / "pruning.html").read_text()
     assert "50.0%" in page and "its 6 inputs are no multiple of 8" in page
+
+
+def test_code_that_goes_by_numbers_is_named(capsys):
+    """Where a module's path hangs on numbers of its input, the report says that only the one taken was seen."""
+
+    class Choosing(runs.Net):
+        def forward(self, images):
+            return super().forward(images if images.sum() < 1e9 else -images)
+
+    callback = FilterL1Pruning(0.5)
+    fit(Choosing(), callback)
+    assert callback.history.branching == ["the model"] and callback.history.layers["second"].now.width == 3
+    assert "path that the example inputs took" in " ".join(capsys.readouterr().out.split())
 
 
 def test_one_report_for_all_callbacks(capsys):

@@ -24,6 +24,7 @@ from lightning_prune import (
     to_semi_structured_,
 )
 from lightning_prune.cli import main
+from lightning_prune.export import semi_structured
 from tests.runs import Depthwise, Net, assert_agrees_with_shapes, fit, net, weights
 
 
@@ -161,3 +162,36 @@ def test_two_of_four_where_no_hardware_helps():
     assert found.dense["0.weight"] == "PyTorch multiplies weights of Conv2d densely"
     assert "it lies on cpu" in found.dense["2.weight"]
     assert_bit_equal(model.state_dict(), before)
+
+
+def test_what_sparse_tensor_cores_get_is_what_pruning_left(monkeypatch):
+    """PyTorch packs two of four by its own code; unpacked, every weight is back, bit by bit. It only asks for a GPU."""
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64)).half()
+    prune_weights(model, pattern="2:4")
+    before = copy.deepcopy(model.state_dict())
+    packing = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    monkeypatch.setattr(semi_structured, "_hindrance", lambda module, weight: None)
+    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
+    monkeypatch.setattr(packing, "_validate_device_dim_dtype_shape", lambda tensor: None)
+    found = to_semi_structured_(model)
+    assert found == (("0.weight", "2.weight"), {})
+    for name in found.faster:
+        weight = model.get_parameter(name)
+        assert isinstance(weight, packing) and weight.packed.numel() == before[name].numel() // 2
+        assert_bit_equal({name: weight.to_dense()}, {name: before[name]})
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="no sparse tensor cores"
+)
+def test_sparse_tensor_cores_give_the_same_outputs():
+    """On a GPU that has them, outputs are those of the dense weights, to half precision, and convolutions stay."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 64))
+    prune_weights(model, pattern="2:4")
+    model, x = model.half().cuda(), torch.randn(32, 8, 8, 8).half().cuda()
+    with torch.no_grad():
+        before = model(x)
+        with pytest.warns(UserWarning, match="1 weights that keep to 2:4 stay dense"):
+            found = to_semi_structured_(model)
+        assert found.faster == ("2.weight", "4.weight")
+        torch.testing.assert_close(model(x), before, atol=1e-2, rtol=1e-2)

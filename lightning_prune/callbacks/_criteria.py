@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 from lightning_prune.budget import Scores
 from lightning_prune.callbacks._batches import losses_of, training_batches
 from lightning_prune.callbacks._gathering import Gathering, OverTheRun
-from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.inputs import run
+from lightning_prune.callbacks._processes import calibration_of
 from lightning_prune.pruning.readers import score_by_readers
 from lightning_prune.scoring import CRITERIA, Criterion, adds_up, score_units
-from lightning_prune.statistics.grams import find_products
+from lightning_prune.statistics.products import find_products
 from lightning_prune.statistics.units import gather_contributions, taylor_over_units, watch_contributions, watch_moments
 from lightning_prune.structure import Structure
 
@@ -76,12 +75,10 @@ class ByReaders(AtTheCut):
         super().__init__("obs", batches)
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Score by the batches of each process, and average."""
-        with training_batches(trainer, pl_module, self.batches) as batches:  # not in autocast, which hides parameters
-            inputs = list(inputs_of(pl_module, batches))
-            products = find_products(pl_module, inputs[0], run)
-            found = score_by_readers(pl_module, structure, products, inputs, run, DAMPING, torch.float64)
-        return {name: trainer.strategy.reduce(score, reduce_op="mean") for name, score in found.items()}  # type: ignore[misc]
+        """Score by the batches of all processes."""
+        with calibration_of(trainer, pl_module, self.batches) as calibration:
+            products = find_products(pl_module, calibration.batches[0], calibration.forward)
+            return score_by_readers(pl_module, structure, products, calibration, DAMPING)
 
 
 class TaylorOfWeights(OverTheRun):

@@ -19,14 +19,14 @@ from lightning_prune.bits import pack_bits
 from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._processes import refuse_apart
-from lightning_prune.callbacks._pruning import Pruning
+from lightning_prune.callbacks._pruning import Pruning, pruning_callbacks
 from lightning_prune.callbacks._refusals import (
-    pruning_callbacks,
+    refuse_foreign,
     refuse_masks,
     refuse_not_finite,
     refuse_unmaskable,
-    structured_callbacks,
 )
+from lightning_prune.callbacks._structured import structured_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.masks import Masks, unpacked
 from lightning_prune.pruning.filters import count_params
@@ -127,7 +127,9 @@ class MaskedPruning(Pruning):
         for name, reason in to_prune.stay.items() if self._course.progress == 0 else ():
             rank_zero_warn(f"{type(self).__name__}: {name} stays dense: {reason}.")
         self._masks = {**self._carried(trainer, pl_module), **self._masks}
-        self._run.masks.let_fall_(unpacked(self._masks))
+        keep = unpacked(self._masks)
+        refuse_foreign(type(self).__name__, pl_module, keep)
+        self._run.masks.let_fall_(keep)
         self._run.masks.hold(trainer.optimizers)
         self._count()
         self._params = self._params or count_params(pl_module)
@@ -208,7 +210,8 @@ class MaskedPruning(Pruning):
 
     def take_up(self, remembered: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint remembers."""
-        self._masks, self._params = dict(remembered["masks"]), remembered["params"]
+        self._masks = {name: [packed, list(shape)] for name, (packed, shape) in remembered["masks"].items()}
+        self._params = remembered["params"]
 
     def forget(self) -> None:
         """Start anew: the module is another one."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,12 +18,19 @@ from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, run
 from lightning_prune.latency import CutDoesNotRunError, Shapes, latency_kept
+from lightning_prune.statistics.calibration import Calibration
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["latency_of_first", "recalibrate_", "refuse_apart"]
+__all__ = ["calibration_of", "latency_of_first", "recalibrate_", "refuse_apart", "refuse_early_end", "refuse_uneven"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AT_ONCE = 2**22  # words whose sum is taken at a time, so that no second model lies in memory
+
+
+_EVEN_OUT = (
+    "They would come to a cut at different times, and each wait for steps that the others never take. Give all of them "
+    "as many: let Lightning distribute the sampler, or set limit_train_batches to the smallest number."
+)
 
 
 def latency_of_first(
@@ -48,6 +59,14 @@ def latency_of_first(
     if found is None:
         raise CutDoesNotRunError(keep) from failure
     return found
+
+
+@contextmanager
+def calibration_of(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Calibration]:
+    """Yield the first training batches of each process, not in autocast, which hides parameters; sums are over all."""
+    with training_batches(trainer, pl_module, count) as batches:
+        inputs = list(inputs_of(pl_module, batches))
+        yield Calibration(inputs, run, over_processes=partial(trainer.strategy.reduce, reduce_op="sum"))
 
 
 def recalibrate_(trainer: Trainer, pl_module: LightningModule, count: int) -> None:
@@ -90,6 +109,38 @@ def refuse_apart(where: str, trainer: Trainer, pl_module: LightningModule) -> No
         "processes before that: a learning rate that follows a metric logged without sync_dist=True, code that asks "
         "for the rank, or steps outside of DDP's backward pass."
     )
+
+
+def refuse_uneven(where: str, trainer: Trainer) -> None:
+    """Refuse processes whose loaders say that epochs have different numbers of batches.
+
+    Raises:
+        PruningError: On all processes, with the numbers.
+    """
+    if trainer.world_size > 1:
+        own = torch.tensor(float(trainer.num_training_batches), device=trainer.strategy.root_device)
+        found = [f"{count:.0f}" for count in trainer.strategy.all_gather(own).flatten().tolist()]  # type: ignore[attr-defined]
+        if len(set(found)) > 1:
+            raise PruningError(f"{where}: processes have {', '.join(found)} batches an epoch. {_EVEN_OUT}")
+
+
+def refuse_early_end(where: str, trainer: Trainer) -> None:
+    """Refuse to go on where one process has come to the end of its data and another has not.
+
+    That is asked after each step where loaders do not say beforehand how many batches there are.
+
+    Raises:
+        PruningError: On all processes.
+    """
+    if trainer.world_size > 1 and not math.isfinite(trainer.num_training_batches):
+        own = torch.tensor(float(trainer.is_last_batch), device=trainer.strategy.root_device)
+        ended = float(trainer.strategy.reduce(own, reduce_op="mean"))
+        if 0 < ended < 1:
+            count = trainer.fit_loop.epoch_loop.batch_idx + 1
+            raise PruningError(
+                f"{where}: after {count} batches, {ended:.0%} of the processes are at the end of epoch "
+                f"{trainer.current_epoch}. {_EVEN_OUT}"
+            )
 
 
 def _bits_summed(tensor: Tensor) -> Tensor:

@@ -16,14 +16,15 @@ from lightning_prune.callbacks._averaging import keep_metadata_, let_copies_foll
 from lightning_prune.callbacks._base import AnyCallback
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import inputs_of
-from lightning_prune.callbacks._refusals import pruning_callbacks, refuse_run, refuse_short, refuse_twins
+from lightning_prune.callbacks._processes import refuse_early_end, refuse_uneven
+from lightning_prune.callbacks._refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks._reporting import call_of, new_metrics, report
 from lightning_prune.errors import PruningError
 from lightning_prune.reports import History
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
 
-__all__ = ["Course", "Pruning"]
+__all__ = ["Course", "Pruning", "pruning_callbacks"]
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Course:
     ceiling: float = 1.0  # of the same, beyond which a guard lets nothing go
     epoch: int = -1  # the last one whose start was seen
     begun: bool = False
+    reported: bool = False
     seen: bool = False  # whether forward took a batch of those that it will be run on
     unlogged: bool = False  # whether something changed since the last log
     blind: bool = False  # whether a cut is due for which nothing was seen to decide by
@@ -158,7 +160,7 @@ class Pruning(AnyCallback, ABC):
         """Refuse what cannot work, and let the model take the shapes of any checkpoint that is loaded."""
         self._joined = True
         if stage == "fit":
-            refuse_twins(self, trainer)
+            refuse_twins(self, pruning_callbacks(trainer))
             self.refuse(trainer, pl_module)
             refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)
@@ -166,7 +168,7 @@ class Pruning(AnyCallback, ABC):
             self._course, self._history = Course(), History()
             self.forget()
             self._module = weakref.ref(pl_module)
-        self._course.begun, self._course.epoch = False, -1
+        self._course.begun, self._course.reported, self._course.epoch = False, False, -1
         self._detach(pl_module)
         recipe_of(pl_module)
         self._hooks = [
@@ -177,6 +179,9 @@ class Pruning(AnyCallback, ABC):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
         refuse_short(type(self).__name__, self.schedule, trainer)
+        refuse_misfits(type(self).__name__, trainer, pl_module)
+        refuse_uneven(type(self).__name__, trainer)
+        self._history.stopped = ""
         self._begin(trainer, pl_module, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,6 +206,11 @@ class Pruning(AnyCallback, ABC):
         if self.schedule.by == "steps" or self._course.epoch != trainer.current_epoch:
             self._advance(trainer, pl_module)
         self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Refuse to go on to the next cut where processes part: one for all callbacks."""
+        if next((callback for callback in pruning_callbacks(trainer) if callback.due), None) is self:
+            refuse_early_end(type(self).__name__, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember what was logged before."""
@@ -230,6 +240,7 @@ class Pruning(AnyCallback, ABC):
             changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back
             if trainer.is_global_zero:
                 report(trainer, self._history, changed)
+        course.reported = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the model; one that was cut goes on to say so in its state dicts."""
@@ -237,9 +248,16 @@ class Pruning(AnyCallback, ABC):
         drop_unused_recipe_(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave as after a run that ended well: Lightning tears down nothing here."""
+        """Leave as after a run that ended well, since Lightning tears down nothing here, and report what was cut."""
         self._detach(pl_module)
         drop_unused_recipe_(pl_module)
+        course, history = self._course, self._history
+        if course.begun and not course.reported and history.moments and self._begun(trainer)[-1] is self:
+            course.reported = True
+            name, epoch, step = type(exception).__name__, trainer.current_epoch, trainer.global_step
+            history.stopped = f"{name} in epoch {epoch}, after step {step}"
+            if trainer.is_global_zero:
+                report(trainer, history, unlogged=False, tables=isinstance(exception, KeyboardInterrupt))
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> None:
         """Begin, and refuse a training too short for as many cuts as it turns out to take."""
@@ -328,7 +346,7 @@ class Pruning(AnyCallback, ABC):
         """Take up what a checkpoint remembers.
 
         Raises:
-            PruningError: If something is missing there.
+            PruningError: If something is missing there, or is not what it should be.
         """
         missing = sorted(self.state_dict().keys() - state_dict.keys())
         if missing:
@@ -336,9 +354,17 @@ class Pruning(AnyCallback, ABC):
                 f"{type(self).__name__}: the checkpoint does not hold its {', '.join(missing)}, so another version of "
                 "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
             )
-        self._course.progress, self._course.ceiling = state_dict["progress"], state_dict["ceiling"]
-        self._history = History.from_plain(state_dict["history"])
-        self.take_up(state_dict)
+        try:
+            progress, ceiling = float(state_dict["progress"]), float(state_dict["ceiling"])
+            history = History.from_plain(state_dict["history"])
+            self.take_up(state_dict)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.forget()
+            raise PruningError(
+                f"{type(self).__name__}: what the checkpoint holds of it cannot be read ({error!r}): the file is "
+                "damaged. Take up an earlier one."
+            ) from error
+        self._course.progress, self._course.ceiling, self._history = progress, ceiling, history
 
     def _detach(self, pl_module: LightningModule) -> None:
         self.detach(pl_module)
@@ -350,3 +376,8 @@ class Pruning(AnyCallback, ABC):
         """Pickle without the model, to which the trainer's ``log`` and ``log_dict`` lead too."""
         own = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {**own, "_module": None, "_hooks": []}
+
+
+def pruning_callbacks(trainer: Trainer) -> list[Pruning]:
+    """Return the trainer's callbacks that prune."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Pruning)]  # type: ignore[attr-defined]

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.arguments import amount_by_group, with_ignored
+from lightning_prune.callbacks._gathering import Gathering
 from lightning_prune.checkpoints import Prunable
 from lightning_prune.errors import PruningError
 from lightning_prune.schedules import Schedule
 from lightning_prune.structure import Structure, named_tensors
 
-if TYPE_CHECKING:
-    from lightning_prune.callbacks._gathering import Gathering
-    from lightning_prune.callbacks._pruning import Pruning
-    from lightning_prune.callbacks._structured import StructuredPruning
-
 __all__ = [
-    "pruning_callbacks", "refuse_blind", "refuse_masks", "refuse_not_finite", "refuse_overlap", "refuse_removal",
-    "refuse_run", "refuse_short", "refuse_twins", "refuse_unmaskable", "structured_callbacks",
+    "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_overlap",
+    "refuse_removal", "refuse_run", "refuse_short", "refuse_twins", "refuse_unmaskable",
 ]  # fmt: skip
+
+
+class AboutParts(Protocol):
+    """A callback that is about some parts of a model."""
+
+    @property
+    def about(self) -> str:
+        """The class, and the parts."""
+
+
+class ForChannels(Protocol):
+    """A callback that sets the widths of some channels."""
+
+    amount: Any
+    ignore: list[str]
 
 
 def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -33,19 +44,14 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
     Raises:
         PruningError: Saying what to use instead.
     """
-    if trainer.strategy.restore_checkpoint_after_setup:
-        raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, from which no unit can be cut. "
-            "Prune on one device or with strategy='ddp', then shard the slim model."
-        )
+    _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
     _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
+    _refuse_model_pruning(where, trainer, "cuts")
     if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
         raise PruningError(
             f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no "
             "checkpoint of the slim model could be loaded. Leave the plugin out."
         )
-    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise PruningError(f"{where} and ModelPruning contradict: one cuts what the other wraps. Use one of them.")
 
 
 def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,23 +60,18 @@ def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule) -> No
     Raises:
         PruningError: Saying what to use instead.
     """
-    if trainer.strategy.restore_checkpoint_after_setup:
-        raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, on which no mask of the whole "
-            "fits. Prune on one device or with strategy='ddp'."
-        )
+    _refuse_shards(where, trainer, "on which no mask of the whole fits")
     _refuse_spawned(where, trainer, pl_module, "what is known of the masks ends with them")
-    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise PruningError(f"{where} and ModelPruning contradict: one masks what the other wraps. Use one of them.")
+    _refuse_model_pruning(where, trainer, "masks")
 
 
-def refuse_twins(mine: Pruning, trainer: Trainer) -> None:
+def refuse_twins(mine: AboutParts, others: Iterable[AboutParts]) -> None:
     """Refuse two callbacks of one class that are about the same parts of a model: a checkpoint knows one of them.
 
     Raises:
         PruningError: Naming both.
     """
-    for other in pruning_callbacks(trainer):
+    for other in others:
         if other is not mine and other.about == mine.about:
             raise PruningError(
                 f"{other!r} and {mine!r} are about the same parts of the model, so the amount of one contradicts the "
@@ -147,6 +148,44 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
     )
 
 
+def refuse_foreign(where: str, pl_module: LightningModule, keep: Mapping[str, Tensor]) -> None:
+    """Refuse masks that came with a checkpoint and are another model's.
+
+    Raises:
+        PruningError: Naming the first of them.
+    """
+    own = dict(pl_module.named_parameters())
+    for name, stays in keep.items():
+        shape = tuple(own[name].shape) if name in own else ()
+        if stays.dim() != len(shape) or any(size not in (1, of) for size, of in zip(stays.shape, shape, strict=True)):
+            here = f"of shape {shape}" if name in own else f"not there in {type(pl_module).__name__}"
+            raise PruningError(
+                f"{where}: the checkpoint holds a mask of shape {tuple(stays.shape)} for {name}, which is {here}: "
+                "weights and masks are not of one model. Take up another checkpoint, or load the weights alone."
+            )
+
+
+def refuse_misfits(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse optimizers whose state belongs to other shapes: a fused one steps with it, and says nothing.
+
+    Raises:
+        PruningError: Naming the first parameter and its state.
+    """
+    names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    torchs = [optimizer for optimizer in trainer.optimizers if type(optimizer).__module__.startswith("torch.optim")]
+    for optimizer in torchs:  # what others keep of a parameter may be of any shape
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                alike = isinstance(value, Tensor) and value.dim() == parameter.dim()
+                if alike and any(size not in (1, own) for size, own in zip(value.shape, parameter.shape, strict=True)):
+                    raise PruningError(
+                        f"{where}: {type(optimizer).__name__} holds {key} of shape {tuple(value.shape)} for "
+                        f"{names.get(id(parameter), 'a parameter')} of shape {tuple(parameter.shape)}: its state is "
+                        "another model's. Take up a checkpoint whose weights and optimizer were saved together, or "
+                        "load its weights alone, by load_from_checkpoint."
+                    )
+
+
 def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse to wait for what steps that went by did not show.
 
@@ -161,13 +200,15 @@ def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: 
         )
 
 
-def refuse_overlap(mine: StructuredPruning, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> None:
+def refuse_overlap(
+    mine: ForChannels, others: Iterable[ForChannels], pl_module: LightningModule, structure: Structure
+) -> None:
     """Refuse two callbacks that would each set the width of the same channels.
 
     Raises:
         PruningError: Naming both and the channels.
     """
-    for other in structured_callbacks(trainer):
+    for other in others:
         shared = set() if other is mine else _claims(mine, pl_module, structure) & _claims(other, pl_module, structure)
         if shared:
             raise PruningError(
@@ -176,18 +217,17 @@ def refuse_overlap(mine: StructuredPruning, trainer: Trainer, pl_module: Lightni
             )
 
 
-def pruning_callbacks(trainer: Trainer) -> list[Pruning]:
-    """Return the trainer's callbacks that prune."""
-    from lightning_prune.callbacks._pruning import Pruning
+def _refuse_shards(where: str, trainer: Trainer, why: str, then: str = "") -> None:
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise PruningError(
+            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, {why}. Prune on one device or "
+            f"with strategy='ddp'{then}."
+        )
 
-    return [callback for callback in trainer.callbacks if isinstance(callback, Pruning)]  # type: ignore[attr-defined]
 
-
-def structured_callbacks(trainer: Trainer) -> list[StructuredPruning]:
-    """Return the trainer's callbacks that cut."""
-    from lightning_prune.callbacks._structured import StructuredPruning
-
-    return [callback for callback in pruning_callbacks(trainer) if isinstance(callback, StructuredPruning)]
+def _refuse_model_pruning(where: str, trainer: Trainer, does: str) -> None:
+    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise PruningError(f"{where} and ModelPruning contradict: one {does} what the other wraps. Use one of them.")
 
 
 def _refuse_spawned(where: str, trainer: Trainer, pl_module: LightningModule, why: str) -> None:
@@ -200,7 +240,7 @@ def _refuse_spawned(where: str, trainer: Trainer, pl_module: LightningModule, wh
         )
 
 
-def _claims(callback: StructuredPruning, pl_module: LightningModule, structure: Structure) -> set[str]:
+def _claims(callback: ForChannels, pl_module: LightningModule, structure: Structure) -> set[str]:
     structure = with_ignored(pl_module, structure, callback.ignore)
     amount = amount_by_group(structure, callback.amount)
     return {name for name, a in amount.items() if a} if isinstance(amount, Mapping) else set(structure.groups)

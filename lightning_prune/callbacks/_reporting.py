@@ -37,13 +37,13 @@ def call_of(callback: Callback) -> str:
     return f"{type(callback).__name__}({', '.join(given)})"
 
 
-def report(trainer: Trainer, history: History, unlogged: bool) -> None:
+def report(trainer: Trainer, history: History, unlogged: bool, tables: bool = True) -> None:
     """Print the tables of a run, and hand each logger the same as files: ``pruning.html``, ``.png`` and ``.json``.
 
-    What is left is logged, too, where the last log does not say it.
+    What is left is logged, too, where the last log does not say it. Above an error of the user's no tables are printed.
     """
     console = Console()
-    for table in run_tables(history):
+    for table in run_tables(history) if tables else ():
         console.print(table)
     for logger in trainer.loggers:
         try:

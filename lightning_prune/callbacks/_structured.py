@@ -29,14 +29,12 @@ from lightning_prune.callbacks._gathering import Gathering
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
 from lightning_prune.callbacks._processes import latency_of_first, recalibrate_, refuse_apart
-from lightning_prune.callbacks._pruning import Pruning
+from lightning_prune.callbacks._pruning import Pruning, pruning_callbacks
 from lightning_prune.callbacks._refusals import (
-    pruning_callbacks,
     refuse_blind,
     refuse_not_finite,
     refuse_overlap,
     refuse_removal,
-    structured_callbacks,
 )
 from lightning_prune.callbacks._state import Start, State
 from lightning_prune.callbacks._step import Traced, check_traced, instead_of_forward, refuse_step
@@ -51,7 +49,7 @@ from lightning_prune.scoring import score_units
 from lightning_prune.structure import Keep, Structure, find_structure, trace
 from lightning_prune.surgery import Kept, cut_, recipe_of
 
-__all__ = ["StructuredPruning"]
+__all__ = ["StructuredPruning", "structured_callbacks"]
 
 _UNPROVED = "an earlier cut of them could not be proved"
 
@@ -145,7 +143,7 @@ class StructuredPruning(Pruning):
         state = self._state
         state.inputs, state.flops = on_device_of(trainer, pl_module, inputs), None
         structure = find_structure(trace(pl_module, state.inputs))
-        refuse_overlap(self, trainer, pl_module, structure)
+        refuse_overlap(self, structured_callbacks(trainer), pl_module, structure)
         structure = self._prunable(pl_module, structure)
         state.pinned, state.branching = structure.pinned, list(structure.branching)
         if state.start is None:
@@ -264,8 +262,9 @@ class StructuredPruning(Pruning):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._gathering.before_batch()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Gather from the forward passes of one training step."""
+        super().on_train_batch_end(trainer, pl_module)
         self._gathering.after_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -385,3 +384,8 @@ class StructuredPruning(Pruning):
         if self._state.flops is None:
             self._state.flops = count_flops(pl_module, self._inputs)
         return self._state.flops
+
+
+def structured_callbacks(trainer: Trainer) -> list[StructuredPruning]:
+    """Return the trainer's callbacks that cut."""
+    return [callback for callback in pruning_callbacks(trainer) if isinstance(callback, StructuredPruning)]

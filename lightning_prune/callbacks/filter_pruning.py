@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.callbacks._batches import training_batches
 from lightning_prune.callbacks._criteria import DAMPING, gathering_for
-from lightning_prune.callbacks._inputs import inputs_of
+from lightning_prune.callbacks._processes import calibration_of
 from lightning_prune.callbacks._structured import StructuredPruning
 from lightning_prune.inputs import run
 from lightning_prune.pruning.filters import Prepared
@@ -21,7 +19,7 @@ from lightning_prune.pruning.readers import only_read
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.scoring import CRITERIA, Criterion
-from lightning_prune.statistics.grams import find_products
+from lightning_prune.statistics.products import find_products
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterPruning"]
@@ -117,12 +115,11 @@ class FilterPruning(StructuredPruning):
         """Let what reads the units that leave make up for them, if asked to."""
         if not self.repair:
             return prepared
-        with training_batches(trainer, pl_module, self.batches) as batches:  # not in autocast, which hides parameters
-            inputs = list(inputs_of(pl_module, batches))
-            products = find_products(pl_module, inputs[0], run)
+        with calibration_of(trainer, pl_module, self.batches) as calibration:
+            products = find_products(pl_module, calibration.batches[0], calibration.forward)
             tensors, self.repairs, _ = repaired(
-                pl_module, structure, prepared.cut, prepared.tensors, products, inputs, run, sequential=True,
-                damping=DAMPING, dtype=torch.float64,
+                pl_module, structure, prepared.cut, prepared.tensors, products, calibration, sequential=True,
+                damping=DAMPING,
             )  # fmt: skip
         return replace(prepared, tensors=trainer.strategy.broadcast(tensors))
 

@@ -14,8 +14,8 @@ from lightning_prune.arguments import Amount
 from lightning_prune.callbacks._averaging import restart_averages_
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._masked import MaskedPruning, masking_callbacks
-from lightning_prune.callbacks._refusals import structured_callbacks
 from lightning_prune.callbacks._rewind import draw_anew_, remember, rewind_
+from lightning_prune.callbacks._structured import structured_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.weights import choose_weights, score_weights, shuffled
 from lightning_prune.schedules import Schedule
@@ -163,6 +163,7 @@ class IterativeMagnitudePruning(MaskedPruning):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Remember the run as it stands, if this is where rounds start."""
+        super().on_train_batch_end(trainer, pl_module)
         self._remember(trainer, pl_module)
 
     def remembered(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks._averaging import averaged_copies
 from lightning_prune.callbacks._guard import Guard
-from lightning_prune.callbacks._refusals import pruning_callbacks
+from lightning_prune.callbacks._pruning import pruning_callbacks
 from lightning_prune.errors import PruningError
 from lightning_prune.surgery import restore_, take_snapshot
 

@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune.arguments import Amount
-from lightning_prune.batch_norm import recalibrate_batch_norm
-from lightning_prune.callbacks._batches import training_batches
-from lightning_prune.callbacks._inputs import inputs_of
 from lightning_prune.callbacks._masked import MaskedPruning
+from lightning_prune.callbacks._processes import calibration_of, recalibrate_
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import run
 from lightning_prune.pruning.obs import Asked, LayerFit, Solver, plan_obs, refuse_beyond_reach, write_
 from lightning_prune.schedules import Moments, OneShot, Schedule
 
@@ -63,7 +59,7 @@ class OBSOneShot(MaskedPruning):
         pattern: ``"N:M"``: of every M neighbours along the input dimension N stay.
         solver: ``exact``, ``admm`` or ``blocked`` (see :func:`~lightning_prune.prune_obs`).
         sequential: Let each layer see what the pruned layers before it give.
-        batches: Training batches on which layers keep their outputs.
+        batches: Training batches of each process on which layers keep their outputs.
         damping: Share of its mean diagonal entry that is added to every Hessian's diagonal.
         parameters: Patterns of modules, whose linear and convolution weights are meant, or of parameters; by default
             all weights of linear and convolutional layers.
@@ -135,8 +131,8 @@ class OBSOneShot(MaskedPruning):
                 "name other weights by parameters= or ignore=."
             )
         asked = self._asked(to_prune.amount, list(to_prune.weights), pl_module.trainer)
-        with training_batches(pl_module.trainer, pl_module, self.batches) as batches:
-            plan = plan_obs("OBSOneShot", pl_module, inputs_of(pl_module, batches), asked)
+        with calibration_of(pl_module.trainer, pl_module, self.batches) as calibration:
+            plan = plan_obs(pl_module, calibration, asked)
         self.fits = plan.report.layers
         self._planned = pl_module.trainer.strategy.broadcast(plan.tensors)
         return plan.report.masks
@@ -145,9 +141,7 @@ class OBSOneShot(MaskedPruning):
         """Let the weights that stay make up for the others."""
         write_(pl_module, self._planned)
         self._planned = {}
-        if self.recalibrate:
-            with training_batches(trainer, pl_module, self.batches) as batches:
-                recalibrate_batch_norm(pl_module, inputs_of(pl_module, batches), run)
+        recalibrate_(trainer, pl_module, self.batches if self.recalibrate else 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune, if it is to be after the training, and print what became of the weights."""
@@ -172,6 +166,5 @@ class OBSOneShot(MaskedPruning):
         amount = None if self.pattern is not None else amount
         # what ignore= names has been taken out of what may be pruned
         return Asked(
-            amount, self.solver, self.scope, self.pattern, self.sequential, self.damping, (), run, torch.float64,
-            shows, only,
+            amount, self.solver, self.scope, self.pattern, self.sequential, self.damping, (), shows, only,
         )  # fmt: skip

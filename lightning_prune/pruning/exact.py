@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_fraction, check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
+from lightning_prune.masks import apply_masks_
+from lightning_prune.progress import counted
 from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
 from lightning_prune.statistics.curvature import OutputLoss, outer_product_rows
 
@@ -38,7 +40,7 @@ class SurgeonReport:
     Attributes:
         removals: One by one.
         loss_before: The loss before the first.
-        masks: By parameter name, True for each weight that stays.
+        masks: By parameter name, True for each weight that stays; the model carries them.
         stopped: Why no more was removed.
     """
 
@@ -65,6 +67,7 @@ def prune_exact(
     ignore: Sequence[str] = (),
     masks: dict[str, Tensor] | None = None,
     accept: Callable[[nn.Module], bool] | None = None,
+    progress: bool = True,
 ) -> SurgeonReport:
     """Remove weights and biases of a small, trained net one at a time, in place, until one of the limits is met.
 
@@ -83,6 +86,7 @@ def prune_exact(
         ignore: Patterns of module paths whose weights stay.
         masks: True for each weight that had not left before, by parameter name; to go on after some training.
         accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone.
+        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -108,19 +112,22 @@ def prune_exact(
     if not math.isfinite(before):
         raise PruningError(f"prune_exact: the loss on the batches is {before}. Pass a trained model and finite data.")
     stopped = "amount reached"
-    while int(patient.left.sum()) > least:
-        step = _STEPS[method](patient, batches, loss, alpha)
-        if step.rise > max_rise:
-            stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
-            break
-        undo = patient.values()
-        at = patient.take(step)
-        current = _measured(model, batches, loss)
-        if current > max_loss or (accept is not None and not accept(model)):
-            patient.put_back(at, undo)
-            stopped = f"the next removal would take the loss to {current:.3g}"
-            break
-        removals.append(Removal(*patient.place(at), step.rise, current))
+    with counted("weights", max(0, int(patient.left.sum()) - least), progress) as advance:
+        while int(patient.left.sum()) > least:
+            step = _STEPS[method](patient, batches, loss, alpha)
+            if step.rise > max_rise:
+                stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
+                break
+            undo = patient.values()
+            at = patient.take(step)
+            current = _measured(model, batches, loss)
+            if current > max_loss or (accept is not None and not accept(model)):
+                patient.put_back(at, undo)
+                stopped = f"the next removal would take the loss to {current:.3g}"
+                break
+            removals.append(Removal(*patient.place(at), step.rise, current))
+            advance(f"(loss {current:.3g})")
+    apply_masks_(model, patient.masks())
     return SurgeonReport(tuple(removals), before, patient.masks(), stopped)
 
 

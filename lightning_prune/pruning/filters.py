@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
+from lightning_prune.masks import follow_cut_
+from lightning_prune.progress import counted, each
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
@@ -39,9 +42,12 @@ from lightning_prune.surgery import (
     draft,
     prove,
     prove_structure,
+    recipe_of,
 )
 
-__all__ = ["GroupWidth", "Prepared", "Report", "count_params", "prepare", "prune_filters", "reported"]
+__all__ = [
+    "GroupWidth", "Prepared", "Report", "carry_out_", "clock", "count_params", "prepare", "prune_filters", "reported",
+]  # fmt: skip
 
 
 class GroupWidth(NamedTuple):
@@ -101,11 +107,13 @@ def prune_filters(
     loss: Loss | None = None,
     min_width: MinWidth = 1,
     max_amount: MaxAmount = 1.0,
+    progress: bool = True,
 ) -> Report:
     """Remove filters and neurons from a model, in place.
 
     Parameters stay the same objects; their gradients and the optimizer's state follow. The cut is proved
-    before it is made; channels whose cut cannot be proved stay, and the report says so.
+    before it is made; channels whose cut cannot be proved stay, and the report says so. The state dict of what is left
+    loads into a model of the original class by :func:`~lightning_prune.load_state_dict_`.
 
     Args:
         model: The model; anything that runs on ``example_inputs`` in eval mode.
@@ -132,6 +140,7 @@ def prune_filters(
             layer.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
             smallest that names a layer. Budgets of the whole model are made up for by other layers.
+        progress: Whether to show progress bars: of the batches, and of measuring where latency is the target.
 
     Raises:
         ValueError: If an argument is out of range or missing, or a pattern names no module.
@@ -156,21 +165,23 @@ def prune_filters(
         {name: group.width for name, group in structure.groups.items()},
         Footprint(count_params(model), count_flops(model, example_inputs).total),
     )
-    clock = partial(latency_kept, model, example_inputs, whole=shapes_of(model, structure))
-    prepared = prepare(
-        model,
-        example_inputs,
-        structure,
-        score_units(model, structure, criterion, batches, loss),
-        amount_by_group(structure, amount),
-        budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
-        dense=dense,
-        flops=dense.footprint.flops,
-        latency=clock,
-        adding_up=adds_up(criterion),
-    )
-    kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
-    cut_(model, prepared.cut, prepared.tensors, optimizers)
+    with each(batches or (), "batches", progress and batches is not None) as seen:
+        scores = score_units(model, structure, criterion, None if batches is None else seen, loss)
+    with clock(model, example_inputs, structure, progress and target == "latency") as latency:
+        prepared = prepare(
+            model,
+            example_inputs,
+            structure,
+            scores,
+            amount_by_group(structure, amount),
+            budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
+            dense=dense,
+            flops=dense.footprint.flops,
+            latency=latency,
+            adding_up=adds_up(criterion),
+        )
+        kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
+    carry_out_(model, prepared, prepared.tensors, optimizers)
     return reported(model, example_inputs, prepared, dense, kept)
 
 
@@ -259,6 +270,35 @@ def prepare(
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
+
+
+@contextmanager
+def clock(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, shown: bool
+) -> Iterator[Callable[[Structure, Keep], float]]:
+    """Yield what measures the share of the latency that a choice leaves, and show, if asked to, how often it did."""
+    whole = shapes_of(model, structure)
+    with counted("latency", None, shown) as advance:
+
+        def measured(structure: Structure, keep: Keep) -> float:
+            share = latency_kept(model, example_inputs, structure, keep, whole)
+            advance(f"{share:.0%}")
+            return share
+
+        yield measured
+
+
+def carry_out_(
+    model: nn.Module, made: Prepared, tensors: dict[str, Tensor], optimizers: Iterable[Optimizer] = ()
+) -> None:
+    """Make a cut that was prepared, and let the model's state dicts tell of it from then on."""
+    if not made.cut.kept:
+        return
+    cut_(model, made.cut, tensors, optimizers)
+    follow_cut_(model, made.cut.kept)
+    recipe = recipe_of(model)
+    recipe.note((attribute.module, attribute.name) for attribute in made.structure.ledger.attributes)
+    recipe.needed = True
 
 
 def reported(

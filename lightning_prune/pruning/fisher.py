@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_amount, check_fraction
 from lightning_prune.errors import PruningError
+from lightning_prune.masks import apply_masks_
+from lightning_prune.progress import each
 from lightning_prune.pruning.obs import write_
 from lightning_prune.pruning.prunable import find_weights
 from lightning_prune.solvers import best_on_support, greedy_paths, inverse, keep_along
@@ -24,7 +26,7 @@ class FisherReport:
     """What a pruning by the Fisher matrix did.
 
     Attributes:
-        masks: By parameter name, True for each weight that stays.
+        masks: By parameter name, True for each weight that stays; the model carries them.
         predicted: What the loss rises by, by this matrix.
         skipped: By parameter name, why its weights stay.
         damping: What was added to the matrix's diagonal.
@@ -59,6 +61,7 @@ def prune_fisher(
     parameters: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     dtype: torch.dtype = torch.float64,
+    progress: bool = True,
 ) -> FisherReport:
     """Set the weights that the loss needs least to zero, in place; their neighbours make up for them.
 
@@ -75,6 +78,7 @@ def prune_fisher(
         parameters: Patterns, as of :func:`prune_weights`; by default all weights of linear and convolutional layers.
         ignore: Patterns of modules or parameters that stay dense.
         dtype: What the matrix is summed and solved in.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If an argument is out of range, or a pattern names nothing.
@@ -101,11 +105,13 @@ def prune_fisher(
     found = find_weights(model, parameters, ignore)
     flat = {name: weight.parameter.detach().flatten().to(dtype) for name, weight in found.found.items()}
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
-    fisher = block_fisher(model, batches, loss, parts, dtype)
+    with each(batches, "batches", progress) as seen:
+        fisher = block_fisher(model, seen, loss, parts, dtype)
     added = damping * sum(float(f.diagonal(dim1=1, dim2=2).sum()) for f in fisher) / sum(map(len, flat.values()))
     for matrix in fisher:
         matrix.diagonal(dim1=1, dim2=2).add_(added)
-    paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(f)) for part, f in zip(parts, fisher, strict=True)]
+    with each(list(zip(parts, fisher, strict=True)), "weights", progress) as each_part:
+        paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(matrix)) for part, matrix in each_part]
     reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
     leaving = torch.zeros_like(reached, dtype=torch.bool)
     leaving[torch.argsort(reached, stable=True)[: round(amount * len(reached))]] = True
@@ -123,6 +129,7 @@ def prune_fisher(
     shapes = {name: weight.parameter.shape for name, weight in found.found.items()}
     write_(model, {name: values.view(shapes[name]) for name, values in flat.items()})
     masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
+    apply_masks_(model, masks)
     return FisherReport(masks, predicted, found.stay, added)
 
 

@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
-from lightning_prune.solvers import Blocked, Curve, Pattern, RowSolver, damped, rise
+from lightning_prune.solvers import Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.solvers.damping import cholesky
-from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams, gather_pair
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import Gram, fitting, gather_grams, gather_pair
 from lightning_prune.statistics.outputs import Outputs, replaced
+from lightning_prune.statistics.products import Products
 
 __all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "told_of"]
 
@@ -51,22 +52,18 @@ class Surgery:
 
     Attributes:
         model: The model.
-        batches: Batches of data.
-        forward: Calls the model on a batch and returns its outputs.
+        calibration: That data.
         products: Which of its parameters multiply what.
         solver: Prunes the rows of one layer.
         damping: Share of the mean diagonal entry that is added to Hessians.
-        dtype: What Hessians are summed and solved in.
         tensors: The model's parameters and buffers, by name.
     """
 
     model: nn.Module
-    batches: Sequence[Any]
-    forward: Run
+    calibration: Calibration
     products: Products
     solver: type[RowSolver]
     damping: float
-    dtype: torch.dtype
     tensors: Mapping[str, Tensor]
     _held: dict[str, _Patient] = field(default_factory=dict)
 
@@ -75,14 +72,14 @@ class Surgery:
         for part in self._fitting(names):
             if part[0] not in self._held:
                 self._held.clear()
-                grams = gather_grams(self.model, self.batches, self.forward, part, self.dtype)
+                grams = gather_grams(self.model, self.products, part, self.calibration)
                 self._held.update({name: self._patient(name, gram) for name, gram in grams.items()})
             for name in part:
                 yield name, self._held[name]
 
     def rows(self, name: str) -> Tensor:
         """Return a layer's weights as ``(groups, rows, columns)``."""
-        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.dtype)
+        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.calibration.dtype)
 
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
         """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
@@ -106,21 +103,22 @@ class Surgery:
         hessian = gram.hessian
         if name in self.products.shifts:
             hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
-        return _Patient(self.rows(name), hessian, damped(hessian, self.damping), gram.mean)
+        rows = self.rows(name)
+        return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping)))
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
-        return fitting({name: 2 * self.products.bytes(name, self.dtype) for name in names}, _MEMORY)
+        return fitting({name: 2 * self.products.bytes(name, self.calibration.dtype) for name in names}, _MEMORY)
 
 
 @dataclass(frozen=True, eq=False)
 class _Patient:
-    """One layer: its weights, ``(groups, rows, columns)``, its Hessian, plain and damped, and its mean input."""
+    """One layer: its weights, ``(groups, rows, columns)``, its Hessian and mean input, and what solves it, damped."""
 
     weights: Tensor
     hessian: Tensor
-    damped: Tensor
     mean: Tensor
+    solver: RowSolver
 
 
 def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
@@ -130,7 +128,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
     for _ in _shown("pruned", list(leaving), progress):
         name, patient = next(patients)
         with told_of(name):
-            new, keep = surgery.solver(patient.weights, patient.damped).solve(leaving[name])
+            new, keep = patient.solver.solve(leaving[name])
         lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
         found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
@@ -149,9 +147,8 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
         for solved in found.values():
             others |= solved.others
         pair = gather_pair(
-            surgery.model, surgery.batches, surgery.forward, name, partial(replaced, surgery.model, others),
-            surgery.products.calls[name], surgery.dtype,
-        )  # fmt: skip
+            surgery.model, surgery.products, name, surgery.calibration, partial(replaced, surgery.model, others)
+        )
         pair = pair.centred() if name in surgery.products.shifts else pair
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping)
         pull = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
@@ -168,22 +165,21 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
 def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: bool) -> dict[str, Curve]:
     """Return what pruning ever more of each layer alone does to the model's outputs.
 
-    How a layer's own error grows is found by the fastest solver, whichever prunes in the end. What it means for the
-    model is measured once, at the level nearest to ``amount``: how far, squared, the outputs move.
+    How a layer's own error grows is found by what tells it soonest. What it means for the model is measured once, at
+    the level nearest to ``amount``: how far, squared, the outputs move.
     """
     level = min(_LEVELS, key=lambda level: abs(level - amount))
-    outputs = Outputs(surgery.model, surgery.batches, surgery.forward)
+    outputs = Outputs(surgery.model, surgery.calibration)
     curves = {}
     patients = surgery.patients(names)
     for _ in _shown("measured", names, progress):
         name, patient = next(patients)
-        solver = Blocked(patient.weights, patient.damped)
-        size = patient.weights.numel()
-        with told_of(name):
-            found = {count: solver.solve(count)[0] for count in dict.fromkeys(int(share * size) for share in _LEVELS)}
-        errors = {count: float(rise(new - patient.weights, patient.hessian).sum()) for count, new in found.items()}
+        quick, size = patient.solver.quick, patient.weights.numel()
+        counts = list(dict.fromkeys(int(share * size) for share in _LEVELS))
         asked = int(level * size)
-        new = found[asked]
+        with told_of(name):
+            errors = dict(zip(counts, quick.errors(counts), strict=True))
+            new, _ = quick.solve(asked)
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
         solved = surgery.solved(name, new, new != 0, 0.0, mean)
         moved = outputs.moved({name: solved.weight, **solved.others})

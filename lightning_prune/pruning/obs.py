@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import call_on
+from lightning_prune.masks import apply_masks_
 from lightning_prune.pruning.layerwise import (
     Leaving,
     Surgery,
@@ -23,7 +24,8 @@ from lightning_prune.pruning.layerwise import (
 from lightning_prune.pruning.weights import check_weight_arguments
 from lightning_prune.selection import parse_pattern
 from lightning_prune.solvers import SOLVERS, Pattern, split
-from lightning_prune.statistics.grams import Products, Run, find_products
+from lightning_prune.statistics.calibration import Calibration, Run
+from lightning_prune.statistics.products import Products, find_products
 from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import named_tensors
 
@@ -107,7 +109,8 @@ def prune_obs(
         progress: Whether to show a progress bar.
 
     Returns:
-        What was done, with the masks that hold the zeros in further training.
+        What was done, with the masks, which the model carries: :func:`~lightning_prune.hold_masks` holds the zeros in
+        further training.
 
     Raises:
         ValueError: If an argument is out of range, or a pattern names no module.
@@ -123,9 +126,11 @@ def prune_obs(
         Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; Frantar and Alistarh, Optimal Brain
         Compression, NeurIPS 2022 (arXiv:2208.11580); Meng et al., ALPS, NeurIPS 2024 (arXiv:2406.07831).
     """
-    asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, forward, dtype, progress)
-    plan = plan_obs("prune_obs", model, batches, asked)
+    asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, progress)
+    asked.check("prune_obs")
+    plan = plan_obs(model, Calibration(list(batches), forward, dtype), asked)
     write_(model, plan.tensors)
+    apply_masks_(model, plan.report.masks)
     return plan.report
 
 
@@ -140,8 +145,6 @@ class Asked:
     sequential: bool
     damping: float
     ignore: Sequence[str]
-    forward: Run
-    dtype: torch.dtype
     progress: bool
     only: Collection[str] | None = None
 
@@ -174,16 +177,12 @@ class ObsPlan:
     report: ObsReport
 
 
-def plan_obs(where: str, model: nn.Module, batches: Iterable[Any], asked: Asked) -> ObsPlan:
+def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPlan:
     """Work out what :func:`prune_obs` does; the model is left as found."""
-    asked.check(where)
-    batches = list(batches)
-    if not batches:
-        raise PruningError(f"{where}: no batch came. Pass a list or loader of at least one batch.")
-    products = find_products(model, batches[0], asked.forward)
+    products = find_products(model, calibration.batches[0], calibration.forward)
     names, skipped = _prunable(model, products, asked)
     solver = SOLVERS[asked.solver]
-    surgery = Surgery(model, batches, asked.forward, products, solver, asked.damping, asked.dtype, named_tensors(model))
+    surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model))
     leaving = _leaving(surgery, names, asked)
     solved = (one_by_one if asked.sequential else all_together)(surgery, leaving, asked.progress)
     tensors = {name: layer.weight for name, layer in solved.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,18 +11,17 @@ from torch import nn
 
 from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
 from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target
-from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs, call_on
-from lightning_prune.latency import latency_kept, shapes_of
-from lightning_prune.pruning.filters import Report, count_params, prepare, reported
+from lightning_prune.progress import each
+from lightning_prune.pruning.filters import Report, carry_out_, clock, count_params, prepare, reported
 from lightning_prune.pruning.readers import only_read, score_by_readers
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.scoring import Criterion, adds_up, score_units
+from lightning_prune.statistics.calibration import Calibration, Run
 from lightning_prune.statistics.gradients import Loss
-from lightning_prune.statistics.grams import Run, find_products
+from lightning_prune.statistics.products import find_products
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.surgery import cut_
 
 __all__ = ["RepairReport", "prune_filters_obs"]
 
@@ -60,6 +58,7 @@ def prune_filters_obs(
     forward: Run = call_on,
     loss: Loss | None = None,
     dtype: torch.dtype = torch.float64,
+    progress: bool = True,
 ) -> RepairReport:
     """Remove filters and neurons from a trained model, in place, and let what read them make up for them.
 
@@ -85,6 +84,7 @@ def prune_filters_obs(
         forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
         loss: For criteria that look at gradients, from model and batch to the mean loss.
         dtype: What is summed and solved in.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If an argument is out of range or missing, or a pattern names no module.
@@ -104,32 +104,31 @@ def prune_filters_obs(
     check_arguments("prune_filters_obs", amount, "l1" if criterion == "obs" else criterion, target, scope, round_to)
     if not damping >= 0:
         raise ValueError(f"prune_filters_obs(damping={damping!r}): a share of the mean variance, from 0; 0.01 is 1 %.")
-    batches = list(batches)
-    if not batches:
-        raise PruningError("prune_filters_obs: no batch came. Pass a list or loader of at least one batch.")
+    calibration = Calibration(list(batches), forward, dtype)
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
-    products = find_products(model, batches[0], forward)
+    products = find_products(model, calibration.batches[0], forward)
     if criterion == "obs":
         structure = only_read(model, structure, products)
         check_prunable(model, structure)
-        scores = score_by_readers(model, structure, products, batches, forward, damping, dtype)
+        scores = score_by_readers(model, structure, products, calibration, damping, progress)
     else:
-        scores = score_units(model, structure, criterion, batches, loss)
+        with each(calibration.batches, "batches", progress) as seen:
+            scores = score_units(model, structure, criterion, seen, loss)
     amount = amount_by_group(structure, amount)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
         Footprint(count_params(model), count_flops(model, example_inputs).total),
     )
-    clock = partial(latency_kept, model, example_inputs, whole=shapes_of(model, structure))
-    prepared = prepare(
-        model, example_inputs, structure, scores, amount, Budget(target, scope, round_to), dense=dense,
-        flops=dense.footprint.flops, latency=clock, adding_up=criterion == "obs" or adds_up(criterion),
-    )  # fmt: skip
-    kept = clock(prepared.structure, prepared.keep) if target == "latency" else None
+    with clock(model, example_inputs, structure, progress and target == "latency") as latency:
+        prepared = prepare(
+            model, example_inputs, structure, scores, amount, Budget(target, scope, round_to), dense=dense,
+            flops=dense.footprint.flops, latency=latency, adding_up=criterion == "obs" or adds_up(criterion),
+        )  # fmt: skip
+        kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     tensors, repairs, skipped = repaired(
-        model, structure, prepared.cut, prepared.tensors, products, batches, forward, sequential, damping, dtype
+        model, structure, prepared.cut, prepared.tensors, products, calibration, sequential, damping, progress
     )
-    cut_(model, prepared.cut, tensors)
+    carry_out_(model, prepared, tensors)
     report = reported(model, example_inputs, prepared, dense, kept)
     return RepairReport(report, repairs, skipped, damping)

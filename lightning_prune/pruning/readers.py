@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.progress import counted
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers import best_on_columns, damped, inverse, rise
 from lightning_prune.solvers.units import Reader, unit_rises
-from lightning_prune.statistics.grams import Gram, Products, Run, fitting, gather_grams
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import Gram, fitting, gather_grams
 from lightning_prune.statistics.outputs import Outputs
+from lightning_prune.statistics.products import Products
 from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
 __all__ = ["only_read", "score_by_readers"]
@@ -45,10 +45,9 @@ def score_by_readers(
     model: nn.Module,
     structure: Structure,
     products: Products,
-    batches: Sequence[Any],
-    forward: Run,
+    calibration: Calibration,
     damping: float,
-    dtype: torch.dtype,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Score the units of every group by how far, squared, the model's outputs move without them.
 
@@ -60,17 +59,19 @@ def score_by_readers(
         the rise then. Groups of which no reader's inputs can be seen are left out.
     """
     slots = {name: found for name, group in structure.groups.items() if (found := readers_of(model, group, products))}
-    sizes = {n: 2 * sum(products.bytes(slot.tensor, dtype) for slot in found) for n, found in slots.items()}
-    outputs = Outputs(model, batches, forward)
+    sizes = {n: 2 * sum(products.bytes(slot.tensor, calibration.dtype) for slot in found) for n, found in slots.items()}
+    outputs = Outputs(model, calibration)
     scores = {}
-    for part in fitting(sizes, _MEMORY):
-        tensors = dict.fromkeys(slot.tensor for name in part for slot in slots[name])
-        grams = gather_grams(model, batches, forward, list(tensors), dtype)
-        for name in part:
-            width = structure.groups[name].width
-            with told_of(name):
-                readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in slots[name]]
-                scores[name] = unit_rises([reader for found in readers for reader in found])
+    with counted("groups scored", len(sizes), progress) as advance:
+        for part in fitting(sizes, _MEMORY):
+            tensors = dict.fromkeys(slot.tensor for name in part for slot in slots[name])
+            grams = gather_grams(model, products, list(tensors), calibration)
+            for name in part:
+                width, own = structure.groups[name].width, slots[name]
+                with told_of(name):
+                    readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in own]
+                    scores[name] = unit_rises([reader for found in readers for reader in found])
+                advance()
     return scores
 
 

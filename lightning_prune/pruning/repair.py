@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.progress import each
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.solvers.least_squares import refit
-from lightning_prune.statistics.grams import Pair, Products, Run, find_products, gather_grams, gather_pair
+from lightning_prune.statistics.calibration import Calibration
+from lightning_prune.statistics.grams import Pair, gather_grams, gather_pair
+from lightning_prune.statistics.products import Products, find_products
 from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.surgery import Cut, temporarily_cut
@@ -35,11 +37,10 @@ def repaired(
     cut: Cut,
     tensors: dict[str, Tensor],
     products: Products,
-    batches: Sequence[Any],
-    forward: Run,
+    calibration: Calibration,
     sequential: bool,
     damping: float,
-    dtype: torch.dtype,
+    progress: bool = False,
 ) -> tuple[dict[str, Tensor], tuple[Repair, ...], dict[str, str]]:
     """Fit all weights, and their biases, that read units which leave, to the outputs of the whole model.
 
@@ -49,12 +50,11 @@ def repaired(
         cut: What leaves.
         tensors: The slim values of everything that the cut changes.
         products: Which weights multiply what.
-        batches: Batches of data.
-        forward: Calls the model on a batch.
+        calibration: The data on which outputs are kept.
         sequential: Fit to the inputs that the slim model gives, its earlier layers refitted, rather than to those of
             the whole model without what leaves.
         damping: Share of the inputs' mean variance with which weights hold on to what they were.
-        dtype: What is summed and solved in.
+        progress: Whether to show a progress bar.
 
     Returns:
         ``tensors`` with refitted weights and biases; what was refitted, in the order in which it runs; and by parameter
@@ -62,24 +62,26 @@ def repaired(
     """
     readers = {slot.tensor for name in cut.keep for slot in structure.groups[name].slots if slot.role == "consumer"}
     with temporarily_cut(model, cut, tensors):
-        slim = find_products(model, batches[0], forward)
+        slim = find_products(model, calibration.batches[0], calibration.forward)
     skipped = {name: products.otherwise.get(name, "its inputs are not seen") for name in sorted(readers)}
     tensors, repairs = dict(tensors), []
-    for name in [name for name in products.readings if name in readers and name not in products.otherwise]:
-        place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
-        if place is None:
-            skipped[name] = "its groups are not those of before"
-            continue
-        skipped.pop(name)
-        if sequential:
-            change = partial(temporarily_cut, model, cut, dict(tensors))
-            pair = gather_pair(model, batches, forward, name, change, products.calls[name], dtype, place.groups)
-        else:
-            pair = gather_grams(model, batches, forward, [name], dtype)[name].without(place.groups, place.columns)
-        with told_of(name):
-            new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
-        tensors |= new
-        repairs.append(repair)
+    fitting = [name for name in products.readings if name in readers and name not in products.otherwise]
+    with each(fitting, "layers refitted", progress) as names:
+        for name in names:
+            place = _place(model, cut, name, products.readings[name], slim.readings.get(name))
+            if place is None:
+                skipped[name] = "its groups are not those of before"
+                continue
+            skipped.pop(name)
+            if sequential:
+                change = partial(temporarily_cut, model, cut, dict(tensors))
+                pair = gather_pair(model, products, name, calibration, change, place.groups)
+            else:
+                pair = gather_grams(model, products, [name], calibration)[name].without(place.groups, place.columns)
+            with told_of(name):
+                new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
+            tensors |= new
+            repairs.append(repair)
     return tensors, tuple(repairs), skipped
 
 

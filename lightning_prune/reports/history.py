@@ -55,6 +55,7 @@ class History:
         pinned: Channels that stay, and why.
         dense: Name of a weight that could not be masked -> why.
         branching: Modules whose code goes by numbers of its input, so that only the path taken was seen.
+        stopped: What stopped the training before its end, and when; empty where nothing did.
     """
 
     model: str = ""
@@ -66,6 +67,7 @@ class History:
     pinned: list[Pinned] = field(default_factory=list)
     dense: dict[str, str] = field(default_factory=dict)
     branching: list[str] = field(default_factory=list)
+    stopped: str = ""
 
     @property
     def left(self) -> dict[str, float]:
@@ -104,6 +106,7 @@ class History:
             [Pinned(**pin) for pin in plain["pinned"]],
             dict(plain["dense"]),
             list(plain.get("branching", ())),  # histories written before this was noted
+            plain.get("stopped", ""),  # likewise
         )
 
     def to_json(self, path: str | Path) -> None:

@@ -44,6 +44,7 @@ def run_page(history: History, picture: bytes | None) -> str:
     body = [
         f"<h1>{escape(title)}</h1>",
         *(f"<p><code>{escape(callback)}</code></p>" for callback in history.callbacks),
+        f"<p>Stopped by {escape(history.stopped)}.</p>" if history.stopped else "",
         _totals(history),
         _image(picture),
         _stages(history),

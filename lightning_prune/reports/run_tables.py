@@ -46,7 +46,9 @@ def _stage_table(history: History, found: Sequence[Stage]) -> Table:
     kept, metrics = shares(history), shown_metrics(history)
     rows = _spread(found, _ROWS)
     more = "" if len(rows) == len(found) else f" {len(rows)} of {len(found)} are shown."
-    table = Table(title="From cut to cut", caption=f"Metrics: right after the cut → before the next one.{more}")
+    stopped = f" Stopped by {history.stopped}." if history.stopped else ""
+    caption = f"Metrics: right after the cut → before the next one.{more}{stopped}"
+    table = Table(title="From cut to cut", caption=caption)
     for heading in ("epoch", "step", *kept.values(), *metrics):
         table.add_column(heading, justify="right", no_wrap=True)
     for stage in rows:

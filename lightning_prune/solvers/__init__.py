@@ -4,10 +4,11 @@ from lightning_prune.solvers.choice import SOLVERS, Admm, Blocked, Exact, RowSol
 from lightning_prune.solvers.damping import damped, inverse
 from lightning_prune.solvers.least_squares import best_on_columns, best_on_support, nearer_on_support, refit, rise
 from lightning_prune.solvers.patterns import Pattern
-from lightning_prune.solvers.rows import Paths, greedy_paths, keep_along
+from lightning_prune.solvers.rows import Paths, greedy_paths, keep_along, rises_along
 from lightning_prune.solvers.split import Curve, split
 
 __all__ = [
     "SOLVERS", "Admm", "Blocked", "Curve", "Exact", "Paths", "Pattern", "RowSolver", "best_on_columns",
-    "best_on_support", "damped", "greedy_paths", "inverse", "keep_along", "nearer_on_support", "refit", "rise", "split",
+    "best_on_support", "damped", "greedy_paths", "inverse", "keep_along", "nearer_on_support", "refit", "rise",
+    "rises_along", "split",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
@@ -14,7 +15,7 @@ from lightning_prune.solvers.damping import inverse
 from lightning_prune.solvers.exchange import exchange
 from lightning_prune.solvers.least_squares import best_on_support, nearer_on_support, rise
 from lightning_prune.solvers.patterns import Pattern
-from lightning_prune.solvers.rows import Paths, greedy_paths, keep_along
+from lightning_prune.solvers.rows import Paths, greedy_paths, keep_along, rises_along
 
 __all__ = ["SOLVERS", "Admm", "Blocked", "Exact", "RowSolver"]
 
@@ -24,6 +25,7 @@ Leaving = int | Pattern
 
 _WIDTH = 128  # columns of a sweep's blocks
 _NARROW = 320  # columns up to which an inverse for each row costs little
+_MEMORY = 256 * 2**20  # bytes of rows swept side by side
 
 
 class RowSolver(ABC):
@@ -42,6 +44,15 @@ class RowSolver(ABC):
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
         """Return the new weights and what stays, both in the shape of the weights."""
 
+    def errors(self, counts: Sequence[int]) -> list[float]:
+        """Return half the squared distance of the new weights, measured by H, as ever more of them leave."""
+        return [float(rise(self.solve(count)[0] - self.weights, self.hessian).sum()) for count in counts]
+
+    @property
+    def quick(self) -> RowSolver:
+        """What tells as well how errors grow, and sooner."""
+        return self
+
 
 class Exact(RowSolver):
     """Greedy, one weight at a time, each time the one that costs least after all others of its row have moved."""
@@ -49,20 +60,20 @@ class Exact(RowSolver):
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
         """Follow the path of every row; afterwards the weights are the best on what stays."""
         if isinstance(leaving, Pattern):
-            paths = greedy_paths(self.weights, self._inverse, pattern=leaving)
+            paths = greedy_paths(self.weights, inverse(self.hessian), pattern=leaving)
             keep = keep_along(paths, paths.order.numel())
         else:
             keep = keep_along(self._paths, leaving)
         keep = keep.view_as(self.weights)
         return best_on_support(self.weights, self.hessian, keep), keep
 
-    @cached_property
-    def _inverse(self) -> Tensor:
-        return inverse(self.hessian)
+    def errors(self, counts: Sequence[int]) -> list[float]:
+        """Read them off the paths, which are known to their ends."""
+        return rises_along(self._paths, counts)
 
     @cached_property
     def _paths(self) -> Paths:
-        return greedy_paths(self.weights, self._inverse)
+        return greedy_paths(self.weights, inverse(self.hessian))
 
 
 class Admm(RowSolver):
@@ -83,6 +94,11 @@ class Admm(RowSolver):
         found = [(best_on_support(self.weights, self.hessian, keep), keep) for keep in traded]
         return min(found, key=lambda pair: float(rise(pair[0] - self.weights, self.hessian).sum()))
 
+    @property
+    def quick(self) -> RowSolver:
+        """Greedy paths, where they are walked in any case; else a sweep."""
+        return Blocked(self.weights, self.hessian) if self.weights.shape[2] > _NARROW else self._exact
+
     @cached_property
     def _exact(self) -> Exact:
         return Exact(self.weights, self.hessian)
@@ -93,14 +109,30 @@ class Blocked(RowSolver):
 
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
         """Sweep; then some steps of conjugate gradients let the columns in front move as well."""
-        share = leaving if isinstance(leaving, Pattern) else leaving / self.weights.numel()
-        blocks = [_WIDTH] if isinstance(share, float) else _whole_blocks(share)
+        if isinstance(leaving, Pattern):
+            return self._swept([leaving], _whole_blocks(leaving))
+        return self._swept([leaving / self.weights.numel()], [_WIDTH])
+
+    def errors(self, counts: Sequence[int]) -> list[float]:
+        """Sweep for several counts side by side."""
+        found: list[float] = []
+        shares = [count / self.weights.numel() for count in counts]
+        most = max(1, _MEMORY // (self.weights.numel() * self.weights.element_size()))
+        for part in (shares[i : i + most] for i in range(0, len(shares), most)):
+            new, _ = self._swept(part, [_WIDTH])
+            found += [float(rise(w - self.weights, self.hessian).sum()) for w in new.chunk(len(part), dim=1)]
+        return found
+
+    def _swept(self, shares: Sequence[float | Pattern], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Sweep the rows once for each share, ``(groups, shares * rows, columns)``."""
+        weights = self.weights.repeat(1, len(shares), 1)
+        size = self.weights[0].numel()
         found = [
-            sweep(w, u, partial(_highest_of_block, share, i * w.numel()), blocks)
-            for i, (w, u) in enumerate(zip(self.weights, self._factors, strict=True))
+            sweep(w, u, partial(_highest_of_block, shares, i * size), blocks)
+            for i, (w, u) in enumerate(zip(weights, self._factors, strict=True))
         ]
         start, keep = torch.stack([w for w, _ in found]), torch.stack([k for _, k in found])
-        return nearer_on_support(self.weights, self.hessian, keep, start, steps=10), keep
+        return nearer_on_support(weights, self.hessian, keep, start, steps=10), keep
 
     @cached_property
     def _factors(self) -> list[Tensor]:
@@ -119,11 +151,16 @@ def _highest(scores: Tensor, leaving: Leaving) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(scores)
 
 
-def _highest_of_block(share: float | Pattern, before: int, saliency: Tensor, start: int) -> Tensor:
-    if isinstance(share, Pattern):
-        return _highest(saliency, share)
-    before += len(saliency) * start  # weights in front, so that what is rounded off is made up for
-    return _highest(saliency, round(share * (before + saliency.numel())) - round(share * before))
+def _highest_of_block(shares: Sequence[float | Pattern], before: int, saliency: Tensor, start: int) -> Tensor:
+    """Choose what stays of a block, in the rows of each share; ``before``, weights of groups in front."""
+    found = []
+    for share, part in zip(shares, saliency.chunk(len(shares)), strict=True):
+        if isinstance(share, Pattern):
+            found.append(_highest(part, share))
+        else:
+            front = before + len(part) * start  # so that what is rounded off is made up for
+            found.append(_highest(part, round(share * (front + part.numel())) - round(share * front)))
+    return torch.cat(found)
 
 
 def _whole_blocks(pattern: Pattern) -> list[int]:

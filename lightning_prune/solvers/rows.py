@@ -8,6 +8,7 @@ factorisation, the inverse follows only after every so many removals, in one pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightning_prune.solvers.patterns import Pattern
 
-__all__ = ["Paths", "greedy_paths", "keep_along"]
+__all__ = ["Paths", "greedy_paths", "keep_along", "rises_along"]
 
 _MEMORY = 128 * 2**20  # bytes of inverses worked on at a time
 _PANEL = 64  # removals between two updates of the inverses
@@ -69,13 +70,24 @@ def keep_along(paths: Paths, count: int) -> Tensor:
         True for each weight that stays, ``(rows, columns)`` bool.
     """
     rows = len(paths.order)
-    # A weight is reached only after those before it, so what counts is the highest rise so far; the earlier step first.
-    reached = paths.rises.cummax(dim=1).values.T.reshape(-1)  # (steps * rows)
-    leaving = torch.argsort(reached, stable=True)[:count]
+    leaving = _cheapest_next(paths)[:count]
     keep = torch.ones(rows, paths.columns, dtype=torch.bool, device=paths.order.device)
     row, step = leaving % rows, leaving // rows
     keep[row, paths.order[row, step]] = False
     return keep
+
+
+def rises_along(paths: Paths, counts: Sequence[int]) -> list[float]:
+    """Return the error of all rows together once so many weights have left as :func:`keep_along` chooses them."""
+    sums = paths.rises.T.reshape(-1)[_cheapest_next(paths)].cumsum(dim=0).tolist()
+    return [sums[count - 1] if count else 0.0 for count in counts]
+
+
+def _cheapest_next(paths: Paths) -> Tensor:
+    """Return steps, numbered ``(steps, rows)``, in the order in which they are taken over all rows."""
+    # A weight is reached only after those before it, so what counts is the highest rise so far; the earlier step first.
+    reached = paths.rises.cummax(dim=1).values.T.reshape(-1)
+    return torch.argsort(reached, stable=True)
 
 
 def _paths(

@@ -1,37 +1,26 @@
-r"""Gathers the Gram matrices :math:`X X^T` of what weights multiply, over batches; watches products, whoever calls.
-
-A product is known by its weight's memory, so linear and convolution modules, fused projections, attention's own and
-bare parameters are all found alike.
-"""
+r"""Gathers the Gram matrices :math:`X X^T` of what weights multiply, over the data of a calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import undisturbed
-from lightning_prune.statistics.unrolled import Convolution, Matmul, Reading
+from lightning_prune.statistics.calibration import Calibration, Run
+from lightning_prune.statistics.products import Products, watch_inputs
+from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import named_tensors
-from lightning_prune.structure.watch import unfused
 
-__all__ = [
-    "Change", "Gram", "Pair", "Products", "Run", "find_products", "fitting", "gather_grams", "gather_pair",
-    "watch_inputs",
-]  # fmt: skip
+__all__ = ["Change", "Gram", "Pair", "fitting", "gather_grams", "gather_pair"]
 
-Run = Callable[[nn.Module, Any], Any]
-"""Calls a model on a batch; what it returns does not matter."""
 Change = Callable[[], AbstractContextManager[None]]
 """Makes a block in which the model is another."""
-
-aten = torch.ops.aten
 
 
 @dataclass(eq=False)
@@ -89,37 +78,6 @@ class Pair:
         return Pair(self.before - outer[0], self.cross - outer[1], self.after - outer[2], x, y)
 
 
-class Shift(NamedTuple):
-    """What is added to the rows of a product: a bias, or, with the other sign, the running mean of a BatchNorm."""
-
-    name: str
-    sign: int
-
-
-@dataclass(frozen=True)
-class Products:
-    """Which weights of a model multiply what.
-
-    Attributes:
-        readings: Name of a parameter -> how it multiplies its inputs, in the order in which they first run.
-        calls: Name -> how many products one run of the model takes with it.
-        shapes: Name -> groups, rows and columns of the weight so laid out.
-        otherwise: Name -> why its inputs do not tell all that it does.
-        shifts: Name -> what is added to each of its rows.
-    """
-
-    readings: dict[str, Reading]
-    calls: dict[str, int]
-    shapes: dict[str, tuple[int, ...]]
-    otherwise: dict[str, str]
-    shifts: dict[str, Shift]
-
-    def bytes(self, name: str, dtype: torch.dtype) -> int:
-        """Return what a weight's Gram matrices take up."""
-        groups, _, columns = self.shapes[name]
-        return groups * columns**2 * dtype.itemsize
-
-
 def fitting(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
     """Part names, in order, so that the sizes of each part come to at most so much, or it has one name."""
     part: list[str] = []
@@ -132,135 +90,90 @@ def fitting(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
         yield part
 
 
-def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
-    """Run the model once and see which parameters multiply what, and which are used in other ways too.
-
-    Raises:
-        PruningError: If it does not run.
-    """
-    readings: dict[str, Reading] = {}
-    calls: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    otherwise: dict[str, str] = {}
-
-    def receive(name: str, reading: Reading, inputs: Tensor) -> None:
-        if readings.setdefault(name, reading) != reading:
-            otherwise[name] = "it multiplies its inputs in two ways"
-        calls[name] = calls.get(name, 0) + 1
-        shapes[name] = tuple(reading.rows(named[name]).shape)
-
-    named = dict(model.named_parameters())
-    uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {}
-    with undisturbed(model), watch_inputs(model, named, receive, otherwise, uses):
-        try:
-            run(model, batch)
-        except Exception as error:
-            raise PruningError(
-                f"{type(model).__name__} does not run on the first batch ({type(error).__name__}: {error}). Pass "
-                "batches of what its forward takes, or say how it is run: forward=lambda model, batch: model(batch[0])."
-            ) from error
-    shifts = {name: shift for name, used in uses.items() if (shift := _normalised(model, used)) is not None}
-    for name, (groups, rows, _) in shapes.items():
-        bias = name.removesuffix("weight") + "bias"
-        if bias in named and named[bias].numel() == groups * rows:
-            shifts[name] = Shift(bias, 1)
-    return Products(readings, calls, shapes, otherwise, shifts)
-
-
-def _normalised(model: nn.Module, uses: Sequence[tuple[Any, tuple[Any, ...]]]) -> Shift | None:
-    """Return the running mean of the BatchNorm that is all that uses what a product made, if it is so."""
-    if len(uses) != 1 or "batch_norm" not in str(uses[0][0]):
-        return None
-    mean = uses[0][1][3]
-    found = [name for name, b in model.named_buffers() if isinstance(mean, Tensor) and b.data_ptr() == mean.data_ptr()]
-    return Shift(found[0], -1) if found else None
-
-
 def gather_grams(
-    model: nn.Module, batches: Iterable[Any], run: Run, names: Collection[str], dtype: torch.dtype = torch.float64
+    model: nn.Module, products: Products, names: Collection[str], calibration: Calibration
 ) -> dict[str, Gram]:
     """Sum the Gram matrices of the named weights' inputs over all batches, in eval mode; the model is left as found.
+
+    Args:
+        model: The model.
+        products: Which of its weights multiply what.
+        names: Some of these.
+        calibration: The batches.
 
     Raises:
         PruningError: If one of them multiplied nothing.
     """
-    grams: dict[str, Gram] = {}
+    grams = {name: _nothing(model, products, name, calibration.dtype) for name in names}
 
     def receive(name: str, reading: Reading, inputs: Tensor) -> None:
         columns = _single(reading.unrolled(inputs.detach()))
-        product, total = (columns @ columns.transpose(1, 2)).to(dtype), columns.sum(dim=2).to(dtype)
-        gram = grams.setdefault(name, Gram(reading, torch.zeros_like(product), torch.zeros_like(total), 0))
-        gram.hessian += product
-        gram.mean += total
-        gram.count += columns.shape[2]
+        grams[name].hessian += (columns @ columns.transpose(1, 2)).to(calibration.dtype)
+        grams[name].mean += columns.sum(dim=2).to(calibration.dtype)
+        grams[name].count += columns.shape[2]
 
     with undisturbed(model), watch_inputs(model, names, receive):
-        for batch in batches:
-            run(model, batch)
-    for name in names:
-        if name not in grams:
-            raise PruningError(
-                f"{name}: no batch came, or nothing was multiplied by it on these batches, so it has no Hessian. "
-                "Pass batches that reach it, or leave it out by ignore=."
-            )
-    return {name: _mean(grams[name]) for name in names}
+        for batch in calibration.batches:
+            calibration.forward(model, batch)
+    return {name: _mean(name, gram, calibration) for name, gram in grams.items()}
 
 
 def gather_pair(
     model: nn.Module,
-    batches: Iterable[Any],
-    run: Run,
+    products: Products,
     name: str,
+    calibration: Calibration,
     change: Change,
-    calls: int,
-    dtype: torch.dtype = torch.float64,
     groups: Tensor | None = None,
 ) -> Pair:
     """Compare the inputs of one weight with what they are once the model has changed; runs stop behind it.
 
-    ``change`` is entered around the second run of every batch, and left again; ``groups`` says which groups of the
-    first run belong to those of the second, where not all are left.
+    Args:
+        model: The model.
+        products: Which of its weights multiply what.
+        name: One of these.
+        calibration: The batches.
+        change: Entered around the second run of every batch, and left again.
+        groups: Which groups of the first run belong to those of the second, where not all are left.
 
     Raises:
         PruningError: If one of the two runs multiplies other numbers of inputs than the other.
     """
     sums: list[Tensor] = []
     count = 0
-    for batch in batches:
-        x = _columns(model, batch, run, name, calls)
+    for batch in calibration.batches:
+        x = _columns(model, products, name, calibration.forward, batch)
         x = x if groups is None else x[groups]
         with change():
-            y = _columns(model, batch, run, name, calls)
+            y = _columns(model, products, name, calibration.forward, batch)
         if x.shape[2] != y.shape[2]:
             raise PruningError(
                 f"{name}: it multiplies {x.shape[2]} inputs, and {y.shape[2]} once layers before it are pruned, so the "
                 "two cannot be compared. Prune with sequential=False."
             )
         found = [_product(x, x), _product(x, y), _product(y, y), x.sum(dim=2), y.sum(dim=2)]
-        sums = (
-            [total + new.to(dtype) for total, new in zip(sums, found, strict=True)]
-            if sums
-            else [new.to(dtype) for new in found]
-        )
+        found = [new.to(calibration.dtype) for new in found]
+        sums = [total + new for total, new in zip(sums, found, strict=True)] if sums else found
         count += x.shape[2]
-    return Pair(*(total / count for total in sums))
+    everywhere = _count(count, sums[0], calibration)
+    return Pair(*(calibration.over_processes(total) / everywhere for total in sums))
 
 
 class _EnoughError(Exception):
     """Everything was seen that was to be seen."""
 
 
-def _columns(model: nn.Module, batch: Any, run: Run, name: str, calls: int) -> Tensor:
+def _columns(model: nn.Module, products: Products, name: str, forward: Run, batch: Any) -> Tensor:
     """Return what a weight multiplies in one run, ``(groups, columns, n)``."""
     found: list[Tensor] = []
 
     def receive(_: str, reading: Reading, inputs: Tensor) -> None:
         found.append(_single(reading.unrolled(inputs.detach())))
-        if len(found) == calls:
+        if len(found) == products.calls[name]:
             raise _EnoughError
 
     with undisturbed(model), suppress(_EnoughError), watch_inputs(model, [name], receive):
-        run(model, batch)
+        forward(model, batch)
     return torch.cat(found, dim=2)
 
 
@@ -272,101 +185,23 @@ def _single(columns: Tensor) -> Tensor:
     return columns.to(torch.promote_types(columns.dtype, torch.float32))
 
 
-@contextmanager
-def watch_inputs(
-    model: nn.Module,
-    names: Collection[str],
-    receive: Callable[[str, Reading, Tensor], None],
-    otherwise: dict[str, str] | None = None,
-    uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] | None = None,
-) -> Iterator[None]:
-    """Hand the inputs of every product with a named weight to ``receive``, inside the block, in forward passes.
-
-    Args:
-        model: Whose weights.
-        names: Which of its parameters.
-        receive: Gets the parameter's name, how it is laid out, and what it is about to multiply.
-        otherwise: Gets, by name, other uses of these parameters.
-        uses: Gets, by name, operators that use what the products made, and their arguments.
-    """
-    own = named_tensors(model)
-    weights = {own[name].data_ptr(): (name, own[name]) for name in names if name in own and own[name].dim() > 1}
-    with unfused(), _ProductMode(weights, receive, {} if otherwise is None else otherwise, uses):
-        yield
+def _nothing(model: nn.Module, products: Products, name: str, dtype: torch.dtype) -> Gram:
+    groups, _, columns = products.shapes[name]
+    hessian = torch.zeros(groups, columns, columns, dtype=dtype, device=named_tensors(model)[name].device)
+    return Gram(products.readings[name], hessian, hessian.new_zeros(groups, columns), 0)
 
 
-class _ProductMode(TorchDispatchMode):
-    """Looks at every operator that runs for a weight it is to watch."""
-
-    def __init__(
-        self,
-        weights: Mapping[int, tuple[str, Tensor]],
-        receive: Callable[[str, Reading, Tensor], None],
-        otherwise: dict[str, str],
-        uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] | None,
-    ) -> None:
-        super().__init__()
-        self.uses = uses
-        self.made: dict[int, tuple[Tensor, str]] = {}
-        self.weights = weights
-        self.receive = receive
-        self.otherwise = otherwise
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, made = kwargs or {}, None
-        watched = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.data_ptr() in self.weights]
-        for i in watched:
-            name, weight = self.weights[args[i].data_ptr()]
-            read = _READERS.get((func.overloadpacket, i))
-            if read is not None and args[i].numel() == weight.numel():
-                reading, inputs = read(weight, args)
-                made = name
-                self.receive(name, reading, inputs)
-            elif not func.is_view and func.overloadpacket is not aten.detach:
-                self.otherwise[name] = f"{func.overloadpacket} reads it too"
-        out = func(*args, **kwargs)
-        if self.uses is not None:
-            for arg in args:
-                if id(arg) in self.made:
-                    self.uses.setdefault(self.made[id(arg)][1], []).append((func.overloadpacket, args))
-            if made is not None:
-                self.made[id(out)] = out, made  # held, so that no other tensor takes its number
-        return out
+def _mean(name: str, gram: Gram, calibration: Calibration) -> Gram:
+    count = _count(gram.count, gram.mean, calibration)
+    if not count:
+        raise PruningError(
+            f"{name}: no batch came, or nothing was multiplied by it on these batches, so it has no Hessian. "
+            "Pass batches that reach it, or leave it out by ignore=."
+        )
+    hessian, mean = (calibration.over_processes(total).div_(count) for total in (gram.hessian, gram.mean))
+    return Gram(gram.reading, hessian, mean, count)
 
 
-def _from_right(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
-    """Read ``x @ w``, with or without something added."""
-    x, w = args[-2:]
-    return Matmul(outputs_first=not _same_layout(w, weight)), x
-
-
-def _from_left(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
-    """Read ``w @ x``."""
-    w, x = args[-2:]
-    return Matmul(outputs_first=_same_layout(w, weight)), x.T
-
-
-def _convolved(weight: Tensor, args: tuple[Any, ...]) -> tuple[Reading, Tensor]:
-    x, _, _, stride, padding, dilation, transposed, output_padding, groups = args
-    kernel = tuple(weight.shape[2:])
-    sizes = tuple(stride), tuple(padding), tuple(dilation)
-    return Convolution(kernel, *sizes, transposed, tuple(output_padding), groups), x
-
-
-def _same_layout(seen: Tensor, weight: Tensor) -> bool:
-    return seen.shape == weight.shape and seen.stride() == weight.stride()
-
-
-_READERS: dict[tuple[Any, int], Callable[[Tensor, tuple[Any, ...]], tuple[Reading, Tensor]]] = {
-    (aten.mm, 1): _from_right,
-    (aten.addmm, 2): _from_right,
-    (aten.mm, 0): _from_left,
-    (aten.addmm, 1): _from_left,
-    (aten.convolution, 1): _convolved,
-}
-
-
-def _mean(gram: Gram) -> Gram:
-    gram.hessian /= gram.count
-    gram.mean /= gram.count
-    return gram
+def _count(count: int, like: Tensor, calibration: Calibration) -> int:
+    """Return how many columns all processes saw."""
+    return round(float(calibration.over_processes(torch.tensor(float(count), dtype=torch.float64, device=like.device))))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.inputs import tensors_in, undisturbed
+from lightning_prune.statistics.calibration import Calibration
 from lightning_prune.structure.tensors import exchange_
 
 __all__ = ["Outputs", "replaced"]
@@ -21,25 +22,25 @@ class Outputs:
 
     Args:
         model: The model.
-        batches: Batches of data, one at least.
-        forward: Calls the model on a batch and returns its outputs.
+        calibration: The batches.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    def __init__(self, model: nn.Module, calibration: Calibration) -> None:
         self.model = model
-        self.batches = batches[: max(1, round(_COMPARED * len(batches)))]
-        self.forward = forward
+        self.batches = calibration.batches[: max(1, round(_COMPARED * len(calibration.batches)))]
+        self.calibration = calibration
         self._whole = list(self._given({}))
 
     def moved(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the squared distance of all outputs from those before, other tensors standing in for parameters."""
         pairs = zip(self._given(tensors), self._whole, strict=True)
-        return sum(float((new - old).square().sum()) for new, old in pairs)
+        moved = [(new - old).square().sum(dtype=torch.float64) for new, old in pairs]
+        return float(self.calibration.over_processes(torch.stack(moved).sum())) if moved else 0.0
 
     def _given(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for batch in self.batches:
             with replaced(self.model, tensors):
-                found = list(tensors_in(self.forward(self.model, batch)))
+                found = list(tensors_in(self.calibration.forward(self.model, batch)))
             yield from (tensor.detach() for tensor in found if tensor.is_floating_point())
 
 

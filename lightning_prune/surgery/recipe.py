@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.bits import unpack_bits
+from lightning_prune.errors import PruningError
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import replace_tensors_
@@ -18,6 +19,9 @@ __all__ = ["RECIPE", "PackedMasks", "Recipe", "drop_unused_recipe_", "recipe_of"
 
 RECIPE = "lightning_prune"
 """The key under which the metadata of a state dict carries its recipe."""
+
+_PLAIN = (int, float, list, type(None))
+"""What the value of an attribute may be in a recipe."""
 
 PackedMasks = dict[str, list[Any]]
 """Name of a parameter -> what of it stays, as ``[packed bits, shape]`` (see :mod:`lightning_prune.bits`)."""
@@ -82,8 +86,13 @@ def take_shapes_(
     """Take the shapes of a state dict that is about to be loaded, if a recipe lies beside it; a hook before loading.
 
     Where the state dict has a part of a module's tensors alone, the model stays as it is, and loading says why.
+
+    Raises:
+        PruningError: If the recipe cannot be read. The model stays as it is.
     """
     recipe = local_metadata.get(RECIPE)
+    if recipe is not None:
+        _refuse_unreadable(module, recipe)
     if recipe is not None and _tells_all(module, state_dict, prefix):
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
         resize_(module, own, recipe["attributes"])
@@ -120,6 +129,20 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     recipe.needed = True
 
 
+def _refuse_unreadable(module: nn.Module, recipe: Any) -> None:
+    try:
+        for path, name, value in recipe["attributes"]:
+            if not (isinstance(path, str) and isinstance(name, str) and isinstance(value, _PLAIN)):
+                raise TypeError(f"{path!r}, {name!r}, {value!r}")
+        for packed, shape in recipe.get("masks", {}).values():
+            unpack_bits(packed, shape)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PruningError(
+            f"What stands beside the weights of {type(module).__name__} in the state dict cannot be read ({error!r}): "
+            "the file is damaged, or another version of lightning_prune wrote it. Load an earlier checkpoint."
+        ) from error
+
+
 def _tells_all(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
     """Tell whether a state dict has all tensors of each module that it has any of, with as many dimensions."""
     told: dict[str, set[bool]] = {}
@@ -127,7 +150,8 @@ def _tells_all(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str)
         saved = state_dict.get(prefix + name)
         if isinstance(tensor, Tensor):
             told.setdefault(name.rpartition(".")[0], set()).add(saved is not None)
-        if isinstance(tensor, Tensor) and isinstance(saved, Tensor) and saved.dim() != tensor.dim():
+        fits = isinstance(saved, Tensor) and isinstance(tensor, Tensor) and saved.dim() == tensor.dim()
+        if isinstance(tensor, Tensor) and saved is not None and not fits:
             return False
     return all(len(found) == 1 for found in told.values())
 

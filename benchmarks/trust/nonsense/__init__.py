@@ -1,0 +1,1 @@
+"""Nonsense of several kinds, and what must hold when it is fed; counts nothing."""

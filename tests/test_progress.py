@@ -1,0 +1,89 @@
+"""What takes long shows how far it has come, where somebody looks."""
+
+import io
+import re
+
+import pytest
+import rich
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+from lightning_prune import PruningError, prune_exact, prune_filters, prune_filters_obs, prune_fisher, prune_obs
+from lightning_prune.progress import counted
+from lightning_prune.pruning import filters
+
+IMAGES = torch.randn(32, 3, 6, 6)
+BATCHES = [(IMAGES, torch.randint(4, (32,)))] * 3
+POINTS = [(torch.randn(16, 6), torch.randn(16, 3))]
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)
+    ).eval()
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+CALLS = {
+    r"latency \d+% .*\d+/\?": lambda **shown: prune_filters(convolutions(), IMAGES, 0.3, target="latency", **shown),
+    "batches .*3/3": lambda **shown: prune_filters(
+        convolutions(), IMAGES[:1], 0.3, "taylor", batches=BATCHES, loss=loss, **shown
+    ),
+    "groups scored .*2/2": lambda **shown: prune_filters_obs(convolutions(), IMAGES[:1], [IMAGES], **shown),
+    "layers refitted .*1/1": lambda **shown: prune_filters_obs(
+        convolutions(), IMAGES[:1], [IMAGES], ignore=["0"], **shown
+    ),
+    "layers pruned .*100%": lambda **shown: prune_obs(convolutions(), [IMAGES], 0.2, **shown),
+    "weights .*2/2": lambda **shown: prune_fisher(
+        nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), BATCHES, loss, **shown
+    ),
+    r"weights \(loss [\d.]+\) .*10/10": lambda **shown: prune_exact(
+        nn.Linear(6, 3), POINTS, F.mse_loss, 10 / 21, **shown
+    ),
+}
+LAST = list(CALLS.values())[-1]
+
+
+def by_flops(model, example_inputs, structure, keep, whole):
+    """In the place of a latency: the share of the multiply-adds."""
+    return structure.flops(keep) / structure.flops({})
+
+
+def shown(call, monkeypatch, terminal=True, **arguments):
+    """Everything that a call writes, without what moves the cursor."""
+    monkeypatch.setattr(rich, "_console", Console(file=io.StringIO(), force_terminal=terminal, width=100))
+    call(**arguments)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", rich.get_console().file.getvalue())
+
+
+@pytest.mark.parametrize("said, call", CALLS.items(), ids=CALLS)
+def test_long_calls_show_how_far_they_are(said, call, monkeypatch):
+    """In a terminal a bar says what is done; whoever asks for none gets none."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(filters, "latency_kept", by_flops)
+    assert re.search(said, shown(call, monkeypatch))
+    assert not shown(call, monkeypatch, progress=False).strip()
+
+
+def test_nothing_is_written_into_a_file(monkeypatch):
+    """Where the output is no terminal it stays as it was, to the last line."""
+    assert shown(LAST, monkeypatch, terminal=False) == ""
+
+
+def test_a_bar_goes_when_something_fails(monkeypatch):
+    """An error takes the bar away with it: the next one is not refused, and nothing goes on writing."""
+
+    def failing(model, batch):
+        raise PruningError("of the loss")
+
+    monkeypatch.setattr(rich, "_console", Console(file=io.StringIO(), force_terminal=True, width=100))
+    with pytest.raises(PruningError, match="of the loss") as held:
+        prune_filters(convolutions(), IMAGES[:1], 0.2, "taylor", batches=BATCHES, loss=failing)
+    assert rich.get_console()._live_stack == [] and held.value.__traceback__ is not None
+    with counted("more", 2, True) as advance:
+        advance()
