@@ -238,3 +238,17 @@ def test_another_path_on_fewer_positions_proves_nothing():
 def test_wrong_numbers_are_found_on_fewer_positions(side):
     """A slim model that computes something else is found out, whatever the images are."""
     assert not proved_on(Sized(deque()), side, flaw=1e-2)[0]
+
+
+def test_wrong_numbers_are_found_beside_a_stream_that_is_normalised():
+    """Where a normalised stream is cut too, what else is cut must still compute what it did when silenced."""
+    normed = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    model = nn.Sequential(nn.Linear(4, 6), normed, nn.Linear(6, 3))
+    rows = torch.randn(5, 4)
+    structure = find_structure(trace(model, rows))
+    keep = {name: np.arange(group.width) > 1 for name, group in structure.groups.items()}
+    cut = draft(model, structure, keep)
+    slim = cut.tensors(model)
+    assert prove(model, rows, structure, cut, lambda: slim) is None
+    wrong = slim | {"1.3.weight": slim["1.3.weight"] + 0.01}
+    assert prove(model, rows, structure, cut, lambda: wrong) is not None
