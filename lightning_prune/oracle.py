@@ -15,6 +15,7 @@ from torchmetrics.functional import spearman_corrcoef
 from lightning_prune.arguments import check_prunable, with_ignored
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, undisturbed
+from lightning_prune.progress import seen
 from lightning_prune.scoring import CRITERIA, by_l2
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
@@ -64,7 +65,7 @@ def oracle(
     with undisturbed(model):
         whole = _mean_loss(model, batches, loss)
         losses: dict[str, list[Tensor]] = {name: [] for name in structure.groups}
-        for group, unit in track(units, "oracle", disable=not progress, transient=True):
+        for group, unit in track(units, "oracle", disable=not (progress and seen()), transient=True):
             with _silenced(model, group, unit):
                 losses[group.name].append(_mean_loss(model, batches, loss))
         for name, found in losses.items():
@@ -126,7 +127,7 @@ def compare_criteria(
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
     truth = oracle(model, structure, batches, loss, progress=progress)
-    shown = track(criteria, "criteria", disable=not progress, transient=True)
+    shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)
     return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in shown}
 
 

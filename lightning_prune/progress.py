@@ -10,7 +10,7 @@ from typing import TypeVar
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["counted", "each"]
+__all__ = ["counted", "each", "seen"]
 
 _Item = TypeVar("_Item")
 
@@ -28,6 +28,11 @@ def each(items: Iterable[_Item], what: str, shown: bool) -> Iterator[Iterator[_I
         yield one_by_one()
 
 
+def seen() -> bool:
+    """Tell whether somebody may look: into a file or a pipe a bar would write an empty line."""
+    return get_console().is_terminal or get_console().is_jupyter
+
+
 @contextmanager
 def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[..., None]]:
     """Show a bar while the body runs, and take it away in the end.
@@ -42,8 +47,7 @@ def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[...,
     """
     done = TimeElapsedColumn() if total is None else TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), done
-    seen = shown and (get_console().is_terminal or get_console().is_jupyter)  # elsewhere an empty line would stay
-    with Progress(*columns, transient=True, disable=not seen) as bar:
+    with Progress(*columns, transient=True, disable=not (shown and seen())) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(told: str = "") -> None:

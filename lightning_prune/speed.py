@@ -19,6 +19,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.latency import ROUNDS, Turn, circumstances
+from lightning_prune.progress import seen
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, temporarily_cut
 
@@ -35,7 +36,7 @@ class Timing:
 
     Attributes:
         batch_size: Examples in a call.
-        seconds: Version -> median seconds of a call.
+        seconds: Version -> seconds of the fastest call of a turn, the median over turns.
         kept: Version -> median, over turns taken together, of the share of the dense model's latency.
     """
 
@@ -111,7 +112,7 @@ def compare_latency(
             shapes[f"round_to={multiple}"] = shape
             flops[f"round_to={multiple}"] = flops[_DENSE] - whole + structure.flops(keep)
     timings = []
-    with Progress(transient=True, disable=not progress) as bar, undisturbed(dense), undisturbed(pruned):
+    with Progress(transient=True, disable=not (progress and seen())) as bar, undisturbed(dense), undisturbed(pruned):
         task = bar.add_task("latency", total=ROUNDS * len(batch_sizes))
         for size in batch_sizes:
             batch = _resized(example_inputs, size)

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
+from lightning_prune.progress import seen
 from lightning_prune.solvers import Curve, Pattern, RowSolver, damped, rise
 from lightning_prune.solvers.damping import cholesky
 from lightning_prune.statistics.calibration import Calibration
@@ -171,10 +172,11 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     level = min(_LEVELS, key=lambda level: abs(level - amount))
     outputs = Outputs(surgery.model, surgery.calibration)
     curves = {}
+    widest = max(surgery.products.shapes[name][2] for name in names)
     patients = surgery.patients(names)
     for _ in _shown("measured", names, progress):
         name, patient = next(patients)
-        quick, size = patient.solver.quick, patient.weights.numel()
+        quick, size = patient.solver.quick(widest), patient.weights.numel()
         counts = list(dict.fromkeys(int(share * size) for share in _LEVELS))
         asked = int(level * size)
         with told_of(name):
@@ -209,4 +211,4 @@ def _share(lost: Tensor, whole: Tensor) -> float:
 
 
 def _shown(done: str, names: Sequence[str], progress: bool) -> Iterable[str]:
-    return track(names, f"layers {done}", disable=not progress, transient=True)
+    return track(names, f"layers {done}", disable=not (progress and seen()), transient=True)

@@ -11,7 +11,10 @@ __all__ = ["latency_advice", "latency_table"]
 
 def latency_table(report: LatencyReport) -> Table:
     """List, batch size by batch size, the time of a call of every version, and the share of the dense model's."""
-    table = Table(title=f"Latency, measured {report.measured}", caption="Medians of calls by turns, in eval mode.")
+    table = Table(
+        title=f"Latency, measured {report.measured}",
+        caption="Fastest call of each turn, median over turns, in eval mode.",
+    )
     table.add_column("batch", justify="right")
     for name in report.flops:
         table.add_column(name, justify="right", no_wrap=True)

@@ -25,6 +25,7 @@ Leaving = int | Pattern
 
 _WIDTH = 128  # columns of a sweep's blocks
 _NARROW = 320  # columns up to which an inverse for each row costs little
+_PATHS = 640  # columns up to which all paths can be walked for what they tell
 _MEMORY = 256 * 2**20  # bytes of rows swept side by side
 
 
@@ -48,9 +49,13 @@ class RowSolver(ABC):
         """Return half the squared distance of the new weights, measured by H, as ever more of them leave."""
         return [float(rise(self.solve(count)[0] - self.weights, self.hessian).sum()) for count in counts]
 
-    @property
-    def quick(self) -> RowSolver:
-        """What tells as well how errors grow, and sooner."""
+    def quick(self, widest: int) -> RowSolver:
+        """Return what tells as well how errors grow, and sooner.
+
+        Args:
+            widest: Columns of the widest layer that is compared with this one: one way must tell of all, since each
+                errs in a way of its own.
+        """
         return self
 
 
@@ -94,10 +99,9 @@ class Admm(RowSolver):
         found = [(best_on_support(self.weights, self.hessian, keep), keep) for keep in traded]
         return min(found, key=lambda pair: float(rise(pair[0] - self.weights, self.hessian).sum()))
 
-    @property
-    def quick(self) -> RowSolver:
-        """Greedy paths, where they are walked in any case; else a sweep."""
-        return Blocked(self.weights, self.hessian) if self.weights.shape[2] > _NARROW else self._exact
+    def quick(self, widest: int) -> RowSolver:
+        """Return greedy paths, where those of all layers can be walked; else a sweep."""
+        return self._exact if widest <= _PATHS else Blocked(self.weights, self.hessian)
 
     @cached_property
     def _exact(self) -> Exact:
