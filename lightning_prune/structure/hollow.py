@@ -194,12 +194,12 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
     return x.new_empty(x.shape), told, told
 
 
-def _pool(with_indices: bool, countless: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``kernel, stride, padding`` come first, ``dilation`` of a maximum next, and ``ceil_mode`` at ``countless``."""
+def _pool(with_indices: bool, ceil_at: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``kernel, stride, padding`` come first, ``dilation`` of a maximum next, and ``ceil_mode`` at ``ceil_at``."""
     if not x.is_floating_point() or not all(x.shape) or kwargs:
         return None
     dilation = args[3] if with_indices and len(args) > 3 else (1,)
-    ceil = bool(args[countless]) if len(args) > countless else False
+    ceil = bool(args[ceil_at]) if len(args) > ceil_at else False
     kernel = args[0]
     stride = (args[1] if len(args) > 1 else ()) or kernel
     padding = args[2] if len(args) > 2 else (0,)
