@@ -11,6 +11,8 @@ the process held before the network was there, in shares of what the network and
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import platform
@@ -155,6 +157,8 @@ def memory(name: str, method: str) -> float:
     warm, small = build("resnet18")  # what libraries load at their first use is not the network's
     METHODS[method](warm, small[..., ::4, ::4])
     del warm
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the network fills what the first run left, and weighs nothing
     before = resident("VmRSS")
     model, x = build(name)
     with torch.no_grad():

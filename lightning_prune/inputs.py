@@ -42,7 +42,9 @@ class Instead(NamedTuple):
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Instead
 """A tensor (the one positional input), a tuple of positional or a mapping of keyword inputs, or what runs instead."""
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
+_FUNCTIONS = frozenset({FunctionType, MethodType})
+_ORDINARY = frozenset({nn.Parameter, Tensor})  # never without shape
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -88,13 +90,13 @@ def call_on(model: nn.Module, batch: Any) -> Any:
 
 
 def fewer_positions(example_inputs: ExampleInputs, fewest: int = 32) -> Iterator[ExampleInputs]:
-    """Yield example inputs with every fourth, then every second row and column of each image, the smallest first.
+    """Yield example inputs with every fourth, third, then second row and column of each image, the smallest first.
 
     Images are tensors of floating point ``(N, C, ..., H, W)``; their sides stay at ``fewest`` or more, else there is
     nothing to yield.
     """
     sides = [min(tensor.shape[-2:]) for tensor in tensors_in(example_inputs) if _is_image(tensor)]
-    for step in (4, 2):
+    for step in (4, 3, 2):
         if sides and min(sides) >= fewest * step:
             yield pytree.tree_map_only(
                 Tensor,
@@ -149,7 +151,7 @@ def refuse_shapeless(model: nn.Module) -> None:
     """
     for path, module in modules_of(model):
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and is_lazy(tensor):
+            if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
                 name = f"{path}.{leaf}".lstrip(".")
                 raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
 
@@ -190,6 +192,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     # Among the containers are each module's parameters, buffers, submodules and hooks; most are hooks that it lacks.
     containers = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
     contents = [container.copy() if container else None for container in containers]
+    compiled = [(module, written) for module in modules if (written := _uncompiled(module))]
     buffers = [(buffer, buffer.detach().clone()) for buffer in own.values() if not buffer.is_meta]
     devices = {tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
@@ -197,7 +200,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module in modules:
                 if module.training:
                     module.training = False
-                vars(module).update(_uncompiled(module))
+            for module, written in compiled:
+                vars(module).update(written)
             yield
         finally:
             for module, mode, found in zip(modules, training, attributes, strict=True):
@@ -218,10 +222,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _uncompiled(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that torch.compile has changed, with the values they had before."""
-    written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in vars(module) else {}
-    own: dict[str, Any] = {
-        name: value for name, value in vars(module).items() if type(value) in (FunctionType, MethodType)
-    }
+    found = vars(module)
+    written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in found else {}
+    own: dict[str, Any] = {name: value for name, value in found.items() if type(value) in _FUNCTIONS}
     forward = getattr(type(module), "forward", None)
     if forward is not None and "forward" not in own and hasattr(forward, "_torchdynamo_orig_callable"):
         own["forward"] = MethodType(forward, module)

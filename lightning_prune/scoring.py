@@ -169,9 +169,12 @@ def _add(
             f"criterion: for {tensor}, {tuple(weight.shape)}, it gave scores of shape {tuple(found.shape)}; "
             f"it must give one per filter, ({len(weight)},)."
         )
-    units = torch.from_numpy(units).to(found.device)
-    total = scores.setdefault(name, torch.zeros(width, dtype=found.dtype, device=found.device))
-    total.index_add_(0, units[units >= 0], found[units >= 0].to(total))
+    if name not in scores:
+        scores[name] = torch.zeros(width, dtype=found.dtype, device=found.device)
+    inside = units >= 0
+    if not inside.all():
+        units, found = units[inside], found[torch.from_numpy(inside).to(found.device)]
+    scores[name].index_add_(0, torch.from_numpy(units).to(found.device), found.to(scores[name]))
 
 
 def _random(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.structure.hollow import shape_alone
+from lightning_prune.structure.hollow import shaper
 from lightning_prune.structure.trace import _traced
 from lightning_prune.surgery import draft, prove
 from tests.models import NETS, ROWS
@@ -41,7 +41,7 @@ def outline(out):
 def test_shapes_are_those_that_the_operator_gives(case):
     """What is not computed has the shape, type and place of what the operator returns."""
     func, args = case
-    assert outline(shape_alone(func, args, {})) == outline(func(*args))
+    assert outline(shaper(func)(*args)) == outline(func(*args))
 
 
 @settings(deadline=None, max_examples=60)
@@ -60,10 +60,32 @@ def test_shapes_of_convolutions(data):
     try:
         expected = outline(aten.convolution.default(*args))
     except RuntimeError:
-        assert shape_alone(aten.convolution.default, args, {}) is None
+        assert shaper(aten.convolution.default)(*args) is None
     else:
-        found = shape_alone(aten.convolution.default, args, {})
+        found = shaper(aten.convolution.default)(*args)
         assert 0 in expected[0][0] if found is None else outline(found) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_shapes_of_pooling(data):
+    """So it is for pooling of any stride, padding and dilation, the last window whole or not."""
+    draw, positions = data.draw, data.draw(st.integers(2, 3))
+    several = st.lists(st.integers(1, 3), min_size=positions, max_size=positions)
+    kernel, stride, ceil = draw(several), draw(st.just([]) | several), draw(st.booleans())
+    padding = [draw(st.integers(0, k // 2)) for k in kernel]
+    x = torch.randn(2, 3, *(draw(st.integers(4, 9)) for _ in range(positions)))
+    largest, average = getattr(aten, f"max_pool{positions}d_with_indices"), getattr(aten, f"avg_pool{positions}d")
+    for func, args in (
+        (largest.default, (x, kernel, stride, padding, draw(several), ceil)),
+        (average.default, (x, kernel, stride, padding, ceil)),
+    ):
+        try:
+            expected = outline(func(*args))
+        except RuntimeError:
+            assert shaper(func)(*args) is None
+        else:
+            assert outline(shaper(func)(*args)) == expected
 
 
 @pytest.mark.parametrize(
@@ -79,7 +101,7 @@ def test_shapes_of_convolutions(data):
 def test_what_does_not_fit_is_left_to_the_operator(case):
     """Shapes that the operator refuses have no output: it shall say itself what is wrong."""
     func, args = case
-    assert shape_alone(func, args, {}) is None
+    assert shaper(func)(*args) is None
     with pytest.raises(RuntimeError):
         func(*args)
 
@@ -208,11 +230,25 @@ def test_numbers_are_compared_on_fewer_positions():
 def test_another_path_on_fewer_positions_proves_nothing():
     """Where smaller images take another path, or leave one position alone, the proof goes back to larger ones."""
     sides = deque()
-    assert proved_on(Sized(sides, largest=31), 128) == (True, [32, 64, 128, 128])
-    assert proved_on(Sized(sides, largest=12), 128) == (True, [32, 64, 64])
+    assert proved_on(Sized(sides, largest=31), 128) == (True, [32, 43, 64, 128, 128])
+    assert proved_on(Sized(sides, largest=12), 128) == (True, [32, 43, 64, 64])
 
 
 @pytest.mark.parametrize("side", [48, 128])
 def test_wrong_numbers_are_found_on_fewer_positions(side):
     """A slim model that computes something else is found out, whatever the images are."""
     assert not proved_on(Sized(deque()), side, flaw=1e-2)[0]
+
+
+def test_wrong_numbers_are_found_beside_a_stream_that_is_normalised():
+    """Where a normalised stream is cut too, what else is cut must still compute what it did when silenced."""
+    normed = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    model = nn.Sequential(nn.Linear(4, 6), normed, nn.Linear(6, 3))
+    rows = torch.randn(5, 4)
+    structure = find_structure(trace(model, rows))
+    keep = {name: np.arange(group.width) > 1 for name, group in structure.groups.items()}
+    cut = draft(model, structure, keep)
+    slim = cut.tensors(model)
+    assert prove(model, rows, structure, cut, lambda: slim) is None
+    wrong = slim | {"1.3.weight": slim["1.3.weight"] + 0.01}
+    assert prove(model, rows, structure, cut, lambda: wrong) is not None

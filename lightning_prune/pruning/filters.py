@@ -32,7 +32,18 @@ from lightning_prune.progress import counted, each
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
-from lightning_prune.surgery import AttributeChange, Cut, Disproof, Kept, cut_, draft, prove, prove_structure, recipe_of
+from lightning_prune.surgery import (
+    AttributeChange,
+    Cut,
+    Disproof,
+    Kept,
+    comparable,
+    cut_,
+    draft,
+    prove,
+    prove_structure,
+    recipe_of,
+)
 
 __all__ = [
     "GroupWidth", "Prepared", "Report", "carry_out_", "clock", "count_params", "prepare", "prune_filters", "reported",
@@ -354,5 +365,4 @@ def _culprits(
 def _words(structure: Structure, cut: Cut) -> str:
     if not cut.keep:
         return "nothing was cut"
-    numbers = sum(not structure.groups[name].changes_statistics for name in cut.keep)
-    return f"structure of all {len(cut.keep)} groups cut, numbers of {numbers}"
+    return f"structure of all {len(cut.keep)} groups cut, numbers of {len(comparable(structure, cut.keep))}"

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,12 +126,18 @@ class Structure:
 
     def without(self, names: Iterable[str], reason: str) -> Structure:
         """Return the structure with some groups pinned, and the groups linked to them."""
-        names = set(names)
-        linked = {other: link for link in self.links if names & set(link) for other in link if other not in names}
-        reasons = dict.fromkeys(names, reason) | {
-            name: f"its width is tied to that of {', '.join(sorted(names & set(link)))}, which stays: {reason}"
-            for name, link in linked.items()
-        }
+        return self.without_each(dict.fromkeys(names, reason))
+
+    def without_each(self, why: Mapping[str, str]) -> Structure:
+        """Return the structure with some groups pinned, each for a reason of its own, and the groups linked to them."""
+        if not why:
+            return self
+        reasons = dict(why)
+        for link in self.links:
+            stays = sorted(why.keys() & set(link))
+            for name in link if stays else ():
+                told = f"its width is tied to that of {', '.join(stays)}, which stays: {why[stays[0]]}"
+                reasons.setdefault(name, told)
         pins = [
             Pinned(slot.tensor, slot.dim, len(slot.units), int((slot.units >= 0).sum()), reasons[name])
             for name in self.groups
@@ -166,27 +173,25 @@ def find_structure(ledger: Ledger) -> Structure:
     groups: dict[str, ChannelGroup] = {}
     members: dict[str, Atoms] = {}
     alone: list[int] = []
-    kinds, first = np.unique(signature[units], return_index=True)
-    by_kind = _split_by(signature[units], kinds)
-    for which in np.argsort(first):
-        rows = by_kind[which]
+    order = np.argsort(signature[units], kind="stable")
+    by_kind = sorted(_runs(order, signature[units[order]]), key=lambda rows: int(rows[0])) if len(order) else []
+    place = np.empty(ledger.size, dtype=np.int64)  # of each unit within its group
+    for rows in by_kind:
         if not roles["producer"][atoms[rows]].any():
             continue  # no operator makes them: they lie unused, or are numbers of the model's own
-        by_slot = np.split(rows, np.flatnonzero(np.diff(slot_of[rows])) + 1)  # rows keep the order of slots
+        by_slot = _runs(rows, slot_of[rows])  # rows keep the order of slots
         found = np.unique(units[by_slot[0]])  # every slot holds all units
         if len(found) < 2:
             alone.extend(int(slot_of[part[0]]) for part in by_slot)
             continue
-        slots = tuple(_slot(ledger.slots[slot_of[part[0]]], found, atoms[part], units[part], roles) for part in by_slot)
+        place[found] = np.arange(len(found))
+        slots = _slots([ledger.slots[slot_of[part[0]]] for part in by_slot], by_slot, place, units, atoms, roles)
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
     links, stuck = find_links(ledger, component, members)
-    pinned_ = _pinned(ledger, component, taken, set(alone))
-    structure = Structure(groups, pinned_, ledger, taken, component, members, tuple(links))
-    for name, reason in stuck.items():
-        structure = structure.without([name], reason)
-    return structure
+    pinned_ = _pinned(ledger, component, roles["producer"], set(alone))
+    return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)).without_each(stuck)
 
 
 def resolve(ledger: Ledger, taken: Mapping[Hashable, Hashable]) -> Atoms:
@@ -287,8 +292,9 @@ def _together(ledger: Ledger, ways: Sequence[tuple[Hashable, Hashable]]) -> Atom
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
     if not slots:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    atoms = np.concatenate([np.arange(slot.start, slot.start + slot.size) for slot in slots])
-    return atoms, np.repeat(np.arange(len(slots)), [slot.size for slot in slots])
+    starts, sizes = np.array([(slot.start, slot.size) for slot in slots]).T
+    before = np.cumsum(sizes) - sizes
+    return np.arange(sizes.sum()) + np.repeat(starts - before, sizes), np.repeat(np.arange(len(slots)), sizes)
 
 
 def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
@@ -300,18 +306,35 @@ def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
     return roles
 
 
-def _split_by(values: NDArray[np.uint64], kinds: NDArray[np.uint64]) -> list[Atoms]:
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.searchsorted(values[order], kinds)[1:])
+def _runs(rows: Atoms, values: NDArray[Any]) -> list[Atoms]:
+    """Cut rows where their value changes."""
+    bounds = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(rows)]
+    return [rows[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _slot(place: SlotRange, found: Atoms, atoms: Atoms, units: Atoms, roles: Mapping[str, NDArray[np.bool_]]) -> Slot:
-    index = np.full(place.size, -1, dtype=np.int64)
-    index[atoms - place.start] = np.searchsorted(found, units)
-    role: Literal["producer", "consumer", "follower"] = (
-        "consumer" if roles["consumer"][atoms[0]] else "producer" if roles["producer"][atoms[0]] else "follower"
-    )
-    return Slot(place.tensor, place.dim, index, role)
+def _slots(
+    ranges: list[SlotRange],
+    rows: list[Atoms],
+    place: Atoms,
+    units: Atoms,
+    atoms: Atoms,
+    roles: Mapping[str, NDArray[np.bool_]],
+) -> tuple[Slot, ...]:
+    """Make the slots of a group; most hold its units in the same order, and share one array."""
+    slots: list[Slot] = []
+    for along, own in zip(ranges, rows, strict=True):
+        index, at = place[units[own]], atoms[own]
+        if len(at) < along.size:
+            sparse = np.full(along.size, -1, dtype=np.int64)
+            sparse[at - along.start] = index
+            index = sparse
+        if slots and np.array_equal(slots[0].units, index):
+            index = slots[0].units
+        role: Literal["producer", "consumer", "follower"] = (
+            "consumer" if roles["consumer"][at[0]] else "producer" if roles["producer"][at[0]] else "follower"
+        )
+        slots.append(Slot(along.tensor, along.dim, index, role))
+    return tuple(slots)
 
 
 def _name(slots: tuple[Slot, ...], taken: Mapping[str, ChannelGroup]) -> str:
@@ -327,16 +350,14 @@ def _owner(tensor: str) -> str:
     return module if leaf in ("weight", "bias") and module else tensor
 
 
-def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable], alone: set[int]) -> list[Pinned]:
+def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: set[int]) -> list[Pinned]:
     """Say of every dimension that makes channels which of them stay, and why."""
-    reasons: dict[int, str] = {}
-    for labels, reason in ledger.pins:
-        for root in np.unique(labels):
-            reasons.setdefault(int(root), reason)
-    made = _roles(ledger)["producer"]
+    told = np.full(ledger.size, -1)  # the first pin of each atom
+    for which in reversed(range(len(ledger.pins))):
+        told[ledger.pins[which][0]] = which
     return (
         [
-            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, slot, stays, reasons, component))
+            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, told, slot, stays))
             for slot in ledger.slots
             if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
         ]
@@ -353,11 +374,7 @@ def _pinned(ledger: Ledger, component: Atoms, taken: Mapping[Hashable, Hashable]
     )
 
 
-def _reason(
-    ledger: Ledger, slot: SlotRange, stays: NDArray[np.bool_], reasons: Mapping[int, str], component: Atoms
-) -> str:
-    own = np.arange(slot.start, slot.start + slot.size)[stays]
-    for atom in own:
-        if int(atom) in reasons:
-            return reasons[int(atom)]
-    return "tied to channels that stay"
+def _reason(ledger: Ledger, told: Atoms, slot: SlotRange, stays: NDArray[np.bool_]) -> str:
+    own = told[slot.start : slot.start + slot.size][stays]
+    first = own[own >= 0][:1]
+    return ledger.pins[first[0]][1] if len(first) else "tied to channels that stay"

@@ -7,13 +7,13 @@ Code that asks for an entry, or for something that depends on entries, cannot be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NumbersNeededError", "reads", "refuse_reading", "shape_alone", "writes"]
+__all__ = ["NumbersNeededError", "Shaped", "reads", "refuse_reading", "shaper", "writes"]
 
 Shaped = Callable[..., Any]
 """Given the arguments of an operator, makes its output without computing it, or returns None where it cannot."""
@@ -23,10 +23,9 @@ class NumbersNeededError(Exception):
     """A run without numbers came to where one is needed."""
 
 
-def shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what an operator would return, not computed, or None where only computing tells."""
-    shaped = _SHAPED.get(func.overloadpacket)
-    return None if shaped is None else shaped(*args, **kwargs)
+def shaper(func: Any) -> Shaped | None:
+    """Return what makes an operator's output in shape alone, or None where only computing tells."""
+    return _SHAPED.get(func.overloadpacket)
 
 
 def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
@@ -42,13 +41,11 @@ def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
         raise NumbersNeededError(f"{func.overloadpacket} depends on numbers that were not computed")
 
 
-@cache
 def reads(func: Any) -> bool:
     """Tell whether an operator hands entries of a tensor to Python, whose code may go on by them."""
     return torch.Tag.data_dependent_output in func.tags
 
 
-@cache
 def writes(func: Any) -> bool:
     """Tell whether an operator writes into an argument."""
     return bool(func._schema.is_mutable)
@@ -84,7 +81,48 @@ def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
         return None
     if a.shape == b.shape:
         return torch.empty_like(a)
-    return a.new_empty(torch.broadcast_shapes(a.shape, b.shape))
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    like = next((side for side in (a, b) if side.shape == shape), None)
+    return a.new_empty(shape) if like is None else torch.empty_like(like)
+
+
+def _into(a: Tensor, b: Any, *_: Any, **__: Any) -> Tensor | None:
+    if not a.is_floating_point():
+        return None
+    fits = not isinstance(b, Tensor) or b.shape == a.shape or torch.broadcast_shapes(a.shape, b.shape) == a.shape
+    return a if fits else None
+
+
+def _anew(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return x.new_empty(x.shape) if x.is_floating_point() else None
+
+
+def _reduction(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
+    if kwargs or not x.is_floating_point() or not x.numel():
+        return None
+    rank = max(x.dim(), 1)
+    gone = {d % rank for d in ((dim,) if isinstance(dim, int) else dim or range(rank))}
+    sizes = [1 if d in gone else size for d, size in enumerate(x.shape) if keepdim or d not in gone]
+    return x.new_empty(sizes)
+
+
+def _vector_norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
+    return _reduction(x, dim, keepdim, **kwargs)
+
+
+def _resized(x: Tensor, size: Sequence[int] | None, *_: Any, **__: Any) -> Tensor | None:
+    if size is None or not x.is_floating_point() or not x.numel() or min(size) < 1:
+        return None
+    return x.new_empty((*x.shape[:2], *size)) if x.dim() == len(size) + 2 else None
+
+
+def _padded(x: Tensor, pads: Sequence[int], *_: Any) -> Tensor | None:
+    if not x.is_floating_point() or len(pads) > 2 * x.dim():
+        return None
+    sizes = list(x.shape)
+    for d in range(len(pads) // 2):
+        sizes[-1 - d] += pads[2 * d] + pads[2 * d + 1]
+    return x.new_empty(sizes) if min(sizes) > 0 else None
 
 
 def _softmax(x: Tensor, dim: int, to_float: bool = False) -> Tensor | None:
@@ -115,7 +153,15 @@ def _convolution(
             shape.append((x.shape[d + 2] - 1) * step - 2 * pad + reach + output_padding[d % len(output_padding)] + 1)
         else:
             shape.append((x.shape[d + 2] + 2 * pad - reach - 1) // step + 1)
-    return x.new_empty(shape) if min(shape) > 0 else None
+    return _laid_out_like(x, x.new_empty(shape)) if min(shape) > 0 else None
+
+
+def _laid_out_like(x: Tensor, made: Tensor) -> Tensor:
+    """Return a tensor of the same shape whose channels lie last in memory where those of ``x`` do."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return made
+    return torch.empty_like(made, memory_format=last)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
@@ -135,7 +181,8 @@ def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
     channels = [value for value in args[:4] if isinstance(value, Tensor)]
     if training or any(value.shape[0] != x.shape[1] for value in channels) or not x.is_floating_point():
         return None
-    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+    told = x.new_empty(0)
+    return torch.empty_like(x), told, told
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
@@ -144,7 +191,31 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
     if not fits or tuple(shape) != tuple(x.shape[first:]) or not x.is_floating_point():
         return None
     told = x.new_empty((*x.shape[:first], *[1] * len(shape)))
-    return torch.empty_like(x), told, told
+    return x.new_empty(x.shape), told, told
+
+
+def _pool(with_indices: bool, ceil_at: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``kernel, stride, padding`` come first, ``dilation`` of a maximum next, and ``ceil_mode`` at ``ceil_at``."""
+    if not x.is_floating_point() or not all(x.shape) or kwargs:
+        return None
+    dilation = args[3] if with_indices and len(args) > 3 else (1,)
+    ceil = bool(args[ceil_at]) if len(args) > ceil_at else False
+    kernel = args[0]
+    stride = (args[1] if len(args) > 1 else ()) or kernel
+    padding = args[2] if len(args) > 2 else (0,)
+    first = x.dim() - len(kernel)
+    shape = list(x.shape[:first])
+    for d, size in enumerate(x.shape[first:]):
+        step, pad = stride[d % len(stride)], padding[d % len(padding)]
+        room = size + 2 * pad - dilation[d % len(dilation)] * (kernel[d] - 1) - 1
+        steps = -(-room // step) if ceil else room // step
+        if ceil and steps * step >= size + pad:  # the last window must begin inside
+            steps -= 1
+        shape.append(steps + 1)
+    if min(shape) < 1:
+        return None
+    out = x.new_empty(shape)
+    return (out, torch.empty_like(out, dtype=torch.int64)) if with_indices else out
 
 
 def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
@@ -164,6 +235,12 @@ _BY_NAME: dict[Shaped, str] = {
     "log_sigmoid softplus erf sin cos clamp hardshrink square abs reciprocal",
     _itself: "relu_ silu_ hardswish_ hardsigmoid_ hardtanh_ leaky_relu_ elu_ mish_ sigmoid_ tanh_ clamp_ gelu_",
     _broadcast: "add mul sub div pow",
+    _into: "add_ mul_ sub_ div_",
+    _anew: "roll masked_fill",
+    _reduction: "mean sum amax amin",
+    _vector_norm: "linalg_vector_norm",
+    _resized: "upsample_bilinear2d upsample_nearest2d upsample_bicubic2d upsample_nearest3d upsample_trilinear3d",
+    _padded: "constant_pad_nd",
     _softmax: "_softmax _log_softmax _safe_softmax",
     _clone: "clone",
     _convolution: "convolution",
@@ -172,6 +249,8 @@ _BY_NAME: dict[Shaped, str] = {
     _batch_norm: "native_batch_norm",
     _layer_norm: "native_layer_norm",
     _cat: "cat",
+    partial(_pool, True, 4): "max_pool2d_with_indices max_pool3d_with_indices",
+    partial(_pool, False, 3): "avg_pool2d avg_pool3d",
 }
 _SHAPED: dict[Any, Shaped] = {
     getattr(torch.ops.aten, name): shaped for shaped, names in _BY_NAME.items() for name in names.split()

@@ -29,6 +29,8 @@ __all__ = [
     "SlotRange",
 ]
 
+# What a trace makes thousands of is not frozen, which would take three times as long; nothing is ever written on it.
+
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
 Ran = tuple[Any, tuple[bool, ...]]
@@ -40,7 +42,7 @@ INERT = 1
 """The atom that stands for nothing: what meets it is not affected."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Label:
     """Which atom each index along one dimension stands for, ``(size,)``.
 
@@ -51,7 +53,7 @@ class Label:
     conditional: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Labels:
     """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
 
@@ -69,7 +71,7 @@ class Labels:
         return self.dims.get(dim, ())
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class SlotRange:
     """The atoms ``start .. start + size`` that stand for one dimension of a parameter or buffer."""
 
@@ -91,7 +93,7 @@ class Choice:
     where: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Attribute:
     """A number held by a module that follows how many indices keep all their labels.
 
@@ -105,7 +107,7 @@ class Attribute:
     where: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Equation:
     """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives."""
 
@@ -114,7 +116,7 @@ class Equation:
     where: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Cost:
     """Multiply-adds of an operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels."""
 
@@ -172,7 +174,7 @@ class Ledger:
             return
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
-        self.pairs.append((a.ravel(), b.ravel()))
+        self.pairs.append((a, b) if a.ndim == 1 else (a.ravel(), b.ravel()))
 
     def pin(self, labels: Iterable[Label], reason: str) -> None:
         """Write down that nothing of these labels may leave, and why."""
@@ -189,11 +191,17 @@ class Ledger:
                 self.pin(side, reason)
             return ()
         if all(len(side) == 1 for side in sides):  # where one has several, the other hangs on whichever is taken
-            self.together += [(sides[0][0].atoms, side[0].atoms) for side in sides[1:]]
-        for first in sides[0]:
-            for side in sides[1:]:
-                for other in side:
-                    self.meet(first.atoms, other.atoms)
+            first, *others = [side[0] for side in sides]
+            for other in others:
+                self.together.append((first.atoms, other.atoms))
+                self.meet(first.atoms, other.atoms)
+            if not first.conditional:
+                return (first,)
+        else:
+            for mine in sides[0]:
+                for side in sides[1:]:
+                    for other in side:
+                        self.meet(mine.atoms, other.atoms)
         every = [label for side in sides for label in side]
         certain = [label for label in every if not label.conditional]
         return (certain[0],) if certain else tuple({id(label.atoms): label for label in every}.values())
@@ -258,8 +266,8 @@ class Ledger:
 
     def cost(self, operator: str, factor: float, *sizes: int | tuple[Label, ...]) -> None:
         """Write down the multiply-adds of an operator as a product of fixed and labelled sizes."""
-        fixed = math.prod(size for size in sizes if isinstance(size, int))
-        self.costs.append(Cost(operator, factor * fixed, tuple(size for size in sizes if not isinstance(size, int))))
+        fixed = math.prod([size for size in sizes if isinstance(size, int)])
+        self.costs.append(Cost(operator, factor * fixed, tuple([size for size in sizes if not isinstance(size, int)])))
 
     def _hand_out(self, count: int) -> Atoms:
         start, self.size = self.size, self.size + count
@@ -268,6 +276,8 @@ class Ledger:
 
 def _distinct(columns: Atoms) -> tuple[Atoms, Atoms]:
     """Return each different column once, ``(n, different)``, and which of these every column is, ``(size,)``."""
+    if columns.shape[0] and (columns[0, 1:] > columns[0, :-1]).all():  # most are, and sorting columns costs
+        return columns, np.arange(columns.shape[1])
     _, first, places = np.unique(columns, axis=1, return_index=True, return_inverse=True)
     order = np.argsort(first)  # in the order in which they appear
     rank = np.empty_like(order)

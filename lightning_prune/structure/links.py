@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +14,36 @@ from numpy.typing import NDArray
 from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
 from lightning_prune.structure.numbers import Held, Number, Size
 
-__all__ = ["find_links", "left"]
+__all__ = ["Alive", "find_links", "left"]
 
-Alive = NDArray[np.bool_]
 Place = tuple[str, str, int | None]
+
+
+class Alive(Protocol):
+    """Tells of atoms whether they are left: an array of all of them, or something that works it out when asked."""
+
+    def __getitem__(self, atoms: Any, /) -> Any:
+        """Return of each atom whether it is left, in the shape of ``atoms``."""
 
 
 def left(labels: Sequence[Label], alive: Alive) -> int:
     """Count the indices along a dimension that keep all their labels."""
-    return int(np.logical_and.reduce([alive[label.atoms] for label in labels]).sum())
+    keeping = alive[labels[0].atoms]
+    for label in labels[1:]:
+        keeping = keeping & alive[label.atoms]
+    return int(np.count_nonzero(keeping))
+
+
+@dataclass(frozen=True, eq=False)
+class _Without:
+    """Tells which atoms are left when some units have gone; an array of all atoms for each group would cost more."""
+
+    component: NDArray[np.int64]
+    gone: NDArray[np.int64]
+
+    def __getitem__(self, atoms: NDArray[np.int64], /) -> NDArray[np.bool_]:
+        roots = self.component[atoms]
+        return roots != self.gone[0] if len(self.gone) == 1 else ~np.isin(roots, self.gone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,38 +71,41 @@ def find_links(
     Returns:
         The groups that must keep the same share, and the groups that cannot shrink even so, with the reason.
     """
-    group_of = {int(root): name for name, roots in units.items() for root in roots}
-    ties = _ties(ledger, component, group_of)
-
-    def alive_without(gone: Mapping[str, int]) -> Alive:
-        roots = np.ones(ledger.size, dtype=bool)
-        for name, count in gone.items():
-            roots[units[name][:count]] = False
-        return roots[component]
-
-    alone = {name: alive_without({name: 1}) for tie in ties for name in tie.groups}
-    broken = [tie for tie in ties if not all(tie.agree(alone[name]) for name in tie.groups)]
+    ties = _ties(ledger, component, units)
+    tied: dict[str, list[int]] = defaultdict(list)  # group -> which ties it is part of
+    for which, tie in enumerate(ties):
+        for name in tie.groups:
+            tied[name].append(which)
+    alone = {name: _Without(component, units[name][:1]) for name in tied}
+    broken = {which for which, tie in enumerate(ties) if not all(tie.agree(alone[name]) for name in tie.groups)}
+    order = {name: place for place, name in enumerate(units)}
     links, stuck = [], {}
-    for names in _classes(broken):
+    for names in _classes(ties[which] for which in sorted(broken)):
         steps = math.gcd(*(len(units[name]) for name in names))
-        together = alive_without({name: len(units[name]) // steps for name in names})
-        failed = [tie for tie in ties if tie.groups & names and not tie.agree(together)]
+        gone = np.concatenate([units[name][: len(units[name]) // steps] for name in names])
+        together = _Without(component, gone)
+        own = sorted({which for name in names for which in tied[name]})
+        failed = [which for which in own if not ties[which].agree(together)]
         if steps > 1 and len(names) > 1 and not failed:
-            links.append(tuple(name for name in units if name in names))
+            links.append(tuple(sorted(names, key=order.__getitem__)))
         else:
-            where = (failed or [tie for tie in broken if tie.groups & names])[0].where
+            where = ties[(failed or [which for which in own if which in broken])[0]].where
             stuck.update(dict.fromkeys(names, f"a number in the code fixes its width ({where})"))
     return links, stuck
 
 
-def _ties(ledger: Ledger, component: NDArray[np.int64], group_of: Mapping[int, str]) -> list[_Tie]:
+def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]) -> list[_Tie]:
     asked: dict[Place, list[Attribute]] = defaultdict(list)
     for attribute in ledger.attributes:
         asked[attribute.module, attribute.name, attribute.index].append(attribute)
+    names = list(units)
+    group_of = np.full(len(component), -1)
+    for which, roots in enumerate(units.values()):
+        group_of[roots] = which
 
     def groups(labels: Iterable[Label]) -> frozenset[str]:
-        roots = np.unique(np.concatenate([component[label.atoms] for label in labels] or [np.empty(0, np.int64)]))
-        return frozenset(group_of[root] for root in roots.tolist() if root in group_of)
+        found = {int(which) for label in labels for which in np.unique(group_of[component[label.atoms]])}
+        return frozenset(names[which] for which in found if which >= 0)
 
     def counted(origin: Held | Size) -> tuple[Label, ...]:
         if isinstance(origin, Size):
@@ -125,14 +150,18 @@ def _origins(number: int) -> list[Held | Size]:
 
 def _classes(ties: Iterable[_Tie]) -> list[set[str]]:
     """Join the groups of ties that share one."""
-    classes: list[set[str]] = []
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := parent.setdefault(name, name)) != name:
+            parent[name] = name = parent[above]
+        return name
+
     for tie in ties:
-        joined = set(tie.groups)
-        apart = []
-        for names in classes:
-            if names & joined:
-                joined |= names
-            else:
-                apart.append(names)
-        classes = [*apart, joined]
-    return classes
+        first, *others = sorted(tie.groups)
+        for name in others:
+            parent[root(name)] = root(first)
+    classes: dict[str, set[str]] = defaultdict(set)
+    for name in parent:
+        classes[root(name)].add(name)
+    return list(classes.values())

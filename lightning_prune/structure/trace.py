@@ -49,7 +49,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs, numbers: bool, holl
     ledger.numbers, ledger.hollow = numbers, hollow
     with undisturbed(model):
         watch(model, example_inputs, {}, ledger, labels)
-    if ledger.unseen:
+    if any(labels[name].dims for name in ledger.unseen):
         followed = _follow_siblings(model, ledger, labels)
         ledger.idle = [n for n, _ in model.named_parameters() if n in ledger.unseen and n not in followed]
     return ledger

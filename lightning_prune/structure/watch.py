@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
-from lightning_prune.structure.hollow import NumbersNeededError, reads, refuse_reading, shape_alone, writes
+from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remember_
-from lightning_prune.structure.rules import Call, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, unknown
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["recorded", "unfused", "watch"]
+__all__ = ["OtherOperatorsError", "exchanged", "unfused", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -76,16 +76,35 @@ def watch(
 
 
 @contextmanager
-def recorded(ran: list[Ran]) -> Iterator[None]:
-    """Write down the operators that run inside the block, as a trace does."""
-    with unfused(), _Record(ran):
+def exchanged(instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None = None) -> Iterator[None]:
+    """Let operators inside the block take other tensors.
+
+    Args:
+        instead: ``id`` of a tensor -> what makes the one that operators take in its place.
+        expected: The operators that a trace wrote down, if they are to be the same ones.
+
+    Raises:
+        OtherOperatorsError: As soon as another operator runs, or its output has one index alone along other dimensions.
+    """
+    mode = _Exchange(instead, expected)
+    with nullcontext() if expected is None else unfused(), mode:
         yield
+    if expected is not None and mode.count < len(expected):
+        raise OtherOperatorsError
+
+
+class OtherOperatorsError(Exception):
+    """A run came to other operators than it should."""
 
 
 def _outline(out: Any) -> tuple[bool, ...]:
     """Tell of an operator's output along which dimensions there is one index alone."""
     first = (
-        out if isinstance(out, Tensor) else next(tensors_among(out), None) if isinstance(out, list | tuple) else None
+        out
+        if isinstance(out, Tensor)
+        else next(iter(tensors_among(out)), None)
+        if isinstance(out, list | tuple)
+        else None
     )
     return () if first is None else tuple([size == 1 for size in first.shape])
 
@@ -98,17 +117,39 @@ class _Watch(TorchDispatchMode):
         return False  # else torch wraps each call, and imports all of dynamo at the first
 
 
-class _Record(_Watch):
-    """Lets every operator run and remembers which it was."""
+class _Exchange(_Watch):
+    """Lets every operator run, on other tensors where there are some instead, as long as it is the expected one."""
 
-    def __init__(self, ran: list[Ran]) -> None:
+    def __init__(self, instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None) -> None:
         super().__init__()
-        self.ran = ran
+        self.instead = instead
+        self.expected = expected
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.ran.append((func, _outline(out)))
+        kwargs = {name: self._taken(value) for name, value in kwargs.items()} if kwargs else {}
+        out = func(*[self._taken(value) for value in args], **kwargs)
+        if self.expected is not None:
+            if self.count == len(self.expected) or self.expected[self.count] != (func, _outline(out)):
+                raise OtherOperatorsError
+            self.count += 1
         return out
+
+    def _taken(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._taken(item) for item in value]
+        make = self.instead.get(id(value))
+        return value if make is None else make()
+
+
+class _Known(NamedTuple):
+    """What a trace needs to know of an operator each time it runs."""
+
+    func: Any
+    rule: Rule
+    shaped: Shaped | None
+    reads: bool
+    writes: bool
 
 
 class _LabelMode(_Watch):
@@ -123,51 +164,58 @@ class _LabelMode(_Watch):
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
         self.arguments: tuple[Any, ...] = ()  # of the Python function that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
+        self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
         self.refusal: NumbersNeededError | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(tensors_among((*args, *kwargs.values()) if kwargs else args))
+        known = self._known.get(id(func)) or self._learnt(func)
+        tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
         weight = all(labels.weight for labels in found)
-        out, hollow = self._run(func, args, kwargs, tensors, found, weight)
-        self.ledger.ran.append((func, _outline(out)))
-        if not weight and reads(func):
-            self.ledger.decided.append(self._running[-1][0])
-        rule = rule_for(func)
-        blank = rule is made_anew
-        if (blank and self.arguments) or any(labels.dims for labels in found):
-            self.ledger.running = (self._running[-1][0], func)
-            call = Call(
-                self.ledger, func, args, kwargs, out, self.labels_of, self._running[-1], self.arguments, self._lay
-            )
-            dims = (rule or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown))(call)
-        else:
-            dims = {}
-        for tensor, own in _outputs(out, dims):
-            self._lay(tensor, Labels({d: f for d, f in own.items() if f}, weight and not blank, blank, hollow))
+        out, hollow = self._run(known, args, kwargs, tensors, found, weight)
+        ledger, running = self.ledger, self._running[-1]
+        ledger.ran.append((func, _outline(out)))
+        if known.reads and not weight:
+            ledger.decided.append(running[0])
+        blank = known.rule is made_anew
+        dims: Any = {}
+        if (blank and self.arguments and out.numel()) or any(labels.dims for labels in found):
+            ledger.running = (running[0], func)
+            dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
+        for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):
+            if not all(own.values()):
+                own = {d: labels for d, labels in own.items() if labels}
+            self._lay(tensor, Labels(own, weight and not blank, blank, hollow))
         return out
 
+    def _learnt(self, func: Any) -> _Known:
+        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
+        known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
+        return known
+
     def _run(
-        self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], found: list[Labels], weight: bool
+        self, known: _Known, args: Any, kwargs: Any, tensors: list[Tensor], found: list[Labels], weight: bool
     ) -> tuple[Any, bool]:
         """Return what an operator returns, and whether that was not computed."""
         if not self.ledger.hollow:
-            return func(*args, **kwargs), False
-        hollow = [t for t, labels in zip(tensors, found, strict=True) if self._is_hollow(t, labels)]
-        out = None if weight and not hollow else shape_alone(func, args, kwargs)
+            return known.func(*args, **kwargs), False
+        hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow]
+        if self._written and len(hollow) < len(tensors):
+            hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
+        shaped = None if weight and not hollow else known.shaped
+        out = None if shaped is None else shaped(*args, **kwargs)
         if hollow and out is None:
-            self.refuse(func, hollow)
-            out = func(*args, **kwargs)
+            self.refuse(known.func, hollow)
+            out = known.func(*args, **kwargs)
         if out is None:
-            return func(*args, **kwargs), False
-        if writes(func):
-            for target in tensors[:1]:
-                self._written[target.untyped_storage()._cdata] = target.untyped_storage()
+            return known.func(*args, **kwargs), False
+        if known.writes and not found[0].hollow:
+            self._written[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
         return out, True
 
-    def _is_hollow(self, tensor: Tensor, labels: Labels) -> bool:
-        return labels.hollow or bool(self._written and tensor.untyped_storage()._cdata in self._written)
+    def _written_into(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._written
 
     def refuse(self, func: Any, tensors: Iterable[Tensor]) -> None:
         """Refuse to go on where entries are asked for that were not computed."""
@@ -182,7 +230,7 @@ class _LabelMode(_Watch):
         read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
         if any(not labels.weight for _, labels in read):
             self.ledger.decided.append(self._running[-1][0])
-        if any(self._is_hollow(tensor, labels) for tensor, labels in read):
+        if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):
             self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
             raise self.refusal
 
@@ -233,16 +281,17 @@ class _NumberMode(TorchFunctionMode):
         self._compared = partial(compared, labels.ledger)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _SHAPE_READERS:
-            return self._remembering(args[0], func(*args, **(kwargs or {})), args[1:])
+            return self._remembering(args[0], func(*args, **kwargs), args[1:])
         if func in _READERS:
             self._labels.read(func, args)
         self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
         try:
             if func in _RECURRENT:
                 with _in_steps():
-                    return func(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
+                    return func(*args, **kwargs)
+            return func(*args, **kwargs)
         finally:
             self._labels.arguments = ()
 

@@ -60,9 +60,9 @@ def shape_attributes(
         known: Changes that shapes cannot tell, such as ``groups``; they are part of the result.
     """
     tied = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
-    shapes = {_parametrized(name): tied[id(tensor)] for name, tensor in _every_name(model) if id(tensor) in tied}
-    changes = {(change.module, change.name): change for change in known}
     modules = dict(modules_of(model))
+    shapes = {_parametrized(name): tied[id(tensor)] for name, tensor in _every_name(modules) if id(tensor) in tied}
+    changes = {(change.module, change.name): change for change in known}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         if path not in modules:  # another name of a module
             continue
@@ -87,17 +87,21 @@ def shape_attributes(
     return [change for change in changes.values() if change.old != change.new]
 
 
-def _every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer under each of its names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+def _every_name(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer that modules hold, also those that another holds too."""
+    for path, module in modules.items():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{leaf}" if path else leaf, tensor
 
 
 def _parametrized(name: str) -> str:
     """Return the name of the tensor that a parametrization such as ``weight_norm`` makes of the named one."""
+    if "parametrizations." not in name:
+        return name
     path, _, rest = name.rpartition("parametrizations.")
     leaf, _, original = rest.partition(".")
-    return f"{path}{leaf}" if path + rest != name and original in ("original", "original1") else name
+    return f"{path}{leaf}" if original in ("original", "original1") else name
 
 
 def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> None:

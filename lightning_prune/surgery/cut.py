@@ -47,13 +47,19 @@ def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:
     own = named_tensors(model)
     stay: dict[tuple[str, int], np.ndarray] = {}
     for name, stays in keep.items():
+        left: dict[int, np.ndarray] = {}  # most slots of a group share the array of their units
         for slot in structure.groups[name].slots:
-            gone = (slot.units >= 0) & ~stays[slot.units]
             place = slot.tensor, slot.dim
-            stay[place] = stay.get(place, np.ones(len(slot.units), dtype=bool)) & ~gone
+            if id(slot.units) not in left:
+                left[id(slot.units)] = (slot.units < 0) | stays[slot.units]
+            mine = left[id(slot.units)]
+            stay[place] = stay[place] & mine if place in stay else mine
     kept: Kept = {}
+    indices: dict[int, Tensor] = {}
     for (tensor, dim), stays in stay.items():
-        kept.setdefault(tensor, {})[dim] = torch.from_numpy(np.flatnonzero(stays))
+        if id(stays) not in indices:
+            indices[id(stays)] = torch.from_numpy(np.flatnonzero(stays))
+        kept.setdefault(tensor, {})[dim] = indices[id(stays)]
     shapes = {
         name: tuple(len(dims[d]) if d in dims else size for d, size in enumerate(own[name].shape))
         for name, dims in kept.items()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.inputs import ExampleInputs, fewer_positions, run, tensors_in, undisturbed
-from lightning_prune.structure import Structure, named_tensors
+from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.groups import resolve
 from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger, Ran
 from lightning_prune.structure.links import left
 from lightning_prune.structure.tensors import exchange_
-from lightning_prune.structure.watch import recorded, watch
+from lightning_prune.structure.watch import exchanged, watch
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_
 from lightning_prune.surgery.cut import Cut, draft
+from lightning_prune.surgery.resize import narrowed
 
-__all__ = ["Disproof", "prove", "prove_structure"]
+__all__ = ["Disproof", "comparable", "prove", "prove_structure"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def prove(
 
     The slim model is traced, its tensors carrying the labels that are left: nothing may meet that had not met before.
     Its outputs must equal, to rounding, those of the full model with the cut units silenced: what sums over them is
-    zero, or, where nothing does, what makes them. Groups with a statistic running across their units are left whole for
-    that comparison: their numbers change, rightly.
+    zero, or, where nothing does, what makes them. Groups with a statistic running across their units are cut in both:
+    their numbers change, rightly.
 
     Args:
         model: The full model, not changed.
@@ -53,20 +54,24 @@ def prove(
         tensors: Makes the slim values of everything that the cut changes; asked when nothing else is held beside the
             model.
     """
-    mixed = {name for name in cut.keep if structure.groups[name].changes_statistics}
-    mixed |= {name for link in structure.links if mixed & set(link) for name in link}
-    plain = {name: stays for name, stays in cut.keep.items() if name not in mixed}
     try:
         ledger, found = _run_slim(model, example_inputs, structure, cut, tensors)
         failure = _same_structure(model, example_inputs, structure, cut, ledger)
-        if failure or not plain:
+        if failure or not comparable(structure, cut.keep):
             return failure
-        if len(plain) < len(cut.keep):
-            cut, found = draft(model, structure, plain), None
-            tensors = partial(cut.tensors, model)
         return _compare(model, example_inputs, structure, cut, tensors, found)
     except Exception as error:
         return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
+
+
+def comparable(structure: Structure, keep: Keep) -> Keep:
+    """Return the groups whose units can be silenced instead of cut, and nothing but what they hold changes.
+
+    The others have a statistic running across their units, or must go with one that has.
+    """
+    mixed = {name for name in keep if structure.groups[name].changes_statistics}
+    mixed |= {name for link in structure.links if mixed & set(link) for name in link}
+    return {name: stays for name, stays in keep.items() if name not in mixed}
 
 
 def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
@@ -91,29 +96,23 @@ def _compare(
     Images need not be large for that: where a model runs the same operators on smaller ones, and none of its feature
     maps has shrunk to one position that had more, the smaller ones tell as much.
     """
+    silenced = _silenced(model, structure, cut)
     if found is not None:
-        return _same_numbers(_outputs(model, example_inputs, _silenced(model, structure, cut), ()), found)
-    expected, inputs = _expected(model, example_inputs, structure, cut)
+        return _same_numbers(silenced(example_inputs), found)
+    expected, inputs = _expected(silenced, example_inputs, structure)
     with suppress(Exception):  # a failure counts on the example inputs
         return _same_numbers(expected, _outputs(model, inputs, tensors(), cut.attributes))
-    return _same_numbers(
-        _outputs(model, example_inputs, _silenced(model, structure, cut), ()),
-        _outputs(model, example_inputs, tensors(), cut.attributes),
-    )
+    return _same_numbers(silenced(example_inputs), _outputs(model, example_inputs, tensors(), cut.attributes))
 
 
 def _expected(
-    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut
+    silenced: _Silenced, example_inputs: ExampleInputs, structure: Structure
 ) -> tuple[list[Tensor], ExampleInputs]:
     """Run the silenced model on the smallest inputs that tell enough; return its outputs, and those inputs."""
-    silenced = _silenced(model, structure, cut)
     for fewer in fewer_positions(example_inputs):
-        ran: list[Ran] = []
-        with suppress(Exception):  # the model takes images of its own size alone
-            outputs = _outputs(model, fewer, silenced, (), ran)
-            if ran == structure.ledger.ran:
-                return outputs, fewer
-    return _outputs(model, example_inputs, silenced, ()), example_inputs
+        with suppress(Exception):  # other operators, or the model takes images of its own size alone
+            return silenced(fewer, structure.ledger.ran), fewer
+    return silenced(example_inputs), example_inputs
 
 
 def _same_structure(
@@ -228,18 +227,49 @@ def _new_meetings(structure: Structure, slim: Ledger) -> int:
     return int((stray | newly_pinned).sum())
 
 
-def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> dict[str, Tensor]:
-    own = named_tensors(model)
-    silenced: dict[str, Tensor] = {}
-    for name, stays in cut.keep.items():
+@dataclass(frozen=True, eq=False)
+class _Silenced:
+    """The model with what cannot be compared cut, and all else that is cut silenced."""
+
+    model: nn.Module
+    base: Cut
+    silent: dict[str, dict[int, Tensor]]
+    """For each tensor, dimension -> which indices are left as they are, ``(size,)`` bool."""
+
+    def __call__(self, example_inputs: ExampleInputs, expected: Sequence[Ran] | None = None) -> list[Tensor]:
+        """Run it and return its outputs, as long as the operators are those expected.
+
+        A silenced tensor is made when an operator takes it: never all of them lie beside the model's own.
+        """
+        own = named_tensors(self.model)
+        slim = {name: narrowed(own[name], kept) for name, kept in self.base.kept.items()}
+        silent = {name: slim.get(name, own[name]).detach() for name in self.silent}
+        late = {id(slim.get(name, own[name])): partial(self._made, name, value) for name, value in silent.items()}
+        with undisturbed(self.model):
+            set_attributes_(self.model, self.base.attributes)
+            exchange_(self.model, slim)
+            with exchanged(late, expected):
+                return list(tensors_in(run(self.model, example_inputs)))
+
+    def _made(self, name: str, value: Tensor) -> Tensor:
+        kept, factor = self.base.kept.get(name, {}), torch.ones((), dtype=value.dtype, device=value.device)
+        for dim, stays in self.silent[name].items():
+            ones = (stays[kept[dim]] if dim in kept else stays).to(value)
+            factor = factor * ones.view([-1 if other == dim else 1 for other in range(value.dim())])
+        return value * factor  # some ten times faster than index_fill
+
+
+def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> _Silenced:
+    plain = comparable(structure, cut.keep)
+    silent: dict[str, dict[int, Tensor]] = {}
+    for name, stays in plain.items():
         slots = structure.groups[name].slots
-        consumers = [slot for slot in slots if slot.role == "consumer"]
-        for slot in consumers or slots:
-            value = silenced.get(slot.tensor, own[slot.tensor]).detach()
-            left = torch.from_numpy((slot.units < 0) | stays[slot.units]).to(value)
-            # some ten times faster than index_fill
-            silenced[slot.tensor] = value * left.view([-1 if dim == slot.dim else 1 for dim in range(value.dim())])
-    return silenced
+        for slot in [slot for slot in slots if slot.role == "consumer"] or slots:
+            left = torch.from_numpy((slot.units < 0) | stays[slot.units])
+            dims = silent.setdefault(slot.tensor, {})
+            dims[slot.dim] = dims[slot.dim] & left if slot.dim in dims else left
+    rest = {name: stays for name, stays in cut.keep.items() if name not in plain}
+    return _Silenced(model, draft(model, structure, rest), silent)
 
 
 def _outputs(
@@ -247,11 +277,9 @@ def _outputs(
     example_inputs: ExampleInputs,
     tensors: dict[str, Tensor],
     attributes: Iterable[AttributeChange],
-    ran: list[Ran] | None = None,
 ) -> list[Tensor]:
-    """Run the model with other tensors and attributes, and write down which operators ran where that is asked."""
+    """Run the model with other tensors and attributes."""
     with undisturbed(model):
         set_attributes_(model, attributes)
         exchange_(model, tensors)
-        with nullcontext() if ran is None else recorded(ran):
-            return list(tensors_in(run(model, example_inputs)))
+        return list(tensors_in(run(model, example_inputs)))

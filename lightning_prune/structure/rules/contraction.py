@@ -118,8 +118,10 @@ def convolution(call: Call) -> Dims:
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     labels, made = call.labels(x), call.labels(weight)
     for dim in range(2, weight.dim()):
-        call.ledger.pin(made.at(dim), "kernel size")
-        call.ledger.pin(labels.at(dim), "positions of a convolution")
+        if dim in made.dims:
+            call.ledger.pin(made.at(dim), "kernel size")
+        if dim in labels.dims:
+            call.ledger.pin(labels.at(dim), "positions of a convolution")
     if groups == 1:
         _contract(call, x, 1, weight, in_dim)
         channels = _made(call, weight, out_dim)

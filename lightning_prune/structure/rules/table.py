@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
@@ -74,7 +74,7 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor among the arguments, in order."""
-        return [*tensors_among(self.args), *tensors_among(self.kwargs.values())]
+        return tensors_among((*self.args, *self.kwargs.values()) if self.kwargs else self.args)
 
     def sizes(self, tensor: Tensor, *dims: int) -> list[int | tuple[Label, ...]]:
         """Return, for each dimension (all of them by default), its labels or else its fixed size."""
@@ -128,13 +128,15 @@ def rule_for(func: Any) -> Rule | None:
     return RULES.get(func) or RULES.get(func.overloadpacket)
 
 
-def tensors_among(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a flat or nested sequence of arguments."""
+def tensors_among(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors in a flat or nested sequence of arguments."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from tensors_among(value)
+            found += tensors_among(value)
+    return found
 
 
 @cache
