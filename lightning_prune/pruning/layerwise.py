@@ -108,8 +108,8 @@ class Surgery:
         return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping, gram.hessian)))
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Part the layers so that the Hessians of each part, damped and not, fit into memory together."""
-        return fitting({name: 2 * self.products.bytes(name, self.calibration.dtype) for name in names}, _MEMORY)
+        """Part the layers so that the Hessians of each part, plain, damped and factored, fit into memory together."""
+        return fitting({name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, _MEMORY)
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,8 +79,8 @@ def keep_along(paths: Paths, count: int) -> Tensor:
 
 def rises_along(paths: Paths, counts: Sequence[int]) -> list[float]:
     """Return the error of all rows together once so many weights have left as :func:`keep_along` chooses them."""
-    sums = paths.rises.T.reshape(-1)[_cheapest_next(paths)].cumsum(dim=0).tolist()
-    return [sums[count - 1] if count else 0.0 for count in counts]
+    sums = paths.rises.T.reshape(-1)[_cheapest_next(paths)].cumsum(dim=0)
+    return [float(sums[count - 1]) if count else 0.0 for count in counts]
 
 
 def _cheapest_next(paths: Paths) -> Tensor:
