@@ -17,7 +17,7 @@ from lightning_prune.flops import count_flops
 from lightning_prune.inputs import run, tensors_in
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.structure.groups import connected
+from lightning_prune.structure.choices import connected
 from lightning_prune.structure.rules.table import RULES
 from tests.architectures import INPUTS, NORMS, architectures, build
 from tests.models import IMAGE, NETS, ROWS, ChannelShuffle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -12,10 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune.structure.labels import INERT, PINNED, Atoms, Ledger, SlotRange
+from lightning_prune.structure.choices import Taken, Way, resolve, take
+from lightning_prune.structure.labels import PINNED, Atoms, Ledger, SlotRange
 from lightning_prune.structure.links import find_links, left
 
-__all__ = ["ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "connected", "find_structure"]
+__all__ = ["ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "find_structure"]
 
 Keep = Mapping[str, NDArray[np.bool_]]
 """Group name -> for each of its units whether it stays, ``(width,)``."""
@@ -86,7 +87,7 @@ class Structure:
     groups: dict[str, ChannelGroup]
     pinned: list[Pinned]
     ledger: Ledger
-    taken: dict[Hashable, Hashable]
+    taken: Taken
     component: Atoms
     units: dict[str, Atoms] = field(default_factory=dict)
     """Group name -> component of each of its units, ``(width,)``."""
@@ -152,8 +153,42 @@ class Structure:
 
 
 def find_structure(ledger: Ledger) -> Structure:
-    """Turn what met during a trace into channel groups."""
-    taken = _take(ledger)
+    """Turn what met during a trace into channel groups.
+
+    Where channels can leave in several ways, and those of the one taken cannot for what the code asks, the others are
+    tried; what frees the most channels counts.
+    """
+    whole, stuck = _structured(ledger, take(ledger))
+    best, last = whole.without_each(stuck), _ways(whole, stuck)
+    while last:
+        whole, stuck = _structured(ledger, take(ledger, last))
+        best = max(best, whole.without_each(stuck), key=_count_free)
+        again = {choice for choice, _ in _ways(whole, stuck)}
+        fewer = {way for way in last if way[0] not in again}  # those whose other ways do not help, either, go back
+        last = fewer if len(fewer) < len(last) else set()
+    return best
+
+
+def _ways(structure: Structure, names: Iterable[str]) -> set[Way]:
+    """Return the ways taken on which groups hang."""
+    hang = np.zeros(structure.ledger.size, dtype=bool)
+    for name in names:
+        hang[structure.units[name]] = True
+    alternatives = {choice: found.alternatives for choice, found in structure.ledger.choices.items()}
+    return {
+        (choice, way)
+        for choice, way in structure.taken.items()
+        if any(hang[structure.component[atoms]].any() for atoms, _ in alternatives[choice][way])
+    }
+
+
+def _count_free(structure: Structure) -> int:
+    """Count the indices of parameters and buffers that can leave."""
+    return sum(int((slot.units >= 0).sum()) for group in structure.groups.values() for slot in group.slots)
+
+
+def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]]:
+    """Find the channel groups, and those that numbers in the code fix, each with the reason."""
     component = resolve(ledger, taken)
     pinned = component == component[PINNED]
     atoms, slot_of = _real_atoms(ledger.slots)
@@ -191,102 +226,7 @@ def find_structure(ledger: Ledger) -> Structure:
         members[group.name] = found
     links, stuck = find_links(ledger, component, members)
     pinned_ = _pinned(ledger, component, roles["producer"], set(alone))
-    return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)).without_each(stuck)
-
-
-def resolve(ledger: Ledger, taken: Mapping[Hashable, Hashable]) -> Atoms:
-    """Find the connected component of every atom, given the alternative taken of each choice."""
-    active = np.ones(ledger.size, dtype=bool)
-    active[INERT] = False
-    stands_for = []
-    for key, choice in ledger.choices.items():
-        way = taken.get(key, next(iter(choice.alternatives)))
-        for name, blocks in choice.alternatives.items():
-            for atoms, columns in blocks:
-                if name == way:
-                    active[atoms] = active[columns].any(axis=0)
-                    stands_for.append((np.broadcast_to(atoms, columns.shape).ravel(), columns.ravel()))
-                else:
-                    active[atoms] = False
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
-    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins], active)
-
-
-def connected(size: int, pairs: Iterable[tuple[Atoms, Atoms]], active: NDArray[np.bool_]) -> Atoms:
-    """Find connected components; pairs with an inactive end do not count.
-
-    Returns:
-        For each atom the smallest atom of its component, ``(size,)``.
-    """
-    pairs = list(pairs)
-    root = np.arange(size, dtype=np.int64)
-    if not pairs:
-        return root
-    a = np.concatenate([pair[0] for pair in pairs])
-    b = np.concatenate([pair[1] for pair in pairs])
-    both = active[a] & active[b] & (a != b)
-    a, b = a[both], b[both]
-    while len(a):
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        np.minimum.at(root, high, low)  # hook the larger root onto the smaller
-        while not np.array_equal(flat := root[root], root):
-            root = flat
-        apart = root[a] != root[b]
-        a, b = a[apart], b[apart]
-    return root
-
-
-def _take(ledger: Ledger) -> dict[Hashable, Hashable]:
-    """Take one alternative of every choice, those that met together.
-
-    Whole ones of what a product runs over in batches (heads) come before a share of each; then comes what has the most
-    channels that nothing downstream pins.
-    """
-    ways = [(key, way) for key, choice in ledger.choices.items() for way in choice.alternatives]
-    if not ways:
-        return {}
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
-    active = np.ones(ledger.size, dtype=bool)
-    active[INERT] = False
-    root = connected(ledger.size, [*ledger.pairs, *pins], active)
-    whole = np.zeros(ledger.size, dtype=bool)
-    for atoms in ledger.whole:
-        whole[atoms] = True
-    blocks = [ledger.choices[key].alternatives[way][0][0] for key, way in ways]
-    together: dict[int, list[int]] = defaultdict(list)
-    for which, first in enumerate(_together(ledger, ways)):
-        together[int(first)].append(which)
-
-    def rank(members: list[int]) -> tuple[bool, bool, int, int]:
-        free = min(int((root[blocks[which]] != root[PINNED]).sum()) for which in members)
-        preferred = any(bool(whole[blocks[which]].any()) for which in members)
-        return free > 0, preferred, free, max(len(blocks[which]) for which in members)
-
-    taken: dict[Hashable, Hashable] = {}
-    for members in sorted(together.values(), key=rank, reverse=True):
-        keys = {ways[which][0] for which in members}
-        if len(keys) == len(members) and not any(key in taken for key in keys):
-            taken.update(ways[which] for which in members)
-    for members in sorted(together.values(), key=rank, reverse=True):  # what met cannot be had together
-        for which in members:
-            taken.setdefault(*ways[which])
-    return taken
-
-
-def _together(ledger: Ledger, ways: Sequence[tuple[Hashable, Hashable]]) -> Atoms:
-    """Find which alternatives of different choices met: one cannot be taken without the other.
-
-    Returns:
-        For each alternative the first of those it belongs to, ``(len(ways),)``.
-    """
-    owned = [
-        (np.full(len(atoms), which), len(ways) + atoms)
-        for which, (key, way) in enumerate(ways)
-        for atoms, _ in ledger.choices[key].alternatives[way]
-    ]
-    met = [(len(ways) + a, len(ways) + b) for a, b in ledger.together]
-    size = len(ways) + ledger.size
-    return connected(size, [*owned, *met], np.ones(size, dtype=bool))[: len(ways)]
+    return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)), stuck
 
 
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.inputs import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "numbers_in", "remember_"]
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "numbers_in", "origins", "remember_"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,15 @@ def numbers_in(values: Any) -> Iterator[int]:
             yield -1
         elif isinstance(value, slice):
             yield from numbers_in((value.start, value.stop, value.step))
+
+
+def origins(number: int) -> list[Held | Size]:
+    """Return what arithmetic made a number of: none for a plain one."""
+    if not isinstance(number, Number):
+        return []
+    if isinstance(number.origin, Derived):
+        return origins(number.origin.left) + origins(number.origin.right)
+    return [number.origin]
 
 
 def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -125,11 +125,11 @@ def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
 
 def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int]) -> bool:
     """Let the sizes of pieces follow them; return whether all do, so that each piece may shrink on its own."""
-    asked = [number for _, number in aligned(call.asked, sizes)]
-    if len(asked) == 1 and len(sizes) > 1:  # one size for all
-        asked = asked * len(sizes)
-        alone = False
+    if len(set(sizes)) == 1 and isinstance(call.args[1], int):  # one size for all
+        held: list[int] = [number for number in call.asked if isinstance(number, Number) and number == sizes[0]]
+        asked, alone = held[:1] * len(sizes), False
     else:
+        asked = [number for _, number in aligned(call.asked, sizes)]
         alone = len(asked) == len(sizes) and all(isinstance(number, Number) for number in asked)
     for piece, number in zip(pieces, asked, strict=False):
         follow_number(call, piece, number)

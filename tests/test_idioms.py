@@ -1,0 +1,71 @@
+"""Ways in which libraries of models write sizes and positions into their code: each is cut, and what it names follows."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune.errors import PruningError
+from lightning_prune.pruning.filters import prune_filters
+from tests.models import SEQUENCE
+from tests.silencing import assert_equal_to_rounding, silenced
+
+
+class PartedHeads(nn.Module):
+    """Shares its width among five heads, two of which go through one layer and three through another."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.parts = 5, [6, 9]
+        self.enter, self.value, self.proj, self.out = (
+            nn.Linear(*size) for size in ((6, 15), (15, 15), (15, 15), (15, 2))
+        )
+        self.first, self.second = nn.Conv1d(6, 6, 3, padding=1, groups=6), nn.Conv1d(9, 9, 3, padding=1, groups=9)
+
+    def forward(self, x):
+        x = self.enter(x)
+        batch, tokens, width = x.shape
+        heads = self.value(x).reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
+        mixed = heads @ (heads.transpose(-1, -2) @ heads)  # by head
+        first, second = mixed.transpose(-1, -2).reshape(batch, -1, tokens).split(self.parts, 1)
+        mixed = torch.cat([self.first(first), self.second(second)], 1).transpose(1, 2)
+        return self.out(x + self.proj(mixed.reshape(batch, tokens, width)))
+
+
+def test_where_no_whole_head_can_leave_each_head_shrinks():
+    """Parts of two and of three heads share no fraction, so every head, and the stream, loses a third of its width."""
+    model = PartedHeads().double()
+    report = prune_filters(model, SEQUENCE, 1 / 3)
+    assert (model.enter.out_features, model.value.out_features, model.heads) == (10, 10, 5)
+    assert (model.parts, model.first.groups, model.second.groups) == ([4, 6], 4, 6)
+    assert model(SEQUENCE).shape == (2, 5, 2) and {pin.tensor for pin in report.pinned} == {"out.weight"}
+
+
+class MixedTokens(nn.Module):
+    """Mixes tokens by a convolution whose positions are channels."""
+
+    def __init__(self, kernel, **settings):
+        super().__init__()
+        self.enter, self.mix, self.out = nn.Linear(6, 9), nn.Conv1d(5, 4, kernel, **settings), nn.Linear(9, 2)
+
+    def forward(self, x):
+        return self.out(self.mix(self.enter(x)).relu())
+
+
+def test_positions_that_a_kernel_takes_one_by_one_can_leave():
+    """A convolution with a kernel of one lets the positions that it runs over go, and is as it was without them."""
+    model = MixedTokens(1).double()
+    full = copy.deepcopy(model)
+    report = prune_filters(model, SEQUENCE, 0.4)
+    assert_equal_to_rounding(model(SEQUENCE), silenced(full, report.kept)(SEQUENCE))
+    assert (model.enter.out_features, model.mix.weight.shape) == (5, (4, 5, 1))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kernel": 3, "padding": 1}, {"kernel": 1, "stride": 2, "padding": 4}], ids=["wide", "strided"]
+)
+def test_positions_that_stand_beside_each_other_stay(settings):
+    """Where a kernel or stride makes one position depend on its neighbours, or skips some, all stay."""
+    with pytest.raises(PruningError, match="enter.weight: positions of a convolution"):
+        prune_filters(MixedTokens(**settings).double(), SEQUENCE, 0.4)
