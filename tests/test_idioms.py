@@ -1,14 +1,15 @@
-"""Ways in which libraries of models write sizes and positions into their code: each is cut, and what it names follows."""
+"""Ways in which libraries of models write sizes and positions into their code: what is named there follows a cut."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
-from tests.models import SEQUENCE
+from tests.models import IMAGE, SEQUENCE
 from tests.silencing import assert_equal_to_rounding, silenced
 
 
@@ -69,3 +70,49 @@ def test_positions_that_stand_beside_each_other_stay(settings):
     """Where a kernel or stride makes one position depend on its neighbours, or skips some, all stay."""
     with pytest.raises(PruningError, match="enter.weight: positions of a convolution"):
         prune_filters(MixedTokens(**settings).double(), SEQUENCE, 0.4)
+
+
+class Standardised(nn.Conv2d):
+    """Standardises its weight over all that each filter reads, by a normalisation meant for batches."""
+
+    def __init__(self, channels, filters):
+        super().__init__(channels, filters, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(filters, 1, 1, 1))
+
+    def forward(self, x):
+        rows, gain = self.weight.reshape(1, self.out_channels, -1), self.gain.view(-1)
+        return self._conv_forward(
+            x, F.batch_norm(rows, None, None, gain, training=True).view_as(self.weight), self.bias
+        )
+
+
+def test_standardised_weights_lose_filters_and_channels():
+    """Where weights are standardised, filters leave, and what the next layer standardises over becomes less."""
+    model = nn.Sequential(Standardised(3, 8), nn.ReLU(), Standardised(8, 6), nn.ReLU(), nn.Conv2d(6, 2, 1)).double()
+    prune_filters(model, IMAGE, 0.5)
+    assert (model[0].weight.shape, model[2].weight.shape, model[2].gain.shape[0]) == ((4, 3, 3, 3), (3, 4, 3, 3), 3)
+    assert model(IMAGE).shape == (2, 2, 8, 8)
+
+
+class ScaledHeads(nn.Module):
+    """Attention whose queries are scaled within each head by what another layer makes of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.width = 4, 6
+        self.enter, self.gain, self.out = nn.Linear(6, 24), nn.Linear(6, 6), nn.Linear(24, 2)
+
+    def forward(self, x):
+        heads = self.enter(x).reshape(*x.shape[:2], self.heads, self.width)
+        scaled = (heads * self.gain(x).unsqueeze(2)).transpose(1, 2)
+        heads = heads.transpose(1, 2)
+        mixed = (scaled @ heads.transpose(-1, -2)).softmax(-1) @ heads
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_what_stands_beside_the_width_of_whole_heads_stays():
+    """Where whole heads leave, what scales within each of them stays, and is told to before any cut is tried."""
+    model = ScaledHeads().double()
+    report = prune_filters(model, SEQUENCE, 0.5)
+    assert (model.heads, model.width, model.enter.out_features, model.gain.out_features) == (2, 6, 12, 6)
+    assert any(pin.tensor == "gain.weight" and pin.reason.startswith("tied to") for pin in report.pinned)

@@ -43,17 +43,17 @@ def test_numbers_that_are_taken_away_or_divided_by_are_worked_back(operation):
 
 
 class Halves(nn.Module):
-    """Keeps a width, and splits at half of it; or keeps heads, and asks for them together with the batch."""
+    """Keeps a width and a number of parts, and splits into these; or keeps heads, and asks for them with the batch."""
 
     def __init__(self, way):
         super().__init__()
-        self.width, self.heads, self.way = 8, 4, way
+        self.width, self.parts, self.heads, self.way = 8, 2, 4, way
         self.enter, self.out = nn.Linear(6, 8), nn.Linear(4 if way == "split" else 8, 2)
 
     def forward(self, x):
         x = self.enter(x)
         if self.way == "split":
-            first, second = x.split(self.width // 2, -1)
+            first, second = x.split(self.width // self.parts, -1)
             return self.out(first * second.sigmoid())
         x = x.transpose(1, 2).reshape(len(x) * self.heads, -1, x.shape[1]).cumsum(-1)
         return self.out(x.reshape(len(x) // self.heads, -1, x.shape[-1]).transpose(1, 2))
@@ -61,7 +61,7 @@ class Halves(nn.Module):
 
 @pytest.mark.parametrize(("way", "width", "heads"), [("split", 4, 4), ("batch", 8, 2)])
 def test_a_number_follows_what_code_makes_of_it(way, width, heads):
-    """Half of a width that a module keeps, or its heads times the batch: what is kept becomes what makes them right."""
+    """Of a share of the width, or heads times the batch, whatever is left tells what the module must keep."""
     model = Halves(way).double()
     report = prune_filters(model, SEQUENCE, 0.5)
     assert (model.enter.out_features, model.width, model.heads) == (4, width, heads)

@@ -18,8 +18,11 @@ Way = tuple[Hashable, Hashable]
 """A choice, and one of its ways."""
 
 
-def resolve(ledger: Ledger, taken: Taken) -> Atoms:
-    """Find the connected component of every atom, given the alternative taken of each choice."""
+def resolve(ledger: Ledger, taken: Taken, pinned: bool = True) -> Atoms:
+    """Find the connected component of every atom, given the alternative taken of each choice.
+
+    All that is pinned is one component; unless ``pinned``, pins do not count.
+    """
     active = np.ones(ledger.size, dtype=bool)
     active[INERT] = False
     stands_for = []
@@ -32,8 +35,19 @@ def resolve(ledger: Ledger, taken: Taken) -> Atoms:
                     stands_for.append((np.broadcast_to(atoms, columns.shape).ravel(), columns.ravel()))
                 else:
                     active[atoms] = False
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
-    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins], active)
+    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins if pinned]
+    stays = _beside_ways_not_taken(ledger, active)
+    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins, (stays, np.full(len(stays), PINNED))], active)
+
+
+def _beside_ways_not_taken(ledger: Ledger, active: NDArray[np.bool_]) -> Atoms:
+    """Find what alone met channels that could leave in a way that is not taken: those stay, and so must it."""
+    if not ledger.choices or not ledger.together:
+        return np.empty(0, dtype=np.int64)
+    a, b = (np.concatenate(side) for side in zip(*ledger.together, strict=True))
+    gone = ~active
+    gone[INERT] = False
+    return np.concatenate([b[gone[a] & active[b]], a[gone[b] & active[a]]])
 
 
 def connected(size: int, pairs: Iterable[tuple[Atoms, Atoms]], active: NDArray[np.bool_]) -> Atoms:

@@ -225,7 +225,7 @@ def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]
         groups[group.name] = group
         members[group.name] = found
     links, stuck = find_links(ledger, component, members)
-    pinned_ = _pinned(ledger, component, roles["producer"], set(alone))
+    pinned_ = _pinned(ledger, taken, component, roles["producer"], set(alone))
     return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)), stuck
 
 
@@ -290,14 +290,12 @@ def _owner(tensor: str) -> str:
     return module if leaf in ("weight", "bias") and module else tensor
 
 
-def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: set[int]) -> list[Pinned]:
+def _pinned(ledger: Ledger, taken: Taken, component: Atoms, made: NDArray[np.bool_], alone: set[int]) -> list[Pinned]:
     """Say of every dimension that makes channels which of them stay, and why."""
-    told = np.full(ledger.size, -1)  # the first pin of each atom
-    for which in reversed(range(len(ledger.pins))):
-        told[ledger.pins[which][0]] = which
+    reason = _Reasons(ledger, taken)
     return (
         [
-            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, told, slot, stays))
+            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), reason(np.flatnonzero(stays) + slot.start))
             for slot in ledger.slots
             if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
         ]
@@ -314,7 +312,30 @@ def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: se
     )
 
 
-def _reason(ledger: Ledger, told: Atoms, slot: SlotRange, stays: NDArray[np.bool_]) -> str:
-    own = told[slot.start : slot.start + slot.size][stays]
-    first = own[own >= 0][:1]
-    return ledger.pins[first[0]][1] if len(first) else "tied to channels that stay"
+class _Reasons:
+    """Tells why atoms are pinned: the first pin on them, or else on what they are tied to."""
+
+    def __init__(self, ledger: Ledger, taken: Taken) -> None:
+        self.ledger, self.taken = ledger, taken
+        self.own = self._first_of(np.arange(ledger.size))
+
+    def __call__(self, atoms: Atoms) -> str:
+        own = self.own[atoms]
+        if (own >= 0).any():
+            return self.ledger.pins[own[own >= 0][0]][1]
+        component, told = self.tied
+        tied = told[component[atoms]]
+        because = f": {self.ledger.pins[tied[tied >= 0][0]][1]}" if (tied >= 0).any() else ""
+        return f"tied to channels that stay{because}"
+
+    @cached_property
+    def tied(self) -> tuple[Atoms, Atoms]:
+        """Return what each atom is tied to without pins, and the first pin on each such component."""
+        component = resolve(self.ledger, self.taken, pinned=False)
+        return component, self._first_of(component)
+
+    def _first_of(self, component: Atoms) -> Atoms:
+        told = np.full(self.ledger.size, -1)
+        for which in reversed(range(len(self.ledger.pins))):
+            told[component[self.ledger.pins[which][0]]] = which
+        return told

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
-from lightning_prune.structure.numbers import Held, Size, origins
+from lightning_prune.structure.numbers import Held, Size, leaves
 from lightning_prune.structure.unknowns import Place, place_of, worked_back
 
 __all__ = ["Alive", "Counts", "find_links", "left"]
@@ -140,7 +140,7 @@ def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDAr
             if hung := groups((*same[0].labels, *other.labels)):
                 ties.append(_Tie(_equal(same[0], other), hung, other.where))
     for equation in ledger.equations:
-        counted_in = [label for origin in origins(equation.number) for label in _counted(origin, first)]
+        counted_in = [label for origin, _ in leaves(equation.number) for label in _counted(origin, first)]
         if hung := groups((*equation.labels, *counted_in)):
             ties.append(_Tie(_holds(equation, first), hung, equation.where))
     return ties

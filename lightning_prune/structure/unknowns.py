@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from lightning_prune.structure.labels import Attribute, Equation, Ledger
-from lightning_prune.structure.numbers import Derived, Held, Number, Size, origins
+from lightning_prune.structure.numbers import Derived, Held, Number, Size, leaves
 
 __all__ = ["Count", "Place", "add_unknowns_", "place_of", "worked_back"]
 
@@ -36,19 +36,20 @@ def place_of(held: Held | Attribute) -> Place:
 def add_unknowns_(ledger: Ledger) -> None:
     """Let numbers follow that no operator was asked for as they are, but one was for what code made of them.
 
-    Where a module holds 64 and its code splits at ``64 // 2``, whatever is left of the half tells what it must hold. An
-    equation with several such numbers tells nothing until others tell of all of these but one.
+    Where a module holds 64 and its code splits at ``64 // 2``, whatever is left of the half tells what it must hold.
+    Where an equation has several such numbers, and others do not tell of all but one of these, the largest follows, a
+    width rather than a number of parts, and the others stay.
     """
     known = {place_of(attribute) for attribute in ledger.attributes}
-    waiting = list(ledger.equations)
-    while found := [(equation, unknown) for equation in waiting if (unknown := _unknown(equation, known)) is not None]:
-        for equation, held in found:
-            waiting.remove(equation)
-            if place_of(held) not in known:
-                known.add(place_of(held))
-                ledger.attributes.append(
-                    Attribute(held.module, held.name, equation.labels, held.index, equation.where, equation.number)
-                )
+    waiting = [(equation, unknown) for equation in ledger.equations if (unknown := _unknown(equation, known))]
+    while waiting:
+        equation, unknown = min(waiting, key=lambda entry: len(entry[1]))
+        held = max(unknown, key=unknown.__getitem__)
+        known.update(map(place_of, unknown))
+        ledger.attributes.append(
+            Attribute(held.module, held.name, equation.labels, held.index, equation.where, equation.number)
+        )
+        waiting = [(equation, left) for equation, _ in waiting if (left := _unknown(equation, known))]
 
 
 def worked_back(number: Number, place: Place, result: int, count: Count) -> int:
@@ -71,12 +72,11 @@ def worked_back(number: Number, place: Place, result: int, count: Count) -> int:
         return int(inner)
 
 
-def _unknown(equation: Equation, known: Iterable[Place]) -> Held | None:
-    """Return the one number of an equation that nothing else tells of."""
-    held = [origin for origin in origins(equation.number) if isinstance(origin, Held)]
-    open_ = [origin for origin in held if place_of(origin) not in known]
-    return open_[0] if len(open_) == 1 else None
+def _unknown(equation: Equation, known: Container[Place]) -> dict[Held, int]:
+    """Return the numbers of an equation that nothing else tells of, and what they are."""
+    held = {origin: value for origin, value in leaves(equation.number) if isinstance(origin, Held)}
+    return {origin: value for origin, value in held.items() if place_of(origin) not in known}
 
 
 def _places(number: int) -> set[Place]:
-    return {place_of(origin) for origin in origins(number) if isinstance(origin, Held)}
+    return {place_of(origin) for origin, _ in leaves(number) if isinstance(origin, Held)}
