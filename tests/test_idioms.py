@@ -116,3 +116,23 @@ def test_what_stands_beside_the_width_of_whole_heads_stays():
     report = prune_filters(model, SEQUENCE, 0.5)
     assert (model.heads, model.width, model.enter.out_features, model.gain.out_features) == (2, 6, 12, 6)
     assert any(pin.tensor == "gain.weight" and pin.reason.startswith("tied to") for pin in report.pinned)
+
+
+class Context(nn.Module):
+    """Takes one channel apart as a score, and the others as two equal halves whose width it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.enter, self.out = nn.Linear(6, 17), nn.Linear(8, 2)
+
+    def forward(self, x):
+        score, key, value = self.enter(x).split([1, self.width, self.width], -1)
+        return self.out((score.softmax(1) * key).sum(1, keepdim=True) * value.relu())
+
+
+def test_a_piece_of_fixed_size_stays_beside_others_that_follow():
+    """Where code takes a piece of so many channels and others of a width that it keeps, the others alone shrink."""
+    model = Context().double()
+    prune_filters(model, SEQUENCE, 0.5)
+    assert (model.width, model.enter.out_features, model.out.in_features) == (4, 9, 4)
