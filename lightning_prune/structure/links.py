@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
 from lightning_prune.structure.numbers import Held, Number, Size
 
-__all__ = ["Alive", "find_links", "left"]
+__all__ = ["Alive", "Without", "find_links", "left"]
 
 Place = tuple[str, str, int | None]
 
@@ -35,7 +35,7 @@ def left(labels: Sequence[Label], alive: Alive) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Without:
+class Without:
     """Tells which atoms are left when some units have gone; an array of all atoms for each group would cost more."""
 
     component: NDArray[np.int64]
@@ -76,14 +76,14 @@ def find_links(
     for which, tie in enumerate(ties):
         for name in tie.groups:
             tied[name].append(which)
-    alone = {name: _Without(component, units[name][:1]) for name in tied}
+    alone = {name: Without(component, units[name][:1]) for name in tied}
     broken = {which for which, tie in enumerate(ties) if not all(tie.agree(alone[name]) for name in tie.groups)}
     order = {name: place for place, name in enumerate(units)}
     links, stuck = [], {}
     for names in _classes(ties[which] for which in sorted(broken)):
         steps = math.gcd(*(len(units[name]) for name in names))
         gone = np.concatenate([units[name][: len(units[name]) // steps] for name in names])
-        together = _Without(component, gone)
+        together = Without(component, gone)
         own = sorted({which for name in names for which in tied[name]})
         failed = [which for which in own if not ties[which].agree(together)]
         if steps > 1 and len(names) > 1 and not failed:
