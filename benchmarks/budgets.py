@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.structure import build
 from lightning_prune import prune_filters
-from lightning_prune.budget import measure
+from lightning_prune.footprint import measure
 from lightning_prune.structure import find_structure, trace
 
 RESULTS = Path(__file__).with_suffix(".json")

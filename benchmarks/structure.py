@@ -33,8 +33,9 @@ from torch import Tensor, nn
 with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning imports it
     importlib.import_module("torchvision_cpu")
 
-from lightning_prune.budget import Budget, Dense, Footprint, measure, plan
+from lightning_prune.budget import Budget, Dense, plan
 from lightning_prune.flops import count_flops
+from lightning_prune.footprint import Footprint, measure
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft, prove

@@ -11,14 +11,15 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.errors import PruningError
+from lightning_prune.footprint import Footprint
 from lightning_prune.limits import Least, Room, least_widths, rooms_told
 from lightning_prune.selection import keep_highest
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["Budget", "Dense", "Footprint", "Scope", "Scores", "Target", "measure", "per_saving", "plan", "what_can_go"]
+__all__ = ["Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
 
 Target = Literal["filters", "params", "flops", "latency"]
 Scope = Literal["layer", "global"]
@@ -53,14 +54,6 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """What a model costs: its parameters, and the multiply-adds of one forward pass on the example inputs."""
-
-    params: int
-    flops: int
-
-
-@dataclass(frozen=True)
 class Dense:
     """What was there at the start, of which amounts are fractions.
 
@@ -76,19 +69,6 @@ class Dense:
         """Return the same without some groups, which turned out to stay."""
         gone = set(names)
         return Dense({name: width for name, width in self.widths.items() if name not in gone}, self.footprint)
-
-
-def measure(model: nn.Module, structure: Structure, keep: Keep, uncounted: int = 0) -> Footprint:
-    """Predict what the model costs once the units with ``keep == False`` have gone.
-
-    ``uncounted`` are multiply-adds that the structure does not know of.
-    """
-    alive = structure.alive(keep)
-    sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for slot in structure.ledger.slots:
-        if slot.tensor in sizes:
-            sizes[slot.tensor][slot.dim] = int(alive[slot.start : slot.start + slot.size].sum())
-    return Footprint(sum(map(math.prod, sizes.values())), structure.flops(keep) + uncounted)
 
 
 def plan(
@@ -156,17 +136,16 @@ def plan(
     return choose(count if at_most is None else min(count, _left_to_take(structure, dense, at_most)))
 
 
-def per_saving(structure: Structure, scores: Scores, target: Target, footprint: Callable[[Keep], Footprint]) -> Scores:
+def per_saving(scores: Scores, saved: Mapping[str, Footprint], target: Target) -> Scores:
     """Divide scores by what one unit of their group saves of the target.
 
     Where scores are losses that add up, units that leave in the order of loss per saving are the greedy answer to what
     a budget asks: so much saved, at the least loss. Latency is not known unit by unit; multiply-adds stand for it.
 
     Args:
-        structure: The channel groups of the model as it stands.
         scores: One score per unit of every group, 0 or more.
+        saved: Group name -> what goes with one of its units.
         target: What is to be saved; filters save one each, so their scores stay as they are.
-        footprint: Tells what the model costs under a choice.
 
     Returns:
         Group name -> one score per unit, ``(width,)``. Units that save nothing leave last.
@@ -178,11 +157,11 @@ def per_saving(structure: Structure, scores: Scores, target: Target, footprint: 
     if target == "filters":
         return scores
     what = "params" if target == "params" else "flops"
-    whole, prices = getattr(footprint({}), what), {}
-    for name, group in structure.groups.items():
-        saved = whole - getattr(footprint({name: np.arange(group.width) > 0}), what)
-        prices[name] = scores[name] / saved if saved > 0 else torch.full_like(scores[name], math.inf)
-    return prices
+    prices = {name: getattr(one, what) for name, one in saved.items()}
+    return {
+        name: scores[name] / price if price > 0 else torch.full_like(scores[name], math.inf)
+        for name, price in prices.items()
+    }
 
 
 def what_can_go(

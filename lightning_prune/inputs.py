@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -186,15 +186,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     refuse_shapeless(model)
     modules = [module for _, module in modules_of(model)]
     training = [module.training for module in modules]
-    tensors = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
     own = {id(buffer): buffer for module in modules for buffer in module._buffers.values() if buffer is not None}
-    attributes = [dict(vars(module)) for module in modules]
+    attributes = [vars(module).copy() for module in modules]
     # Among the containers are each module's parameters, buffers, submodules and hooks; most are hooks that it lacks.
     containers = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
     contents = [container.copy() if container else None for container in containers]
-    compiled = [(module, written) for module in modules if (written := _uncompiled(module))]
+    compiled = _uncompiled(modules)
     buffers = [(buffer, buffer.detach().clone()) for buffer in own.values() if not buffer.is_meta]
-    devices = {tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}
+    devices = {
+        tensor.device.index or 0
+        for module in modules
+        for tensor in module._parameters.values()
+        if tensor is not None and tensor.is_cuda
+    }
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         try:
             for module in modules:
@@ -220,17 +224,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _uncompiled(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that torch.compile has changed, with the values they had before."""
-    found = vars(module)
-    written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in found else {}
-    own: dict[str, Any] = {name: value for name, value in found.items() if type(value) in _FUNCTIONS}
-    forward = getattr(type(module), "forward", None)
-    if forward is not None and "forward" not in own and hasattr(forward, "_torchdynamo_orig_callable"):
-        own["forward"] = MethodType(forward, module)
-    for name, value in own.items():
-        function = getattr(value, "_torchdynamo_orig_callable", None)
-        if function is not None:
-            bound = inspect.ismethod(value) and not inspect.ismethod(function)  # compiled in the class
-            written[name] = MethodType(function, module) if bound else function
-    return written
+def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Return the attributes of modules that torch.compile has changed, with the values they had before."""
+    found: list[tuple[nn.Module, dict[str, Any]]] = []
+    classes: dict[type, Any] = {}  # whose ``forward`` was compiled
+    for module in modules:
+        kind, own = type(module), vars(module)
+        if kind not in classes:
+            forward = getattr(kind, "forward", None)
+            classes[kind] = forward if hasattr(forward, "_torchdynamo_orig_callable") else None
+        functions = {name: value for name, value in own.items() if type(value) in _FUNCTIONS}
+        if classes[kind] is not None and "forward" not in functions:
+            functions["forward"] = MethodType(classes[kind], module)
+        written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in own else {}
+        for name, value in functions.items():
+            function = getattr(value, "_torchdynamo_orig_callable", None)
+            if function is not None:
+                bound = inspect.ismethod(value) and not inspect.ismethod(function)  # compiled in the class
+                written[name] = MethodType(function, module) if bound else function
+        if written:
+            found.append((module, written))
+    return found

@@ -24,7 +24,7 @@ from lightning_prune.statistics.units import (
     watch_contributions,
     watch_moments,
 )
-from lightning_prune.structure import Structure, named_tensors
+from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
 __all__ = ["CRITERIA", "Criterion", "adds_up", "by_l2", "by_mean", "score_units"]
 
@@ -121,17 +121,9 @@ def _of_weights(
     """Score units by the filters that make them, summed over the layers of the group."""
     own = named_tensors(model)
     scores: Scores = {}
-    for name, group in structure.groups.items():
+    for group in structure.groups.values():
         for slot in [slot for slot in group.slots if slot.role == "producer"] or group.slots:
-            _add(
-                scores,
-                group.width,
-                name,
-                slot.units,
-                score,
-                own[slot.tensor].detach().transpose(0, slot.dim),
-                slot.tensor,
-            )
+            _add(scores, group, slot, score, own[slot.tensor].detach().transpose(0, slot.dim))
     return scores
 
 
@@ -148,7 +140,7 @@ def _of_norms(model: nn.Module, structure: Structure, batches: Iterable[Any], lo
     for name, group in structure.groups.items():
         for slot in group.slots:
             if slot.tensor in norms and own[slot.tensor].dim() == 1:
-                _add(scores, group.width, name, slot.units, criteria.batch_norm_scale, own[slot.tensor], slot.tensor)
+                _add(scores, group, slot, criteria.batch_norm_scale, own[slot.tensor])
         if name not in scores:
             raise PruningError(
                 f"bn_scale: {name} has no normalisation with a scale. Name it in ignore=, or use another criterion."
@@ -156,25 +148,27 @@ def _of_norms(model: nn.Module, structure: Structure, batches: Iterable[Any], lo
     return scores
 
 
-def _add(
-    scores: Scores, width: int, name: str, units: Any, score: Callable[[Tensor], Tensor], weight: Tensor, tensor: str
-) -> None:
+def _add(scores: Scores, group: ChannelGroup, slot: Slot, score: Callable[[Tensor], Tensor], weight: Tensor) -> None:
     found = score(weight)
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"criterion: for {tensor}, it gave {type(found).__name__}; it must give a tensor, one score per filter."
+            f"criterion: for {slot.tensor}, it gave {type(found).__name__}; it must give a tensor, one score per "
+            "filter."
         )
     if found.shape != weight.shape[:1]:
         raise ValueError(
-            f"criterion: for {tensor}, {tuple(weight.shape)}, it gave scores of shape {tuple(found.shape)}; "
+            f"criterion: for {slot.tensor}, {tuple(weight.shape)}, it gave scores of shape {tuple(found.shape)}; "
             f"it must give one per filter, ({len(weight)},)."
         )
-    if name not in scores:
-        scores[name] = torch.zeros(width, dtype=found.dtype, device=found.device)
-    inside = units >= 0
-    if not inside.all():
-        units, found = units[inside], found[torch.from_numpy(inside).to(found.device)]
-    scores[name].index_add_(0, torch.from_numpy(units).to(found.device), found.to(scores[name]))
+    if group.name not in scores:
+        scores[group.name] = torch.zeros(group.width, dtype=found.dtype, device=found.device)
+    own = scores[group.name]
+    if slot.aligned:
+        own += found.to(own)
+        return
+    inside = slot.units >= 0
+    found = found[torch.from_numpy(inside).to(found.device)]
+    own.index_add_(0, torch.from_numpy(slot.units[inside]).to(own.device), found.to(own))
 
 
 def _random(model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss) -> Scores:

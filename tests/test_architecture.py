@@ -23,6 +23,7 @@ FLOORS = {
     "statistics": 2,
     "limits": 2,
     "batch_norm": 3,
+    "footprint": 2,
     "budget": 2,
     "surgery": 3,
     "latency": 3,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import PruningError, count_flops, prune_filters
-from lightning_prune.budget import Budget, Dense, Footprint, measure, per_saving, plan
+from lightning_prune.budget import Budget, Dense, per_saving, plan
+from lightning_prune.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.scoring import score_units
 from lightning_prune.structure import find_structure, trace
 from tests.architectures import INPUTS, architectures, build
@@ -243,18 +244,30 @@ def test_scores_per_saving_are_divided_by_what_a_cut_unit_saves(target):
     image = torch.zeros(1, 3, 9, 9)
     structure = find_structure(trace(model, image))
     scores = {"0": torch.rand(4), "2": torch.rand(6)}
-    found = per_saving(structure, scores, target, lambda keep: measure(model, structure, keep))
+    saved = saved_by_one_unit(model, structure)
+    found = per_saving(scores, saved, target)
     for name, width in (("0", 4), ("2", 6)):
         report = prune_filters(copy.deepcopy(model), image, {name: 1 / width})
         saved = getattr(report, f"{target}_before") - getattr(report, f"{target}_after")
         torch.testing.assert_close(found[name], scores[name] / saved)
-    assert per_saving(structure, scores, "filters", lambda keep: measure(model, structure, keep)) is scores
+    assert per_saving(scores, saved, "filters") is scores
+
+
+@settings(deadline=None, max_examples=30)
+@given(stages=architectures(most=4))
+def test_what_one_unit_saves_is_what_the_whole_model_then_costs_less(stages):
+    """Asking each group alone tells what measuring the whole model without one of its units does."""
+    model = build(stages)
+    structure = find_structure(trace(model, INPUTS))
+    whole = measure(model, structure, {})
+    for name, saved in saved_by_one_unit(model, structure).items():
+        slim = measure(model, structure, {name: np.arange(structure.groups[name].width) > 0})
+        assert saved == Footprint(whole.params - slim.params, whole.flops - slim.flops)
 
 
 def test_units_that_save_nothing_leave_last():
     """A unit that a budget is not helped by scores infinity."""
-    same = Footprint(params=7, flops=7)
-    found = per_saving(STRUCTURE, SCORES, "flops", lambda keep: Footprint(7, 5) if "2" in keep else same)
+    found = per_saving(SCORES, {"0": Footprint(0, 0), "2": Footprint(0, 2)}, "flops")
     assert (found["0"] == math.inf).all()
     torch.testing.assert_close(found["2"], SCORES["2"] / 2)
 

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, prune_filters
-from lightning_prune.budget import Budget, Dense, Footprint, plan
+from lightning_prune.budget import Budget, Dense, plan
+from lightning_prune.footprint import Footprint
 from lightning_prune.latency import latency_kept, shapes_of
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_prune.arguments import Amount
-from lightning_prune.budget import Budget, Dense, Footprint
+from lightning_prune.budget import Budget, Dense
 from lightning_prune.callbacks._inputs import is_plain
 from lightning_prune.flops import FlopCount
+from lightning_prune.footprint import Footprint
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import Shapes
 from lightning_prune.reports import LayerCost

@@ -1,9 +1,15 @@
 """Criteria that look at a filter's weights alone."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 __all__ = ["batch_norm_scale", "filter_l1", "filter_l2"]
+
+_AT_ONCE = 2**18
+"""Weights that are scored together: few enough to stay in a processor's cache."""
 
 
 def filter_l1(weight: Tensor) -> Tensor:
@@ -25,7 +31,7 @@ def filter_l1(weight: Tensor) -> Tensor:
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, sec. 3.1 (arXiv:1608.08710).
     """
-    return _rows(weight).abs().sum(dim=1)
+    return _of_each(weight, lambda rows: rows.abs().sum(dim=1))
 
 
 def filter_l2(weight: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def filter_l2(weight: Tensor) -> Tensor:
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, sec. 4.4 (arXiv:1608.08710).
     """
-    return _rows(weight).square().sum(dim=1)
+    return _of_each(weight, lambda rows: rows.square().sum(dim=1))
 
 
 def batch_norm_scale(weight: Tensor) -> Tensor:
@@ -69,7 +75,11 @@ def batch_norm_scale(weight: Tensor) -> Tensor:
     return weight.detach().abs()
 
 
-def _rows(weight: Tensor) -> Tensor:
+def _of_each(weight: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Score some filters at a time, so that nothing as large as the weight lies beside it."""
     if not weight.dim():
         raise ValueError("weight: got a single number; a filter criterion needs a weight of shape (out, ...).")
-    return weight.detach().reshape(len(weight), -1).to(torch.promote_types(weight.dtype, torch.float32))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    some = max(1, _AT_ONCE // max(1, math.prod(weight.shape[1:])))
+    parts = [score(rows.reshape(len(rows), -1).to(dtype)) for rows in weight.detach().split(some)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

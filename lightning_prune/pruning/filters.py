@@ -22,9 +22,10 @@ from lightning_prune.arguments import (
     check_prunable,
     with_ignored,
 )
-from lightning_prune.budget import Budget, Dense, Footprint, Scope, Scores, Target, measure, per_saving, plan
+from lightning_prune.budget import Budget, Dense, Scope, Scores, Target, per_saving, plan
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
+from lightning_prune.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.masks import follow_cut_
@@ -252,8 +253,8 @@ def prepare(
         priced = adding_up and budget.scope == "global"
         try:
             keep = plan(
-                structure, per_saving(structure, scores, budget.target, footprint) if priced else scores, amount,
-                budget, dense=dense.without(refused), footprint=footprint,
+                structure, per_saving(scores, saved_by_one_unit(model, structure), budget.target) if priced else scores,
+                amount, budget, dense=dense.without(refused), footprint=footprint,
                 latency=None if latency is None else partial(latency, structure), at_most=at_most,
             )  # fmt: skip
         except CutDoesNotRunError as error:

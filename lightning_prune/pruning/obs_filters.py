@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
-from lightning_prune.budget import Budget, Dense, Footprint, Scope, Target
+from lightning_prune.budget import Budget, Dense, Scope, Target
 from lightning_prune.flops import count_flops
+from lightning_prune.footprint import Footprint
 from lightning_prune.inputs import ExampleInputs, call_on
 from lightning_prune.progress import each
 from lightning_prune.pruning.filters import Report, carry_out_, clock, count_params, prepare, reported

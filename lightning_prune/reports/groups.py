@@ -10,7 +10,8 @@ import numpy as np
 from rich.table import Table
 from torch import nn
 
-from lightning_prune.budget import Budget, Dense, measure, what_can_go
+from lightning_prune.budget import Budget, Dense, what_can_go
+from lightning_prune.footprint import measure
 from lightning_prune.structure import Structure
 
 __all__ = ["GroupCost", "group_costs", "group_table", "pinned_table", "room_table"]

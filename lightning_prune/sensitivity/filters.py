@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from lightning_prune.arguments import check_arguments, check_prunable, with_ignored
-from lightning_prune.budget import Budget, Dense, Footprint, Scores, plan
+from lightning_prune.budget import Budget, Dense, Scores, plan
 from lightning_prune.errors import PruningError
+from lightning_prune.footprint import Footprint
 from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.pruning.filters import count_params, prepare
 from lightning_prune.scoring import Criterion, score_units

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,9 @@ def resolve(ledger: Ledger, taken: Taken, pinned: bool = True) -> Atoms:
                     active[atoms] = False
     pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins if pinned]
     stays = _beside_ways_not_taken(ledger, active)
-    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins, (stays, np.full(len(stays), PINNED))], active)
+    return connected(
+        ledger.size, [*ledger.pairs, *stands_for, *pins, (stays, np.full(len(stays), PINNED))], active, ledger.blocks
+    )
 
 
 def _beside_ways_not_taken(ledger: Ledger, active: NDArray[np.bool_]) -> Atoms:
@@ -50,28 +53,70 @@ def _beside_ways_not_taken(ledger: Ledger, active: NDArray[np.bool_]) -> Atoms:
     return np.concatenate([b[gone[a] & active[b]], a[gone[b] & active[a]]])
 
 
-def connected(size: int, pairs: Iterable[tuple[Atoms, Atoms]], active: NDArray[np.bool_]) -> Atoms:
+def connected(
+    size: int,
+    pairs: Iterable[tuple[Atoms, Atoms]],
+    active: NDArray[np.bool_],
+    blocks: Mapping[int, Atoms] = MappingProxyType({}),
+) -> Atoms:
     """Find connected components; pairs with an inactive end do not count.
 
+    Args:
+        size: Number of atoms.
+        pairs: Arrays of atoms that meet, one by one.
+        active: Which atoms there are, ``(size,)``.
+        blocks: By ``id``, arrays that have no atom in common, all of them active. Where two such meet, which is most of
+            what happens in a network, their atoms need not be looked at.
+
     Returns:
-        For each atom the smallest atom of its component, ``(size,)``.
+        For each atom one that stands for its component, ``(size,)``: of those of the first block the smallest.
     """
-    pairs = list(pairs)
     root = np.arange(size, dtype=np.int64)
-    if not pairs:
+    rest = _join_blocks(root, pairs, blocks)
+    if not rest:
         return root
-    a = np.concatenate([pair[0] for pair in pairs])
-    b = np.concatenate([pair[1] for pair in pairs])
-    both = active[a] & active[b] & (a != b)
-    a, b = a[both], b[both]
+    a, b = (np.concatenate(side) for side in zip(*rest, strict=True))
+    both = active[a]
+    both &= active[b]
+    if not both.all():
+        a, b = a[both], b[both]
+    a, b = root[a], root[b]
     while len(a):
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        np.minimum.at(root, high, low)  # hook the larger root onto the smaller
-        while not np.array_equal(flat := root[root], root):
-            root = flat
-        apart = root[a] != root[b]
+        high = np.maximum(a, b)
+        np.minimum.at(root, high, np.minimum(a, b))  # hook the larger root onto the smaller
+        above = root[high]
+        while not np.array_equal(up := root[above], above):
+            root[high] = above = up
+        a, b = root[a], root[b]
+        apart = a != b
         a, b = a[apart], b[apart]
+    while not np.array_equal(flat := root[root], root):
+        root = flat
     return root
+
+
+def _join_blocks(
+    root: Atoms, pairs: Iterable[tuple[Atoms, Atoms]], blocks: Mapping[int, Atoms]
+) -> list[tuple[Atoms, Atoms]]:
+    """Let every block that met others point to the first of them, and return the pairs that are none of two blocks."""
+    first: dict[int, int] = {}
+
+    def find(block: int) -> int:
+        while (above := first.get(block, block)) != block:
+            first[block] = block = first.get(above, above)
+        return block
+
+    rest = []
+    for pair in pairs:
+        one, other = id(pair[0]), id(pair[1])
+        if one in blocks and other in blocks:
+            low, high = sorted((find(one), find(other)), key=lambda block: int(blocks[block][0]))
+            first[high] = low
+        else:
+            rest.append(pair)
+    for block in first:
+        root[blocks[block]] = blocks[find(block)]
+    return rest
 
 
 def take(ledger: Ledger, last: Container[Way] = ()) -> Taken:
@@ -90,7 +135,7 @@ def take(ledger: Ledger, last: Container[Way] = ()) -> Taken:
     pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
     active = np.ones(ledger.size, dtype=bool)
     active[INERT] = False
-    root = connected(ledger.size, [*ledger.pairs, *pins], active)
+    root = connected(ledger.size, [*ledger.pairs, *pins], active, ledger.blocks)
     whole = np.zeros(ledger.size, dtype=bool)
     for atoms in ledger.whole:
         whole[atoms] = True

@@ -33,8 +33,8 @@ __all__ = [
 
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
-Ran = tuple[Any, tuple[bool, ...]]
-"""An operator that ran, and along which dimensions of its output there was one index alone."""
+Ran = tuple[Any, Sequence[int]]
+"""An operator that ran, and the shape of its output, or of the first of several."""
 
 PINNED = 0
 """The atom that may never leave: what meets it stays."""
@@ -134,6 +134,7 @@ class Ledger:
         """Start an empty ledger whose first atom has the given number."""
         self.size = first_atom
         self.slots: list[SlotRange] = []
+        self.blocks: dict[int, Atoms] = {}  # by ``id``, what :meth:`own` labelled
         self.pairs: list[tuple[Atoms, Atoms]] = []
         self.together: list[tuple[Atoms, Atoms]] = []
         self.pins: list[tuple[Atoms, str]] = []
@@ -167,8 +168,13 @@ class Ledger:
         for dim, size in enumerate(tensor.shape):
             if size > 1:
                 self.slots.append(SlotRange(name, dim, self.size, size))
-                dims[dim] = (Label(self._hand_out(size)),)
+                dims[dim] = (self.own(self._hand_out(size)),)
         return Labels(dims)
+
+    def own(self, atoms: Atoms) -> Label:
+        """Label an index of a parameter or buffer each; none of the atoms is another's of these."""
+        self.blocks[id(atoms)] = atoms
+        return Label(atoms)
 
     def meet(self, a: Atoms, b: Atoms) -> None:
         """Write down that atoms of ``a`` and ``b`` (broadcast together) must leave together."""

@@ -15,7 +15,7 @@ from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
 from lightning_prune.structure.numbers import Held, Size, leaves
 from lightning_prune.structure.unknowns import Place, place_of, worked_back
 
-__all__ = ["Alive", "Counts", "find_links", "left"]
+__all__ = ["Alive", "Counts", "Without", "find_links", "left"]
 
 
 class Alive(Protocol):
@@ -61,7 +61,7 @@ class Counts:
 
 
 @dataclass(frozen=True, eq=False)
-class _Without:
+class Without:
     """Tells which atoms are left when some units have gone; an array of all atoms for each group would cost more."""
 
     component: NDArray[np.int64]
@@ -102,14 +102,14 @@ def find_links(
     for which, tie in enumerate(ties):
         for name in tie.groups:
             tied[name].append(which)
-    alone = {name: _Without(component, units[name][:1]) for name in tied}
+    alone = {name: Without(component, units[name][:1]) for name in tied}
     broken = {which for which, tie in enumerate(ties) if not all(tie.agree(alone[name]) for name in tie.groups)}
     order = {name: place for place, name in enumerate(units)}
     links, stuck = [], {}
     for names in _classes(ties[which] for which in sorted(broken)):
         steps = math.gcd(*(len(units[name]) for name in names))
         gone = np.concatenate([units[name][: len(units[name]) // steps] for name in names])
-        together = _Without(component, gone)
+        together = Without(component, gone)
         own = sorted({which for name in names for which in tied[name]})
         failed = [which for which in own if not ties[which].agree(together)]
         if steps > 1 and len(names) > 1 and not failed:

@@ -104,6 +104,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 # of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
 _TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
+_HOLDING = frozenset({int, tuple, list})
 
 
 def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> None:
@@ -111,18 +112,19 @@ def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> N
     for path, module in modules_of(model):
         if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
             continue
-        held = {name: _held(path, name, value, compared) for name, value in vars(module).items()}
-        vars(module).update({name: number for name, number in held.items() if number is not None})
+        own = vars(module)
+        held = {name: value for name, value in own.items() if type(value) in _HOLDING}
+        own.update({name: _held(path, name, value, compared) for name, value in held.items()})
 
 
 def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
-    if type(value) is int and value > 1:
-        return Number(value, Held(path, name), compared)
-    if type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+    if type(value) is int:
+        return Number(value, Held(path, name), compared) if value > 1 else value
+    if all(type(item) is int for item in value):
         return type(value)(
             Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
         )
-    return None
+    return value
 
 
 def held_by(module: nn.Module | None, value: int) -> list[Number]:

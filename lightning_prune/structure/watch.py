@@ -97,16 +97,18 @@ class OtherOperatorsError(Exception):
     """A run came to other operators than it should."""
 
 
-def _outline(out: Any) -> tuple[bool, ...]:
-    """Tell of an operator's output along which dimensions there is one index alone."""
-    first = (
-        out
-        if isinstance(out, Tensor)
-        else next(iter(tensors_among(out)), None)
-        if isinstance(out, list | tuple)
-        else None
-    )
-    return () if first is None else tuple([size == 1 for size in first.shape])
+def _shape(out: Any) -> Sequence[int]:
+    """Return the shape of an operator's output, or of the first of several."""
+    if isinstance(out, Tensor):
+        return out.shape
+    first = tensors_among(out[:1]) if isinstance(out, list | tuple) else ()
+    return first[0].shape if first else ()
+
+
+def _alike(ran: Ran, expected: Ran) -> bool:
+    """Tell whether the same operator ran, with one index alone along the same dimensions of its output."""
+    (func, shape), (other, full) = ran, expected
+    return func is other and [size == 1 for size in shape] == [size == 1 for size in full]
 
 
 class _Watch(TorchDispatchMode):
@@ -127,19 +129,20 @@ class _Exchange(_Watch):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {name: self._taken(value) for name, value in kwargs.items()} if kwargs else {}
-        out = func(*[self._taken(value) for value in args], **kwargs)
+        if kwargs:
+            kwargs = {name: self._taken(value) for name, value in kwargs.items()}
+        out = func(*[self._taken(value) for value in args], **(kwargs or {}))
         if self.expected is not None:
-            if self.count == len(self.expected) or self.expected[self.count] != (func, _outline(out)):
+            if self.count == len(self.expected) or not _alike((func, _shape(out)), self.expected[self.count]):
                 raise OtherOperatorsError
             self.count += 1
         return out
 
     def _taken(self, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [self._taken(item) for item in value]
         make = self.instead.get(id(value))
-        return value if make is None else make()
+        if make is not None:
+            return make()
+        return [self._taken(item) for item in value] if type(value) in (list, tuple) else value
 
 
 class _Known(NamedTuple):
@@ -172,15 +175,18 @@ class _LabelMode(_Watch):
         known = self._known.get(id(func)) or self._learnt(func)
         tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
-        weight = all(labels.weight for labels in found)
+        weight, labelled = True, False
+        for labels in found:
+            weight = weight and labels.weight
+            labelled = labelled or bool(labels.dims)
         out, hollow = self._run(known, args, kwargs, tensors, found, weight)
         ledger, running = self.ledger, self._running[-1]
-        ledger.ran.append((func, _outline(out)))
+        ledger.ran.append((func, _shape(out)))
         if known.reads and not weight:
             ledger.decided.append(running[0])
         blank = known.rule is made_anew
         dims: Any = {}
-        if (blank and self.arguments and out.numel()) or any(labels.dims for labels in found):
+        if labelled or (blank and self.arguments and out.numel()):
             ledger.running = (running[0], func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.inputs import modules_of
-from lightning_prune.structure import named_tensors
 
 __all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
 
@@ -59,9 +58,8 @@ def shape_attributes(
         shapes: New shape by name of parameter or buffer.
         known: Changes that shapes cannot tell, such as ``groups``; they are part of the result.
     """
-    tied = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
     modules = dict(modules_of(model))
-    shapes = {_parametrized(name): tied[id(tensor)] for name, tensor in _every_name(modules) if id(tensor) in tied}
+    shapes = _by_every_name(modules, shapes)
     changes = {(change.module, change.name): change for change in known}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         if path not in modules:  # another name of a module
@@ -87,12 +85,21 @@ def shape_attributes(
     return [change for change in changes.values() if change.old != change.new]
 
 
-def _every_name(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and buffer that modules hold, also those that another holds too."""
+def _by_every_name(
+    modules: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Spread the shapes of tensors, known by their first names, to all the names that modules call them by."""
+    tied: dict[int, tuple[int, ...]] = {}
+    found = {}
     for path, module in modules.items():
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{path}.{leaf}" if path else leaf, tensor
+        for held in (module._parameters, module._buffers):
+            for leaf, tensor in held.items():
+                name = f"{path}.{leaf}" if path else leaf
+                if name in shapes:
+                    tied[id(tensor)] = shapes[name]
+                if id(tensor) in tied:
+                    found[_parametrized(name)] = tied[id(tensor)]
+    return found
 
 
 def _parametrized(name: str) -> str:

@@ -62,7 +62,7 @@ def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:
             indices[id(stays)] = torch.from_numpy(np.flatnonzero(stays))
         kept.setdefault(tensor, {})[dim] = indices[id(stays)]
     shapes = {
-        name: tuple(len(dims[d]) if d in dims else size for d, size in enumerate(own[name].shape))
+        name: tuple([dims[d].numel() if d in dims else size for d, size in enumerate(own[name].shape)])
         for name, dims in kept.items()
     }
     alive = structure.alive(keep)

@@ -99,9 +99,12 @@ def _compare(
     silenced = _silenced(model, structure, cut)
     if found is not None:
         return _same_numbers(silenced(example_inputs), found)
-    expected, inputs = _expected(silenced, example_inputs, structure)
-    with suppress(Exception):  # a failure counts on the example inputs
-        return _same_numbers(expected, _outputs(model, inputs, tensors(), cut.attributes))
+    with suppress(Exception):  # a failure counts on the example inputs, and where nothing stands in for tensors
+        expected, inputs = _expected(silenced, example_inputs, structure)
+        if not (failure := _same_numbers(expected, _outputs(model, inputs, tensors(), cut.attributes))):
+            return None
+        if inputs is not example_inputs:
+            return failure
     return _same_numbers(silenced(example_inputs), _outputs(model, example_inputs, tensors(), cut.attributes))
 
 
@@ -111,8 +114,8 @@ def _expected(
     """Run the silenced model on the smallest inputs that tell enough; return its outputs, and those inputs."""
     for fewer in fewer_positions(example_inputs):
         with suppress(Exception):  # other operators, or the model takes images of its own size alone
-            return silenced(fewer, structure.ledger.ran), fewer
-    return silenced(example_inputs), example_inputs
+            return silenced(fewer, structure.ledger.ran, late=True), fewer
+    return silenced(example_inputs, late=True), example_inputs
 
 
 def _same_structure(
@@ -183,7 +186,7 @@ def _trace_slim(
         left = cut.kept.get(slot.tensor, {}).get(slot.dim)
         atoms = atoms if left is None else atoms[left.numpy()]
         if len(atoms) > 1:
-            labels[slot.tensor][slot.dim] = (Label(atoms),)
+            labels[slot.tensor][slot.dim] = (ledger.own(atoms),)
     with undisturbed(model):
         set_attributes_(model, cut.attributes)
         carried = {name: Labels(dims, hollow=hollow and name in tensors) for name, dims in labels.items()}
@@ -219,12 +222,15 @@ def _same_numbers(expected: list[Tensor], found: list[Tensor]) -> Disproof | Non
 def _new_meetings(structure: Structure, slim: Ledger) -> int:
     """Count atoms that the slim model couples with others than the full one did."""
     full, now = structure.component, resolve(slim, structure.taken)[: structure.ledger.size]
-    real = np.concatenate([np.arange(s.start, s.start + s.size) for s in structure.ledger.slots] or [np.empty(0, int)])
-    roots = now[real]
-    inside = roots < structure.ledger.size
-    stray = inside & (full[real] != full[np.where(inside, roots, 0)])
-    newly_pinned = (roots == now[PINNED]) & (full[real] != full[PINNED])
-    return int((stray | newly_pinned).sum())
+    real = np.zeros(len(full), dtype=bool)
+    for slot in structure.ledger.slots:
+        real[slot.start : slot.start + slot.size] = True
+    inside = now < len(full)
+    stray = full[np.where(inside, now, PINNED)] != full
+    stray &= inside
+    stray |= (now == now[PINNED]) & (full != full[PINNED])
+    stray &= real
+    return int(np.count_nonzero(stray))
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,23 +242,35 @@ class _Silenced:
     silent: dict[str, dict[int, Tensor]]
     """For each tensor, dimension -> which indices are left as they are, ``(size,)`` bool."""
 
-    def __call__(self, example_inputs: ExampleInputs, expected: Sequence[Ran] | None = None) -> list[Tensor]:
+    def __call__(
+        self, example_inputs: ExampleInputs, expected: Sequence[Ran] | None = None, late: bool = False
+    ) -> list[Tensor]:
         """Run it and return its outputs, as long as the operators are those expected.
 
-        A silenced tensor is made when an operator takes it: never all of them lie beside the model's own.
+        A silenced tensor is made when an operator takes it, and one that is cut too, if ``late``: till then something
+        of its shape stands in for it. So they never all lie beside the model's own.
         """
         own = named_tensors(self.model)
-        slim = {name: narrowed(own[name], kept) for name, kept in self.base.kept.items()}
-        silent = {name: slim.get(name, own[name]).detach() for name in self.silent}
-        late = {id(slim.get(name, own[name])): partial(self._made, name, value) for name, value in silent.items()}
+        instead, made = {}, {}
+        for name in self.base.kept:
+            shape = self.base.shapes[name]
+            instead[name] = own[name].new_empty(()).expand(shape) if late else narrowed(own[name], self.base.kept[name])
+        for name in (instead | self.silent) if late else self.silent:
+            source = own[name] if late else instead.get(name, own[name])
+            made[id(instead.get(name, own[name]))] = partial(self._made, name, source.detach(), cut=late)
         with undisturbed(self.model):
             set_attributes_(self.model, self.base.attributes)
-            exchange_(self.model, slim)
-            with exchanged(late, expected):
+            exchange_(self.model, instead)
+            with exchanged(made, expected):
                 return list(tensors_in(run(self.model, example_inputs)))
 
-    def _made(self, name: str, value: Tensor) -> Tensor:
-        kept, factor = self.base.kept.get(name, {}), torch.ones((), dtype=value.dtype, device=value.device)
+    def _made(self, name: str, value: Tensor, cut: bool) -> Tensor:
+        kept = self.base.kept.get(name, {})
+        if cut and kept:
+            value = narrowed(value, kept)
+        if name not in self.silent:
+            return value
+        factor = torch.ones((), dtype=value.dtype, device=value.device)
         for dim, stays in self.silent[name].items():
             ones = (stays[kept[dim]] if dim in kept else stays).to(value)
             factor = factor * ones.view([-1 if other == dim else 1 for other in range(value.dim())])
