@@ -1,7 +1,5 @@
 """Ways in which libraries of models write sizes and positions into their code: what is named there follows a cut."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +7,7 @@ from torch import nn
 
 from lightning_prune.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
-from tests.models import IMAGE, SEQUENCE
-from tests.silencing import assert_equal_to_rounding, silenced
+from tests.models import IMAGE, SEQUENCE, MixedTokens
 
 
 class PartedHeads(nn.Module):
@@ -41,26 +38,6 @@ def test_where_no_whole_head_can_leave_each_head_shrinks():
     assert (model.enter.out_features, model.value.out_features, model.heads) == (10, 10, 5)
     assert (model.parts, model.first.groups, model.second.groups) == ([4, 6], 4, 6)
     assert model(SEQUENCE).shape == (2, 5, 2) and {pin.tensor for pin in report.pinned} == {"out.weight"}
-
-
-class MixedTokens(nn.Module):
-    """Mixes tokens by a convolution whose positions are channels."""
-
-    def __init__(self, kernel, **settings):
-        super().__init__()
-        self.enter, self.mix, self.out = nn.Linear(6, 9), nn.Conv1d(5, 4, kernel, **settings), nn.Linear(9, 2)
-
-    def forward(self, x):
-        return self.out(self.mix(self.enter(x)).relu())
-
-
-def test_positions_that_a_kernel_takes_one_by_one_can_leave():
-    """A convolution with a kernel of one lets the positions that it runs over go, and is as it was without them."""
-    model = MixedTokens(1).double()
-    full = copy.deepcopy(model)
-    report = prune_filters(model, SEQUENCE, 0.4)
-    assert_equal_to_rounding(model(SEQUENCE), silenced(full, report.kept)(SEQUENCE))
-    assert (model.enter.out_features, model.mix.weight.shape) == (5, (4, 5, 1))
 
 
 @pytest.mark.parametrize(
