@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_prune.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure.numbers import Held, Number
 from lightning_prune.structure.unknowns import place_of, worked_back
@@ -66,3 +67,20 @@ def test_a_number_follows_what_code_makes_of_it(way, width, heads):
     report = prune_filters(model, SEQUENCE, 0.5)
     assert (model.enter.out_features, model.width, model.heads) == (4, width, heads)
     assert model(SEQUENCE).shape == (2, 5, 2) and not any(pin.tensor == "enter.weight" for pin in report.pinned)
+
+
+class Square(nn.Module):
+    """Keeps the side of a square, and asks for as many channels as it has fields."""
+
+    def __init__(self):
+        super().__init__()
+        self.side, self.enter, self.out = 3, nn.Linear(6, 9), nn.Linear(9, 2)
+
+    def forward(self, x):
+        return self.out(self.enter(x).reshape(len(x), -1, self.side * self.side))
+
+
+def test_a_number_that_stands_twice_in_what_code_makes_is_not_worked_back():
+    """Where a width is the square of a number, it stays, with the reason."""
+    with pytest.raises(PruningError, match="enter.weight: a number in the code fixes its width"):
+        prune_filters(Square().double(), SEQUENCE, 0.5)

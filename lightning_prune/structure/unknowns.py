@@ -73,9 +73,10 @@ def worked_back(number: Number, place: Place, result: int, count: Count) -> int:
 
 
 def _unknown(equation: Equation, known: Container[Place]) -> dict[Held, int]:
-    """Return the numbers of an equation that nothing else tells of, and what they are."""
-    held = {origin: value for origin, value in leaves(equation.number) if isinstance(origin, Held)}
-    return {origin: value for origin, value in held.items() if place_of(origin) not in known}
+    """Return the numbers of an equation that nothing else tells of, and what they are; none if one is in it twice."""
+    found = [(held, value) for held, value in leaves(equation.number) if isinstance(held, Held)]
+    unknown = [(held, value) for held, value in found if place_of(held) not in known]
+    return dict(unknown) if len(dict(unknown)) == len(unknown) else {}
 
 
 def _places(number: int) -> set[Place]:
