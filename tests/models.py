@@ -448,6 +448,18 @@ class FunctionalNorm(nn.Module):
         return self.out(F.layer_norm(x, x.shape[-1:]))
 
 
+@net(SEQUENCE, {"enter": 9})
+class MixedTokens(nn.Module):
+    """Mixes tokens by a convolution whose positions are channels: with a kernel of one, those may leave."""
+
+    def __init__(self, kernel=1, **settings):
+        super().__init__()
+        self.enter, self.mix, self.out = nn.Linear(6, 9), nn.Conv1d(5, 4, kernel, **settings), nn.Linear(9, 2)
+
+    def forward(self, x):
+        return self.out(self.mix(self.enter(x)).relu())
+
+
 # What has numbers written into its code, or no rule
 
 

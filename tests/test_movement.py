@@ -55,6 +55,26 @@ def windows(x, which):
     return x.unfold(dim, 2, 1 + which % 2) if x.shape[dim] > 2 and x.dim() < 5 else x
 
 
+def strided(x, which):
+    """Take overlapping windows along a dimension by reading memory."""
+    dim, x = axis(x, which), x.contiguous()
+    if x.shape[dim] < 3 or x.dim() > 4:
+        return x
+    size = [*x.shape[:dim], x.shape[dim] - 1, *x.shape[dim + 1 :], 2]
+    return x.as_strided(size, [*x.stride(), x.stride(dim)])
+
+
+def folded(x, _):
+    """Lay every second channel beneath the one before, as blocks of images."""
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    return nn.functional.fold(x, (2, x.shape[2]), (2, 1)) if x.shape[1] % 2 == 0 else x
+
+
+def pooled(x, which):
+    """Take the largest of each two channels side by side, or of each one."""
+    return nn.functional.max_pool2d(x.flatten(2), (1 + which % 2, 1), 1) if x.dim() > 2 and x.shape[1] > 1 else x
+
+
 # name -> from a tensor (batch first) and an integer to a tensor; sums over channels would change, rightly, with a cut
 STEPS = {
     "permute": permuted,
@@ -66,6 +86,9 @@ STEPS = {
     "fancy index": lambda x, i: x[:, torch.arange(x.shape[1]).flip(0)],
     "halves": halves,
     "windows": windows,
+    "strided": strided,
+    "fold": folded,
+    "pool": pooled,
     "slice": lambda x, i: x.narrow(axis(x, i), 0, max(1, x.shape[axis(x, i)] - i % 2)),
     "every second": lambda x, i: x[:, i % 2 :: 2] if x.shape[1] > 2 else x,
     "expand": lambda x, i: x.unsqueeze(1 + i % x.dim()).expand(*_stretched(x, i)) if x.dim() < 5 else x,

@@ -17,7 +17,7 @@ from lightning_prune.flops import count_flops
 from lightning_prune.inputs import run, tensors_in
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.structure.groups import connected
+from lightning_prune.structure.choices import connected
 from lightning_prune.structure.rules.table import RULES
 from tests.architectures import INPUTS, NORMS, architectures, build
 from tests.models import IMAGE, NETS, ROWS, ChannelShuffle
@@ -211,6 +211,12 @@ RULE_CASES = {
     "sort": (lambda x: x.sort(1).values, 12, None),
     "cumsum": (lambda x: x.cumsum(1), 12, None),
     "index": (lambda x: x[:, [3, 1, 2]], 3, None),
+    "fold": (lambda x: F.fold(x[..., None], (2, 1), (2, 1)).flatten(1), 12, 6),
+    "windows in memory": (lambda x: x.as_strided((len(x), 2, x.shape[1]), (x.shape[1], 0, 1)).flatten(1), 24, 12),
+    "beyond what is shown": (lambda x: x[:1].as_strided(x.shape, x.stride()), 12, None),
+    "a fixed piece": (lambda x: torch.cat(x.split([2, 10], 1)[::-1], 1), 12, 2),
+    "pooled singly": (lambda x: F.avg_pool2d(x[:, None, None], (1, 1)).flatten(1), 12, 12),
+    "pooled by two": (lambda x: F.max_pool2d(x[:, None, None], (1, 2)).flatten(1), 6, None),
     "constant": (lambda x: x + torch.arange(12).to(x), 12, None),
 }
 

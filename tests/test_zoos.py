@@ -1,4 +1,4 @@
-"""Networks of torchvision, where it is installed: each is cut, proved and keeps the shapes of its outputs."""
+"""Networks of other libraries, where these are installed: each is cut, proved and keeps the shapes of its outputs."""
 
 import importlib
 import warnings
@@ -7,27 +7,40 @@ import pytest
 
 from benchmarks.zoo import ENOUGH, ours, tried
 from benchmarks.zoos import ZOOS
+from benchmarks.zoos.of_timm import FAMILIES
 
 
-def build(name):
-    """Build a network of torchvision, or skip where it is missing or made for another device."""
+def imported(library):
+    """Import a library, or skip where it is missing or made for another device."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module("torchvision.models")
+            return importlib.import_module(library)
     except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision cannot be imported: {error}")
-    return ZOOS["torchvision"].build(name)
+        pytest.skip(f"{library} cannot be imported: {error}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf", "swin_t", "vit_b_32",
-     "densenet121", "convnext_tiny", "lraspp_mobilenet_v3_large", "mc3_18"],
+    ("zoo", "name"),
+    [("torchvision", name) for name in (
+        "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf", "swin_t", "vit_b_32",
+        "densenet121", "convnext_tiny", "lraspp_mobilenet_v3_large", "mc3_18",
+    )]
+    + [("timm", name) for name in ("coat_tiny", "halonet_h1", "nf_regnet_b0", "res2next50", "shvit_s1", "skresnet18")]
+    + [("transformers", name) for name in ("falcon", "longformer", "funnel", "deit", "levit", "mobilevitv2")],
 )  # fmt: skip
-def test_networks_of_torchvision_are_cut(name):
+def test_networks_of_other_libraries_are_cut(zoo, name):
     """At 30 % of the channels a network proves, keeps its outputs' shapes and loses 15 % of its parameters."""
-    found = tried(ours, lambda: build(name))
+    imported("torchvision.models" if zoo == "torchvision" else zoo)
+    found = tried(ours, lambda: ZOOS[zoo].build(name))
     assert "error" not in found and found["same shapes"] and found["kept"] <= ENOUGH
     assert not found["proof"].startswith("nothing")
+
+
+@pytest.mark.slow
+def test_every_family_of_timm_is_in_the_zoo():
+    """For every file of timm that registers networks, the zoo names one of these."""
+    registry = imported("timm.models._registry")
+    families = {family: set(names) for family, names in registry._module_to_models.items() if names}
+    assert families.keys() == FAMILIES.keys() and all(FAMILIES[family] in names for family, names in families.items())

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune.structure.labels import INERT, PINNED, Atoms, Ledger, SlotRange
+from lightning_prune.structure.choices import Taken, Way, resolve, take
+from lightning_prune.structure.labels import PINNED, Atoms, Ledger, SlotRange
 from lightning_prune.structure.links import find_links, left
 
-__all__ = ["ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "connected", "find_structure"]
+__all__ = ["ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "find_structure"]
 
 Keep = Mapping[str, NDArray[np.bool_]]
 """Group name -> for each of its units whether it stays, ``(width,)``."""
@@ -87,7 +87,7 @@ class Structure:
     groups: dict[str, ChannelGroup]
     pinned: list[Pinned]
     ledger: Ledger
-    taken: dict[Hashable, Hashable]
+    taken: Taken
     component: Atoms
     units: dict[str, Atoms] = field(default_factory=dict)
     """Group name -> component of each of its units, ``(width,)``."""
@@ -153,8 +153,42 @@ class Structure:
 
 
 def find_structure(ledger: Ledger) -> Structure:
-    """Turn what met during a trace into channel groups."""
-    taken = _take(ledger)
+    """Turn what met during a trace into channel groups.
+
+    Where channels can leave in several ways, and those of the one taken cannot for what the code asks, the others are
+    tried; what frees the most channels counts.
+    """
+    whole, stuck = _structured(ledger, take(ledger))
+    best, last = whole.without_each(stuck), _ways(whole, stuck)
+    while last:
+        whole, stuck = _structured(ledger, take(ledger, last))
+        best = max(best, whole.without_each(stuck), key=_count_free)
+        again = {choice for choice, _ in _ways(whole, stuck)}
+        fewer = {way for way in last if way[0] not in again}  # those whose other ways do not help, either, go back
+        last = fewer if len(fewer) < len(last) else set()
+    return best
+
+
+def _ways(structure: Structure, names: Iterable[str]) -> set[Way]:
+    """Return the ways taken on which groups hang."""
+    hang = np.zeros(structure.ledger.size, dtype=bool)
+    for name in names:
+        hang[structure.units[name]] = True
+    alternatives = {choice: found.alternatives for choice, found in structure.ledger.choices.items()}
+    return {
+        (choice, way)
+        for choice, way in structure.taken.items()
+        if any(hang[structure.component[atoms]].any() for atoms, _ in alternatives[choice][way])
+    }
+
+
+def _count_free(structure: Structure) -> int:
+    """Count the indices of parameters and buffers that can leave."""
+    return sum(int((slot.units >= 0).sum()) for group in structure.groups.values() for slot in group.slots)
+
+
+def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]]:
+    """Find the channel groups, and those that numbers in the code fix, each with the reason."""
     component = resolve(ledger, taken)
     pinned = component == component[PINNED]
     atoms, slot_of = _real_atoms(ledger.slots)
@@ -191,145 +225,8 @@ def find_structure(ledger: Ledger) -> Structure:
         groups[group.name] = group
         members[group.name] = found
     links, stuck = find_links(ledger, component, members)
-    pinned_ = _pinned(ledger, component, roles["producer"], set(alone))
-    return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)).without_each(stuck)
-
-
-def resolve(ledger: Ledger, taken: Mapping[Hashable, Hashable]) -> Atoms:
-    """Find the connected component of every atom, given the alternative taken of each choice."""
-    active = np.ones(ledger.size, dtype=bool)
-    active[INERT] = False
-    stands_for = []
-    for key, choice in ledger.choices.items():
-        way = taken.get(key, next(iter(choice.alternatives)))
-        for name, blocks in choice.alternatives.items():
-            for atoms, columns in blocks:
-                if name == way:
-                    active[atoms] = active[columns].any(axis=0)
-                    stands_for.append((np.broadcast_to(atoms, columns.shape).ravel(), columns.ravel()))
-                else:
-                    active[atoms] = False
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
-    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins], active, ledger.blocks)
-
-
-def connected(
-    size: int,
-    pairs: Iterable[tuple[Atoms, Atoms]],
-    active: NDArray[np.bool_],
-    blocks: Mapping[int, Atoms] = MappingProxyType({}),
-) -> Atoms:
-    """Find connected components; pairs with an inactive end do not count.
-
-    Args:
-        size: Number of atoms.
-        pairs: Arrays of atoms that meet, one by one.
-        active: Which atoms there are, ``(size,)``.
-        blocks: By ``id``, arrays that have no atom in common, all of them active. Where two such meet, which is most of
-            what happens in a network, their atoms need not be looked at.
-
-    Returns:
-        For each atom one that stands for its component, ``(size,)``: of those of the first block the smallest.
-    """
-    root = np.arange(size, dtype=np.int64)
-    rest = _join_blocks(root, pairs, blocks)
-    if not rest:
-        return root
-    a, b = (np.concatenate(side) for side in zip(*rest, strict=True))
-    both = active[a]
-    both &= active[b]
-    if not both.all():
-        a, b = a[both], b[both]
-    a, b = root[a], root[b]
-    while len(a):
-        high = np.maximum(a, b)
-        np.minimum.at(root, high, np.minimum(a, b))  # hook the larger root onto the smaller
-        above = root[high]
-        while not np.array_equal(up := root[above], above):
-            root[high] = above = up
-        a, b = root[a], root[b]
-        apart = a != b
-        a, b = a[apart], b[apart]
-    while not np.array_equal(flat := root[root], root):
-        root = flat
-    return root
-
-
-def _join_blocks(
-    root: Atoms, pairs: Iterable[tuple[Atoms, Atoms]], blocks: Mapping[int, Atoms]
-) -> list[tuple[Atoms, Atoms]]:
-    """Let every block that met others point to the first of them, and return the pairs that are none of two blocks."""
-    first: dict[int, int] = {}
-
-    def find(block: int) -> int:
-        while (above := first.get(block, block)) != block:
-            first[block] = block = first.get(above, above)
-        return block
-
-    rest = []
-    for pair in pairs:
-        one, other = id(pair[0]), id(pair[1])
-        if one in blocks and other in blocks:
-            low, high = sorted((find(one), find(other)), key=lambda block: int(blocks[block][0]))
-            first[high] = low
-        else:
-            rest.append(pair)
-    for block in first:
-        root[blocks[block]] = blocks[find(block)]
-    return rest
-
-
-def _take(ledger: Ledger) -> dict[Hashable, Hashable]:
-    """Take one alternative of every choice, those that met together.
-
-    Whole ones of what a product runs over in batches (heads) come before a share of each; then comes what has the most
-    channels that nothing downstream pins.
-    """
-    ways = [(key, way) for key, choice in ledger.choices.items() for way in choice.alternatives]
-    if not ways:
-        return {}
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
-    active = np.ones(ledger.size, dtype=bool)
-    active[INERT] = False
-    root = connected(ledger.size, [*ledger.pairs, *pins], active, ledger.blocks)
-    whole = np.zeros(ledger.size, dtype=bool)
-    for atoms in ledger.whole:
-        whole[atoms] = True
-    blocks = [ledger.choices[key].alternatives[way][0][0] for key, way in ways]
-    together: dict[int, list[int]] = defaultdict(list)
-    for which, first in enumerate(_together(ledger, ways)):
-        together[int(first)].append(which)
-
-    def rank(members: list[int]) -> tuple[bool, bool, int, int]:
-        free = min(int((root[blocks[which]] != root[PINNED]).sum()) for which in members)
-        preferred = any(bool(whole[blocks[which]].any()) for which in members)
-        return free > 0, preferred, free, max(len(blocks[which]) for which in members)
-
-    taken: dict[Hashable, Hashable] = {}
-    for members in sorted(together.values(), key=rank, reverse=True):
-        keys = {ways[which][0] for which in members}
-        if len(keys) == len(members) and not any(key in taken for key in keys):
-            taken.update(ways[which] for which in members)
-    for members in sorted(together.values(), key=rank, reverse=True):  # what met cannot be had together
-        for which in members:
-            taken.setdefault(*ways[which])
-    return taken
-
-
-def _together(ledger: Ledger, ways: Sequence[tuple[Hashable, Hashable]]) -> Atoms:
-    """Find which alternatives of different choices met: one cannot be taken without the other.
-
-    Returns:
-        For each alternative the first of those it belongs to, ``(len(ways),)``.
-    """
-    owned = [
-        (np.full(len(atoms), which), len(ways) + atoms)
-        for which, (key, way) in enumerate(ways)
-        for atoms, _ in ledger.choices[key].alternatives[way]
-    ]
-    met = [(len(ways) + a, len(ways) + b) for a, b in ledger.together]
-    size = len(ways) + ledger.size
-    return connected(size, [*owned, *met], np.ones(size, dtype=bool))[: len(ways)]
+    pinned_ = _pinned(ledger, taken, component, roles["producer"], set(alone))
+    return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)), stuck
 
 
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
@@ -393,14 +290,12 @@ def _owner(tensor: str) -> str:
     return module if leaf in ("weight", "bias") and module else tensor
 
 
-def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: set[int]) -> list[Pinned]:
+def _pinned(ledger: Ledger, taken: Taken, component: Atoms, made: NDArray[np.bool_], alone: set[int]) -> list[Pinned]:
     """Say of every dimension that makes channels which of them stay, and why."""
-    told = np.full(ledger.size, -1)  # the first pin of each atom
-    for which in reversed(range(len(ledger.pins))):
-        told[ledger.pins[which][0]] = which
+    reason = _Reasons(ledger, taken)
     return (
         [
-            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), _reason(ledger, told, slot, stays))
+            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), reason(np.flatnonzero(stays) + slot.start))
             for slot in ledger.slots
             if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
         ]
@@ -417,7 +312,30 @@ def _pinned(ledger: Ledger, component: Atoms, made: NDArray[np.bool_], alone: se
     )
 
 
-def _reason(ledger: Ledger, told: Atoms, slot: SlotRange, stays: NDArray[np.bool_]) -> str:
-    own = told[slot.start : slot.start + slot.size][stays]
-    first = own[own >= 0][:1]
-    return ledger.pins[first[0]][1] if len(first) else "tied to channels that stay"
+class _Reasons:
+    """Tells why atoms are pinned: the first pin on them, or else on what they are tied to."""
+
+    def __init__(self, ledger: Ledger, taken: Taken) -> None:
+        self.ledger, self.taken = ledger, taken
+        self.own = self._first_of(np.arange(ledger.size))
+
+    def __call__(self, atoms: Atoms) -> str:
+        own = self.own[atoms]
+        if (own >= 0).any():
+            return self.ledger.pins[own[own >= 0][0]][1]
+        component, told = self.tied
+        tied = told[component[atoms]]
+        because = f": {self.ledger.pins[tied[tied >= 0][0]][1]}" if (tied >= 0).any() else ""
+        return f"tied to channels that stay{because}"
+
+    @cached_property
+    def tied(self) -> tuple[Atoms, Atoms]:
+        """Return what each atom is tied to without pins, and the first pin on each such component."""
+        component = resolve(self.ledger, self.taken, pinned=False)
+        return component, self._first_of(component)
+
+    def _first_of(self, component: Atoms) -> Atoms:
+        told = np.full(self.ledger.size, -1)
+        for which in reversed(range(len(self.ledger.pins))):
+            told[component[self.ledger.pins[which][0]]] = which
+        return told

@@ -97,7 +97,8 @@ class Choice:
 class Attribute:
     """A number held by a module that follows how many indices keep all their labels.
 
-    ``index`` is the entry that follows where the attribute is a tuple of sizes.
+    ``index`` is the entry that follows where the attribute is a tuple of sizes. Where ``number`` is given, it is what
+    code makes of the attribute, and the one that has to be so many.
     """
 
     module: str
@@ -105,6 +106,7 @@ class Attribute:
     labels: tuple[Label, ...]
     index: int | None = None
     where: str = ""
+    number: Any = None
 
 
 @dataclass(eq=False, slots=True)

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
-from lightning_prune.structure.numbers import Held, Number, Size
+from lightning_prune.structure.numbers import Held, Size, leaves
+from lightning_prune.structure.unknowns import Place, place_of, worked_back
 
-__all__ = ["Alive", "Without", "find_links", "left"]
-
-Place = tuple[str, str, int | None]
+__all__ = ["Alive", "Counts", "Without", "find_links", "left"]
 
 
 class Alive(Protocol):
@@ -32,6 +31,33 @@ def left(labels: Sequence[Label], alive: Alive) -> int:
     for label in labels[1:]:
         keeping = keeping & alive[label.atoms]
     return int(np.count_nonzero(keeping))
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Tells what numbers become once some units have gone.
+
+    Attributes:
+        first: For each place where a module holds a number, what it follows.
+        alive: Which atoms are left.
+    """
+
+    first: Mapping[Place, Attribute]
+    alive: Alive
+
+    def __call__(self, origin: Held | Size, value: int) -> int:
+        """Return what a number of this origin becomes; ``value`` where nothing tells."""
+        if isinstance(origin, Size):
+            return left(origin.labels, self.alive)
+        attribute = self.first.get(place_of(origin))
+        return value if attribute is None else self.held(attribute)
+
+    def held(self, attribute: Attribute) -> int:
+        """Return what a module must hold."""
+        count = left(attribute.labels, self.alive)
+        if attribute.number is None:
+            return count
+        return worked_back(attribute.number, place_of(attribute), count, self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +123,8 @@ def find_links(
 def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]) -> list[_Tie]:
     asked: dict[Place, list[Attribute]] = defaultdict(list)
     for attribute in ledger.attributes:
-        asked[attribute.module, attribute.name, attribute.index].append(attribute)
+        asked[place_of(attribute)].append(attribute)
+    first = {place: same[0] for place, same in asked.items()}
     names = list(units)
     group_of = np.full(len(component), -1)
     for which, roots in enumerate(units.values()):
@@ -107,45 +134,37 @@ def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDAr
         found = {int(which) for label in labels for which in np.unique(group_of[component[label.atoms]])}
         return frozenset(names[which] for which in found if which >= 0)
 
-    def counted(origin: Held | Size) -> tuple[Label, ...]:
-        if isinstance(origin, Size):
-            return origin.labels
-        found = asked.get((origin.module, origin.name, origin.index))
-        return found[0].labels if found else ()
-
     ties = []
     for same in asked.values():
         for other in same[1:]:
             if hung := groups((*same[0].labels, *other.labels)):
                 ties.append(_Tie(_equal(same[0], other), hung, other.where))
     for equation in ledger.equations:
-        counted_in = [label for origin in _origins(equation.number) for label in counted(origin)]
+        counted_in = [label for origin, _ in leaves(equation.number) for label in _counted(origin, first)]
         if hung := groups((*equation.labels, *counted_in)):
-            ties.append(_Tie(_holds(equation, counted), hung, equation.where))
+            ties.append(_Tie(_holds(equation, first), hung, equation.where))
     return ties
+
+
+def _counted(origin: Held | Size, first: Mapping[Place, Attribute]) -> tuple[Label, ...]:
+    if isinstance(origin, Size):
+        return origin.labels
+    attribute = first.get(place_of(origin))
+    return attribute.labels if attribute else ()
 
 
 def _equal(one: Attribute, other: Attribute) -> Callable[[Alive], bool]:
     return lambda alive: left(one.labels, alive) == left(other.labels, alive)
 
 
-def _holds(equation: Equation, counted: Callable[[Held | Size], tuple[Label, ...]]) -> Callable[[Alive], bool]:
+def _holds(equation: Equation, first: Mapping[Place, Attribute]) -> Callable[[Alive], bool]:
     def agree(alive: Alive) -> bool:
-        def count(origin: Held | Size, value: int) -> int:
-            labels = counted(origin)
-            return left(labels, alive) if labels else value
-
-        return left(equation.labels, alive) == equation.number.evaluate(count)
+        try:
+            return left(equation.labels, alive) == equation.number.evaluate(Counts(first, alive))
+        except ZeroDivisionError:  # nothing is left of what a number is divided by
+            return False
 
     return agree
-
-
-def _origins(number: int) -> list[Held | Size]:
-    if not isinstance(number, Number):
-        return []
-    if isinstance(number.origin, Held | Size):
-        return [number.origin]
-    return _origins(number.origin.left) + _origins(number.origin.right)
 
 
 def _classes(ties: Iterable[_Tie]) -> list[set[str]]:
@@ -158,9 +177,9 @@ def _classes(ties: Iterable[_Tie]) -> list[set[str]]:
         return name
 
     for tie in ties:
-        first, *others = sorted(tie.groups)
-        for name in others:
-            parent[root(name)] = root(first)
+        first = root(min(tie.groups))
+        for name in sorted(tie.groups):
+            parent[root(name)] = first
     classes: dict[str, set[str]] = defaultdict(set)
     for name in parent:
         classes[root(name)].add(name)

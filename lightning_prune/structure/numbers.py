@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.inputs import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "numbers_in", "remember_"]
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "leaves", "numbers_in", "remember_"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,15 @@ def numbers_in(values: Any) -> Iterator[int]:
             yield -1
         elif isinstance(value, slice):
             yield from numbers_in((value.start, value.stop, value.step))
+
+
+def leaves(number: int) -> list[tuple[Held | Size, int]]:
+    """Return what arithmetic made a number of, and what each was: nothing for a plain one."""
+    if not isinstance(number, Number):
+        return []
+    if isinstance(number.origin, Derived):
+        return leaves(number.origin.left) + leaves(number.origin.right)
+    return [(number.origin, int(number))]
 
 
 def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.inputs import ExampleInputs, Instead, refuse_empty, refuse_shapeless, undisturbed
 from lightning_prune.structure.labels import Labels, Ledger
 from lightning_prune.structure.tensors import named_tensors
+from lightning_prune.structure.unknowns import add_unknowns_
 from lightning_prune.structure.watch import watch
 
 __all__ = ["trace"]
@@ -49,6 +50,7 @@ def _traced(model: nn.Module, example_inputs: ExampleInputs, numbers: bool, holl
     ledger.numbers, ledger.hollow = numbers, hollow
     with undisturbed(model):
         watch(model, example_inputs, {}, ledger, labels)
+    add_unknowns_(ledger)
     if any(labels[name].dims for name in ledger.unseen):
         followed = _follow_siblings(model, ledger, labels)
         ledger.idle = [n for n, _ in model.named_parameters() if n in ledger.unseen and n not in followed]

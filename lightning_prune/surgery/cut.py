@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_prune.inputs import modules_of
 from lightning_prune.structure import Keep, Structure, named_tensors
-from lightning_prune.structure.links import left
+from lightning_prune.structure.links import Counts
+from lightning_prune.structure.unknowns import place_of
 from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import Kept, followed, narrowed, replace_tensors_
 
@@ -97,9 +98,10 @@ def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[
     """Work out the attributes that count labels: ``groups``, ``num_groups``, ``normalized_shape``."""
     changes: dict[tuple[str, str], AttributeChange] = {}
     modules = dict(modules_of(model))
+    counts = Counts({place_of(attribute): attribute for attribute in reversed(structure.ledger.attributes)}, alive)
     for attribute in structure.ledger.attributes:
         old = getattr(modules[attribute.module], attribute.name)
-        count = left(attribute.labels, alive)
+        count = counts.held(attribute)
         new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
         if attribute.index is None:
             new = count

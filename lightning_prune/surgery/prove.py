@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.inputs import ExampleInputs, fewer_positions, run, tensors_in, undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
-from lightning_prune.structure.groups import resolve
+from lightning_prune.structure.choices import resolve
 from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger, Ran
 from lightning_prune.structure.links import left
 from lightning_prune.structure.tensors import exchange_

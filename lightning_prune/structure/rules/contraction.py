@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_prune.structure.labels import PINNED, Atoms, Attribute, Label
+from lightning_prune.structure.labels import PINNED, Attribute, Label
 from lightning_prune.structure.rules.attach import unknown
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
@@ -112,15 +113,21 @@ def embedding(call: Call) -> Dims:
 
 @coupling_rule("aten.convolution")
 def convolution(call: Call) -> Dims:
-    """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels meet, batch passes, positions keep their number."""
+    """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels meet, batch passes, positions keep their number.
+
+    Positions that the kernel takes one by one pass.
+    """
     x, weight, bias = call.args[:3]
     transposed, groups = call.argument("transposed"), call.argument("groups")
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     labels, made = call.labels(x), call.labels(weight)
+    passing = {}
     for dim in range(2, weight.dim()):
         if dim in made.dims:
             call.ledger.pin(made.at(dim), "kernel size")
-        if dim in labels.dims:
+        if dim in labels.dims and _one_by_one(call, dim):
+            passing[dim] = labels.at(dim)
+        elif dim in labels.dims:
             call.ledger.pin(labels.at(dim), "positions of a convolution")
     if groups == 1:
         _contract(call, x, 1, weight, in_dim)
@@ -129,9 +136,16 @@ def convolution(call: Call) -> Dims:
         channels = _grouped(call, x, weight, groups, transposed)
     if bias is not None:
         channels = call.ledger.tie([channels, call.labels(bias).at(0)], "bias of fixed size")
-    positions = math.prod((x if transposed else call.out).shape[2:]) * math.prod(weight.shape[2:])
-    call.ledger.cost("conv", positions, *call.sizes(x, 0), *call.sizes(weight, 0, 1))
-    return {0: labels.at(0), 1: channels}
+    positions = [passing.get(dim) or size for dim, size in enumerate((x if transposed else call.out).shape) if dim > 1]
+    call.ledger.cost("conv", math.prod(weight.shape[2:]), *call.sizes(x, 0), *call.sizes(weight, 0, 1), *positions)
+    return {0: labels.at(0), 1: channels, **passing}
+
+
+def _one_by_one(call: Call, dim: int) -> bool:
+    stride, padding, spread = (call.argument(name) for name in ("stride", "padding", "output_padding"))
+    at = dim - 2
+    alone = call.args[1].shape[dim] == 1 and stride[at % len(stride)] == 1
+    return alone and padding[at % len(padding)] == 0 == spread[at % len(spread)]
 
 
 def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: bool) -> tuple[Label, ...]:
@@ -156,7 +170,7 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
     if inputs.shape[1] == len(entering) and not (transposed and shared):  # depthwise: a group is a channel
         ledger.meet(inputs[:, :1], outputs)
         ledger.meet(inputs[:, :1], inputs)
-        _follow_groups(call, inputs[:, 0])
+        _follow_groups(call, entering)
         return stacked
     alike = rows.transpose(0, 2, 1).reshape(-1, rows.shape[1])
     fixed = [np.append(label.atoms, PINNED)[:, None] for label in shared]
@@ -166,17 +180,17 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
         whole = np.concatenate([inputs, outputs], axis=1).T
         ways = {OUTER: [whole, *fixed], INNER: [np.concatenate([alike, *(s.atoms[None] for s in shared)]), outputs]}
     handed = ledger.choose("groups", ways)
-    _follow_groups(call, handed[0].atoms)
+    _follow_groups(call, handed[:1])
     if not transposed:
         return stacked
     every = [Label(np.repeat(handed[0].atoms, weight.shape[1]), conditional=True)]
     return (*every, *(Label(np.tile(label.atoms, groups), conditional=True) for label in handed[len(fixed) + 2 :]))
 
 
-def _follow_groups(call: Call, atoms: Atoms) -> None:
+def _follow_groups(call: Call, labels: Sequence[Label]) -> None:
     path, module = call.module
     if isinstance(module, nn.modules.conv._ConvNd):
-        call.ledger.attributes.append(Attribute(path, "groups", (Label(atoms),)))
+        call.ledger.attributes.append(Attribute(path, "groups", tuple(labels)))
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Dims:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.structure.labels import PINNED, Label
-from lightning_prune.structure.rules.attach import attach, merge_
+from lightning_prune.structure.rules.attach import attach, merge_, unknown
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
@@ -115,6 +115,42 @@ def pixel_unshuffle(call: Call) -> Dims:
     dims = _positions_pinned(call, channel)
     spread = (Label(np.repeat(label.atoms, factor * factor), label.conditional) for label in dims.get(channel, ()))
     return {**dims, channel: tuple(spread)}
+
+
+@coupling_rule("aten.col2im")
+def fold(call: Call) -> Dims:
+    """``(N, C r s, L) -> (N, C, H, W)``: the rows that become one channel leave together."""
+    source, kernel = call.args[0], call.argument("kernel_size")
+    labels, rows = call.labels(source), source.dim() - 2
+    call.ledger.pin(labels.at(rows + 1), "positions of fold")
+    blocks = [label.atoms.reshape(-1, kernel[0] * kernel[1]) for label in labels.at(rows)]
+    for block in blocks:
+        call.ledger.meet(block[:, :1], block[:, 1:])
+    pairs = zip(blocks, labels.at(rows), strict=True)
+    channels = tuple(Label(block[:, 0], label.conditional) for block, label in pairs)
+    return {**{dim: found for dim, found in labels.dims.items() if dim < rows}, rows: channels}
+
+
+@coupling_rule("aten.as_strided")
+def as_strided(call: Call) -> Dims:
+    """Reads memory: lay labels out in memory as the elements are, and read those."""
+    source, size, stride = call.args[:3]
+    offset = call.argument("storage_offset")
+    start = 0 if offset is None else offset - source.storage_offset()
+    behind = start + sum(step * (length - 1) for step, length in zip(stride, size, strict=True))
+    held = 1 + sum(step * (length - 1) for step, length in zip(source.stride(), source.shape, strict=True))
+    if not source.numel() or not call.out.numel() or start < 0 or behind >= held:
+        return unknown(call)  # reaches beyond what the source shows
+    dims: Dims = {}
+    for dim, found in call.labels(source).dims.items():
+        for number, label in enumerate(found):
+            memory = torch.full((held,), PINNED)
+            shape = [1] * source.dim()
+            shape[dim] = source.shape[dim]
+            memory.as_strided(source.shape, source.stride()).copy_(torch.from_numpy(label.atoms.copy()).reshape(shape))
+            read = memory.as_strided(size, stride, start).numpy()
+            merge_(dims, attach(call, (dim, number), read, range(call.out.dim()), label.conditional))
+    return dims
 
 
 def _positions_pinned(call: Call, channel: int) -> Dims:

@@ -25,7 +25,7 @@ def batch_norm(call: Call) -> list[Dims]:
     if call.has("training") and call.argument("training"):
         for dim, found in labels.dims.items():
             if dim != 1:
-                call.ledger.pin(found, "batch statistics run over it")
+                call.ledger.mix(found)
     affine = call.args[1] is not None
     if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch turns it into a batch norm
         call.ledger.cost("instance_norm", 5 if affine else 4, *call.sizes(x))
@@ -84,25 +84,25 @@ def group_norm(call: Call) -> list[Dims]:
     call.ledger.mix(channels)
     for dim, found in labels.dims.items():
         if dim > 1:
-            call.ledger.pin(found, "statistics run over it")
+            call.ledger.mix(found)
     if channels and groups > 1:
         columns = np.concatenate([label.atoms.reshape(groups, -1).T for label in channels])
         if x.shape[1] == groups:
-            _follow(call, columns[0])
+            _follow(call, channels)
         else:
             alike = np.concatenate([label.atoms.reshape(groups, -1) for label in channels])
             whole, _ = call.ledger.choose(
                 "groups", {"whole groups": [columns], "the same share of every group": [alike]}
             )
-            _follow(call, whole.atoms)
+            _follow(call, (whole,))
     call.ledger.cost("group_norm", 5 if affine else 4, *call.sizes(x))
-    return [{0: labels.at(0), 1: channels}] + [{}] * (len(call.out) - 1)
+    return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
-def _follow(call: Call, atoms: np.ndarray) -> None:
+def _follow(call: Call, labels: tuple[Label, ...]) -> None:
     path, module = call.module
     if isinstance(module, nn.GroupNorm):
-        call.ledger.attributes.append(Attribute(path, "num_groups", (Label(atoms),)))
+        call.ledger.attributes.append(Attribute(path, "num_groups", labels))
 
 
 @coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")

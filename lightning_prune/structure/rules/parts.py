@@ -125,15 +125,20 @@ def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
 
 def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int]) -> bool:
     """Let the sizes of pieces follow them; return whether all do, so that each piece may shrink on its own."""
+    if len(set(sizes)) == 1 and isinstance(call.args[1], int):  # one size for all
+        held = [number for number in call.asked if isinstance(number, Number) and number == sizes[0]]
+        for piece in pieces if held else ():
+            follow_number(call, piece, held[0])
+        return False
     asked = [number for _, number in aligned(call.asked, sizes)]
-    if len(asked) == 1 and len(sizes) > 1:  # one size for all
-        asked = asked * len(sizes)
-        alone = False
-    else:
-        alone = len(asked) == len(sizes) and all(isinstance(number, Number) for number in asked)
-    for piece, number in zip(pieces, asked, strict=False):
-        follow_number(call, piece, number)
-    return alone
+    if len(asked) < len(sizes) or not any(isinstance(number, Number) for number in asked):
+        return False
+    for piece, number in zip(pieces, asked, strict=True):
+        if isinstance(number, Number):
+            follow_number(call, piece, number)
+        else:
+            call.ledger.pin(piece, "a piece of fixed size")
+    return True
 
 
 def _follow_bounds(call: Call, labels: tuple[Label, ...], start: int, stop: int) -> bool:

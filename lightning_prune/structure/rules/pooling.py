@@ -29,14 +29,14 @@ __all__: list[str] = []
     "aten.grid_sampler_3d",
 )  # fmt: skip
 def spatial(call: Call) -> Dims | list[Dims]:
-    """Pooling and resampling: batch and channels pass, positions keep their number."""
+    """Pooling and resampling: batch and channels pass, positions keep their number, but where they are taken singly."""
     x = call.args[0]
     labels = call.labels(x)
     name = call.func._opname
     positions = int(next(c for c in name if c.isdigit()))
     dims = {}
     for dim, found in labels.dims.items():
-        if dim < x.dim() - positions:
+        if dim < x.dim() - positions or _one_by_one(call, dim - x.dim() + positions):
             dims[dim] = found
         else:
             call.ledger.pin(found, f"positions of {name}")
@@ -45,6 +45,15 @@ def spatial(call: Call) -> Dims | list[Dims]:
             call.ledger.pin(found, f"positions of {name}")
     _pooling_cost(call, x, name)
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+
+
+def _one_by_one(call: Call, place: int) -> bool:
+    """Tell whether the window holds one position alone, and misses none."""
+    if not call.has("kernel_size") or not call.has("stride"):
+        return False
+    kernel, stride, padding = (call.argument(name) for name in ("kernel_size", "stride", "padding"))
+    size, step, pad = (along[place % len(along)] for along in (kernel, stride or kernel, padding or (0,)))
+    return (size, step, pad) == (1, 1, 0)
 
 
 def _pooling_cost(call: Call, x: Tensor, name: str) -> None:

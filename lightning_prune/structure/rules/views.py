@@ -101,8 +101,8 @@ def unmoved(call: Call) -> Dims | list[Dims]:
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
 
 
-@coupling_rule("aten.as_strided", "aten.as_strided_")
-def as_strided(call: Call) -> Dims:
+@coupling_rule("aten.as_strided_")
+def restrided(call: Call) -> Dims:
     """Pooling restrides dimensions of size one; anything else reads memory that labels know nothing of."""
     dims = call.labels(call.args[0]).dims
     same = all(dim < call.out.dim() and len(found[0].atoms) == call.out.shape[dim] for dim, found in dims.items())
