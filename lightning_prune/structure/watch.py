@@ -22,7 +22,7 @@ from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["OtherOperatorsError", "exchanged", "unfused", "watch"]
+__all__ = ["OtherOperatorsError", "alike", "exchanged", "unfused", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -105,7 +105,7 @@ def _shape(out: Any) -> Sequence[int]:
     return first[0].shape if first else ()
 
 
-def _alike(ran: Ran, expected: Ran) -> bool:
+def alike(ran: Ran, expected: Ran) -> bool:
     """Tell whether the same operator ran, with one index alone along the same dimensions of its output."""
     (func, shape), (other, full) = ran, expected
     return func is other and [size == 1 for size in shape] == [size == 1 for size in full]
@@ -133,7 +133,7 @@ class _Exchange(_Watch):
             kwargs = {name: self._taken(value) for name, value in kwargs.items()}
         out = func(*[self._taken(value) for value in args], **(kwargs or {}))
         if self.expected is not None:
-            if self.count == len(self.expected) or not _alike((func, _shape(out)), self.expected[self.count]):
+            if self.count == len(self.expected) or not alike((func, _shape(out)), self.expected[self.count]):
                 raise OtherOperatorsError
             self.count += 1
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,8 @@ from lightning_prune.structure.choices import resolve
 from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger, Ran
 from lightning_prune.structure.links import left
 from lightning_prune.structure.tensors import exchange_
-from lightning_prune.structure.watch import exchanged, watch
-from lightning_prune.surgery.attributes import AttributeChange, set_attributes_
+from lightning_prune.structure.watch import alike, exchanged, watch
+from lightning_prune.surgery.attributes import set_attributes_
 from lightning_prune.surgery.cut import Cut, draft
 from lightning_prune.surgery.resize import narrowed
 
@@ -54,14 +54,42 @@ def prove(
         tensors: Makes the slim values of everything that the cut changes; asked when nothing else is held beside the
             model.
     """
+    if not comparable(structure, cut.keep):
+        return prove_structure(model, example_inputs, structure, cut)
+    silenced = _silenced(model, structure, cut)
+    with suppress(Exception):  # a failure counts where nothing was spared
+        if structure.ledger.hollow and _proved_sparingly(model, example_inputs, structure, cut, tensors, silenced):
+            return None
     try:
-        ledger, found = _run_slim(model, example_inputs, structure, cut, tensors)
+        ledger, found = _trace_slim(model, example_inputs, structure, cut, tensors(), hollow=False)
         failure = _same_structure(model, example_inputs, structure, cut, ledger)
-        if failure or not comparable(structure, cut.keep):
-            return failure
-        return _compare(model, example_inputs, structure, cut, tensors, found)
+        return failure or _same_numbers(silenced(example_inputs), found)
     except Exception as error:
         return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
+
+
+def _proved_sparingly(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
+    silenced: _Silenced,
+) -> bool:
+    """Tell whether a cut was proved with little computed, and little held beside the model.
+
+    Images need not be large for that: where the full model and the slim one run the operators of the trace on smaller
+    ones, and none of their feature maps has shrunk to one position that had more, the smaller ones tell as much.
+    """
+    expected, inputs = _expected(silenced, example_inputs, structure)
+    ledger, found = _trace_slim(model, inputs, structure, cut, tensors(), hollow=False)
+    if inputs is not example_inputs and not all(map(alike, ledger.ran, structure.ledger.ran)):
+        return False
+    same = ledger.output_shapes == [tuple(output.shape) for output in expected]
+    return same and not (
+        _nothing_new(structure, _with_two_left(model, example_inputs, structure, cut) or ledger)
+        or _same_numbers(expected, found)
+    )
 
 
 def comparable(structure: Structure, keep: Keep) -> Keep:
@@ -77,35 +105,10 @@ def comparable(structure: Structure, keep: Keep) -> Keep:
 def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
     """Prove the first half alone, computing nothing where the model allows it: a cheap way to look for culprits."""
     try:
-        ledger, _ = _run_slim(model, example_inputs, structure, cut)
+        ledger = _run_slim(model, example_inputs, structure, cut)
         return _same_structure(model, example_inputs, structure, cut, ledger)
     except Exception as error:
         return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
-
-
-def _compare(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    structure: Structure,
-    cut: Cut,
-    tensors: Callable[[], dict[str, Tensor]],
-    found: list[Tensor] | None,
-) -> Disproof | None:
-    """Compare the outputs of the slim model, ``found`` where they are known, with those of the silenced one.
-
-    Images need not be large for that: where a model runs the same operators on smaller ones, and none of its feature
-    maps has shrunk to one position that had more, the smaller ones tell as much.
-    """
-    silenced = _silenced(model, structure, cut)
-    if found is not None:
-        return _same_numbers(silenced(example_inputs), found)
-    with suppress(Exception):  # a failure counts on the example inputs, and where nothing stands in for tensors
-        expected, inputs = _expected(silenced, example_inputs, structure)
-        if not (failure := _same_numbers(expected, _outputs(model, inputs, tensors(), cut.attributes))):
-            return None
-        if inputs is not example_inputs:
-            return failure
-    return _same_numbers(silenced(example_inputs), _outputs(model, example_inputs, tensors(), cut.attributes))
 
 
 def _expected(
@@ -127,21 +130,14 @@ def _same_structure(
     )
 
 
-def _run_slim(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    structure: Structure,
-    cut: Cut,
-    tensors: Callable[[], dict[str, Tensor]] | None = None,
-) -> tuple[Ledger, list[Tensor] | None]:
-    """Trace the slim model, and return its outputs if they had to be computed."""
+def _run_slim(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger:
+    """Trace the slim model, computing nothing where the model allows it."""
     if structure.ledger.hollow:
         own = named_tensors(model)
         empty = {name: own[name].new_empty(shape) for name, shape in cut.shapes.items()}
         with suppress(Exception):  # a failure counts where numbers were computed
-            return _trace_slim(model, example_inputs, structure, cut, empty, hollow=True)[0], None
-    slim = cut.tensors(model) if tensors is None else tensors()
-    return _trace_slim(model, example_inputs, structure, cut, slim, hollow=False)
+            return _trace_slim(model, example_inputs, structure, cut, empty, hollow=True)[0]
+    return _trace_slim(model, example_inputs, structure, cut, cut.tensors(model), hollow=False)[0]
 
 
 def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger | None:
@@ -159,7 +155,7 @@ def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: S
                 two[name] = stays | held & _first_gone(stays | ~held, 2 - int((stays & held).sum()))
     if all(np.array_equal(two[name], stays) for name, stays in cut.keep.items()):
         return None
-    return _run_slim(model, example_inputs, structure, draft(model, structure, two))[0]
+    return _run_slim(model, example_inputs, structure, draft(model, structure, two))
 
 
 def _first_gone(stays: np.ndarray, count: int) -> np.ndarray:
@@ -288,16 +284,3 @@ def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> _Silenced:
             dims[slot.dim] = dims[slot.dim] & left if slot.dim in dims else left
     rest = {name: stays for name, stays in cut.keep.items() if name not in plain}
     return _Silenced(model, draft(model, structure, rest), silent)
-
-
-def _outputs(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    tensors: dict[str, Tensor],
-    attributes: Iterable[AttributeChange],
-) -> list[Tensor]:
-    """Run the model with other tensors and attributes."""
-    with undisturbed(model):
-        set_attributes_(model, attributes)
-        exchange_(model, tensors)
-        return list(tensors_in(run(model, example_inputs)))
