@@ -1,6 +1,7 @@
 """Cuts every network of a zoo by the same share beside torch-pruning: which come out right, and how much is gone.
 
     python -m benchmarks.zoo                              # torchvision; needs torchvision and torch-pruning
+    python -m benchmarks.zoo --zoo timm                   # one network of every family; needs timm
     python -m benchmarks.zoo --zoo transformers           # small configurations; needs transformers
     python -m benchmarks.zoo --models resnet18 swin_t     # some of them
 
