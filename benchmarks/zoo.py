@@ -15,7 +15,6 @@ median of ``--repeats`` runs on new networks after one that warms up; ours are w
 
 import argparse
 import contextlib
-import gc
 import importlib
 import json
 import multiprocessing
@@ -46,7 +45,7 @@ HERE = Path(__file__).parent
 AMOUNT = 0.3
 ENOUGH = 0.85
 """Share of the parameters that may be left for a network to pass."""
-SLOW = 15.0
+SLOW = 4.0
 """Seconds from which a run is not repeated."""
 
 Found = dict[str, Any]
@@ -199,8 +198,6 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()  # else children copy what they inherit as soon as they collect
     path = HERE / f"zoo-{arguments.zoo}.json"
     results: dict[str, Found] = json.loads(path.read_text()) if path.exists() else {}
     for name in arguments.models or ZOOS[arguments.zoo].names():

@@ -234,6 +234,30 @@ def test_another_path_on_fewer_positions_proves_nothing():
     assert proved_on(Sized(sides, largest=12), 128) == (True, [32, 43, 64, 64])
 
 
+class Normed(Sized):
+    """Channels that are normalised over, and others behind them."""
+
+    def __init__(self, sides):
+        super().__init__(sides)
+        self.norm, self.second, self.third = nn.LayerNorm(8), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        self.sides.append(x.shape[-1])
+        x = self.norm(self.first(x).movedim(1, -1)).movedim(-1, 1)
+        return self.third(self.second(x)).mean((2, 3))
+
+
+def test_what_is_cut_in_both_models_does_not_make_positions_tell_less():
+    """Fewer positions do where a normalised stream is cut in the silenced model, too."""
+    model, image = Normed(deque()), torch.randn(1, 3, 128, 128)
+    structure = find_structure(trace(model, image))
+    assert structure.groups["first"].changes_statistics
+    cut = draft(model, structure, {"first": np.arange(8) > 2, "second": np.arange(4) > 0})
+    model.sides.clear()
+    assert prove(model, image, structure, cut, lambda: cut.tensors(model)) is None
+    assert [*model.sides] == [32, 32]
+
+
 @pytest.mark.parametrize("side", [48, 128])
 def test_wrong_numbers_are_found_on_fewer_positions(side):
     """A slim model that computes something else is found out, whatever the images are."""

@@ -83,7 +83,8 @@ def _proved_sparingly(
     """
     expected, inputs = _expected(silenced, example_inputs, structure)
     ledger, found = _trace_slim(model, inputs, structure, cut, tensors(), hollow=False)
-    if inputs is not example_inputs and not all(map(alike, ledger.ran, structure.ledger.ran)):
+    ran = structure.ledger.ran
+    if inputs is not example_inputs and not (len(ran) == len(ledger.ran) and all(map(alike, ledger.ran, ran))):
         return False
     same = ledger.output_shapes == [tuple(output.shape) for output in expected]
     return same and not (
@@ -248,12 +249,16 @@ class _Silenced:
         """
         own = named_tensors(self.model)
         instead, made = {}, {}
-        for name in self.base.kept:
+        for name, kept in self.base.kept.items():
+            # what has one dimension weighs little, and torch lays it out anew where it is not contiguous
+            waits = late and own[name].dim() > 1
             shape = self.base.shapes[name]
-            instead[name] = own[name].new_empty(()).expand(shape) if late else narrowed(own[name], self.base.kept[name])
-        for name in (instead | self.silent) if late else self.silent:
-            source = own[name] if late else instead.get(name, own[name])
-            made[id(instead.get(name, own[name]))] = partial(self._made, name, source.detach(), cut=late)
+            instead[name] = own[name].new_empty(()).expand(shape) if waits else narrowed(own[name], kept)
+            if waits:
+                made[id(instead[name])] = partial(self._made, name, own[name].detach(), cut=True)
+        for name in self.silent:
+            held = instead.get(name, own[name])
+            made.setdefault(id(held), partial(self._made, name, held.detach(), cut=False))
         with undisturbed(self.model):
             set_attributes_(self.model, self.base.attributes)
             exchange_(self.model, instead)
