@@ -244,6 +244,25 @@ def test_a_reason_names_the_operator(function, operator):
     assert operator in next(pin.reason for pin in pins if pin.tensor == "fc.weight")
 
 
+class Stream(nn.Module):
+    """Two layers that write on a stream that is the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + self.second(x.relu())
+
+
+def test_a_reason_tells_what_channels_are_tied_to():
+    """Channels that no pin lies on carry the reason of those that they go with."""
+    reasons = {pin.tensor: pin.reason for pin in structure_of(Stream().double(), ROWS).pinned}
+    plain, tied = "reaches the model's output", "tied to channels that stay: reaches the model's output"
+    assert reasons == {"first.weight": plain, "second.weight": tied}
+
+
 def test_the_softmax_of_attention_changes_statistics():
     """Groups that a statistic runs across say so, others do not."""
     groups = structure_of(NETS["layer_norm"].build().double(), NETS["layer_norm"].inputs).groups

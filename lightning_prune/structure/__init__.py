@@ -1,6 +1,7 @@
 """Reads which entries of a model live and die together; never changes the model."""
 
-from lightning_prune.structure.groups import ChannelGroup, Keep, Pinned, Slot, Structure, find_structure
+from lightning_prune.structure.groups import ChannelGroup, Keep, Slot, Structure, find_structure
+from lightning_prune.structure.pinned import Pinned
 from lightning_prune.structure.rules import Call, coupling_rule
 from lightning_prune.structure.tensors import named_tensors
 from lightning_prune.structure.trace import trace
