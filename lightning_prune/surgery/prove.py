@@ -267,7 +267,7 @@ class _Silenced:
 
     def _made(self, name: str, value: Tensor, cut: bool) -> Tensor:
         kept = self.base.kept.get(name, {})
-        if cut and kept:
+        if cut:
             value = narrowed(value, kept)
         if name not in self.silent:
             return value
