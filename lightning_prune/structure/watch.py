@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
 from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.labels import Labels, Ledger, Ran
-from lightning_prune.structure.numbers import Number, Size, remember_
+from lightning_prune.structure.numbers import Number, Size, remembering
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, unknown
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["OtherOperatorsError", "alike", "exchanged", "unfused", "watch"]
+__all__ = ["Watch", "plain", "taken_apart", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -39,15 +39,17 @@ def watch(
     replaced: Mapping[str, Tensor],
     ledger: Ledger,
     labels: Mapping[str, Labels],
-) -> list[Tensor]:
-    """Run the model with labels, inside :func:`undisturbed`, pin what reaches its outputs, and return those.
+    training: bool = False,
+) -> None:
+    """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
         example_inputs: What to call it on.
         replaced: Tensors to run with instead of the model's own, by name.
         ledger: Where meetings are written down; says whether anything is computed.
-        labels: The labels that each parameter and buffer carries, by name.
+        labels: The labels that each parameter and buffer carries, by name; the others carry none.
+        training: Whether to run in train mode.
 
     Raises:
         NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
@@ -55,94 +57,47 @@ def watch(
     mode = _LabelMode(ledger)
     own = named_tensors(model)
     for name, tensor in own.items():
-        mode.give(replaced.get(name, tensor), labels[name])
+        mode.give(replaced.get(name, tensor), labels.get(name, _UNLABELLED))
     for tensor in tensors_in(example_inputs):
         mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
-    if ledger.numbers:
-        remember_(model, partial(compared, ledger))
-    with unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
+    if training:
+        model.train()
+    with ExitStack() as stack:
+        if ledger.numbers:
+            stack.enter_context(remembering(model, partial(compared, ledger)))
+        stack.enter_context(_unfused())
+        stack.enter_context(mode.knows_modules(model))
+        stack.enter_context(mode)
+        stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
         outputs = run(model, example_inputs)
     ledger.running = ("", None)
-    ledger.unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
-    tensors = list(tensors_in(outputs))
-    for tensor in tensors:
+    unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
+    ledger.unseen = ledger.unseen & unseen if training else unseen
+    for tensor in tensors_in(outputs):
         ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
     if mode.refusal is not None:  # the model's own code may have caught it
         raise mode.refusal
-    return tensors
 
 
-@contextmanager
-def exchanged(instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None = None) -> Iterator[None]:
-    """Let operators inside the block take other tensors.
-
-    Args:
-        instead: ``id`` of a tensor -> what makes the one that operators take in its place.
-        expected: The operators that a trace wrote down, if they are to be the same ones.
-
-    Raises:
-        OtherOperatorsError: As soon as another operator runs, or its output has one index alone along other dimensions.
-    """
-    mode = _Exchange(instead, expected)
-    with nullcontext() if expected is None else unfused(), mode:
-        yield
-    if expected is not None and mode.count < len(expected):
-        raise OtherOperatorsError
+def plain(values: Any) -> tuple[Any, ...]:
+    """Return arguments of an operator with None in place of tensors."""
+    return tuple(
+        [
+            None if isinstance(value, Tensor) else plain(value) if type(value) in (list, tuple) else value
+            for value in values
+        ]
+    )
 
 
-class OtherOperatorsError(Exception):
-    """A run came to other operators than it should."""
-
-
-def _shape(out: Any) -> Sequence[int]:
-    """Return the shape of an operator's output, or of the first of several."""
-    if isinstance(out, Tensor):
-        return out.shape
-    first = tensors_among(out[:1]) if isinstance(out, list | tuple) else ()
-    return first[0].shape if first else ()
-
-
-def alike(ran: Ran, expected: Ran) -> bool:
-    """Tell whether the same operator ran, with one index alone along the same dimensions of its output."""
-    (func, shape), (other, full) = ran, expected
-    return func is other and [size == 1 for size in shape] == [size == 1 for size in full]
-
-
-class _Watch(TorchDispatchMode):
-    """What every mode of this file is: none of them is ever compiled, so dynamo need not be told to keep out."""
+class Watch(TorchDispatchMode):
+    """Base of the modes that watch operators: none of them is ever compiled, so dynamo need not be told to keep out."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch wraps each call, and imports all of dynamo at the first
-
-
-class _Exchange(_Watch):
-    """Lets every operator run, on other tensors where there are some instead, as long as it is the expected one."""
-
-    def __init__(self, instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None) -> None:
-        super().__init__()
-        self.instead = instead
-        self.expected = expected
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs:
-            kwargs = {name: self._taken(value) for name, value in kwargs.items()}
-        out = func(*[self._taken(value) for value in args], **(kwargs or {}))
-        if self.expected is not None:
-            if self.count == len(self.expected) or not alike((func, _shape(out)), self.expected[self.count]):
-                raise OtherOperatorsError
-            self.count += 1
-        return out
-
-    def _taken(self, value: Any) -> Any:
-        make = self.instead.get(id(value))
-        if make is not None:
-            return make()
-        return [self._taken(item) for item in value] if type(value) in (list, tuple) else value
 
 
 class _Known(NamedTuple):
@@ -155,7 +110,7 @@ class _Known(NamedTuple):
     writes: bool
 
 
-class _LabelMode(_Watch):
+class _LabelMode(Watch):
     """Looks up the rule of every operator that runs, and lets it pass labels on."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -169,6 +124,7 @@ class _LabelMode(_Watch):
         self.seen: set[int] = set()  # tensors given before the run that an operator took
         self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
         self.refusal: NumbersNeededError | None = None
+        self._ordinals: dict[str, int] = {}  # path of a module -> operators that have run in it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -179,21 +135,37 @@ class _LabelMode(_Watch):
         for labels in found:
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
+        path, module = running = self._running[-1]
+        kind = type(module), self._ordinals.get(path, 0)
+        self._ordinals[path] = kind[1] + 1
+        entering = [tensor.shape for tensor in tensors]  # before an operator in place may change them
         out, hollow = self._run(known, args, kwargs, tensors, found, weight)
-        ledger, running = self.ledger, self._running[-1]
-        ledger.ran.append((func, _shape(out)))
+        ledger = self.ledger
+        ran = Ran(func, path, kind, found, entering, plain((*args, *kwargs.values()) if kwargs else args))
+        ledger.ran.append(ran)
         if known.reads and not weight:
-            ledger.decided.append(running[0])
+            ledger.decided.append(path)
         blank = known.rule is made_anew
         dims: Any = {}
         if labelled or (blank and self.arguments and out.numel()):
-            ledger.running = (running[0], func)
+            ledger.running = (path, func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
-        for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):
+        outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
+        if labelled and outputs and not any(tensor.numel() for tensor, _ in outputs):
+            self._pin_unseen(tensors, found)
+        for tensor, own in outputs:
             if not all(own.values()):
                 own = {d: labels for d, labels in own.items() if labels}
-            self._lay(tensor, Labels(own, weight and not blank, blank, hollow))
+            ran.made.append(Labels(own, weight and not blank, blank, hollow))
+            ran.leaving.append(tensor.shape)
+            self._lay(tensor, ran.made[-1])
         return out
+
+    def _pin_unseen(self, tensors: list[Tensor], found: list[Labels]) -> None:
+        """Pin what goes into an empty tensor: with what its entries would have met was not seen."""
+        for tensor, labels in zip(tensors, found, strict=True):
+            for own in labels.dims.values() if tensor.numel() else ():
+                self.ledger.pin(own, "reaches a tensor that was empty on the example inputs")
 
     def _learnt(self, func: Any) -> _Known:
         rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
@@ -294,10 +266,7 @@ class _NumberMode(TorchFunctionMode):
             self._labels.read(func, args)
         self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
         try:
-            if func in _RECURRENT:
-                with _in_steps():
-                    return func(*args, **kwargs)
-            return func(*args, **kwargs)
+            return _in_steps(func, args, kwargs)
         finally:
             self._labels.arguments = ()
 
@@ -322,20 +291,35 @@ def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
                 yield part, dims[i] if isinstance(dims, list) else {}
 
 
-@contextmanager
-def _in_steps() -> Iterator[None]:
-    """Run recurrent layers step by step: those of oneDNN and cuDNN cannot be looked into."""
+class _StepMode(TorchFunctionMode):
+    """Lets recurrent layers run step by step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _in_steps(func, args, kwargs or {})
+
+
+def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
+    if func not in _RECURRENT:
+        return func(*args, **kwargs)
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
     try:
-        yield
+        return func(*args, **kwargs)
     finally:
         for library, before in zip(libraries, enabled, strict=True):
             library.set_flags(_enabled=before)
 
 
 @contextmanager
-def unfused() -> Iterator[None]:
+def taken_apart() -> Iterator[None]:
+    """Run attention and recurrent layers as the operators that a trace sees."""
+    with _unfused(), _StepMode():
+        yield
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
     """Take attention apart into products, which have rules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

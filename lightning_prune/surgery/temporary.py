@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.attributes import set_attributes_
+from lightning_prune.surgery.attributes import held_number, set_attributes_, set_held_
 from lightning_prune.surgery.cut import Cut
 
 __all__ = ["temporarily_cut"]
-
-_ABSENT = object()
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def temporarily_cut(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor]) -
     ]
     places = [(table, leaf, tensor) for table in tables for leaf, tensor in table.items() if id(tensor) in slim]
     changed = [(model.get_submodule(change.module), change.name) for change in cut.attributes]
-    attributes = [(module, name, getattr(module, name, _ABSENT)) for module, name in changed]
+    attributes = [(module, name, held_number(module, name)) for module, name in changed]
     try:
         for table, leaf, tensor in places:
             table[leaf] = slim[id(tensor)]
@@ -49,10 +47,7 @@ def temporarily_cut(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor]) -
         for table, leaf, tensor in places:
             table[leaf] = tensor
         for module, name, value in attributes:
-            if value is not _ABSENT:
-                setattr(module, name, value)
-            elif hasattr(module, name):
-                delattr(module, name)
+            set_held_(module, name, value)
 
 
 def _stand_in(own: Tensor, new: Tensor) -> Tensor:
