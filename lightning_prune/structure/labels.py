@@ -111,7 +111,10 @@ class Attribute:
 
 @dataclass(eq=False, slots=True)
 class Equation:
-    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives."""
+    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives.
+
+    A plain ``number`` remembers nothing that could change, so that it cannot change either.
+    """
 
     labels: tuple[Label, ...]
     number: Any

@@ -18,7 +18,7 @@ from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
 from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remember_
-from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
@@ -165,7 +165,7 @@ class _LabelMode(_Watch):
         self._mark = object()  # tells this trace's labels from another's
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
-        self.arguments: tuple[Any, ...] = ()  # of the Python function that is calling operators
+        self.arguments: tuple[Any, ...] = ()  # args, kwargs and the Python function itself that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
         self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
         self.refusal: NumbersNeededError | None = None
@@ -196,7 +196,7 @@ class _LabelMode(_Watch):
         return out
 
     def _learnt(self, func: Any) -> _Known:
-        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
+        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
         known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
         return known
 
@@ -292,7 +292,7 @@ class _NumberMode(TorchFunctionMode):
             return self._remembering(args[0], func(*args, **kwargs), args[1:])
         if func in _READERS:
             self._labels.read(func, args)
-        self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
+        self._labels.arguments = args, kwargs, func
         try:
             if func in _RECURRENT:
                 with _in_steps():

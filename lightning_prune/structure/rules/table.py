@@ -29,8 +29,9 @@ class Call:
         out: What it returned.
         module: Path of the module that was running, and the module itself.
         lay: Gives labels to another tensor than the output.
-        asked: The whole numbers among the arguments of the Python function that called it, flattened; worked out when
-            a rule first looks.
+        function: The Python function that called it, ``F.group_norm`` say, or None where that is not known.
+        given: The positional and the keyword arguments of that function, as they were given.
+        asked: The whole numbers among those, flattened; worked out when a rule first looks.
     """
 
     def __init__(
@@ -54,12 +55,21 @@ class Call:
         self.labels = labels
         self.module = module
         self.lay = lay
-        self._arguments = arguments
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = arguments[:2] if arguments else ((), {})
+        self.function = arguments[2] if arguments else None
 
     @cached_property
     def asked(self) -> tuple[int, ...]:
         """Return the whole numbers that Python asked for."""
-        return tuple(numbers_in(self._arguments))
+        args, kwargs = self.given
+        return tuple(numbers_in((args, tuple(kwargs.values()))))
+
+    def python_argument(self, name: str, position: int) -> Any:
+        """Return an argument of the Python function that called the operator, or None where it was not given."""
+        args, kwargs = self.given
+        if name in kwargs:
+            return kwargs[name]
+        return args[position] if position < len(args) else None
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name it has in the operator's schema, or its default."""
