@@ -138,7 +138,10 @@ class Attribute:
 
 @dataclass(eq=False, slots=True)
 class Equation:
-    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives."""
+    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives.
+
+    A plain ``number`` remembers nothing that could change, so that it cannot change either.
+    """
 
     labels: tuple[Label, ...]
     number: Any
@@ -168,6 +171,9 @@ class Ledger:
         self.choices: dict[Hashable, Choice] = {}
         self.attributes: list[Attribute] = []
         self.equations: list[Equation] = []
+        self.counts: list[
+            tuple[int, str, tuple[Label, ...]]
+        ] = []  # of those arguments that no shape of an output shows
         self.numbers = True  # whether numbers remember where they come from
         self.lengths: dict[Hashable, Label] = {}
         self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
@@ -297,6 +303,14 @@ class Ledger:
             self.lengths[key] = Label(self._hand_out(size))
             self.attributes.append(Attribute(place.module, place.name, (self.lengths[key],), place.index, self.where))
         return self.lengths[key]
+
+    def count(self, argument: str, labels: tuple[Label, ...]) -> None:
+        """Write down that an argument of the operator at hand must be the number of indices that keep all these labels.
+
+        What is written down is the operator's place in ``ran``, the argument's name in its schema, and the labels. The
+        output's shape does not show such an argument; one that is not written down must stay what it is.
+        """
+        self.counts.append((len(self.ran) - 1, argument, labels))
 
     def prefer(self, labels: Iterable[Label]) -> None:
         """Write down that these labels run along a batch of products: of several ways, whole ones of these leave."""

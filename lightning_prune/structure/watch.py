@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,11 @@ from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
 from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remembering
-from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["Watch", "plain", "taken_apart", "watch"]
+__all__ = ["Watch", "aliases", "plain", "taken_apart", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -93,11 +93,49 @@ def plain(values: Any) -> tuple[Any, ...]:
 
 
 class Watch(TorchDispatchMode):
-    """Base of the modes that watch operators: none of them is ever compiled, so dynamo need not be told to keep out."""
+    """Base of the modes that watch operators.
+
+    What operators write into tensors that were there before, such as a parameter that a forward pass updates, is taken
+    back when the mode is left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[int] = set()  # storages of this run, which may be written to
+        self._before: dict[int, tuple[Any, Any]] = {}  # storages that were there before -> themselves, and a copy
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch wraps each call, and imports all of dynamo at the first
+        # None of these modes is ever compiled. Else torch wraps each call, and imports all of dynamo at the first.
+        return False
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for storage, copy in self._before.values():
+            storage.copy_(copy)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator; keep a copy of what was there before and is about to be written to."""
+        if writes(func):
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                    self._keep(value)
+        out = func(*args, **kwargs)
+        if not aliases(func):
+            for tensor in (out,) if isinstance(out, Tensor) else tensors_among(out if isinstance(out, tuple | list) else ()):
+                self._made.add(tensor.untyped_storage()._cdata)
+        return out
+
+    def _keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._made and storage._cdata not in self._before:
+            self._before[storage._cdata] = storage, storage.clone()
+
+
+@cache
+def aliases(func: Any) -> bool:
+    """Return whether an operator's output may share memory with an argument: views, and operators in place."""
+    return any(value.alias_info is not None for value in func._schema.returns)
 
 
 class _Known(NamedTuple):
@@ -120,7 +158,7 @@ class _LabelMode(Watch):
         self._mark = object()  # tells this trace's labels from another's
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
-        self.arguments: tuple[Any, ...] = ()  # of the Python function that is calling operators
+        self.arguments: tuple[Any, ...] = ()  # args, kwargs and the Python function itself that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
         self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
         self.refusal: NumbersNeededError | None = None
@@ -168,7 +206,7 @@ class _LabelMode(Watch):
                 self.ledger.pin(own, "reaches a tensor that was empty on the example inputs")
 
     def _learnt(self, func: Any) -> _Known:
-        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
+        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
         known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
         return known
 
@@ -177,7 +215,7 @@ class _LabelMode(Watch):
     ) -> tuple[Any, bool]:
         """Return what an operator returns, and whether that was not computed."""
         if not self.ledger.hollow:
-            return known.func(*args, **kwargs), False
+            return self.run(known.func, args, kwargs), False
         hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow]
         if self._written and len(hollow) < len(tensors):
             hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
@@ -185,9 +223,9 @@ class _LabelMode(Watch):
         out = None if shaped is None else shaped(*args, **kwargs)
         if hollow and out is None:
             self.refuse(known.func, hollow)
-            out = known.func(*args, **kwargs)
+            out = self.run(known.func, args, kwargs)
         if out is None:
-            return known.func(*args, **kwargs), False
+            return self.run(known.func, args, kwargs), False
         if known.writes and not found[0].hollow:
             self._written[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
         return out, True
@@ -264,7 +302,7 @@ class _NumberMode(TorchFunctionMode):
             return self._remembering(args[0], func(*args, **kwargs), args[1:])
         if func in _READERS:
             self._labels.read(func, args)
-        self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
+        self._labels.arguments = args, kwargs, func
         try:
             return _in_steps(func, args, kwargs)
         finally:

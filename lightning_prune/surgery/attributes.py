@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_prune.inputs import modules_of
 
-__all__ = ["ABSENT", "AttributeChange", "held_number", "set_attributes_", "set_held_", "shape_attributes"]
+__all__ = ["ABSENT", "AttributeChange", "attributes_set", "held_number", "set_attributes_", "shape_attributes"]
 
 ABSENT = object()
 """What :func:`held_number` returns where there is nothing."""
@@ -122,7 +123,26 @@ def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> Non
     modules = dict(modules_of(model))
     for change in changes:
         module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
-        set_held_(module, change.name, change.new)
+        _set_held_(module, change.name, change.new)
+
+
+@contextmanager
+def attributes_set(model: nn.Module, changes: Iterable[AttributeChange]) -> Iterator[None]:
+    """Set attributes inside the block, and take that back afterwards."""
+    changes = list(changes)
+    modules = [model.get_submodule(change.module) for change in changes]
+    before = [_own_number(module, change.name) for module, change in zip(modules, changes, strict=True)]
+    try:
+        set_attributes_(model, changes)
+        yield
+    finally:
+        for module, change, value in zip(modules, changes, before, strict=True):
+            _set_held_(module, change.name, value)
+
+
+def _own_number(module: nn.Module, name: str) -> Any:
+    """Return what a module itself holds under a name: what its class holds does not count."""
+    return held_number(module, name) if "." in name else vars(module).get(name, ABSENT)
 
 
 def held_number(module: nn.Module | None, name: str) -> Any:
@@ -138,7 +158,7 @@ def held_number(module: nn.Module | None, name: str) -> Any:
     return holder
 
 
-def set_held_(module: nn.Module, name: str, value: Any) -> None:
+def _set_held_(module: nn.Module, name: str, value: Any) -> None:
     """Set what a module holds under a name that may lead through configs; ``ABSENT`` takes it away."""
     path, _, leaf = name.rpartition(".")
     holder = held_number(module, path) if path else module

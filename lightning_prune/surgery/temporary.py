@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.attributes import held_number, set_attributes_, set_held_
+from lightning_prune.surgery.attributes import attributes_set
 from lightning_prune.surgery.cut import Cut
 
 __all__ = ["temporarily_cut"]
@@ -36,18 +36,14 @@ def temporarily_cut(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor]) -
         table for module in model.modules() for table in (module._parameters, module._buffers)
     ]
     places = [(table, leaf, tensor) for table in tables for leaf, tensor in table.items() if id(tensor) in slim]
-    changed = [(model.get_submodule(change.module), change.name) for change in cut.attributes]
-    attributes = [(module, name, held_number(module, name)) for module, name in changed]
-    try:
-        for table, leaf, tensor in places:
-            table[leaf] = slim[id(tensor)]
-        set_attributes_(model, cut.attributes)
-        yield
-    finally:
-        for table, leaf, tensor in places:
-            table[leaf] = tensor
-        for module, name, value in attributes:
-            set_held_(module, name, value)
+    with attributes_set(model, cut.attributes):
+        try:
+            for table, leaf, tensor in places:
+                table[leaf] = slim[id(tensor)]
+            yield
+        finally:
+            for table, leaf, tensor in places:
+                table[leaf] = tensor
 
 
 def _stand_in(own: Tensor, new: Tensor) -> Tensor:
