@@ -304,6 +304,10 @@ class Ledger:
             self.attributes.append(Attribute(place.module, place.name, (self.lengths[key],), place.index, self.where))
         return self.lengths[key]
 
+    def is_literal(self, dim: int) -> bool:
+        """Return whether the size of a dimension of the output at hand is known to be a number in the code."""
+        return bool(self.literals) and (self.ran[-1].kind, dim) in self.literals
+
     def count(self, argument: str, labels: tuple[Label, ...]) -> None:
         """Write down that an argument of the operator at hand must be the number of indices that keep all these labels.
 

@@ -160,6 +160,17 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
                 holder[key] = before
 
 
+def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
+    """Return a number, or a tuple or list of numbers, that remembers where it is held; others as they are."""
+    if type(value) is int:
+        return Number(value, Held(path, name), compared) if value > 1 else value
+    if all(type(item) is int for item in value) and any(item > 1 for item in value):
+        return type(value)(
+            Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
+        )
+    return value
+
+
 def _config(value: Any) -> dict[str, Any] | None:
     """Return where an object keeps its attributes, or a dict its entries, if it may be a config."""
     if isinstance(value, dict):

@@ -171,9 +171,9 @@ def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labe
             idle = [own for own in experts if own and set(own) <= ledger.unseen]
             if len(ran) < 2 or not idle or not _read_the_same(ledger, labels, ran):
                 continue
-            for own in idle:
-                followed.update(own)
-                for name, other in zip(own, ran[0], strict=True):
+            for names_of_one in idle:
+                followed.update(names_of_one)
+                for name, other in zip(names_of_one, ran[0], strict=True):
                     for dim, found in labels[name].dims.items():
                         ledger.meet(found[0].atoms, labels[other].dims[dim][0].atoms)
     return followed

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
 from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
-from lightning_prune.structure.labels import Labels, Ledger, Ran
+from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remembering
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen import compared, made_anew
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["Watch", "aliases", "plain", "taken_apart", "watch"]
+__all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -30,6 +30,8 @@ _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
+_RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -66,7 +68,7 @@ def watch(
     with ExitStack() as stack:
         if ledger.numbers:
             stack.enter_context(remembering(model, partial(compared, ledger)))
-        stack.enter_context(_unfused())
+        stack.enter_context(unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
         stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
@@ -122,7 +124,7 @@ class Watch(TorchDispatchMode):
                     self._keep(value)
         out = func(*args, **kwargs)
         if not aliases(func):
-            for tensor in (out,) if isinstance(out, Tensor) else tensors_among(out if isinstance(out, tuple | list) else ()):
+            for tensor in tensors_among((out,)):
                 self._made.add(tensor.untyped_storage()._cdata)
         return out
 
@@ -194,10 +196,22 @@ class _LabelMode(Watch):
         for tensor, own in outputs:
             if not all(own.values()):
                 own = {d: labels for d, labels in own.items() if labels}
+            if ledger.literals:
+                self._fix_literals(func, tensor, own)
             ran.made.append(Labels(own, weight and not blank, blank, hollow))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
         return out
+
+    def _fix_literals(self, func: Any, out: Tensor, dims: dict[int, tuple[Label, ...]]) -> None:
+        """Fix the width of what a number in the code says; slices and pieces have rules for that."""
+        for dim, labels in dims.items():
+            if not self.ledger.is_literal(dim) or func.overloadpacket in _PIECES:
+                continue
+            if func.overloadpacket in _RESHAPES:  # of several ways to shrink, another may be free
+                self.ledger.equations.append(Equation(labels, out.shape[dim], self.ledger.where))
+            else:
+                self.ledger.pin(labels, "its size is a number in the code")
 
     def _pin_unseen(self, tensors: list[Tensor], found: list[Labels]) -> None:
         """Pin what goes into an empty tensor: with what its entries would have met was not seen."""
@@ -352,12 +366,12 @@ def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
 @contextmanager
 def taken_apart() -> Iterator[None]:
     """Run attention and recurrent layers as the operators that a trace sees."""
-    with _unfused(), _StepMode():
+    with unfused(), _StepMode():
         yield
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
+def unfused() -> Iterator[None]:
     """Take attention apart into products, which have rules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -149,10 +149,7 @@ def held_number(module: nn.Module | None, name: str) -> Any:
     """Return what a module holds under a name that may lead through configs, or ``ABSENT``."""
     holder: Any = module
     for part in name.split("."):
-        if isinstance(holder, dict):
-            holder = holder.get(part, ABSENT)
-        else:
-            holder = getattr(holder, part, ABSENT)
+        holder = holder.get(part, ABSENT) if isinstance(holder, dict) else getattr(holder, part, ABSENT)
         if holder is ABSENT:
             return ABSENT
     return holder

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.structure.labels import Label
 from lightning_prune.structure.rules.table import Call, Dims, tensors_among
 
 __all__ = ["tested"]
