@@ -198,7 +198,8 @@ class _LabelMode(Watch):
                 own = {d: labels for d, labels in own.items() if labels}
             if ledger.literals:
                 self._fix_literals(func, tensor, own)
-            ran.made.append(Labels(own, weight and not blank, blank, hollow))
+            shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
+            ran.made.append(Labels(own, weight and not blank, blank or shows_blank, hollow))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
         return out
