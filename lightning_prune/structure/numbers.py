@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.inputs import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "leaves", "numbers_in", "remember_"]
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "leaves", "numbers_in", "remember_"]
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,6 @@ def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number],
             Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
         )
     return value
-
-
-def held_by(module: nn.Module | None, value: int) -> list[Number]:
-    """Return the numbers of this value that a module holds."""
-    own = () if module is None else vars(module).values()
-    return [number for number in numbers_in(own) if isinstance(number, Number) and number == value]
 
 
 def numbers_in(values: Any) -> Iterator[int]:

@@ -20,6 +20,8 @@ from lightning_prune.structure.labels import Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remember_
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen import compared, made_anew
+from lightning_prune.structure.rules.movement import repeat
+from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
 __all__ = ["OtherOperatorsError", "alike", "exchanged", "unfused", "watch"]
@@ -29,6 +31,7 @@ _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
+_STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
@@ -186,13 +189,14 @@ class _LabelMode(_Watch):
             ledger.decided.append(running[0])
         blank = known.rule is made_anew
         dims: Any = {}
-        if labelled or (blank and self.arguments and out.numel()):
+        if labelled or (known.rule in _STRETCHING and self.arguments and out.numel()):
             ledger.running = (running[0], func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):
             if not all(own.values()):
                 own = {d: labels for d, labels in own.items() if labels}
-            self._lay(tensor, Labels(own, weight and not blank, blank, hollow))
+            made = weight and not blank and (labelled or not own)
+            self._lay(tensor, Labels(own, made, blank, hollow))
         return out
 
     def _learnt(self, func: Any) -> _Known:

@@ -20,12 +20,18 @@ def cat(call: Call) -> Dims:
     """Labels along the joined dimension are joined; along the others, what lies side by side must leave together."""
     parts = [part for part in call.args[0] if part.dim() == call.out.dim()]  # torch lets old-style empty tensors pass
     joined = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % max(call.out.dim(), 1)
+    filled = [part for part in parts if part.shape[joined]]
     dims: Dims = {}
     for dim in range(call.out.dim()):
-        sides = [call.labels(part).at(dim) for part in parts]
-        if not any(sides):
+        if dim == joined:
+            sides = [call.labels(part).at(dim) for part in filled]
+            if any(sides):
+                dims[dim] = _join(sides, [part.shape[dim] for part in filled])
             continue
-        dims[dim] = _join(sides, [p.shape[dim] for p in parts]) if dim == joined else call.ledger.tie(sides, "aten.cat")
+        # a part that holds nothing has the others' width if it follows that, and none that could be wrong if not
+        sides = [found for part in parts if (found := call.labels(part).at(dim)) or part.shape[joined]]
+        if any(sides):
+            dims[dim] = call.ledger.tie(sides, "aten.cat")
     return dims
 
 
