@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.inputs import modules_of
@@ -104,7 +106,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 # of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
 _TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
-_HOLDING = frozenset({int, tuple, list})
+_HOLDING = (int, tuple, list, torch.Size)
 
 
 def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> None:
@@ -113,18 +115,23 @@ def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> N
         if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
             continue
         own = vars(module)
-        held = {name: value for name, value in own.items() if type(value) in _HOLDING}
+        held = {name: value for name, value in own.items() if type(value) in _HOLDING or isinstance(value, np.integer)}
         own.update({name: _held(path, name, value, compared) for name, value in held.items()})
 
 
 def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
-    if type(value) is int:
-        return Number(value, Held(path, name), compared) if value > 1 else value
-    if all(type(item) is int for item in value):
+    if _whole(value):
+        return Number(int(value), Held(path, name), compared) if value > 1 else value
+    if all(_whole(item) for item in value):
         return type(value)(
-            Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
+            [Number(int(item), Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)]
         )
     return value
+
+
+def _whole(value: Any) -> bool:
+    """Return whether a value is a plain whole number, of Python or of numpy."""
+    return type(value) is int or isinstance(value, np.integer)
 
 
 def numbers_in(values: Any) -> Iterator[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_prune.structure.labels import PINNED, Label
-from lightning_prune.structure.rules.attach import unknown
+from lightning_prune.structure.rules.attach import tie_merged, unknown
 from lightning_prune.structure.rules.frozen import follow_argument
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
@@ -244,7 +244,7 @@ def _added(call: Call, addend: Tensor, dims: Dims) -> Dims:
 def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
     """Sum over a dimension that both tensors have."""
     left, right = call.labels(a), call.labels(b)
-    call.ledger.tie([left.at(a_dim), right.at(b_dim)], "summed against a tensor of fixed size")
+    tie_merged(call, [left.at(a_dim), right.at(b_dim)], "summed against a tensor of fixed size")
     for mine, other, dim in ((left, right, a_dim), (right, left, b_dim)):
         if mine.weight and not other.weight:
             call.ledger.use("consumer", mine.at(dim))

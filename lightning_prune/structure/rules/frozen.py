@@ -117,18 +117,16 @@ def made_anew(call: Call) -> Dims:
         if [*like.shape[:2]] == [*call.out.shape[:2]]:  # padding makes room for positions, not for channels
             dims = {dim: found for dim, found in call.labels(like).dims.items() if dim < 2}
     for dim, number in aligned(call.asked, call.out.shape):
-        if found := counted_by(call, number):
+        if found := counted_by(number):
             dims[dim] = found
+        elif isinstance(number, Number) and isinstance(number.origin, Held):
+            dims[dim] = (call.ledger.held(number.origin, int(number)),)
     return dims
 
 
-def counted_by(call: Call, number: int) -> tuple[Label, ...]:
-    """Return the labels that a number counts: those of a size, or labels of its own where a module holds it."""
-    if isinstance(number, Number) and isinstance(number.origin, Size):
-        return number.origin.labels
-    if isinstance(number, Number) and isinstance(number.origin, Held):
-        return (call.ledger.held(number.origin, int(number)),)
-    return ()
+def counted_by(number: int) -> tuple[Label, ...]:
+    """Return the labels that a number counts, if it is the size of a tensor."""
+    return number.origin.labels if isinstance(number, Number) and isinstance(number.origin, Size) else ()
 
 
 @coupling_rule(

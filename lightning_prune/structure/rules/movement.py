@@ -76,7 +76,7 @@ def repeat(call: Call) -> Dims:
         return dims
     for dim, number in enumerate(call.asked):
         stretched = (dim < shift or source.shape[dim - shift] == 1) and call.out.shape[dim] == int(number) > 1
-        if stretched and (found := counted_by(call, number)):
+        if stretched and (found := counted_by(number)):
             dims[dim] = found
     return dims
 

@@ -141,3 +141,20 @@ def softmax(call: Call) -> Dims:
     labels = call.labels(x)
     call.ledger.mix(labels.at(call.argument("dim") % max(x.dim(), 1)))
     return labels.dims
+
+
+@coupling_rule(
+    "aten._fused_moving_avg_obs_fq_helper", "aten._fused_moving_avg_obs_fq_helper_functional", reduces=True
+)  # fmt: skip
+def observed(call: Call) -> list[Dims]:
+    """Rounding, with the least and the largest number seen as bounds: of all entries, or of each channel's."""
+    x = call.args[0]
+    labels, dims = call.labels(x), dict(call.labels(x).dims)
+    axis = call.argument("ch_axis") % x.dim() if call.argument("per_row_fake_quant") else -1
+    if axis in dims:
+        bounds = [tensor for tensor in call.args[3:7] if tensor.numel() > 1]
+        dims[axis] = call.ledger.tie([labels.at(axis), *(call.labels(t).at(0) for t in bounds)], "rounded per channel")
+    for dim, found in labels.dims.items():
+        if dim != axis:
+            call.ledger.mix(found)
+    return [dims, dims] + [{}] * (len(call.out) - 2)

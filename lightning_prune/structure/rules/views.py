@@ -100,7 +100,7 @@ def _stretched(call: Call, stretched: Sequence[int]) -> Dims:
     """Return the labels along dimensions that were made as long as Python's numbers say, or as other tensors are."""
     dims: Dims = {}
     for dim, number in aligned(call.asked, call.out.shape):
-        if dim in stretched and (found := counted_by(call, number)):
+        if dim in stretched and (found := counted_by(number)):
             dims[dim] = found
     args, kwargs = call.given
     product = getattr(call.function, "__name__", "") in _PRODUCTS
