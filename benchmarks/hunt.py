@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,8 +82,9 @@ def start() -> None:
 def hunt(seed: int, indices: range, processes: int, progress: Console | None = None) -> list[dict[str, Any]]:
     """Judge many programs, in order."""
     begun, found = time.monotonic(), []
-    with multiprocessing.get_context("spawn").Pool(processes, start) as pool:
-        for result in pool.imap(partial(judged, seed), indices, chunksize=8):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, start) as pool:  # which says so when a process dies
+        for result in pool.map(partial(judged, seed), indices, chunksize=8):
             found.append(result)
             if result["outcome"] in ("wrong", "error") and progress:
                 progress.print(f"{result['index']}: {result['outcome']}: {result['why']}", markup=False)

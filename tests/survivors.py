@@ -433,16 +433,19 @@ def _channels(x: Survivors, value: Tensor) -> Tensor:
 
 _KINDS: dict[Callable[..., Any], str] = {
     moved: """view reshape flatten unflatten permute transpose movedim squeeze unsqueeze expand expand_as view_as
-        repeat repeat_interleave chunk split split_with_sizes tensor_split narrow unbind roll flip contiguous clone detach
-        index_select t T mT swapaxes stack cat concat pixel_shuffle pixel_unshuffle channel_shuffle tile select""",
+        repeat repeat_interleave chunk split split_with_sizes tensor_split narrow unbind roll flip
+        contiguous clone detach index_select t T mT swapaxes stack cat concat pixel_shuffle pixel_unshuffle
+        channel_shuffle tile select""",
     taken: "getitem",
     cast: "to float double bfloat16 type type_as",
-    constant: """shape size dim ndim dtype device numel len stride is_contiguous layout requires_grad is_floating_point
-        is_complex zeros_like ones_like new_zeros new_ones new_tensor new_full new_empty element_size""",
+    constant: """shape size dim ndim dtype device numel len stride is_contiguous layout requires_grad
+        is_floating_point is_complex zeros_like ones_like new_zeros new_ones new_tensor new_full new_empty
+        element_size""",
     decided: "item bool any all nonzero tolist int",
-    pointwise: """add sub mul div true_divide radd rsub rmul rtruediv truediv pow rpow neg relu gelu silu sigmoid tanh exp
-        log sqrt rsqrt square abs softplus elu leaky_relu hardswish clamp clamp_min maximum minimum gt lt ge le eq ne
-        where lerp prelu mish reciprocal logical_not invert masked_fill addcmul sin cos nan_to_num sign""",
+    pointwise: """add sub mul div true_divide radd rsub rmul rtruediv truediv pow rpow neg relu gelu silu sigmoid tanh
+        exp log sqrt rsqrt square abs softplus elu leaky_relu hardswish clamp clamp_min maximum minimum gt
+        lt ge le eq ne where lerp prelu mish reciprocal logical_not invert masked_fill addcmul sin cos
+        nan_to_num sign""",
     reduced(None): "sum linalg_vector_norm",
     reduced(-math.inf): "amax logsumexp",
     reduced(math.inf): "amin",
