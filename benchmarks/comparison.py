@@ -1,4 +1,4 @@
-"""Compares a pruned network with the full one, module by module, in float64; shares no code with the library's proof.
+"""Compares a pruned network with the full one, module by module; shares no code with the library's proof.
 
 The library only says which indices of which tensor are kept. The full network runs with the pruned entries of every
 parameter set to zero. Its normalisations are computed here over the kept channels alone. Each float output of each
@@ -23,7 +23,7 @@ __all__ = ["TOLERANCE", "Comparison", "Kept", "compare", "in_double", "with_ordi
 Kept = Mapping[str, Mapping[int, Tensor]]
 """Name of a tensor -> dimension -> indices kept, as the report of a pruning says."""
 
-TOLERANCE = 1e-5
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest difference that rounding explains, relative to the largest entry; some networks compute parts in float32."""
 
 WHOLE = "the model"
@@ -42,6 +42,7 @@ class Comparison:
         skipped: Outputs that were not compared, path -> why.
         wrong: Outputs that differ, path -> how; the first is where to look.
         worst: Largest difference among the equal ones, relative to the largest entry.
+        tolerance: Largest that counts as equal.
     """
 
     equal: int = 0
@@ -49,6 +50,7 @@ class Comparison:
     skipped: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     worst: float = 0.0
+    tolerance: float = TOLERANCE[torch.float64]
 
     def told(self) -> dict[str, Any]:
         """Return the counts, and the first few of what is named."""
@@ -103,7 +105,8 @@ def compare(full: nn.Module, slim: nn.Module, kept: Kept, inputs: Inputs) -> Com
         inputs: What both run on.
     """
     expected = _outputs(slim, inputs)
-    found = Comparison()
+    precision = next((p.dtype for p in full.parameters() if p.is_floating_point()), torch.float64)
+    found = Comparison(tolerance=TOLERANCE[precision])
     sizes = _lists_by_sizes(full, kept)
     norms = _normalisations(full, kept)
     _silence_(full, kept)
@@ -299,6 +302,9 @@ def _note_(
         found.wrong[path] = f"has shape {tuple(whole.shape)}, and {tuple(part.shape)} once pruned"
         return
     candidates = list(islice(_candidates(whole, part, dims, sizes), 200))
+    if not whole.isfinite().any():
+        found.skipped[path] = "no entry is a finite number"
+        return
     if not candidates:
         found.skipped[path] = f"{len(dims)} dimensions shrink by other lists than the report names"
         return
@@ -306,13 +312,13 @@ def _note_(
     for candidate in candidates:
         difference = _difference(candidate, part)
         differences.append(difference)
-        if difference <= TOLERANCE:
+        if difference <= found.tolerance:
             found.equal += 1
             found.worst = max(found.worst, difference)
             return
     for candidate in candidates if path != WHOLE else ():  # what users see must be equal
         factor = _factor(candidate, part)
-        if 0 < factor < float("inf") and _difference(candidate * factor, part) <= TOLERANCE:
+        if 0 < factor < float("inf") and _difference(candidate * factor, part) <= found.tolerance:
             found.scaled.setdefault(path, factor)
             return
     found.wrong.setdefault(path, f"differs by {min(differences):.1e} of its largest entry")

@@ -42,7 +42,7 @@ from torch import nn
 with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning imports it
     importlib.import_module("torchvision_cpu")
 
-from benchmarks.comparison import compare, in_double, with_ordinary_sizes_
+from benchmarks.comparison import Comparison, compare, in_double, with_ordinary_sizes_
 from benchmarks.zoos import ZOOS, Inputs
 from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
@@ -111,23 +111,25 @@ def checked(model: nn.Module, inputs: Inputs) -> Found:
     Numbers change, rightly, where a statistic runs across the pruned units. Where such groups make the difference, the
     network is compared once more with these groups kept, and they are named as not compared.
     """
-    full, found = copy.deepcopy(model), _compared(model, inputs, ())
-    if found["wrong outputs"] and (mixed := _with_statistics(copy.deepcopy(full), inputs)):
-        try:
-            rest = _compared(full, inputs, mixed)
-        except PruningError:  # nothing else is prunable
-            rest = {"wrong outputs": 0, "equal outputs": 0}
-        found = {**rest, "kept": found["kept"], "seconds": found["seconds"], "not compared": mixed}
-    return found
+    full = copy.deepcopy(model)
+    pruned, found = _compared(model, inputs, ())
+    if not found.wrong or not (mixed := _with_statistics(copy.deepcopy(full), inputs)):
+        return {**pruned, **found.told()}
+    try:
+        _, rest = _compared(full, inputs, mixed)
+    except PruningError:  # nothing else is prunable
+        rest = Comparison()
+    return {**pruned, **rest.told(), "not compared": mixed, "differ with these": found.told()["wrong"]}
 
 
-def _compared(model: nn.Module, inputs: Inputs, ignore: Sequence[str]) -> Found:
+def _compared(model: nn.Module, inputs: Inputs, ignore: Sequence[str]) -> tuple[Found, Comparison]:
+    """Prune a network; return what is left and the seconds, and how it compares with the full one."""
     full = copy.deepcopy(model)
     start = time.process_time()
     report = prune_filters(model, inputs, AMOUNT, ignore=ignore)
     seconds = time.process_time() - start
-    found = compare(full, model, report.kept, inputs)
-    return {"kept": report.params_after / report.params_before, "seconds": seconds, **found.told()}
+    left = {"kept": report.params_after / report.params_before, "seconds": seconds, "proof": report.proof}
+    return left, compare(full, model, report.kept, inputs)
 
 
 def _with_statistics(model: nn.Module, inputs: Inputs) -> list[str]:
@@ -199,8 +201,14 @@ def tell(sender: Connection, zoo: str, name: str, method: str, repeats: int) -> 
 
 
 def doubled(build: Callable[[], tuple[nn.Module, Inputs]]) -> tuple[nn.Module, Inputs]:
-    """Build a network in float64."""
-    return in_double(*build())
+    """Build a network in float64, or in float32 where an operator of it takes no other."""
+    model, inputs = in_double(*build())
+    try:
+        with torch.no_grad():
+            run(model.eval(), inputs)
+    except RuntimeError:
+        return build()
+    return model, inputs
 
 
 METHODS: dict[str, Callable[[nn.Module, Inputs], Found]] = {
