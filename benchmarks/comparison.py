@@ -38,7 +38,8 @@ class Comparison:
 
     Attributes:
         equal: Outputs that are entries of the full network's.
-        scaled: Outputs that are so up to one factor, such as queries that make up for a narrower head; path -> factor.
+        scaled: Outputs that are so but for one factor of some channels, such as queries that make up for a narrower
+            head; path -> factor.
         skipped: Outputs that were not compared, path -> why.
         wrong: Outputs that differ, path -> how; the first is where to look.
         worst: Largest difference among the equal ones, relative to the largest entry.
@@ -317,8 +318,8 @@ def _note_(
             found.worst = max(found.worst, difference)
             return
     for candidate in candidates if path != WHOLE else ():  # what users see must be equal
-        factor = _factor(candidate, part)
-        if 0 < factor < float("inf") and _difference(candidate * factor, part) <= found.tolerance:
+        factor = _factor(candidate, part, dims[-1] if dims else None, found.tolerance)
+        if factor is not None:
             found.scaled.setdefault(path, factor)
             return
     found.wrong.setdefault(path, f"differs by {min(differences):.1e} of its largest entry")
@@ -370,9 +371,21 @@ def _difference(whole: Tensor, part: Tensor) -> float:
     return float((whole - part).abs().max()) / max(float(whole.abs().max()), float(part.abs().max()), 1e-300)
 
 
-def _factor(whole: Tensor, part: Tensor) -> float:
-    """Return the factor that takes one tensor nearest to another."""
-    numbers = whole.isfinite() & part.isfinite()
-    whole, part = whole[numbers], part[numbers]
-    square = float((whole * whole.conj()).real.sum())
-    return float((whole.conj() * part).real.sum()) / square if square > 0 else float("inf")
+def _factor(whole: Tensor, part: Tensor, dim: int | None, tolerance: float) -> float | None:
+    """Return the one positive factor between two tensors, or between slices of them; none where others differ.
+
+    Queries may be scaled to make up for a narrower head. In one projection of queries, keys and values some slices are
+    scaled, and the others are equal.
+    """
+    if not (whole.isfinite().all() and part.isfinite().all()):
+        return None
+    whole, part = (x.reshape(1, -1) if dim is None else x.movedim(dim, 0).flatten(1) for x in (whole, part))
+    squares = (whole * whole.conj()).real.sum(1)
+    products = (whole.conj() * part).real.sum(1)
+    factors = torch.where(squares > 0, products / squares, 1.0)
+    if _difference(whole * factors[:, None], part) > tolerance:
+        return None
+    others = factors[(factors - 1).abs() > tolerance]
+    if not len(others) or float(others.min()) <= 0 or float(others.max() - others.min()) > 1e3 * tolerance:
+        return None
+    return float(others.median())

@@ -106,6 +106,21 @@ def test_a_factor_is_named_but_not_for_the_whole_network():
     assert "the model" in compare(full, outer, {}, x).wrong
 
 
+def test_some_channels_may_be_scaled_by_one_factor():
+    """Of a projection that lost units, some may be scaled by one factor, as queries are beside keys, not by several."""
+    torch.manual_seed(0)
+    full = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).double()
+    kept = torch.tensor([0, 2, 3, 5])
+    names = {"0.weight": {0: kept}, "0.bias": {0: kept}, "1.weight": {1: kept}}
+    for factors, wrong in (([2.0, 2.0, 1.0, 1.0], False), ([2.0, 3.0, 1.0, 1.0], True), ([-1.0, 1.0, 1.0, 1.0], True)):
+        slim, scale = copy.deepcopy(full), torch.tensor(factors).double()
+        slim[0].weight.data = full[0].weight.data[kept] * scale[:, None]
+        slim[0].bias.data = full[0].bias.data[kept] * scale
+        slim[1].weight.data = full[1].weight.data[:, kept] / scale
+        found = compare(copy.deepcopy(full), slim, names, torch.randn(3, 4).double())
+        assert bool(found.wrong) is wrong and ("0" in found.scaled) is not wrong
+
+
 def test_parameters_near_zero_get_ordinary_sizes():
     """A LayerScale near zero, a zero gate and a zero matrix no longer hide what is behind them."""
     model = with_ordinary_sizes_(Network())
