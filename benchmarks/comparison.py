@@ -7,7 +7,7 @@ module of the pruned network must then consist of entries of the full one's, in 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any
@@ -55,7 +55,7 @@ class Comparison:
 
     def told(self) -> dict[str, Any]:
         """Return the counts, and the first few of what is named."""
-        named = {"scaled": self.scaled, "skipped": self.skipped, "wrong": self.wrong}
+        named: dict[str, dict[str, Any]] = {"scaled": self.scaled, "skipped": self.skipped, "wrong": self.wrong}
         first = {name: dict(islice(found.items(), 5)) for name, found in named.items() if found}
         counts = {f"{name} outputs": len(found) for name, found in named.items()}
         return {"equal outputs": self.equal, **counts, **first, "worst": self.worst}
@@ -196,7 +196,7 @@ def _normalisations(full: nn.Module, kept: Kept) -> dict[str, Callable[..., Any]
 
 def _restricted(module: nn.Module, indices: Tensor, size: int) -> Callable[..., Any]:
     """Compute a module on the kept channels of its inputs, with those of its parameters."""
-    small = copy.deepcopy(module)
+    small: Any = copy.deepcopy(module)
     for parameter in small.parameters():
         parameter.data = parameter.data[indices]
     if hasattr(small, "normalized_shape"):
@@ -253,17 +253,14 @@ def _widened(x: Tensor, dim: int, indices: Tensor, size: int) -> Tensor:
     return x.new_zeros(shape).index_copy(dim, indices, x)
 
 
-def _replaced(module: nn.Module, computed: Callable[..., Any]) -> Any:
+@contextmanager
+def _replaced(module: nn.Module, computed: Callable[..., Any]) -> Iterator[None]:
     """Let a module compute something else until the block ends."""
-
-    class Replaced:
-        def __enter__(self) -> None:
-            module.forward = computed
-
-        def __exit__(self, *error: object) -> None:
-            del module.forward
-
-    return Replaced()
+    module.forward = computed
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
