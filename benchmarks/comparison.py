@@ -326,7 +326,7 @@ def _candidates(
     whole: Tensor, part: Tensor, dims: list[int], sizes: Mapping[tuple[int, int], list[Tensor]]
 ) -> Iterator[Tensor]:
     """Yield the parts of a tensor that another of its size could be."""
-    if len(dims) == 1 and (found := _subsequence(whole, part, dims[0])) is not None:
+    if len(dims) == 1 and not whole.is_complex() and (found := _subsequence(whole, part, dims[0])) is not None:
         yield whole.index_select(dims[0], found)
     lists = [sizes.get((whole.shape[dim], part.shape[dim]), []) for dim in dims]
     for indices in product(*lists):
@@ -341,18 +341,14 @@ def _subsequence(whole: Tensor, part: Tensor, dim: int) -> Tensor | None:
     generator = torch.Generator().manual_seed(2)
     rows, others = whole.movedim(dim, 0).flatten(1), part.movedim(dim, 0).flatten(1)
     signs = torch.randint(0, 2, (rows.shape[1], 8), generator=generator).to(rows.dtype) * 2 - 1
-    rows, others = rows.nan_to_num() @ signs, others.nan_to_num() @ signs
-    scale = max(float(others.abs().max()), 1e-300) if others.numel() else 1.0
-    same = (others[:, None] - rows[None]).abs().amax(-1) <= 1e-4 * scale
+    rows, others = (x.nan_to_num(posinf=0.0, neginf=0.0) @ signs for x in (rows, others))
+    tolerance = 1e-4 * max(float(others.abs().max()), 1e-300) if others.numel() else 0.0
     found: list[int] = []
-    after = 0
-    for row in same:
-        hits = row[after:].nonzero()
-        if not len(hits):
-            return None
-        after += int(hits[0]) + 1
-        found.append(after - 1)
-    return torch.tensor(found, dtype=torch.int64)
+    wanted = others.numpy()
+    for index, row in enumerate(rows.numpy()):  # taking the first that fits finds a subsequence where there is one
+        if len(found) < len(wanted) and abs(wanted[len(found)] - row).max() <= tolerance:
+            found.append(index)
+    return torch.tensor(found, dtype=torch.int64) if len(found) == len(wanted) else None
 
 
 def _difference(whole: Tensor, part: Tensor) -> float:
