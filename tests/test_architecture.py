@@ -22,6 +22,7 @@ FLOORS = {
     "flops": 2,
     "statistics": 2,
     "limits": 2,
+    "steps": 2,
     "batch_norm": 3,
     "footprint": 2,
     "budget": 2,

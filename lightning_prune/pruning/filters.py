@@ -133,11 +133,11 @@ def prune_filters(
             filters they are divided by what the unit saves of it (of latency: by its multiply-adds).
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
-        round_to: Widths after the cut are multiples of this, rounded up.
+        round_to: Widths after the cut, in channels (heads times their width), are multiples of this, rounded up.
         batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read
             once.
         loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
-        min_width: Units that stay of every layer at least; or by pattern of module paths, the largest that names a
+        min_width: Channels that stay of every layer at least; or by pattern of module paths, the largest that names a
             layer.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
             smallest that names a layer. Budgets of the whole model are made up for by other layers.

@@ -81,7 +81,7 @@ def prune_filters_obs(
             more runs over the batches per layer; otherwise to those of the whole model.
         damping: Share of the inputs' mean variance with which weights hold on to what they were.
         ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after the cut are multiples of this, rounded up.
+        round_to: Widths after the cut, in channels (heads times their width), are multiples of this, rounded up.
         forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
         loss: For criteria that look at gradients, from model and batch to the mean loss.
         dtype: What is summed and solved in.
