@@ -18,7 +18,7 @@ from lightning_prune.limits import Block, Least, Room, blocks_of, least_widths, 
 from lightning_prune.steps import Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
+__all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
 
 Target = Literal["filters", "params", "flops", "latency"]
 Scope = Literal["layer", "global"]
@@ -26,7 +26,7 @@ Scores = Mapping[str, Tensor]
 """Group name -> one score per unit, ``(width,)``; higher is kept longer."""
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
-_NEAR = 0.05  # of a latency: how near what is measured must come to what was asked
+NEAR = 0.05  # of a latency: how near what is measured must come to what was asked
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def plan(
     whole, cost = _cost(structure, budget.target, dense, footprint, latency)
     allowed = whole - _share(amount, whole) if budget.target == "filters" else (1.0 - amount) * whole
     fewest = cost(walk.keep(walk.after(len(walk.order))))
-    if fewest > allowed * (1 + (_NEAR if budget.target == "latency" else _ROUNDING)):
+    if fewest > allowed * (1 + (NEAR if budget.target == "latency" else _ROUNDING)):
         told = rooms_told(what_can_go(structure, budget, dense, footprint))
         raise _beyond(amount, budget, 1 - fewest / whole, told)
     if budget.target == "latency":
@@ -211,7 +211,7 @@ def _nearest(cost: Callable[[int], float], most: int, allowed: float) -> int:
     best = (math.inf, most)
     for _ in range(4):
         best = min(best, _bisected(cost, most, allowed))
-        if best[0] <= _NEAR / 2 * allowed:
+        if best[0] <= NEAR / 2 * allowed:
             break
     return best[1]
 
@@ -228,7 +228,7 @@ def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[
     def miss(count: int) -> float:
         found = median(tried[count])
         # where units are few and weigh much, rather less is left than was asked for
-        return abs(found - allowed) + (1.0 if found > allowed * (1 + _NEAR) else 0.0)
+        return abs(found - allowed) + (1.0 if found > allowed * (1 + NEAR) else 0.0)
 
     if measured(0, times=3) <= allowed:
         return 0.0, 0

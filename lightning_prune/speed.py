@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops
+from lightning_prune.footprint import count
 from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.latency import ROUNDS, Turn, circumstances
 from lightning_prune.limits import channels, step_of
@@ -103,7 +103,7 @@ def compare_latency(
     structure = find_structure(trace(dense, example_inputs))
     widths = _widths(structure, pruned)
     rounder = _rounder(structure, widths)
-    flops = {_DENSE: count_flops(dense, example_inputs).total, _PRUNED: count_flops(pruned, example_inputs).total}
+    flops = {_DENSE: count(dense, example_inputs, structure).total, _PRUNED: count(pruned, example_inputs).total}
     whole = structure.flops({})
     shapes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
     for multiple, keep in rounder.items():

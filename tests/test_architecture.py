@@ -12,6 +12,7 @@ ROOT = Path(lightning_prune.__file__).parent
 FLOORS = {
     "bits": 0,
     "errors": 0,
+    "inference": 0,
     "inputs": 0,
     "progress": 0,
     "selection": 1,

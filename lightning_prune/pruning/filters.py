@@ -24,12 +24,14 @@ from lightning_prune.arguments import (
 )
 from lightning_prune.budget import Budget, Dense, Scope, Scores, Target, per_saving, plan
 from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops
-from lightning_prune.footprint import Footprint, measure, saved_by_one_unit
+from lightning_prune.flops import FlopCount, count_flops
+from lightning_prune.footprint import Footprint, count, measure, saved_by_one_unit
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.masks import follow_cut_
 from lightning_prune.progress import counted, each
+from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
@@ -77,6 +79,9 @@ class Report:
         branching: Modules whose code goes by numbers of its input: only the path that the example inputs took was seen.
         latency_kept: Share of the latency that is left, as measured, where that was the target.
         measured: What the latency was measured on.
+        asked: Share of the target that was to leave; for amounts by pattern, of the filters of all layers named.
+        reached: The share of it that left. Where that is less than asked, a warning has said why.
+        counted: What counted the multiply-adds, in words.
     """
 
     params_before: int
@@ -92,8 +97,12 @@ class Report:
     branching: tuple[str, ...] = ()
     latency_kept: float | None = None
     measured: str = ""
+    asked: float = 0.0
+    reached: float = 0.0
+    counted: str = "by fvcore"
 
 
+@changes_model
 def prune_filters(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -162,20 +171,23 @@ def prune_filters(
     check_optimizers("prune_filters", optimizers)
     structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
     check_prunable(model, structure)
+    counted = count(model, example_inputs, structure)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
-        Footprint(count_params(model), count_flops(model, example_inputs).total),
+        Footprint(count_params(model), counted.total),
     )
+    amount = amount_by_group(structure, amount)
+    budget = budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount))
     with each(batches or (), "batches", progress and batches is not None) as seen:
-        scores = score_units(model, structure, criterion, None if batches is None else seen, loss)
+        scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
     with clock(model, example_inputs, structure, progress and target == "latency") as latency:
         prepared = prepare(
             model,
             example_inputs,
             structure,
             scores,
-            amount_by_group(structure, amount),
-            budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
+            amount,
+            budget,
             dense=dense,
             flops=dense.footprint.flops,
             latency=latency,
@@ -183,7 +195,9 @@ def prune_filters(
         )
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     carry_out_(model, prepared, prepared.tensors, optimizers)
-    return reported(model, example_inputs, prepared, dense, kept)
+    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, counted, kept)
+    outcome.warn("prune_filters")
+    return report
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,14 +317,40 @@ def carry_out_(
 
 
 def reported(
-    model: nn.Module, example_inputs: ExampleInputs, made: Prepared, dense: Dense, latency_kept: float | None
-) -> Report:
-    """Report a cut that has been made; ``latency_kept`` is known where latency was the target."""
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    made: Prepared,
+    amount: Amount,
+    budget: Budget,
+    dense: Dense,
+    counted: FlopCount,
+    latency_kept: float | None,
+) -> tuple[Report, Outcome]:
+    """Report a cut that has been made, and set it against what was asked. Nothing in it fails: the model is cut.
+
+    Args:
+        model: The slim model.
+        example_inputs: What it runs on.
+        structure: The structure before any group was refused.
+        made: The cut.
+        amount: What was asked, a fraction or fractions by group name.
+        budget: What it is a fraction of, and the limits.
+        dense: What was there before.
+        counted: What was counted before.
+        latency_kept: Share of the latency that is left, where that was the target.
+    """
+    flops, by = _flops_after(model, example_inputs, made, counted)
+    now = Footprint(count_params(model), flops)
+    widths = {width.name: width.after for width in made.widths}
+    left = dense.without(name for name in dense.widths if name not in made.structure.groups)
+    why = {**kept_whole_by(made.structure, budget, left, widths), **reasons_of(structure, made.structure)}
+    outcome = outcome_of(amount, budget.target, dense, widths, now, latency_kept, why)
     return Report(
         params_before=dense.footprint.params,
-        params_after=count_params(model),
+        params_after=now.params,
         flops_before=dense.footprint.flops,
-        flops_after=count_flops(model, example_inputs).total,
+        flops_after=now.flops,
         groups=made.widths,
         kept=made.cut.kept,
         attributes=made.cut.attributes,
@@ -320,7 +360,21 @@ def reported(
         branching=made.structure.branching,
         latency_kept=latency_kept,
         measured="" if latency_kept is None else circumstances(model, example_inputs),
-    )
+        asked=outcome.asked,
+        reached=outcome.reached,
+        counted=by,
+    ), outcome
+
+
+def _flops_after(model: nn.Module, example_inputs: ExampleInputs, made: Prepared, before: FlopCount) -> tuple[int, str]:
+    """Count the slim model as the whole one was counted; what the plan predicted stands in where that fails."""
+    predicted = before.total - made.structure.flops({}) + made.structure.flops(made.keep)
+    if before.counted != FlopCount.counted:
+        return predicted, before.counted
+    try:
+        return count_flops(model, example_inputs).total, before.counted
+    except Exception as error:  # the cut is made and proved, so a count that fails must not say otherwise
+        return predicted, f"{before.counted} before the cut, and after it as planned, since the count failed: {error!r}"
 
 
 def count_params(model: nn.Module) -> int:
