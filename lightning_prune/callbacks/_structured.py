@@ -49,8 +49,8 @@ from lightning_prune.pruning.outcome import kept_whole_by, outcome_of, reasons_o
 from lightning_prune.reports import History, LayerChange, layer_costs
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
-from lightning_prune.structure import Keep, Structure, find_structure, trace
-from lightning_prune.surgery import Kept, cut_, recipe_of
+from lightning_prune.structure import Keep, Structure
+from lightning_prune.surgery import Kept, cut_, find_groups, recipe_of
 
 __all__ = ["StructuredPruning", "structured_callbacks"]
 
@@ -143,7 +143,7 @@ class StructuredPruning(Pruning):
             return False
         state = self._state
         state.inputs, state.flops = on_device_of(trainer, pl_module, inputs), None
-        structure = find_structure(trace(pl_module, state.inputs))
+        structure = find_groups(pl_module, state.inputs)
         refuse_overlap(self, structured_callbacks(trainer), pl_module, structure)
         structure = self._prunable(pl_module, structure)
         state.pinned, state.branching = structure.pinned, list(structure.branching)
@@ -174,7 +174,7 @@ class StructuredPruning(Pruning):
 
     def reach(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
         """Cut until what is due is gone."""
-        structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+        structure = self._prunable(pl_module, find_groups(pl_module, self._inputs))
         self._refuse_not_finite(pl_module, structure)
         scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
         self._gathering.rest()
@@ -306,7 +306,7 @@ class StructuredPruning(Pruning):
 
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self._gathering.looks_at_training:
-            structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+            structure = self._prunable(pl_module, find_groups(pl_module, self._inputs))
             self._gathering.watch(pl_module, structure)
 
     def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:

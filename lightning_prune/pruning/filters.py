@@ -31,22 +31,23 @@ from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.masks import follow_cut_
 from lightning_prune.progress import counted, each
-from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of
+from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
-from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
+from lightning_prune.structure import Keep, Pinned, Structure
 from lightning_prune.surgery import (
     AttributeChange,
     Cut,
     Disproof,
     Kept,
-    comparable,
+    Proof,
     cut_,
     draft,
-    prove,
-    prove_structure,
+    find_groups,
     recipe_of,
+    verify,
 )
+from lightning_prune.surgery.course import Lefts
 
 __all__ = [
     "GroupWidth", "Prepared", "Report", "carry_out_", "clock", "count_params", "prepare", "prune_filters", "reported",
@@ -169,7 +170,7 @@ def prune_filters(
     check_arguments("prune_filters", amount, criterion, target, scope, round_to, min_width, max_amount)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers("prune_filters", optimizers)
-    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
     counted = count(model, example_inputs, structure)
     dense = Dense(
@@ -212,7 +213,7 @@ class Prepared:
         refused: Groups that stay whole because their cut could not be proved; the reason stands under
             ``structure.pinned``.
         widths: Every group that can be cut, before and after.
-        proof: What was proved, in words.
+        proof: What was verified of the cut.
     """
 
     cut: Cut
@@ -221,7 +222,7 @@ class Prepared:
     keep: Keep
     refused: tuple[str, ...]
     widths: tuple[GroupWidth, ...]
-    proof: str
+    proof: Proof
 
 
 def prepare(
@@ -261,6 +262,7 @@ def prepare(
     """
     uncounted = flops - structure.flops({})  # what only the counter knows of, taken as fixed
     refused: list[str] = []
+    first = structure
     while True:
         stopped: CutDoesNotRunError | None = None
         footprint = partial(measure, model, structure, uncounted=uncounted)
@@ -273,18 +275,20 @@ def prepare(
             )  # fmt: skip
         except CutDoesNotRunError as error:
             keep, stopped = error.keep, error
+        except PruningError as error:
+            raise PruningError(f"{error}{told_of(reasons_of(first, structure))}") from None
         cut = draft(model, structure, keep)
         tensors = cache(partial(cut.tensors, model))
-        if not (cut.keep and prove(model, example_inputs, structure, cut, tensors)):
+        proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
+        if isinstance(proof, Proof):
             if stopped is not None:
                 raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
             break
         whole = list(structure.groups)
-        for name, reason in _unprovable(model, example_inputs, structure, keep).items():
-            structure = structure.without([name], reason)
+        structure = structure.without_each(_at_fault(model, structure, keep, proof))
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
-    return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
+    return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, proof)
 
 
 @contextmanager
@@ -356,7 +360,7 @@ def reported(
         attributes=made.cut.attributes,
         pinned=tuple(made.structure.pinned),
         proved=True,
-        proof=made.proof,
+        proof=_words(made),
         branching=made.structure.branching,
         latency_kept=latency_kept,
         measured="" if latency_kept is None else circumstances(model, example_inputs),
@@ -382,42 +386,50 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, keep: Keep) -> dict[str, str]:
-    """Find the groups that must stay whole so that the cut of all others can be proved, with the reason."""
+def _at_fault(model: nn.Module, structure: Structure, keep: Keep, failure: Disproof) -> dict[str, str]:
+    """Return the groups that must stay whole so that the cut of the others can be verified, with the reason.
 
-    def structural(cut: Cut) -> Disproof | None:
-        return prove_structure(model, example_inputs, structure, cut)
+    Blocks of a network that repeat fail alike: groups at the same place in modules of the same class are judged
+    together.
+    """
+    groups = set(failure.groups)
+    if failure.kind is not None:
+        lefts = Lefts(structure, keep)
+        for ran in structure.ledger.ran:
+            if ran.kind == failure.kind:
+                groups |= lefts.groups(*ran.taken, *ran.made)
+    if groups:
+        return dict.fromkeys(sorted(groups), failure.reason)
+    return _culprits(model, structure, keep)
 
-    def whole(cut: Cut) -> Disproof | None:
-        return prove(model, example_inputs, structure, cut, partial(cut.tensors, model))
 
-    return _culprits(model, structure, keep, structural) or _culprits(model, structure, keep, whole)
-
-
-def _culprits(
-    model: nn.Module, structure: Structure, keep: Keep, disproof: Callable[[Cut], Disproof | None]
-) -> dict[str, str]:
+def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> dict[str, str]:
     """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
     reasons: dict[str, str] = {}
 
-    def provable(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        failure = disproof(draft(model, structure, {name: keep[name] for link in accepted + links for name in link}))
-        if failure is None:
+    def search(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        cut = draft(model, structure, {name: keep[name] for link in accepted + links for name in link})
+        failure = verify(model, structure, cut, cache(partial(cut.tensors, model)))
+        if isinstance(failure, Proof):
             return links
         if len(links) == 1:
-            reasons[links[0][0]] = failure.reason
+            reasons.update(dict.fromkeys(links[0], failure.reason))
             return []
         half = len(links) // 2
-        left = provable(links[:half], accepted)
-        return left + provable(links[half:], accepted + left)
+        left = search(links[:half], accepted)
+        return left + search(links[half:], accepted + left)
 
     linked = [link for link in structure.links if not keep[link[0]].all()]
     single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
-    provable([*single, *linked], [])
+    search([*single, *linked], [])
     return reasons
 
 
-def _words(structure: Structure, cut: Cut) -> str:
-    if not cut.keep:
+def _words(prepared: Prepared) -> str:
+    """Say what was verified."""
+    if not prepared.cut.keep:
         return "nothing was cut"
-    return f"structure of all {len(cut.keep)} groups cut, numbers of {len(comparable(structure, cut.keep))}"
+    proof = prepared.proof
+    told = f"{len(prepared.cut.keep)} groups cut; {proof.operators} operators ran, {proof.compared} outputs compared"
+    skipped = sum(proof.skipped.values())
+    return f"{told} on {proof.values}" + (f"; {skipped} not compared" if skipped else "")

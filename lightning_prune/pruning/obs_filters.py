@@ -22,7 +22,7 @@ from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.calibration import Calibration, Run
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.statistics.products import find_products
-from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import find_groups
 
 __all__ = ["RepairReport", "prune_filters_obs"]
 
@@ -107,7 +107,7 @@ def prune_filters_obs(
     if not damping >= 0:
         raise ValueError(f"prune_filters_obs(damping={damping!r}): a share of the mean variance, from 0; 0.01 is 1 %.")
     calibration = Calibration(list(ordinary(batches)), forward, dtype)
-    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
     products = find_products(model, calibration.batches[0], forward)
     if criterion == "obs":

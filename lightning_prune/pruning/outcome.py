@@ -11,7 +11,7 @@ from lightning_prune.budget import NEAR, Budget, Dense, Target
 from lightning_prune.footprint import Footprint
 from lightning_prune.structure import Structure
 
-__all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of"]
+__all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of", "told_of"]
 
 _ROUNDING = 1e-6
 _MOST = 6  # groups that are named
@@ -90,6 +90,13 @@ def reasons_of(structure: Structure, slim: Structure) -> dict[str, str]:
             own = {(slot.tensor, slot.dim) for slot in group.slots if slot.role == "producer"}
             found[name] = [pin.reason for pin in slim.pinned if (pin.tensor, pin.dim) in own][-1]
     return found
+
+
+def told_of(reasons: Mapping[str, str]) -> str:
+    """Say of groups why they were refused; nothing where there are none."""
+    told = [f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:_MOST]]
+    more = [f"\n  and {len(reasons) - _MOST} more"] if len(reasons) > _MOST else []
+    return "".join(["\nGroups whose cut could not be proved stay whole:", *told, *more]) if reasons else ""
 
 
 def kept_whole_by(structure: Structure, budget: Budget, dense: Dense, widths: Mapping[str, int]) -> dict[str, str]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from lightning_prune.inputs import modules_of
 
-__all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
+__all__ = ["ABSENT", "AttributeChange", "attributes_set", "held_number", "set_attributes_", "shape_attributes"]
+
+ABSENT = object()
+"""What :func:`held_number` returns where there is nothing."""
 
 
 class AttributeChange(NamedTuple):
-    """A number on a module that a cut changes: path of the module, name of the attribute, value before and after."""
+    """A number on a module that a cut changes: path of the module, name of the attribute, value before and after.
+
+    The name may lead through a config that the module holds, an object or a dict: ``"config.heads"``.
+    """
 
     module: str
     name: str
@@ -116,4 +123,50 @@ def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> Non
     modules = dict(modules_of(model))
     for change in changes:
         module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
-        setattr(module, change.name, change.new)
+        _set_held_(module, change.name, change.new)
+
+
+@contextmanager
+def attributes_set(model: nn.Module, changes: Iterable[AttributeChange]) -> Iterator[None]:
+    """Set attributes inside the block, and take that back afterwards."""
+    changes = list(changes)
+    modules = [model.get_submodule(change.module) for change in changes]
+    before = [_own_number(module, change.name) for module, change in zip(modules, changes, strict=True)]
+    try:
+        set_attributes_(model, changes)
+        yield
+    finally:
+        for module, change, value in zip(modules, changes, before, strict=True):
+            _set_held_(module, change.name, value)
+
+
+def _own_number(module: nn.Module, name: str) -> Any:
+    """Return what a module itself holds under a name: what its class holds does not count."""
+    return held_number(module, name) if "." in name else vars(module).get(name, ABSENT)
+
+
+def held_number(module: nn.Module | None, name: str) -> Any:
+    """Return what a module holds under a name that may lead through configs, or ``ABSENT``."""
+    holder: Any = module
+    for part in name.split("."):
+        holder = holder.get(part, ABSENT) if isinstance(holder, dict) else getattr(holder, part, ABSENT)
+        if holder is ABSENT:
+            return ABSENT
+    return holder
+
+
+def _set_held_(module: nn.Module, name: str, value: Any) -> None:
+    """Set what a module holds under a name that may lead through configs; ``ABSENT`` takes it away."""
+    path, _, leaf = name.rpartition(".")
+    holder = held_number(module, path) if path else module
+    if isinstance(holder, nn.Module):
+        if value is ABSENT:
+            vars(holder).pop(leaf, None)
+        else:
+            setattr(holder, leaf, value)
+        return
+    own = holder if isinstance(holder, dict) else vars(holder)  # a config may be frozen
+    if value is ABSENT:
+        own.pop(leaf, None)
+    else:
+        own[leaf] = value

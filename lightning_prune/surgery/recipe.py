@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.bits import unpack_bits
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
+from lightning_prune.surgery.attributes import ABSENT, AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import replace_tensors_
 
 __all__ = ["RECIPE", "PackedMasks", "Recipe", "drop_unused_recipe_", "recipe_of", "resize_", "take_shapes_"]
@@ -54,8 +54,8 @@ class Recipe:
         modules = dict(module.named_modules(remove_duplicate=False))
         values = []
         for path, name in self.places:
-            if hasattr(modules.get(path), name):
-                value = getattr(modules[path], name)
+            value = held_number(modules.get(path), name)
+            if value is not ABSENT:
                 values.append([path, name, list(value) if isinstance(value, tuple) else value])
         return values
 
@@ -119,8 +119,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     modules = dict(model.named_modules(remove_duplicate=False))
     known = []
     for path, name, value in attributes:
-        if hasattr(modules.get(path), name):
-            old = getattr(modules[path], name)
+        old = held_number(modules.get(path), name)
+        if old is not ABSENT:
             known.append(AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value))
     set_attributes_(model, shape_attributes(model, shapes, known))
     replace_tensors_(model, {name: torch.zeros(shape).to(own[name]) for name, shape in shapes.items()})

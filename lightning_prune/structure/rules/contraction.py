@@ -17,26 +17,26 @@ __all__: list[str] = []
 OUTER, INNER = "whole groups", "the same share of every group"
 
 
-@coupling_rule("aten.mm")
+@coupling_rule("aten.mm", reduces=True)
 def mm(call: Call) -> Dims:
     """``(m, k) @ (k, n)``: the summed dimension meets, the others pass."""
     return _product(call, call.args[0], call.args[1])
 
 
-@coupling_rule("aten.addmm", "aten.baddbmm")
+@coupling_rule("aten.addmm", "aten.baddbmm", reduces=True)
 def addmm(call: Call) -> Dims:
     """A product, and an addend that meets it element by element."""
     addend, a, b = call.args[:3]
     return _added(call, addend, _product(call, a, b))
 
 
-@coupling_rule("aten.bmm")
+@coupling_rule("aten.bmm", reduces=True)
 def bmm(call: Call) -> Dims:
     """``(b, m, k) @ (b, k, n)``: the batch and the summed dimension meet, the others pass."""
     return _product(call, call.args[0], call.args[1])
 
 
-@coupling_rule("aten._grouped_mm")
+@coupling_rule("aten._grouped_mm", reduces=True)
 def grouped_mm(call: Call) -> Dims:
     """Rows ``(m, k)``, each with the one of the matrices ``(e, k, n)`` that data chose: so their number stays."""
     a, b = call.args[:2]
@@ -48,7 +48,7 @@ def grouped_mm(call: Call) -> Dims:
     return {0: call.labels(a).at(0), 1: _made(call, b, 2)}
 
 
-@coupling_rule("aten.mv")
+@coupling_rule("aten.mv", reduces=True)
 def mv(call: Call) -> Dims:
     """``(m, k) @ (k,)``."""
     a, b = call.args
@@ -56,14 +56,14 @@ def mv(call: Call) -> Dims:
     return {0: _made(call, a, 0)}
 
 
-@coupling_rule("aten.dot", "aten.vdot")
+@coupling_rule("aten.dot", "aten.vdot", reduces=True)
 def dot(call: Call) -> Dims:
     """``(k,) @ (k,)``."""
     _contract(call, call.args[0], 0, call.args[1], 0)
     return {}
 
 
-@coupling_rule("aten.linear")
+@coupling_rule("aten.linear", reduces=True)
 def linear(call: Call) -> Dims:
     """``(..., k), (n, k) -> (..., n)``, on the backends that do not take it apart."""
     x, weight = call.args[:2]
@@ -76,7 +76,7 @@ def linear(call: Call) -> Dims:
     return {**{d: f for d, f in call.labels(x).dims.items() if d < x.dim() - 1}, x.dim() - 1: made}
 
 
-@coupling_rule("aten._trilinear")
+@coupling_rule("aten._trilinear", reduces=True)
 def trilinear(call: Call) -> Dims:
     """Three tensors, stretched over each other's dimensions, multiplied and summed over some: a bilinear layer."""
     summed = call.argument("sumdim")
@@ -111,7 +111,7 @@ def embedding(call: Call) -> Dims:
     return {**call.labels(indices).dims, indices.dim(): _made(call, weight, 1)}
 
 
-@coupling_rule("aten.convolution")
+@coupling_rule("aten.convolution", reduces=True)
 def convolution(call: Call) -> Dims:
     """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels meet, batch passes, positions keep their number.
 
@@ -189,6 +189,7 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
 
 def _follow_groups(call: Call, labels: Sequence[Label]) -> None:
     path, module = call.module
+    call.ledger.count("groups", tuple(labels))
     if isinstance(module, nn.modules.conv._ConvNd):
         call.ledger.attributes.append(Attribute(path, "groups", tuple(labels)))
 

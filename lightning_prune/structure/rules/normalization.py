@@ -15,6 +15,7 @@ __all__: list[str] = []
 @coupling_rule(
     "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm", "aten._native_batch_norm_legit",
     "aten._native_batch_norm_legit_no_training", "aten._batch_norm_no_update", "aten._batch_norm_with_update",
+    reduces=True,
 )  # fmt: skip
 def batch_norm(call: Call) -> list[Dims]:
     """Each channel has statistics and affine parameters of its own."""
@@ -34,7 +35,7 @@ def batch_norm(call: Call) -> list[Dims]:
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
-@coupling_rule("aten.native_layer_norm", "aten._fused_rms_norm")
+@coupling_rule("aten.native_layer_norm", "aten._fused_rms_norm", reduces=True)
 def layer_norm(call: Call) -> list[Dims]:
     """The last dimensions share one statistic, and meet the affine parameters entry by entry."""
     x, shape = call.args[:2]
@@ -61,7 +62,7 @@ def power(call: Call) -> Dims | list[Dims]:
     return pointwise(call)
 
 
-@coupling_rule("aten._weight_norm_interface")
+@coupling_rule("aten._weight_norm_interface", reduces=True)
 def weight_norm(call: Call) -> list[Dims]:
     """A weight divided by its norm over all dimensions but one, along which it is scaled."""
     weight, scale = call.args[:2]
@@ -74,7 +75,7 @@ def weight_norm(call: Call) -> list[Dims]:
     return [{**labels.dims, dim: scaled}, {}]
 
 
-@coupling_rule("aten.native_group_norm")
+@coupling_rule("aten.native_group_norm", reduces=True)
 def group_norm(call: Call) -> list[Dims]:
     """Channels of one group share a statistic: whole groups leave, or every group shrinks alike."""
     x, groups = call.args[0], call.args[6]
@@ -101,11 +102,12 @@ def group_norm(call: Call) -> list[Dims]:
 
 def _follow(call: Call, labels: tuple[Label, ...]) -> None:
     path, module = call.module
+    call.ledger.count("group", labels)
     if isinstance(module, nn.GroupNorm):
         call.ledger.attributes.append(Attribute(path, "num_groups", labels))
 
 
-@coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
+@coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", reduces=True)
 def softmax(call: Call) -> Dims:
     """Shares of a sum: they grow when some of them leave."""
     x = call.args[0]

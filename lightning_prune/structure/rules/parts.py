@@ -49,7 +49,9 @@ def slice_(call: Call) -> Dims:
         source.shape[dim]
     )
     labels = call.labels(source)
-    if step == 1:
+    if call.ledger.is_literal(dim):
+        _pin_counted(call, labels.at(dim), call.argument("start"), call.argument("end"))
+    elif step == 1:
         if not _follow_bounds(call, labels.at(dim), start, stop):
             _shrink_alike(call, labels.at(dim), math.gcd(start, stop, source.shape[dim]))
     elif start < step and stop == source.shape[dim] and stop % step == 0:
@@ -82,7 +84,9 @@ def split(call: Call) -> list[Dims]:
         tuple(Label(piece, label.conditional) for piece in np.split(label.atoms, bounds[:-1]))
         for label in labels.at(dim)
     ]
-    if not _follow_sizes(call, list(zip(*pieces, strict=True)), [part.shape[dim] for part in call.out]):
+    if call.ledger.is_literal(dim):
+        call.ledger.pin(labels.at(dim), "split in pieces of fixed size")
+    elif not _follow_sizes(call, list(zip(*pieces, strict=True)), [part.shape[dim] for part in call.out]):
         _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
     whole = {d: found for d, found in labels.dims.items() if d != dim}
     return [
@@ -115,6 +119,19 @@ def halves_meet(call: Call, labels: tuple[Label, ...]) -> tuple[Label, ...]:
     """Let the two halves of each label meet and return one of them."""
     _shrink_alike(call, labels, len(labels[0].atoms) // 2 if labels else 1)
     return tuple(Label(label.atoms[: len(label.atoms) // 2], label.conditional) for label in labels)
+
+
+def _pin_counted(call: Call, labels: tuple[Label, ...], *bounds: int | None) -> None:
+    """Pin what lies between the bounds of a slice, which are numbers in the code, and the end they are counted from.
+
+    What lies beyond them may leave.
+    """
+    for label in labels:
+        size = len(label.atoms)
+        for bound in bounds:
+            if bound is not None and -size < bound < size and bound:
+                counted = label.atoms[:bound] if bound > 0 else label.atoms[bound:]
+                call.ledger.pin([Label(counted, label.conditional)], "counted by a number in the code")
 
 
 def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
