@@ -37,7 +37,7 @@ from lightning_prune.budget import Budget, Dense
 from lightning_prune.footprint import Footprint
 from lightning_prune.pruning.filters import count_params, prepare
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.surgery import AttributeChange, Cut, prove
+from lightning_prune.surgery import AttributeChange, Cut, Disproof, verify
 from lightning_prune.surgery.attributes import set_attributes_
 from tests import models, sequences
 from tests.programs import DTYPES, Program, Stage, build, compiled, draw, example_of, fresh_input
@@ -579,7 +579,7 @@ def tried(subject: Subject, setting: str, seed: int) -> list[dict[str, Any]]:
         harmless = error.kind.startswith("none") or (error.edit is not None and writes_the_same(error, model))
         effect = "" if harmless else reference.changes(error)
         try:
-            caught = prove(model, subject.example, structure, error.cut, lambda e=error: e.tensors(model)) is not None
+            caught = isinstance(verify(model, structure, error.cut, lambda e=error: e.tensors(model)), Disproof)
         except Exception as failure:  # it would stop the run, not go on with a wrong model; still no verdict
             caught, effect = False, effect and f"{effect}; the proof raised {type(failure).__name__}: {failure}"
         rows.append(row(setting, subject, error, effect, caught))
