@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.inputs import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "leaves", "numbers_in", "remembering"]
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "leaves", "numbers_in", "remembering"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 # of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
 _TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
-_HOLDING = frozenset({int, tuple, list})
+_HOLDING = (int, tuple, list, torch.Size)
 _INTERNAL = frozenset(vars(nn.Module()))
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # whose objects hold no widths
 _DEEPEST = 3  # a config in a config in an attribute
@@ -136,7 +138,7 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
         for key, value in list(holder.items()):
             if not isinstance(key, str) or (depth == 0 and key in _INTERNAL):
                 continue
-            if type(value) in _HOLDING:
+            if type(value) in _HOLDING or isinstance(value, np.integer):
                 replace(holder, module, prefix + key, key, value)
             elif depth < _DEEPEST and (below := _config(value)) is not None and id(below) not in seen:
                 seen.add(id(below))
@@ -162,13 +164,18 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
 
 def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
     """Return a number, or a tuple or list of numbers, that remembers where it is held; others as they are."""
-    if type(value) is int:
-        return Number(value, Held(path, name), compared) if value > 1 else value
-    if all(type(item) is int for item in value) and any(item > 1 for item in value):
+    if _whole(value):
+        return Number(int(value), Held(path, name), compared) if value > 1 else value
+    if all(_whole(item) for item in value) and any(item > 1 for item in value):
         return type(value)(
-            Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
+            [Number(int(item), Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)]
         )
     return value
+
+
+def _whole(value: Any) -> bool:
+    """Return whether a value is a plain whole number, of Python or of numpy."""
+    return type(value) is int or isinstance(value, np.integer)
 
 
 def _config(value: Any) -> dict[str, Any] | None:
@@ -190,12 +197,6 @@ def _class_numbers(kind: type) -> dict[str, Any]:
             if type(value) in _HOLDING and not name.startswith("_"):
                 found.setdefault(name, value)
     return found
-
-
-def held_by(module: nn.Module | None, value: int) -> list[Number]:
-    """Return the numbers of this value that a module holds."""
-    own = () if module is None else vars(module).values()
-    return [number for number in numbers_in(own) if isinstance(number, Number) and number == value]
 
 
 def numbers_in(values: Any) -> Iterator[int]:

@@ -20,6 +20,8 @@ from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ra
 from lightning_prune.structure.numbers import Number, Size, remembering
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen import compared, made_anew
+from lightning_prune.structure.rules.movement import repeat
+from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
 __all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch"]
@@ -29,6 +31,7 @@ _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
+_STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
@@ -187,7 +190,7 @@ class _LabelMode(Watch):
             ledger.decided.append(path)
         blank = known.rule is made_anew
         dims: Any = {}
-        if labelled or (blank and self.arguments and out.numel()):
+        if labelled or (known.rule in _STRETCHING and self.arguments and out.numel()):
             ledger.running = (path, func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
@@ -196,10 +199,11 @@ class _LabelMode(Watch):
         for tensor, own in outputs:
             if not all(own.values()):
                 own = {d: labels for d, labels in own.items() if labels}
+            made = weight and not blank and (labelled or not own)
             if ledger.literals:
                 self._fix_literals(func, tensor, own)
             shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
-            ran.made.append(Labels(own, weight and not blank, blank or shows_blank, hollow))
+            ran.made.append(Labels(own, made, blank or shows_blank, hollow))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
         return out

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
 from lightning_prune.inputs import modules_of
@@ -105,14 +107,16 @@ def _by_every_name(
                 if name in shapes:
                     tied[id(tensor)] = shapes[name]
                 if id(tensor) in tied:
-                    found[_parametrized(name)] = tied[id(tensor)]
+                    found[_parametrized(name, module)] = tied[id(tensor)]
     return found
 
 
-def _parametrized(name: str) -> str:
-    """Return the name of the tensor that a parametrization such as ``weight_norm`` makes of the named one."""
+def _parametrized(name: str, module: nn.Module) -> str:
+    """Return the name of the tensor that ``weight_norm`` and the like make of the named one of a module."""
     if "parametrizations." not in name:
-        return name
+        base = next((name.removesuffix(end) for end in ("_orig", "_v") if name.endswith(end)), name)
+        made_of = {"_orig", "_v"} if f"{base.rpartition('.')[2]}_g" in module._parameters else {"_orig"}
+        return base if name.removeprefix(base) in made_of else name
     path, _, rest = name.rpartition("parametrizations.")
     leaf, _, original = rest.partition(".")
     return f"{path}{leaf}" if original in ("original", "original1") else name
@@ -123,7 +127,16 @@ def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> Non
     modules = dict(modules_of(model))
     for change in changes:
         module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
-        _set_held_(module, change.name, change.new)
+        _set_held_(module, change.name, _of_the_kind(held_number(module, change.name), change.new))
+
+
+def _of_the_kind(old: Any, new: Any) -> Any:
+    """Return a value of the type that the module holds, such as numpy's; checkpoints hold plain ones."""
+    if isinstance(old, np.integer):
+        return type(old)(new)
+    if type(old) in (tuple, list, torch.Size) and isinstance(new, tuple | list) and len(old) == len(new):
+        return type(old)([_of_the_kind(before, after) for before, after in zip(old, new, strict=True)])
+    return new
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,12 +57,19 @@ class Recipe:
         for path, name in self.places:
             value = held_number(modules.get(path), name)
             if value is not ABSENT:
-                values.append([path, name, list(value) if isinstance(value, tuple) else value])
+                values.append([path, name, _plain(value)])
         return values
 
     def note(self, places: Iterable[tuple[str, str]]) -> None:
         """Add attributes that are to be written."""
         self.places = list(dict.fromkeys([*self.places, *places]))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in types that every reader of checkpoints takes."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def recipe_of(model: nn.Module) -> Recipe:

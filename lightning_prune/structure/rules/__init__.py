@@ -2,6 +2,7 @@
 
 from lightning_prune.structure.rules import contraction as contraction
 from lightning_prune.structure.rules import frozen as frozen
+from lightning_prune.structure.rules import losses as losses
 from lightning_prune.structure.rules import movement as movement
 from lightning_prune.structure.rules import normalization as normalization
 from lightning_prune.structure.rules import parts as parts

@@ -61,16 +61,17 @@ def tested(call: Call) -> Dims | list[Dims]:
     """Pass labels along the dimensions on which the operator turns out to work one by one, and pin the others."""
     operands = call.tensors()
     asked = [(which, dim) for which, tensor in enumerate(operands) for dim in sorted(call.labels(tensor).dims)]
-    passings: tuple[_Passing, ...] = ()
+    passings: tuple[_Passing, ...] | None = None
     outputs = tensors_among((call.out,))
     if outputs and all(out.numel() for out in (*outputs[:1], *operands)) and _testable(call.func):
         question = _Question(call, asked)
         passings = _answer(question)
         question.call = None  # the answer is kept, the tensors are not
     name = call.func.overloadpacket
+    teach = "teach one with @coupling_rule"
     dims: list[Dims] = [{} for _ in outputs]
     passed: set[Place] = set()
-    for passing in passings:
+    for passing in passings or ():
         passed.update(passing.inputs)
         sides = [call.labels(operands[which]).at(dim) for which, dim in passing.inputs]
         found = sides[0] if len(sides) == 1 else call.ledger.tie(sides, f"meets a tensor of fixed size in {name}")
@@ -81,8 +82,8 @@ def tested(call: Call) -> Dims | list[Dims]:
                 dims[which][dim] = found
     for which, dim in asked:
         if (which, dim) not in passed:
-            mixes = f"it mixes what lies along dimension {dim} of a tensor of shape {tuple(operands[which].shape)}"
-            reason = f"{name} has no coupling rule; {mixes}. Teach one with @coupling_rule"
+            mixes = f"it mixes entries along dimension {dim} of shape {tuple(operands[which].shape)}; "
+            reason = f"{name} has no coupling rule; {'' if passings is None else mixes}{teach}"
             call.ledger.pin(call.labels(operands[which]).at(dim), reason)
     return _arranged(call.out, dims)
 
@@ -102,15 +103,15 @@ def _testable(func: Any) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _answer(question: _Question) -> tuple[_Passing, ...]:
-    """Try an operator out."""
+def _answer(question: _Question) -> tuple[_Passing, ...] | None:
+    """Try an operator out; return None if it does not take random numbers of any kind."""
     assert question.call is not None
     for double in (True, False):
         for fill in (_normal, _inside, _definite):
             trial = _Trial.of(question.call, fill, double)
             if trial is not None:
                 return tuple(trial.passings(question.asked))
-    return ()
+    return None
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,10 @@ class _Trial:
         random = torch.Generator().manual_seed(0)
         operands = []
         for tensor in call.tensors():
-            made = tensor
-            if tensor.is_floating_point() or tensor.is_complex() or (_is_mask(tensor) and call.labels(tensor).hollow):
-                if tensor.layout is torch.strided:
-                    made = _random(tensor, fill, double, random)
-            operands.append(made)
+            numbers = tensor.is_floating_point() or tensor.is_complex()
+            unknown = _is_mask(tensor) and call.labels(tensor).hollow
+            drawn = (numbers or unknown) and tensor.layout is torch.strided
+            operands.append(_random(tensor, fill, double, random) if drawn else tensor)
 
         def apply(tensors: Sequence[Tensor]) -> list[Tensor]:
             remaining = iter(tensors)
