@@ -78,7 +78,7 @@ def test_a_small_channel_is_not_taken_for_a_pruned_one():
     slim = copy.deepcopy(full)
     slim[0].weight.data, slim[0].bias.data = full[0].weight.data[kept], full[0].bias.data[kept]
     slim[2].weight.data = full[2].weight.data[:, read]
-    names = {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: read}}
+    names = {"0.weight": {0: kept}, "0.bias": {0: kept}}  # what reads them has an order of its own, and reads zeros
     found = compare(full, slim, names, torch.randn(3, 4).double())
     assert not found.wrong and found.equal == 4
 
