@@ -133,7 +133,8 @@ class _Replay(Watch):
         found = fingerprint(out, keep, along)
         if not slim and keep in left:
             found = found[left[keep].indices.to(found.device)]
-        return found
+        # where nothing is summed it is the output itself, which an operator in place may still change
+        return found.clone() if found.untyped_storage()._cdata == out.untyped_storage()._cdata else found
 
     def _drawn(self, at: int, ran: Ran, func: Any, args: list[Any], kwargs: dict[str, Any], slim: bool) -> Any:
         """Run an operator that draws random numbers: those of what is left are the same in both models.
