@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add = parser.add_argument
     add("--ignore", nargs="+", default=[], help="patterns of modules whose channels stay")
-    add("--min_width", type=yaml.safe_load, default=1, help="units that stay, such as 8 or '{\"layer1*\": 8}'")
+    add("--min_width", type=yaml.safe_load, default=1, help="channels that stay, such as 8 or '{\"layer1*\": 8}'")
     add("--max_amount", type=yaml.safe_load, default=1.0, help="largest fraction of a layer that may leave, likewise")
     add("--round_to", type=int, default=1, help="widths are multiples of this")
     add("--yaml", action="store_true", help="print nothing but a block for amount=, to be filled in")

@@ -24,12 +24,14 @@ from lightning_prune.arguments import (
 )
 from lightning_prune.budget import Budget, Dense, Scope, Scores, Target, per_saving, plan
 from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops
-from lightning_prune.footprint import Footprint, measure, saved_by_one_unit
+from lightning_prune.flops import FlopCount, count_flops
+from lightning_prune.footprint import Footprint, count, measure, saved_by_one_unit
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.masks import follow_cut_
 from lightning_prune.progress import counted, each
+from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure
@@ -78,6 +80,9 @@ class Report:
         branching: Modules whose code goes by numbers of its input: only the path that the example inputs took was seen.
         latency_kept: Share of the latency that is left, as measured, where that was the target.
         measured: What the latency was measured on.
+        asked: Share of the target that was to leave; for amounts by pattern, of the filters of all layers named.
+        reached: The share of it that left. Where that is less than asked, a warning has said why.
+        counted: What counted the multiply-adds, in words.
     """
 
     params_before: int
@@ -93,8 +98,12 @@ class Report:
     branching: tuple[str, ...] = ()
     latency_kept: float | None = None
     measured: str = ""
+    asked: float = 0.0
+    reached: float = 0.0
+    counted: str = "by fvcore"
 
 
+@changes_model
 def prune_filters(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -134,11 +143,11 @@ def prune_filters(
             filters they are divided by what the unit saves of it (of latency: by its multiply-adds).
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
-        round_to: Widths after the cut are multiples of this, rounded up.
+        round_to: Widths after the cut, in channels (heads times their width), are multiples of this, rounded up.
         batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read
             once.
         loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
-        min_width: Units that stay of every layer at least; or by pattern of module paths, the largest that names a
+        min_width: Channels that stay of every layer at least; or by pattern of module paths, the largest that names a
             layer.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
             smallest that names a layer. Budgets of the whole model are made up for by other layers.
@@ -163,20 +172,23 @@ def prune_filters(
     check_optimizers("prune_filters", optimizers)
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
+    counted = count(model, example_inputs, structure)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
-        Footprint(count_params(model), count_flops(model, example_inputs).total),
+        Footprint(count_params(model), counted.total),
     )
+    amount = amount_by_group(structure, amount)
+    budget = budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount))
     with each(batches or (), "batches", progress and batches is not None) as seen:
-        scores = score_units(model, structure, criterion, None if batches is None else seen, loss)
+        scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
     with clock(model, example_inputs, structure, progress and target == "latency") as latency:
         prepared = prepare(
             model,
             example_inputs,
             structure,
             scores,
-            amount_by_group(structure, amount),
-            budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
+            amount,
+            budget,
             dense=dense,
             flops=dense.footprint.flops,
             latency=latency,
@@ -184,7 +196,9 @@ def prune_filters(
         )
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     carry_out_(model, prepared, prepared.tensors, optimizers)
-    return reported(model, example_inputs, prepared, dense, kept)
+    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, counted, kept)
+    outcome.warn("prune_filters")
+    return report
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +262,7 @@ def prepare(
     """
     uncounted = flops - structure.flops({})  # what only the counter knows of, taken as fixed
     refused: list[str] = []
+    first = structure
     while True:
         stopped: CutDoesNotRunError | None = None
         footprint = partial(measure, model, structure, uncounted=uncounted)
@@ -260,6 +275,8 @@ def prepare(
             )  # fmt: skip
         except CutDoesNotRunError as error:
             keep, stopped = error.keep, error
+        except PruningError as error:
+            raise PruningError(f"{error}{told_of(reasons_of(first, structure))}") from None
         cut = draft(model, structure, keep)
         tensors = cache(partial(cut.tensors, model))
         proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
@@ -304,14 +321,40 @@ def carry_out_(
 
 
 def reported(
-    model: nn.Module, example_inputs: ExampleInputs, made: Prepared, dense: Dense, latency_kept: float | None
-) -> Report:
-    """Report a cut that has been made; ``latency_kept`` is known where latency was the target."""
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    made: Prepared,
+    amount: Amount,
+    budget: Budget,
+    dense: Dense,
+    counted: FlopCount,
+    latency_kept: float | None,
+) -> tuple[Report, Outcome]:
+    """Report a cut that has been made, and set it against what was asked. Nothing in it fails: the model is cut.
+
+    Args:
+        model: The slim model.
+        example_inputs: What it runs on.
+        structure: The structure before any group was refused.
+        made: The cut.
+        amount: What was asked, a fraction or fractions by group name.
+        budget: What it is a fraction of, and the limits.
+        dense: What was there before.
+        counted: What was counted before.
+        latency_kept: Share of the latency that is left, where that was the target.
+    """
+    flops, by = _flops_after(model, example_inputs, made, counted)
+    now = Footprint(count_params(model), flops)
+    widths = {width.name: width.after for width in made.widths}
+    left = dense.without(name for name in dense.widths if name not in made.structure.groups)
+    why = {**kept_whole_by(made.structure, budget, left, widths), **reasons_of(structure, made.structure)}
+    outcome = outcome_of(amount, budget.target, dense, widths, now, latency_kept, why)
     return Report(
         params_before=dense.footprint.params,
-        params_after=count_params(model),
+        params_after=now.params,
         flops_before=dense.footprint.flops,
-        flops_after=count_flops(model, example_inputs).total,
+        flops_after=now.flops,
         groups=made.widths,
         kept=made.cut.kept,
         attributes=made.cut.attributes,
@@ -321,7 +364,21 @@ def reported(
         branching=made.structure.branching,
         latency_kept=latency_kept,
         measured="" if latency_kept is None else circumstances(model, example_inputs),
-    )
+        asked=outcome.asked,
+        reached=outcome.reached,
+        counted=by,
+    ), outcome
+
+
+def _flops_after(model: nn.Module, example_inputs: ExampleInputs, made: Prepared, before: FlopCount) -> tuple[int, str]:
+    """Count the slim model as the whole one was counted; what the plan predicted stands in where that fails."""
+    predicted = before.total - made.structure.flops({}) + made.structure.flops(made.keep)
+    if before.counted != FlopCount.counted:
+        return predicted, before.counted
+    try:
+        return count_flops(model, example_inputs).total, before.counted
+    except Exception as error:  # the cut is made and proved, so a count that fails must not say otherwise
+        return predicted, f"{before.counted} before the cut, and after it as planned, since the count failed: {error!r}"
 
 
 def count_params(model: nn.Module) -> int:

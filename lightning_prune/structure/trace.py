@@ -95,8 +95,11 @@ def _in_both_modes(
 def _run_pass(
     model: nn.Module, inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels], training: bool
 ) -> None:
+    costs = len(ledger.costs)
     with undisturbed(model):
         watch(model, inputs, {}, ledger, labels, training)
+    if training:
+        del ledger.costs[costs:]  # what a model costs is what one call in eval mode does
     ledger.passes.append((training, inputs))
 
 
@@ -153,12 +156,13 @@ def _names_in(code: CodeType) -> set[str]:
 def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> set[str]:
     """Tie experts that no example came to to those beside them that ran, and return the names of their tensors.
 
-    Only entries of one ``ModuleList`` or ``ModuleDict`` count as experts, of which two or more ran, and all that ran
-    read the same channels. What else did not run stays as it is: nothing tells which channels it would read.
+    Only entries of one ``ModuleList`` or ``ModuleDict`` count as experts, of which all that ran read the same channels:
+    two or more did, or the code around them chooses by numbers of its input. What else did not run stays as it is:
+    nothing tells which channels it would read.
     """
     followed: set[str] = set()
     names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    for parent in model.modules():
+    for path, parent in modules_of(model):
         if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
             continue
         by_shape: dict[object, list[list[str]]] = {}
@@ -169,7 +173,8 @@ def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labe
         for experts in by_shape.values():
             ran = [own for own in experts if own and not set(own) & ledger.unseen]
             idle = [own for own in experts if own and set(own) <= ledger.unseen]
-            if len(ran) < 2 or not idle or not _read_the_same(ledger, labels, ran):
+            chosen_by_data = path.rpartition(".")[0] in ledger.decided
+            if not idle or len(ran) < (1 if chosen_by_data else 2) or not _read_the_same(ledger, labels, ran):
                 continue
             for names_of_one in idle:
                 followed.update(names_of_one)

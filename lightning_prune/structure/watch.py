@@ -202,7 +202,8 @@ class _LabelMode(Watch):
             made = weight and not blank and (labelled or not own)
             if ledger.literals:
                 self._fix_literals(func, tensor, own)
-            ran.made.append(Labels(own, made, blank, hollow))
+            shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
+            ran.made.append(Labels(own, made, blank or shows_blank, hollow))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
         return out
