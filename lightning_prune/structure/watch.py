@@ -128,7 +128,8 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not aliases(func):
             for tensor in tensors_among((out,)):
-                self._made.add(tensor.untyped_storage()._cdata)
+                if tensor.layout is torch.strided:  # sparse tensors have no one storage
+                    self._made.add(tensor.untyped_storage()._cdata)
         return out
 
     def _keep(self, tensor: Tensor) -> None:
