@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -188,22 +189,27 @@ def follows(full: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Te
     return True
 
 
-KINDS = ("attention", "mean", "other")
-
-
 def choices(program: Program, report: Any) -> Iterator[dict[str, bool]]:
     """Yield which constants made from widths go by the slim width; by default all go by the original one.
 
     Attention may divide by either width, as ``scaled_dot_product_attention`` does by its own; a mean written out as a
-    sum and a division is one over what survives. Any other constant must stay unless the report names it.
+    sum and a division is one over what survives. Any other constant must stay unless the report names its module.
     """
-    said = bool(getattr(report, "rescaled", ()) or getattr(report, "constants", ()))
-    free = [kind for kind in KINDS if f'"{kind}"' in source(program, oracle=True) or kind == "attention"]
-    free = [kind for kind in free if kind != "other" or said]
-    if not any(stage.kind == "attention" for stage in program.stages):
-        free = [kind for kind in free if kind != "attention"]
+    named = " ".join(str(constant) for constant in constants_of(report))
+    places = dict.fromkeys(re.findall(r'"(\w+ of s\d)"', source(program, oracle=True)))
+    free = [place for place in places if not place.startswith("other") or place.split()[-1] in named]
+    if any(stage.kind == "attention" for stage in program.stages):
+        free.append(OPERATOR)
     for narrow in itertools.product((False, True), repeat=len(free)):
         yield dict(zip(free, narrow, strict=True))
+
+
+OPERATOR = "scaled_dot_product_attention"
+
+
+def constants_of(report: Any) -> tuple[Any, ...]:
+    """Return the constants that the report says follow a width."""
+    return tuple(getattr(report, "constants", ()) or getattr(report, "rescaled", ()))
 
 
 def oracle(
@@ -233,7 +239,7 @@ def oracle(
                     alive.index_fill_(dim, gone.nonzero().squeeze(1), False)
                 held[name] = marked(tensor.detach(), alive)  # type: ignore[assignment]
     model.train(training)
-    with torch.no_grad(), torch.random.fork_rng(), narrow_scales(constants.get("attention", False)):
+    with torch.no_grad(), torch.random.fork_rng(), narrow_scales(constants.get(OPERATOR, False)):
         torch.manual_seed(0)
         return model(marked(x), **arguments)
 
