@@ -37,8 +37,7 @@ from lightning_prune.budget import Budget, Dense, plan
 from lightning_prune.flops import count_flops
 from lightning_prune.footprint import Footprint, measure
 from lightning_prune.scoring import score_units
-from lightning_prune.structure import find_structure, trace
-from lightning_prune.surgery import cut_, draft, prove
+from lightning_prune.surgery import Disproof, cut_, draft, find_groups, verify
 
 RESULTS = Path(__file__).with_suffix(".json")
 MODELS = (
@@ -48,7 +47,7 @@ MODELS = (
 )  # fmt: skip
 """Networks of torchvision, and transformers of so many blocks."""
 AMOUNT = 0.3
-STEPS = ("trace", "groups", "plan", "proof", "cut")
+STEPS = ("groups", "plan", "proof", "cut")
 
 
 class Blocks(nn.Module):
@@ -82,10 +81,8 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Cut the model as ``prune_filters`` does and return the seconds of each step."""
     seconds: dict[str, float] = {}
-    with timed(seconds, "trace"):
-        ledger = trace(model, x)
     with timed(seconds, "groups"):
-        structure = find_structure(ledger)
+        structure = find_groups(model, x)
     with timed(seconds, "plan"):
         widths = {name: group.width for name, group in structure.groups.items()}
         keep = plan(
@@ -95,9 +92,9 @@ def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
         cut = draft(model, structure, keep)
         tensors = cache(partial(cut.tensors, model))
     with timed(seconds, "proof"):
-        failure = prove(model, x, structure, cut, tensors)
-    if failure:
-        raise RuntimeError(failure.reason)
+        found = verify(model, structure, cut, tensors)
+    if isinstance(found, Disproof):
+        raise RuntimeError(found.reason)
     with timed(seconds, "cut"):
         cut_(model, cut, tensors())
     return seconds

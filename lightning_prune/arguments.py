@@ -36,7 +36,7 @@ __all__ = [
 Amount = float | Mapping[str, float]
 """A fraction in [0, 1), or fractions by pattern of module paths."""
 MinWidth = int | Mapping[str, int]
-"""Units that stay at least of every layer, or by pattern of module paths."""
+"""Channels that stay at least of every layer, or by pattern of module paths."""
 MaxAmount = float | Mapping[str, float]
 """Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths."""
 
@@ -78,8 +78,8 @@ def check_arguments(
     for number in min_width.values() if isinstance(min_width, Mapping) else [min_width]:
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(
-                f"{where}(min_width={min_width!r}): it is the number of units that stay of a layer at least, a whole "
-                "number from 1, or such numbers by pattern of module paths."
+                f"{where}(min_width={min_width!r}): it is the number of channels that stay of a layer at least, a "
+                "whole number from 1, or such numbers by pattern of module paths."
             )
     for fraction in max_amount.values() if isinstance(max_amount, Mapping) else [max_amount]:
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:

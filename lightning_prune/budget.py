@@ -10,16 +10,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_prune.errors import PruningError
 from lightning_prune.footprint import Footprint
-from lightning_prune.limits import Least, Room, least_widths, rooms_told
-from lightning_prune.selection import keep_highest
+from lightning_prune.limits import Block, Least, Room, blocks_of, least_widths, rooms_told
+from lightning_prune.steps import Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
+__all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
 
 Target = Literal["filters", "params", "flops", "latency"]
 Scope = Literal["layer", "global"]
@@ -27,7 +26,7 @@ Scores = Mapping[str, Tensor]
 """Group name -> one score per unit, ``(width,)``; higher is kept longer."""
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
-_NEAR = 0.05  # of a latency: how near what is measured must come to what was asked
+NEAR = 0.05  # of a latency: how near what is measured must come to what was asked
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Budget:
     Attributes:
         target: ``"filters"`` that can leave, or ``"params"``, ``"flops"`` or ``"latency"`` of the whole model.
         scope: ``"layer"`` takes the same share of every group, ``"global"`` compares scores across groups.
-        round_to: Widths after the cut are multiples of this, rounded up.
-        min_width: Units that stay at least: of every group, or by group name.
-        max_amount: Largest fraction, in [0, 1], of a group's units that may leave: of every group, or by group name.
+        round_to: Numbers of channels after the cut are multiples of this, rounded up.
+        min_width: Channels that stay at least: of every group, or by group name.
+        max_amount: Largest fraction, in [0, 1], of a group's channels that may leave: of every group, or by group name.
     """
 
     target: Target = "filters"
@@ -49,8 +48,20 @@ class Budget:
     max_amount: float | Mapping[str, float] = 1.0
 
     def least(self, structure: Structure, dense: Dense) -> dict[str, Least]:
-        """Return the smallest width that every group may have."""
-        return least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
+        """Return the smallest width that every group may have, and what says so."""
+        alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
+        found = dict(alone)
+        for block in blocks_of(structure, alone, self.round_to):
+            for name, width in block.levels[-1].items():
+                if width > alone[name].width:
+                    tied = ", ".join(other for other in block.levels[-1] if other != name)
+                    found[name] = Least(width, f"it keeps the same share as {tied}" if tied else alone[name].why)
+        return found
+
+    def blocks(self, structure: Structure, dense: Dense) -> list[Block]:
+        """Return what shrinks together, with all widths that it may have."""
+        alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
+        return blocks_of(structure, alone, self.round_to)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,8 @@ def plan(
     """Choose the units that leave, lowest scores first: the fewest with which the amount asked for is gone.
 
     Amounts of each layer's filters (by group name, or with ``scope="layer"``) stop at the least width of the layer;
-    every other amount is made up for by the layers that have more to give.
+    every other amount is made up for by the layers that have more to give. Where one step of linked groups, or one
+    head, would take far more than is asked, finer ones make up for it.
 
     Args:
         structure: The channel groups of the model as it stands.
@@ -105,35 +117,28 @@ def plan(
     Raises:
         PruningError: If the target lies beyond what can be cut, with a table of what can.
     """
-    least = budget.least(structure, dense)
+    walk = Walk(structure, scores, budget.scope, dense.widths, budget.blocks(structure, dense))
+    left = None if at_most is None else _left_to_take(structure, dense, at_most)
     if isinstance(amount, Mapping) or (budget.target == "filters" and budget.scope == "layer"):
         counts = {
             name: _share(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
             - _gone(structure, dense, name)
             for name in structure.groups
         }
-        if at_most is not None:
-            free = least | {n: Least(structure.groups[n].width - max(0, c), "amount") for n, c in counts.items()}
-            first = _leaving_order(structure, scores, "layer", dense, free)[: _left_to_take(structure, dense, at_most)]
-            counts = {name: min(count, int((first == name).sum())) for name, count in counts.items()}
-        return _keep(structure, scores, counts, budget.round_to, least)
-    order = _leaving_order(structure, scores, budget.scope, dense, least)
-
-    def choose(count: int) -> Keep:
-        leaving = dict.fromkeys(structure.groups, 0)
-        for name, units in zip(*np.unique(order[:count], return_counts=True), strict=True):
-            leaving[name] = int(units)
-        return _keep(structure, scores, leaving, budget.round_to, least)
-
+        levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=not isinstance(amount, Mapping))
+        return walk.keep(levels if left is None else walk.first(levels, left))
     whole, cost = _cost(structure, budget.target, dense, footprint, latency)
     allowed = whole - _share(amount, whole) if budget.target == "filters" else (1.0 - amount) * whole
-    fewest = cost(choose(len(order)))
-    if fewest > allowed * (1 + (_NEAR if budget.target == "latency" else _ROUNDING)):
+    fewest = cost(walk.keep(walk.after(len(walk.order))))
+    if fewest > allowed * (1 + (NEAR if budget.target == "latency" else _ROUNDING)):
         told = rooms_told(what_can_go(structure, budget, dense, footprint))
         raise _beyond(amount, budget, 1 - fewest / whole, told)
-    find = _nearest if budget.target == "latency" else _first_within
-    count = find(lambda count: cost(choose(count)), len(order), allowed)
-    return choose(count if at_most is None else min(count, _left_to_take(structure, dense, at_most)))
+    if budget.target == "latency":
+        count = _nearest(lambda count: cost(walk.keep(walk.after(count))), len(walk.order), allowed)
+        levels = walk.after(count)
+    else:
+        levels = within(walk, lambda levels: cost(walk.keep(levels)), allowed)
+    return walk.keep(levels if left is None else walk.first(levels, left))
 
 
 def per_saving(scores: Scores, saved: Mapping[str, Footprint], target: Target) -> Scores:
@@ -198,18 +203,6 @@ def _cost(
     return getattr(dense.footprint, target), lambda keep: getattr(footprint(keep), target)
 
 
-def _first_within(cost: Callable[[int], float], most: int, allowed: float) -> int:
-    """Return the smallest count that costs no more than is allowed; the cost never rises with the count."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        if cost(middle) <= allowed * (1 + _ROUNDING):
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def _nearest(cost: Callable[[int], float], most: int, allowed: float) -> int:
     """Return the count whose cost, as measured, comes nearest to what is allowed; cost falls with the count, roughly.
 
@@ -218,7 +211,7 @@ def _nearest(cost: Callable[[int], float], most: int, allowed: float) -> int:
     best = (math.inf, most)
     for _ in range(4):
         best = min(best, _bisected(cost, most, allowed))
-        if best[0] <= _NEAR / 2 * allowed:
+        if best[0] <= NEAR / 2 * allowed:
             break
     return best[1]
 
@@ -235,7 +228,7 @@ def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[
     def miss(count: int) -> float:
         found = median(tried[count])
         # where units are few and weigh much, rather less is left than was asked for
-        return abs(found - allowed) + (1.0 if found > allowed * (1 + _NEAR) else 0.0)
+        return abs(found - allowed) + (1.0 if found > allowed * (1 + NEAR) else 0.0)
 
     if measured(0, times=3) <= allowed:
         return 0.0, 0
@@ -262,52 +255,6 @@ def _left_to_take(structure: Structure, dense: Dense, at_most: int) -> int:
     lone = len(dense.widths.keys() - structure.groups.keys())
     now = lone + sum(group.width for group in structure.groups.values())
     return max(0, at_most - (sum(dense.widths.values()) - now))
-
-
-def _leaving_order(
-    structure: Structure, scores: Scores, scope: Scope, dense: Dense, least: Mapping[str, Least]
-) -> NDArray[np.str_]:
-    """Return the group that loses its next lowest unit, again and again, until each is at its least width."""
-    names, keys = [], []
-    for name, group in structure.groups.items():
-        if scope == "layer":  # by the share of the group that would then be gone
-            key = (np.arange(group.width) + 1 + _gone(structure, dense, name)) / dense.widths[name]
-        else:
-            key = np.sort(scores[name].double().nan_to_num(nan=-math.inf).cpu().numpy())
-        free = group.width - least[name].width
-        keys.append(key[:free])
-        names.append(np.full(free, name))
-    if not names:
-        return np.empty(0, dtype=np.str_)
-    return np.concatenate(names)[np.argsort(np.concatenate(keys), kind="stable")]
-
-
-def _keep(
-    structure: Structure, scores: Scores, leaving: Mapping[str, int], round_to: int, least: Mapping[str, Least]
-) -> dict[str, NDArray[np.bool_]]:
-    stay = {n: max(least[n].width, group.width - max(0, leaving[n])) for n, group in structure.groups.items()}
-    for link in structure.links:
-        stay |= _alike({name: structure.groups[name].width for name in link}, stay, least, round_to)
-    keep = {}
-    for name, group in structure.groups.items():
-        stays = min(group.width, math.ceil(stay[name] / round_to) * round_to)
-        keep[name] = keep_highest(scores[name], stays).cpu().numpy()
-    return keep
-
-
-def _alike(
-    widths: Mapping[str, int], stay: Mapping[str, int], least: Mapping[str, Least], round_to: int
-) -> dict[str, int]:
-    """Let linked groups keep the same share: the largest whole one within what they were to keep together."""
-    steps = math.gcd(*widths.values())
-    share = sum(stay[name] for name in widths) / sum(widths.values())
-    if any(stay[name] == width for name, width in widths.items()):  # one that was to stay whole holds the others
-        return dict(widths)
-    fewest = max(math.ceil(least[name].width * steps / width) for name, width in widths.items())
-    fewest = max(fewest, math.floor(share * steps + _ROUNDING))
-    fits = (k for k in range(fewest, steps) if all(k * width // steps % round_to == 0 for width in widths.values()))
-    kept = next(fits, steps)
-    return {name: kept * width // steps for name, width in widths.items()}
 
 
 def _beyond(amount: float, budget: Budget, most: float, told: str) -> PruningError:

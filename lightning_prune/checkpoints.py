@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import RECIPE, take_shapes_
 
@@ -60,6 +61,7 @@ class Prunable:
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
 
+@changes_model
 def load_state_dict_(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
     """Load the state dict of a pruned model into one of the original class, which takes its shapes and masks.
 

@@ -21,7 +21,11 @@ with warnings.catch_warnings():
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import conv_flop_count, elementwise_flop_counter, get_shape
 
-__all__ = ["FlopCount", "count_flops"]
+__all__ = ["FlopCount", "UntraceableError", "count_flops"]
+
+
+class UntraceableError(PruningError):
+    """A model runs, and ``torch.jit`` cannot trace it."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,14 @@ class FlopCount:
             A module used in several places is listed once, under its first path.
         by_operator: Multiply-adds of each operator.
         uncounted: Number of calls of each operator that may multiply but has no rule; ``total`` is without them.
+        counted: By what, in words.
     """
 
     total: int
     by_module: dict[str, int]
     by_operator: dict[str, int]
     uncounted: dict[str, int]
+    counted: str = "by fvcore"
 
 
 def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
@@ -56,7 +62,8 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
 
     Raises:
-        PruningError: If the model fails on the inputs, returns no tensor or cannot be traced by ``torch.jit``.
+        PruningError: If the model fails on the inputs, returns no tensor or cannot be traced by ``torch.jit``. Pruning
+            does not need that: it then counts by its own trace.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 10))
@@ -159,10 +166,11 @@ def _refuse(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -
             "They must be what its forward takes in eval mode: a tensor, a tuple of positional inputs or a dict of "
             "keyword inputs. Pass other example inputs."
         ) from failure
-    raise PruningError(
+    raise UntraceableError(
         f"count_flops: {type(model).__name__} runs on the example inputs, but torch.jit cannot trace it: "
         f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. The trace takes no torch.jit.script modules, "
-        "reentrant checkpoints or flex_attention. Leave them out in eval mode, or choose a target not counted in FLOPs."
+        "reentrant checkpoints or flex_attention. Leave them out in eval mode. Pruning "
+        "counts such models by its own trace."
     ) from error
 
 

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from lightning_prune.structure import Keep, Structure
+from lightning_prune.flops import FlopCount, UntraceableError, count_flops
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.structure import Keep, Structure, find_structure, trace
 from lightning_prune.structure.labels import Cost
 from lightning_prune.structure.links import Without, left
 
-__all__ = ["Footprint", "measure", "saved_by_one_unit"]
+__all__ = ["Footprint", "count", "measure", "saved_by_one_unit"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,26 @@ class Footprint:
 
     params: int
     flops: int
+
+
+def count(model: nn.Module, example_inputs: ExampleInputs, structure: Structure | None = None) -> FlopCount:
+    """Count the multiply-adds of a model; where ``torch.jit`` cannot trace it, by what its own trace tells.
+
+    Args:
+        model: Any module that runs.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
+        structure: What a trace of the model found, if that is known; else it is traced if need be.
+
+    Raises:
+        PruningError: If the model fails on the inputs or returns no tensor.
+    """
+    try:
+        return count_flops(model, example_inputs)
+    except UntraceableError:
+        found = find_structure(trace(model, example_inputs)) if structure is None else structure
+        by_operator = {name: round(flops) for name, flops in found.costs_by_operator(found.alive({})).items()}
+        told = "by the trace of the structure, not layer by layer, since torch.jit cannot trace the model"
+        return FlopCount(found.flops({}), {}, by_operator, {}, told)
 
 
 def measure(model: nn.Module, structure: Structure, keep: Keep, uncounted: int = 0) -> Footprint:

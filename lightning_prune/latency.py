@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
-from lightning_prune.surgery import AttributeChange, Cut, draft, shape_attributes, temporarily_cut
+from lightning_prune.surgery import AttributeChange, Cut, draft, held_number, shape_attributes, temporarily_cut
 
 __all__ = ["ROUNDS", "CutDoesNotRunError", "Shapes", "Turn", "circumstances", "latency_kept", "shapes_of"]
 
@@ -48,7 +48,7 @@ class Shapes:
 def shapes_of(model: nn.Module, structure: Structure) -> Shapes:
     """Note the shape of a model as it stands."""
     places = dict.fromkeys((attribute.module, attribute.name) for attribute in structure.ledger.attributes)
-    values = [(path, name, getattr(model.get_submodule(path), name)) for path, name in places]
+    values = [(path, name, held_number(model.get_submodule(path), name)) for path, name in places]
     return Shapes(
         {name: list(tensor.shape) for name, tensor in named_tensors(model).items()},
         [[path, name, list(value) if isinstance(value, tuple) else value] for path, name, value in values],
@@ -132,7 +132,7 @@ def _stand_in(model: nn.Module, whole: Shapes) -> Callable[[], AbstractContextMa
         return nullcontext
     known = []
     for path, name, value in whole.attributes:
-        old = getattr(model.get_submodule(path), name)
+        old = held_number(model.get_submodule(path), name)
         known.append(AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value))
     cut = Cut({}, {}, shapes, tuple(shape_attributes(model, shapes, known)))
     return partial(temporarily_cut, model, cut, _filled(own, shapes))

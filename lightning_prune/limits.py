@@ -1,14 +1,15 @@
-"""Knows how narrow every layer may become, and so what can go at all; knows no scores and chooses nothing."""
+"""Knows how narrow every layer may become, and by which steps; knows no scores and chooses nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from lightning_prune.structure import Structure
+from lightning_prune.structure import ChannelGroup, Structure
 
-__all__ = ["Least", "Room", "least_widths", "rooms_told"]
+__all__ = ["Block", "Least", "Room", "blocks_of", "channels", "least_widths", "rooms_told", "step_of"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
 
@@ -18,6 +19,23 @@ class Least(NamedTuple):
 
     width: int
     why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Groups that shrink together, most often one alone, and the widths that they may have.
+
+    Attributes:
+        levels: Group name -> units, as the groups stand and then ever fewer.
+        coarse: Whether single steps may weigh much: widths are tied together, or one unit is several channels.
+    """
+
+    levels: tuple[Mapping[str, int], ...]
+    coarse: bool
+
+    def gone(self, level: int) -> int:
+        """Return how many units have left at a level."""
+        return sum(self.levels[0].values()) - sum(self.levels[level].values())
 
 
 class Room(NamedTuple):
@@ -40,6 +58,25 @@ class Room(NamedTuple):
     flops: float
 
 
+def channels(group: ChannelGroup) -> int:
+    """Return how many channels one unit is, at each of the weights that make or read them: 1, or a head's width.
+
+    Weights may hold a unit differently often, as one weight of queries, keys and values does that holds each head three
+    times: the largest number of channels counts of which all of them hold a multiple.
+
+    Examples:
+        >>> from lightning_prune.structure import find_structure, trace
+        >>> import torch
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 32), layer, torch.nn.Linear(32, 2))
+        >>> groups = find_structure(trace(net, torch.ones(3, 1, 2))).groups
+        >>> {name: channels(group) for name, group in groups.items()}
+        {'0': 1, '1.self_attn.in_proj_weight': 8, '1.linear1': 1}
+    """
+    held = [slot for slot in group.slots if slot.role != "follower"]
+    return max(1, math.gcd(*(int((slot.units >= 0).sum()) // group.width for slot in held)))
+
+
 def least_widths(
     structure: Structure,
     widths: Mapping[str, int],
@@ -47,14 +84,14 @@ def least_widths(
     max_amount: float | Mapping[str, float] = 1.0,
     round_to: int = 1,
 ) -> dict[str, Least]:
-    """Return the smallest width that every group may have.
+    """Return the smallest width, in units, that every group may have by itself.
 
     Args:
         structure: The channel groups as they stand.
         widths: Group name -> units at the start, of which ``max_amount`` is a fraction.
-        min_width: Units that stay at least: of every group, or by group name.
-        max_amount: Largest fraction, in [0, 1], of a group's units that may leave: of every group, or by group name.
-        round_to: Widths are multiples of this, rounded up, or what they are now.
+        min_width: Channels that stay at least: of every group, or by group name.
+        max_amount: Largest fraction, in [0, 1], of a group's channels that may leave: of every group, or by group name.
+        round_to: Numbers of channels are multiples of this, rounded up, or what they are now.
 
     Examples:
         >>> from lightning_prune.structure import find_structure, trace
@@ -69,15 +106,52 @@ def least_widths(
         share = max_amount.get(name, 1.0) if isinstance(max_amount, Mapping) else max_amount
         least = max(
             Least(1, "one unit stays"),
-            Least(narrow, f"min_width={narrow}"),
+            Least(math.ceil(narrow / channels(group)), f"min_width={narrow}"),
             Least(widths[name] - math.floor(share * widths[name] + _ROUNDING), f"max_amount={share:g}"),
             key=lambda limit: limit.width,
         )
-        rounded = math.ceil(least.width / round_to) * round_to
+        step = step_of(group, round_to)
+        rounded = math.ceil(least.width / step) * step
         if rounded > least.width:
             least = Least(rounded, f"round_to={round_to}")
         found[name] = least if least.width < group.width else Least(group.width, least.why)
     return found
+
+
+def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 1) -> list[Block]:
+    """Return what shrinks together, with all widths from those that groups have down to the least.
+
+    Groups that are linked keep the same share, so their widths are the whole ones of such shares.
+
+    Args:
+        structure: The channel groups as they stand.
+        least: The smallest width that every group may have by itself.
+        round_to: Numbers of channels are multiples of this, or what they are now.
+    """
+    linked = {name: link for link in structure.links for name in link}
+    found = []
+    for name, group in structure.groups.items():
+        link = linked.get(name, (name,))
+        if name != link[0]:
+            continue
+        widths = {member: structure.groups[member].width for member in link}
+        steps = {member: step_of(structure.groups[member], round_to) for member in link}
+        parts = math.gcd(*widths.values())
+        shares = (
+            {member: left * width // parts for member, width in widths.items()} for left in range(parts - 1, 0, -1)
+        )
+        fits = (
+            level
+            for level in shares
+            if all(level[member] >= least[member].width and level[member] % steps[member] == 0 for member in link)
+        )
+        found.append(Block((widths, *fits), coarse=len(link) > 1 or channels(group) > 1))
+    return found
+
+
+def step_of(group: ChannelGroup, round_to: int) -> int:
+    """Return the fewest units whose channels are a multiple of ``round_to``."""
+    return round_to // math.gcd(round_to, channels(group))
 
 
 def rooms_told(rooms: list[Room], most: int = 8) -> str:

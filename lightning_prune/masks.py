@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.bits import pack_bits, unpack_bits
+from lightning_prune.inference import changes_model
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
 __all__ = ["Masks", "apply_masks_", "follow_cut_", "hold_masks", "masks_on", "unpacked"]
@@ -180,6 +181,7 @@ def follow_cut_(model: nn.Module, kept: Kept) -> None:
             recipe.masks[name] = [pack_bits(slim), list(slim.shape)]
 
 
+@changes_model
 def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     """Zero weights of a model by given masks, which it carries from then on, as after a pruning of its own.
 
@@ -208,6 +210,7 @@ def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     Masks(model).let_fall_(keep)
 
 
+@changes_model
 @contextmanager
 def hold_masks(
     model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], keep: Mapping[str, Tensor] | None = None

@@ -18,7 +18,8 @@ from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.progress import seen
 from lightning_prune.scoring import CRITERIA, by_l2
 from lightning_prune.statistics.gradients import Loss
-from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
+from lightning_prune.structure import ChannelGroup, Structure, named_tensors
+from lightning_prune.surgery import find_groups
 
 __all__ = ["Correlation", "compare_criteria", "correlate", "oracle"]
 
@@ -124,7 +125,7 @@ def compare_criteria(
     batches = list(batches)
     if not batches:
         raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
-    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
     truth = oracle(model, structure, batches, loss, progress=progress)
     shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops
+from lightning_prune.footprint import count
 from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.latency import ROUNDS, Turn, circumstances
+from lightning_prune.limits import channels, step_of
 from lightning_prune.progress import seen
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, temporarily_cut
@@ -102,7 +103,7 @@ def compare_latency(
     structure = find_structure(trace(dense, example_inputs))
     widths = _widths(structure, pruned)
     rounder = _rounder(structure, widths)
-    flops = {_DENSE: count_flops(dense, example_inputs).total, _PRUNED: count_flops(pruned, example_inputs).total}
+    flops = {_DENSE: count(dense, example_inputs, structure).total, _PRUNED: count(pruned, example_inputs).total}
     whole = structure.flops({})
     shapes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
     for multiple, keep in rounder.items():
@@ -118,7 +119,8 @@ def compare_latency(
             batch = _resized(example_inputs, size)
             timings.append(_timed(dense, pruned, batch, size, shapes, partial(bar.advance, task)))
     best, saves = _best(timings, shapes)
-    awkward = {name: width for name, width in widths.items() if width % _MULTIPLES[0]}
+    wide = {name: width * channels(structure.groups[name]) for name, width in widths.items()}
+    awkward = {name: width for name, width in wide.items() if width % _MULTIPLES[0]}
     return LatencyReport(circumstances(dense, example_inputs), flops, tuple(timings), awkward, best, saves)
 
 
@@ -174,7 +176,8 @@ def _rounder(structure: Structure, widths: Mapping[str, int]) -> dict[int, Keep]
     if widths.keys() != structure.groups.keys():
         return found
     for multiple in _MULTIPLES:
-        stay = {n: min(structure.groups[n].width, math.ceil(w / multiple) * multiple) for n, w in widths.items()}
+        steps = {name: step_of(group, multiple) for name, group in structure.groups.items()}
+        stay = {n: min(structure.groups[n].width, math.ceil(w / steps[n]) * steps[n]) for n, w in widths.items()}
         if stay != widths and any(stay[name] < group.width for name, group in structure.groups.items()):
             keep = {name: np.arange(group.width) < stay[name] for name, group in structure.groups.items()}
             found[multiple] = keep

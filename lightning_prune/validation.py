@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from torch import nn
 
 from lightning_prune.callbacks._inputs import batch_as_inputs, on_device_of
@@ -166,6 +165,9 @@ def inputs_from_validation(
     return on_device_of(trainer, model, own)
 
 
+_RESTING = ("ProgressBar", "Checkpoint", "ModelSummary")
+
+
 class _FirstBatch(Callback):
     """Keeps the first batch as the module got it."""
 
@@ -192,13 +194,17 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
     """Validate without writing to loggers, terminal or disk."""
     callbacks, loggers = _callbacks(trainer), trainer.loggers
     everything = list(callbacks)
-    resting = ProgressBar, Checkpoint, ModelSummary, Pruning
-    callbacks[:] = [callback for callback in everything if not isinstance(callback, resting)]
+    callbacks[:] = [callback for callback in everything if not _rests(callback)]
     trainer.loggers = []
     try:
         yield
     finally:
         callbacks[:], trainer.loggers = everything, loggers
+
+
+def _rests(callback: Callback) -> bool:
+    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    return isinstance(callback, Pruning) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

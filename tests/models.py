@@ -500,8 +500,8 @@ class Recurrent(nn.Module):
 
 @torch.library.custom_op("lightning_prune_tests::half_turn", mutates_args=())
 def half_turn(x: Tensor) -> Tensor:
-    """An operator that nobody taught a rule."""
-    return -x
+    """An operator that nobody taught a rule, and that deals out entries anew."""
+    return x.flip(-1)
 
 
 @half_turn.register_fake
@@ -512,6 +512,27 @@ def _(x: Tensor) -> Tensor:
 class HalfTurn(nn.Module):
     def forward(self, x):
         return half_turn(x)
+
+
+@torch.library.custom_op("lightning_prune_tests::negated", mutates_args=())
+def negated(x: Tensor) -> Tensor:
+    """An operator that nobody taught a rule, and that works entry by entry."""
+    return -x
+
+
+@negated.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Negated(nn.Module):
+    def forward(self, x):
+        return negated(x)
+
+
+@net(ROWS, {"0": 5, "1": 4})
+def unknown_operator_entry_by_entry() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), Negated(), nn.Linear(4, 2))
 
 
 @net(ROWS, {"0": 5}, stays={"1.weight": "lightning_prune_tests.half_turn"})

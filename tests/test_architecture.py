@@ -12,6 +12,7 @@ ROOT = Path(lightning_prune.__file__).parent
 FLOORS = {
     "bits": 0,
     "errors": 0,
+    "inference": 0,
     "inputs": 0,
     "progress": 0,
     "selection": 1,
@@ -22,6 +23,7 @@ FLOORS = {
     "flops": 2,
     "statistics": 2,
     "limits": 2,
+    "steps": 2,
     "batch_norm": 3,
     "footprint": 2,
     "budget": 2,

@@ -187,7 +187,7 @@ def test_state_does_not_follow_the_callback(kind):
     other = kind(amount=0.5, schedule=Linear(1, 2))
     other.load_state_dict(state)
     other._state.widths.clear()
-    other._state.refused.append("x")
+    other._state.refused["x"] = "why"
     assert repr(state) == repr(before)
 
 

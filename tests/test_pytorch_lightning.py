@@ -1,8 +1,19 @@
 """Those who import ``pytorch_lightning`` use the same callbacks."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_prune
+from lightning_prune import trainer_sensitivity
+
+PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 
 SCRIPT = """
 import pytorch_lightning as pl
@@ -57,4 +68,107 @@ def test_trainer_and_cli_of_the_other_package(tmp_path):
     script = tmp_path / "main.py"
     script.write_text(textwrap.dedent(SCRIPT))
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def net_of(pl):
+    """A network of one of the packages, with every hook that a callback may ask about left as it is."""
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return (self(batch[0]) - batch[1]).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            loss = self.training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters())
+
+    return Model()
+
+
+def data():
+    return DataLoader(TensorDataset(torch.randn(32, 8), torch.randn(32, 1)), 8)
+
+
+def trainer_of(pl, callbacks=(), **settings):
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return pl.Trainer(max_epochs=2, callbacks=callbacks, accelerator="cpu", **{**quiet, **settings})
+
+
+CUTS = {"FilterL1Pruning": {}, "FilterPruning": {"criterion": "apoz"}, "TaylorFilterPruning": {}}
+MASKS = {"IterativeMagnitudePruning": {}, "OBSOneShot": {}}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", lightning_prune.callbacks.__all__)
+def test_every_callback_in_either_package(package, name):
+    """Every exported callback is one of the Trainer's own, passed alone or in a list, and prunes half of the model."""
+    pl = importlib.import_module(package)
+    model, kind = net_of(pl), getattr(lightning_prune, name)
+    if name == "MetricGuard":
+        callbacks = [kind("loss", drop=1e9), lightning_prune.FilterL1Pruning(0.5)]
+    else:
+        callbacks = kind(amount=0.5, **{**CUTS, **MASKS}[name])
+        assert isinstance(callbacks, pl.Callback)
+    trainer_of(pl, callbacks).fit(model, data(), data())
+    if name in MASKS:
+        zeros = sum(int((model.net[layer].weight == 0).sum()) for layer in (0, 2))
+        assert zeros == (8 * 32 + 32) // 2
+    else:
+        assert model.net[0].out_features == 16
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_steps_are_traced_in_either_package(package, step):
+    """What a step runs is cut; a step that the module does not have is refused by its name."""
+    pl = importlib.import_module(package)
+    model = net_of(pl)
+    trainer_of(pl, lightning_prune.FilterL1Pruning(0.5, trace=step)).fit(model, data())
+    assert model.net[0].out_features == 16
+    del type(model).validation_step
+    if step == "validation_step":
+        with pytest.raises(lightning_prune.PruningError, match="has no validation_step"):
+            trainer_of(pl, lightning_prune.FilterL1Pruning(0.5, trace=step)).fit(model, data())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_sensitivity_by_the_trainer_of_either_package(package):
+    """Its progress bar rests meanwhile, and comes back."""
+    pl = importlib.import_module(package)
+    trainer = trainer_of(pl, enable_progress_bar=True)
+    before = list(trainer.callbacks)
+    found = trainer_sensitivity(trainer, net_of(pl), data(), metric="loss", shares=(0.5,), progress=False)
+    assert [(group.name, group.width) for group in found.groups] == [("net.0", 32)]
+    assert trainer.callbacks == before
+
+
+@pytest.mark.parametrize("first", ["lightning_prune", "pytorch_lightning"])
+def test_the_order_of_imports_does_not_matter(first):
+    """Callbacks are those of both packages before one is made, whichever was imported first."""
+    second = {"lightning_prune": "pytorch_lightning", "pytorch_lightning": "lightning_prune"}[first]
+    script = f"""
+        import {first}
+        import {second}
+        import lightning.pytorch
+        for name in lightning_prune.callbacks.__all__:
+            kind = getattr(lightning_prune, name)
+            assert issubclass(kind, pytorch_lightning.Callback) and issubclass(kind, lightning.pytorch.Callback), name
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

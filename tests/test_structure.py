@@ -295,7 +295,7 @@ def test_a_shuffle_moves_units():
 
 @torch.library.custom_op("lightning_prune_tests::scale_channels", mutates_args=())
 def scale_channels(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    return x * gain[:, None, None]
+    return x * gain[:, None, None] / (1 + x.abs().amax(1, keepdim=True))
 
 
 @scale_channels.register_fake
@@ -313,16 +313,17 @@ class Scaled(nn.Module):
 
 
 def test_a_rule_of_the_users_is_followed():
-    """An operator without a rule pins; taught one with @coupling_rule, its channels leave with what they met."""
+    """Channels of an operator that was taught with @coupling_rule leave with what they met."""
     model = Scaled().double()
-    assert widths(model, IMAGE) == {}
     try:
 
         @coupling_rule("lightning_prune_tests.scale_channels")
         def rule(call):
             x, gain = call.args
             labels = call.labels(x)
-            return {**labels.dims, 1: call.ledger.tie([labels.at(1), call.labels(gain).at(0)], "scale_channels")}
+            channel = call.ledger.tie([labels.at(1), call.labels(gain).at(0)], "scale_channels")
+            call.ledger.mix(channel)
+            return {**labels.dims, 1: channel}
 
         assert widths(model, IMAGE) == {"conv": 6}
         report = prune_filters(model, IMAGE, 0.5)
@@ -341,9 +342,9 @@ def test_a_wrong_rule_of_the_users_is_found_out():
             return call.labels(call.args[0]).dims
 
         before = copy.deepcopy(model.state_dict())
-        report = prune_filters(model, IMAGE, 0.5)
-        assert report.kept == {} and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-        assert "does not run" in next(pin.reason for pin in report.pinned if pin.tensor == "conv.weight")
+        with pytest.raises(PruningError, match="conv.weight: the slim model does not run"):
+            prune_filters(model, IMAGE, 0.5)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     finally:
         RULES.pop(torch.ops.lightning_prune_tests.scale_channels, None)
 

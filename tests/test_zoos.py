@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 
-from benchmarks.zoo import ENOUGH, ours, tried
+from benchmarks.zoo import ENOUGH, checked, doubled, ours, tried
 from benchmarks.zoos import ZOOS
+from benchmarks.zoos.of_others import NETWORKS
 from benchmarks.zoos.of_timm import FAMILIES
 
 
@@ -36,6 +37,32 @@ def test_networks_of_other_libraries_are_cut(zoo, name):
     found = tried(ours, lambda: ZOOS[zoo].build(name))
     assert "error" not in found and found["same shapes"] and found["kept"] <= ENOUGH
     assert not found["proof"].startswith("nothing")
+
+
+WRITTEN = [name for name, (_, _, library) in NETWORKS.items() if not library]
+"""Networks of the zoo that need no other library."""
+
+
+@pytest.mark.parametrize("name", ["llama-reference", "gpt-attributes", "gpt-literal-heads", "gpt-literal-width"])
+def test_networks_as_people_write_them_are_cut(name):
+    """At 30 % of the channels a network as its authors wrote it loses 15 % of its parameters."""
+    found = tried(ours, lambda: ZOOS["others"].build(name))
+    assert "error" not in found and found["same shapes"] and found["kept"] <= ENOUGH
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN if name != "sngan-generator"])
+def test_every_output_of_networks_as_people_write_them_is_right(name):
+    """In float64 every module's output is made of the full network's, its pruned units silenced."""
+    found = tried(checked, lambda: doubled(lambda: ZOOS["others"].build(name)))
+    assert "error" not in found and found["wrong outputs"] == 0 and found["skipped outputs"] == 0
+    assert found["equal outputs"] > 10
+
+
+def test_networks_without_their_library_are_left_out(monkeypatch, capsys):
+    """Where a library is not installed its networks are left out, and named."""
+    monkeypatch.setattr("benchmarks.zoos.of_others._installed", lambda library: False)
+    assert ZOOS["others"].names() == WRITTEN
+    assert "gcn: left out, torch_geometric is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""Which networks other libraries bring, and how to build each with random weights and small inputs; cuts nothing."""
+"""Which networks the zoos hold, and how to build each with random weights and small inputs; cuts nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from benchmarks.zoos import of_timm, of_torchvision, of_transformers
+from benchmarks.zoos import of_others, of_timm, of_torchvision, of_transformers
 
 __all__ = ["ZOOS", "Inputs", "Zoo"]
 
@@ -24,4 +24,5 @@ ZOOS = {
     "torchvision": Zoo(of_torchvision.names, of_torchvision.build),
     "timm": Zoo(of_timm.names, of_timm.build),
     "transformers": Zoo(of_transformers.names, of_transformers.build),
+    "others": Zoo(of_others.names, of_others.build),
 }

@@ -1,18 +1,30 @@
-"""The class that callbacks derive from, so that the Trainer and the CLI of either of Lightning's packages know them."""
+"""What tells the two packages of Lightning, ``lightning`` and ``pytorch_lightning``, apart; decides nothing."""
 
 from __future__ import annotations
 
-import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning_utilities.core.overrides import is_overridden
 
-__all__ = ["AnyCallback"]
+__all__ = ["AnyCallback", "overrides"]
 
-if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
+if TYPE_CHECKING:
     AnyCallback = Callback
-else:  # the same code under another name, and classes of its own; to import it here would slow everybody down
-    import pytorch_lightning
+else:
+    AnyCallback = Callback
+    # The other package is the same code under another name, with classes of its own. Its Trainer and its CLI ask for
+    # these, whenever it was imported; beside torch and the first package its import costs little. Whatever is wrong
+    # with an installation of it, ours does without.
+    with suppress(Exception):
+        import pytorch_lightning
 
-    class AnyCallback(Callback, pytorch_lightning.Callback):
-        """A callback for both packages."""
+        class AnyCallback(Callback, pytorch_lightning.Callback):
+            """Base of the callbacks, so that Trainer and CLI of either package know them."""
+
+
+def overrides(pl_module: LightningModule, name: str) -> bool:
+    """Return whether a module has a method of its own in place of Lightning's, whichever package it derives from."""
+    parent = next(kind for kind in type(pl_module).__mro__ if kind.__name__ == "LightningModule")
+    return bool(is_overridden(name, pl_module, parent))

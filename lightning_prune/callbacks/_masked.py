@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune.arguments import Amount
 from lightning_prune.bits import pack_bits
 from lightning_prune.callbacks._averaging import averaged_copies
+from lightning_prune.callbacks._base import overrides
 from lightning_prune.callbacks._guard import guards
 from lightning_prune.callbacks._processes import refuse_apart
 from lightning_prune.callbacks._pruning import Pruning, pruning_callbacks
@@ -276,7 +276,7 @@ class MaskedPruning(Pruning):
         """Tell whether gradients of masked weights would change steps of the others."""
         if self.mask_gradients != "auto":
             return bool(self.mask_gradients)
-        clips = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", pl_module)
+        clips = bool(trainer.gradient_clip_val) or overrides(pl_module, "configure_gradient_clipping")
         return clips or any(type(optimizer) not in _ELEMENTWISE for optimizer in trainer.optimizers)
 
 

@@ -20,6 +20,7 @@ from lightning_prune.callbacks._processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks._refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks._reporting import call_of, new_metrics, report
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import refuse_inference_tensors
 from lightning_prune.reports import History
 from lightning_prune.schedules import OneShot, Schedule
 from lightning_prune.surgery import Kept, drop_unused_recipe_, recipe_of, take_shapes_
@@ -161,6 +162,7 @@ class Pruning(AnyCallback, ABC):
         self._joined = True
         if stage == "fit":
             refuse_twins(self, pruning_callbacks(trainer))
+            refuse_inference_tensors(type(self).__name__, pl_module)
             self.refuse(trainer, pl_module)
             refuse_order(type(self).__name__, trainer.callbacks, self)  # type: ignore[attr-defined]
             refuse_run(type(self).__name__, self.schedule, trainer)

@@ -47,9 +47,10 @@ class State:
     inputs: ExampleInputs | None = None
     flops: FlopCount | None = None  # of the model as it stands; None where it is to be counted
     widths: dict[str, int] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # groups whose cut could not be proved, and why
     pinned: list[Pinned] = field(default_factory=list)  # as the last trace found
     branching: list[str] = field(default_factory=list)  # the same
+    warned: bool = False  # that less leaves than was asked
     latency: float = 1.0  # share of it that was left after the last cut, where it is a target
 
     def remembered(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class State:
         start = self.start
         return {
             "widths": dict(self.widths),
-            "refused": list(self.refused),
+            "refused": dict(self.refused),
             "latency": self.latency,
             "example": self.example if is_plain(self.example) else None,
             "start": None if start is None else {
@@ -76,7 +77,7 @@ class State:
         """Go on from what a checkpoint remembers."""
         start = remembered["start"]
         self.latency = remembered["latency"]
-        self.widths, self.refused = dict(remembered["widths"]), list(remembered["refused"])
+        self.widths, self.refused = dict(remembered["widths"]), dict(remembered["refused"])
         self.example, self.start = remembered["example"], None
         if start is not None:
             layers = {path: LayerCost(*cost) for path, cost in start["layers"].items()}

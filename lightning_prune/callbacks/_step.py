@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
+from lightning_prune.callbacks._base import overrides
 from lightning_prune.errors import PruningError
 from lightning_prune.inputs import Instead, tensors_in
 
@@ -48,7 +48,7 @@ def refuse_step(where: str, traced: Traced, pl_module: LightningModule) -> None:
     if traced == "forward":
         return
     name = type(pl_module).__name__
-    if not is_overridden(traced, pl_module):
+    if not overrides(pl_module, traced):
         raise PruningError(f"{where}(trace={traced!r}): {name} has no {traced}. Choose a step that it has.")
     if traced == "training_step" and not pl_module.automatic_optimization:
         raise PruningError(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -39,19 +40,19 @@ from lightning_prune.callbacks._refusals import (
 from lightning_prune.callbacks._state import Start, State
 from lightning_prune.callbacks._step import Traced, check_traced, instead_of_forward, refuse_step
 from lightning_prune.errors import PruningError
-from lightning_prune.flops import FlopCount, count_flops
+from lightning_prune.flops import FlopCount
+from lightning_prune.footprint import Footprint, count
 from lightning_prune.inputs import ExampleInputs, hold_nothing
 from lightning_prune.latency import circumstances, shapes_of
 from lightning_prune.pruning.filters import Prepared, count_params, prepare
+from lightning_prune.pruning.outcome import kept_whole_by, outcome_of, reasons_of
 from lightning_prune.reports import History, LayerChange, layer_costs
 from lightning_prune.schedules import Schedule
 from lightning_prune.scoring import score_units
-from lightning_prune.structure import Keep, Structure, find_structure, trace
-from lightning_prune.surgery import Kept, cut_, recipe_of
+from lightning_prune.structure import Keep, Structure
+from lightning_prune.surgery import Kept, cut_, find_groups, recipe_of
 
 __all__ = ["StructuredPruning", "structured_callbacks"]
-
-_UNPROVED = "an earlier cut of them could not be proved"
 
 
 class StructuredPruning(Pruning):
@@ -142,7 +143,7 @@ class StructuredPruning(Pruning):
             return False
         state = self._state
         state.inputs, state.flops = on_device_of(trainer, pl_module, inputs), None
-        structure = find_structure(trace(pl_module, state.inputs))
+        structure = find_groups(pl_module, state.inputs)
         refuse_overlap(self, structured_callbacks(trainer), pl_module, structure)
         structure = self._prunable(pl_module, structure)
         state.pinned, state.branching = structure.pinned, list(structure.branching)
@@ -167,12 +168,13 @@ class StructuredPruning(Pruning):
             scores = score_units(pl_module, structure, "l1")
             prepared = self._prepare(trainer, pl_module, structure, scores, progress=1.0)
             state.start.units = state.start.units or sum(width.before - width.after for width in prepared.widths)
+            self._warn_if_short(pl_module, prepared)
             self._gathering.watch(pl_module, structure)
         return True
 
     def reach(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
         """Cut until what is due is gone."""
-        structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+        structure = self._prunable(pl_module, find_groups(pl_module, self._inputs))
         self._refuse_not_finite(pl_module, structure)
         scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
         self._gathering.rest()
@@ -183,7 +185,9 @@ class StructuredPruning(Pruning):
             if self.target == "latency":
                 self._state.latency = self._latency(trainer, pl_module, structure, {})
         self._state.widths |= {width.name: width.after for width in prepared.widths}
-        self._state.pinned = structure.without(prepared.refused, _UNPROVED).pinned
+        self._state.pinned = prepared.structure.pinned
+        if progress >= 1.0:
+            self._warn_if_short(pl_module, prepared, done=True)
         if progress < self._course.ceiling:
             self._watch_on(pl_module)
 
@@ -216,6 +220,7 @@ class StructuredPruning(Pruning):
             now = layer_costs(pl_module, self._count_flops(pl_module))
             history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in self._start.layers.items()}
             history.measured = circumstances(pl_module, self._inputs)
+            history.counted = self._count_flops(pl_module).counted
             history.pinned, history.branching = list(self._state.pinned), list(self._state.branching)
 
     def remembered(self) -> dict[str, Any]:
@@ -301,14 +306,13 @@ class StructuredPruning(Pruning):
 
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self._gathering.looks_at_training:
-            structure = self._prunable(pl_module, find_structure(trace(pl_module, self._inputs)))
+            structure = self._prunable(pl_module, find_groups(pl_module, self._inputs))
             self._gathering.watch(pl_module, structure)
 
     def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self.ignore)
-        refused = [name for name in self._state.refused if name in structure.groups]
-        return structure.without(refused, _UNPROVED)
+        return structure.without_each({n: why for n, why in self._state.refused.items() if n in structure.groups})
 
     def _refuse_not_finite(self, pl_module: LightningModule, structure: Structure) -> None:
         written = (slot.tensor for group in structure.groups.values() for slot in group.slots)
@@ -340,15 +344,29 @@ class StructuredPruning(Pruning):
             structure,
             scores,
             due,
-            replace(self._start.budget, target=self.target, scope=self.scope, round_to=self.round_to),
+            self._budget,
             dense=self._start.dense.without(state.refused),
             flops=self._count_flops(pl_module).total,
             latency=partial(self._latency, trainer, pl_module),
             at_most=schedule.at_most(progress),
             adding_up=adding_up,
         )
-        state.refused += prepared.refused
+        state.refused |= reasons_of(structure, prepared.structure)
         return prepared
+
+    def _warn_if_short(self, pl_module: LightningModule, prepared: Prepared, done: bool = False) -> None:
+        """Warn once if less leaves than was asked: as soon as that is known of widths, of all else when it is done."""
+        state, start, budget = self._state, self._start, self._budget
+        if state.warned or not (done or self.target == "filters"):
+            return
+        widths = {**start.widths, **state.widths, **{width.name: width.after for width in prepared.widths}}
+        now = Footprint(count_params(pl_module), self._count_flops(pl_module).total) if done else start.dense.footprint
+        free = start.dense.without(name for name in start.widths if name not in prepared.structure.groups)
+        why = {**kept_whole_by(prepared.structure, budget, free, widths), **state.refused}
+        outcome = outcome_of(start.amount, self.target, start.dense, widths, now, state.latency, why)
+        if outcome.short:
+            state.warned = True
+            rank_zero_warn(f"{type(self).__name__}: {outcome.short}")
 
     def _latency(self, trainer: Trainer, pl_module: LightningModule, structure: Structure, keep: Keep) -> float:
         return latency_of_first(trainer, pl_module, self._inputs, self._start.shapes, structure, keep)
@@ -371,6 +389,10 @@ class StructuredPruning(Pruning):
             callback.follow(prepared.cut.kept)
 
     @property
+    def _budget(self) -> Budget:
+        return replace(self._start.budget, target=self.target, scope=self.scope, round_to=self.round_to)
+
+    @property
     def _start(self) -> Start:
         assert self._state.start is not None  # set when the model is first traced, before anything is planned
         return self._state.start
@@ -382,7 +404,7 @@ class StructuredPruning(Pruning):
 
     def _count_flops(self, pl_module: LightningModule) -> FlopCount:
         if self._state.flops is None:
-            self._state.flops = count_flops(pl_module, self._inputs)
+            self._state.flops = count(pl_module, self._inputs)
         return self._state.flops
 
 

@@ -34,10 +34,10 @@ class FilterL1Pruning(StructuredPruning):
         schedule: When how much of it leaves; by default everything before the first batch, as when a trained model is
             pruned and fine-tuned.
         ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after a cut are multiples of this, rounded up.
+        round_to: Widths after a cut, in channels (heads times their width), are multiples of this, rounded up.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
             the module's ``example_input_array``, else one example of the first training batch.
-        min_width: Units that stay of every layer at least; or by pattern of module paths, the largest that names a
+        min_width: Channels that stay of every layer at least; or by pattern of module paths, the largest that names a
             layer.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
             smallest that names a layer. What layers may not give towards the whole model's budget, others do; an

@@ -49,10 +49,10 @@ class FilterPruning(StructuredPruning):
         schedule: When how much of it leaves; by default everything before the first batch, or before epoch 1 where
             training must be seen first.
         ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after a cut are multiples of this, rounded up.
+        round_to: Widths after a cut, in channels (heads times their width), are multiples of this, rounded up.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
             the module's ``example_input_array``, else one example of the first training batch.
-        min_width: Units that stay of every layer at least, or by pattern of module paths.
+        min_width: Channels that stay of every layer at least, or by pattern of module paths.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
         recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
         batches: Training batches that criteria of second derivatives, ``output_change``, ``obs`` and ``repair`` look at

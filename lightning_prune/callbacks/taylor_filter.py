@@ -34,7 +34,7 @@ class TaylorFilterPruning(StructuredPruning):
         schedule: When how much of it leaves, not before epoch 1, since gradients must be seen first; by default
             everything before epoch 1.
         ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after a cut are multiples of this, rounded up.
+        round_to: Widths after a cut, in channels (heads times their width), are multiples of this, rounded up.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
             the module's ``example_input_array``, else one example of the first training batch.
         form: ``weights`` squares the sum of weight times gradient over the weights that read a unit (Molchanov et al.
@@ -43,7 +43,7 @@ class TaylorFilterPruning(StructuredPruning):
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
             0.001. Without one, ``weights`` under a global target of parameters, FLOPs or latency takes first what the
             loss would miss least for what it saves.
-        min_width: Units that stay of every layer at least, or by pattern of module paths.
+        min_width: Channels that stay of every layer at least, or by pattern of module paths.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
         recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
         trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what

@@ -14,7 +14,8 @@ from lightning_prune.cli._runs import RUN, add_model_options, add_run_options, l
 from lightning_prune.errors import PruningError
 from lightning_prune.reports import group_costs, group_table, pinned_table, room_table
 from lightning_prune.sensitivity.findings import amount_paths
-from lightning_prune.structure import Structure, find_structure, trace
+from lightning_prune.structure import Structure
+from lightning_prune.surgery import find_groups
 
 __all__ = ["TOLD", "add_arguments", "run"]
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add = parser.add_argument
     add("--ignore", nargs="+", default=[], help="patterns of modules whose channels stay")
-    add("--min_width", type=yaml.safe_load, default=1, help="units that stay, such as 8 or '{\"layer1*\": 8}'")
+    add("--min_width", type=yaml.safe_load, default=1, help="channels that stay, such as 8 or '{\"layer1*\": 8}'")
     add("--max_amount", type=yaml.safe_load, default=1.0, help="largest fraction of a layer that may leave, likewise")
     add("--round_to", type=int, default=1, help="widths are multiples of this")
     add("--yaml", action="store_true", help="print nothing but a block for amount=, to be filled in")
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     model, inputs = model_and_inputs(options, rest)
     if options.ckpt_path is not None:
         load_weights_(model, options.ckpt_path)
-    structure = with_ignored(model, find_structure(trace(model, inputs)), options.ignore)
+    structure = with_ignored(model, find_groups(model, inputs), options.ignore)
     console = Console()
     if options.yaml:
         console.out(_block(structure), highlight=False)

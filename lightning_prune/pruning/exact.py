@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_fraction, check_ignored, names_module
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.inputs import undisturbed
 from lightning_prune.masks import apply_masks_
 from lightning_prune.progress import counted
@@ -55,6 +56,7 @@ class SurgeonReport:
         return int(sum(mask.sum() for mask in self.masks.values()))
 
 
+@changes_model
 def prune_exact(
     model: nn.Module,
     batches: Iterable[tuple[Any, Tensor]],
@@ -104,7 +106,7 @@ def prune_exact(
         and Solla, Optimal Brain Damage, NIPS 1989.
     """
     _check(amount, method, alpha)
-    batches = list(batches)
+    batches = list(ordinary(batches))
     patient = _Patient.of(model, ignore, masks)
     least = patient.left.numel() - round(amount * patient.left.numel())
     removals: list[Removal] = []

@@ -24,27 +24,30 @@ from lightning_prune.arguments import (
 )
 from lightning_prune.budget import Budget, Dense, Scope, Scores, Target, per_saving, plan
 from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops
-from lightning_prune.footprint import Footprint, measure, saved_by_one_unit
+from lightning_prune.flops import FlopCount, count_flops
+from lightning_prune.footprint import Footprint, count, measure, saved_by_one_unit
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.inputs import ExampleInputs
 from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.masks import follow_cut_
 from lightning_prune.progress import counted, each
+from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
 from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.gradients import Loss
-from lightning_prune.structure import Keep, Pinned, Structure, find_structure, trace
+from lightning_prune.structure import Keep, Pinned, Structure
 from lightning_prune.surgery import (
     AttributeChange,
     Cut,
     Disproof,
     Kept,
-    comparable,
+    Proof,
     cut_,
     draft,
-    prove,
-    prove_structure,
+    find_groups,
     recipe_of,
+    verify,
 )
+from lightning_prune.surgery.course import Lefts
 
 __all__ = [
     "GroupWidth", "Prepared", "Report", "carry_out_", "clock", "count_params", "prepare", "prune_filters", "reported",
@@ -77,6 +80,9 @@ class Report:
         branching: Modules whose code goes by numbers of its input: only the path that the example inputs took was seen.
         latency_kept: Share of the latency that is left, as measured, where that was the target.
         measured: What the latency was measured on.
+        asked: Share of the target that was to leave; for amounts by pattern, of the filters of all layers named.
+        reached: The share of it that left. Where that is less than asked, a warning has said why.
+        counted: What counted the multiply-adds, in words.
     """
 
     params_before: int
@@ -92,8 +98,12 @@ class Report:
     branching: tuple[str, ...] = ()
     latency_kept: float | None = None
     measured: str = ""
+    asked: float = 0.0
+    reached: float = 0.0
+    counted: str = "by fvcore"
 
 
+@changes_model
 def prune_filters(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -133,11 +143,11 @@ def prune_filters(
             filters they are divided by what the unit saves of it (of latency: by its multiply-adds).
         ignore: Patterns of module paths whose channels stay.
         optimizer: The optimizer or optimizers that train the model.
-        round_to: Widths after the cut are multiples of this, rounded up.
+        round_to: Widths after the cut, in channels (heads times their width), are multiples of this, rounded up.
         batches: Batches of data for criteria that look at activations or gradients; a list or loader that can be read
             once.
         loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
-        min_width: Units that stay of every layer at least; or by pattern of module paths, the largest that names a
+        min_width: Channels that stay of every layer at least; or by pattern of module paths, the largest that names a
             layer.
         max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
             smallest that names a layer. Budgets of the whole model are made up for by other layers.
@@ -160,22 +170,25 @@ def prune_filters(
     check_arguments("prune_filters", amount, criterion, target, scope, round_to, min_width, max_amount)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers("prune_filters", optimizers)
-    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
+    counted = count(model, example_inputs, structure)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
-        Footprint(count_params(model), count_flops(model, example_inputs).total),
+        Footprint(count_params(model), counted.total),
     )
+    amount = amount_by_group(structure, amount)
+    budget = budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount))
     with each(batches or (), "batches", progress and batches is not None) as seen:
-        scores = score_units(model, structure, criterion, None if batches is None else seen, loss)
+        scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
     with clock(model, example_inputs, structure, progress and target == "latency") as latency:
         prepared = prepare(
             model,
             example_inputs,
             structure,
             scores,
-            amount_by_group(structure, amount),
-            budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
+            amount,
+            budget,
             dense=dense,
             flops=dense.footprint.flops,
             latency=latency,
@@ -183,7 +196,9 @@ def prune_filters(
         )
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     carry_out_(model, prepared, prepared.tensors, optimizers)
-    return reported(model, example_inputs, prepared, dense, kept)
+    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, counted, kept)
+    outcome.warn("prune_filters")
+    return report
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +213,7 @@ class Prepared:
         refused: Groups that stay whole because their cut could not be proved; the reason stands under
             ``structure.pinned``.
         widths: Every group that can be cut, before and after.
-        proof: What was proved, in words.
+        proof: What was verified of the cut.
     """
 
     cut: Cut
@@ -207,7 +222,7 @@ class Prepared:
     keep: Keep
     refused: tuple[str, ...]
     widths: tuple[GroupWidth, ...]
-    proof: str
+    proof: Proof
 
 
 def prepare(
@@ -247,6 +262,7 @@ def prepare(
     """
     uncounted = flops - structure.flops({})  # what only the counter knows of, taken as fixed
     refused: list[str] = []
+    first = structure
     while True:
         stopped: CutDoesNotRunError | None = None
         footprint = partial(measure, model, structure, uncounted=uncounted)
@@ -259,18 +275,20 @@ def prepare(
             )  # fmt: skip
         except CutDoesNotRunError as error:
             keep, stopped = error.keep, error
+        except PruningError as error:
+            raise PruningError(f"{error}{told_of(reasons_of(first, structure))}") from None
         cut = draft(model, structure, keep)
         tensors = cache(partial(cut.tensors, model))
-        if not (cut.keep and prove(model, example_inputs, structure, cut, tensors)):
+        proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
+        if isinstance(proof, Proof):
             if stopped is not None:
                 raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
             break
         whole = list(structure.groups)
-        for name, reason in _unprovable(model, example_inputs, structure, keep).items():
-            structure = structure.without([name], reason)
+        structure = structure.without_each(_at_fault(model, structure, keep, proof))
         refused += [name for name in whole if name not in structure.groups]
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
-    return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, _words(structure, cut))
+    return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, proof)
 
 
 @contextmanager
@@ -303,24 +321,64 @@ def carry_out_(
 
 
 def reported(
-    model: nn.Module, example_inputs: ExampleInputs, made: Prepared, dense: Dense, latency_kept: float | None
-) -> Report:
-    """Report a cut that has been made; ``latency_kept`` is known where latency was the target."""
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    made: Prepared,
+    amount: Amount,
+    budget: Budget,
+    dense: Dense,
+    counted: FlopCount,
+    latency_kept: float | None,
+) -> tuple[Report, Outcome]:
+    """Report a cut that has been made, and set it against what was asked. Nothing in it fails: the model is cut.
+
+    Args:
+        model: The slim model.
+        example_inputs: What it runs on.
+        structure: The structure before any group was refused.
+        made: The cut.
+        amount: What was asked, a fraction or fractions by group name.
+        budget: What it is a fraction of, and the limits.
+        dense: What was there before.
+        counted: What was counted before.
+        latency_kept: Share of the latency that is left, where that was the target.
+    """
+    flops, by = _flops_after(model, example_inputs, made, counted)
+    now = Footprint(count_params(model), flops)
+    widths = {width.name: width.after for width in made.widths}
+    left = dense.without(name for name in dense.widths if name not in made.structure.groups)
+    why = {**kept_whole_by(made.structure, budget, left, widths), **reasons_of(structure, made.structure)}
+    outcome = outcome_of(amount, budget.target, dense, widths, now, latency_kept, why)
     return Report(
         params_before=dense.footprint.params,
-        params_after=count_params(model),
+        params_after=now.params,
         flops_before=dense.footprint.flops,
-        flops_after=count_flops(model, example_inputs).total,
+        flops_after=now.flops,
         groups=made.widths,
         kept=made.cut.kept,
         attributes=made.cut.attributes,
         pinned=tuple(made.structure.pinned),
         proved=True,
-        proof=made.proof,
+        proof=_words(made),
         branching=made.structure.branching,
         latency_kept=latency_kept,
         measured="" if latency_kept is None else circumstances(model, example_inputs),
-    )
+        asked=outcome.asked,
+        reached=outcome.reached,
+        counted=by,
+    ), outcome
+
+
+def _flops_after(model: nn.Module, example_inputs: ExampleInputs, made: Prepared, before: FlopCount) -> tuple[int, str]:
+    """Count the slim model as the whole one was counted; what the plan predicted stands in where that fails."""
+    predicted = before.total - made.structure.flops({}) + made.structure.flops(made.keep)
+    if before.counted != FlopCount.counted:
+        return predicted, before.counted
+    try:
+        return count_flops(model, example_inputs).total, before.counted
+    except Exception as error:  # the cut is made and proved, so a count that fails must not say otherwise
+        return predicted, f"{before.counted} before the cut, and after it as planned, since the count failed: {error!r}"
 
 
 def count_params(model: nn.Module) -> int:
@@ -328,42 +386,50 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _unprovable(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, keep: Keep) -> dict[str, str]:
-    """Find the groups that must stay whole so that the cut of all others can be proved, with the reason."""
+def _at_fault(model: nn.Module, structure: Structure, keep: Keep, failure: Disproof) -> dict[str, str]:
+    """Return the groups that must stay whole so that the cut of the others can be verified, with the reason.
 
-    def structural(cut: Cut) -> Disproof | None:
-        return prove_structure(model, example_inputs, structure, cut)
+    Blocks of a network that repeat fail alike: groups at the same place in modules of the same class are judged
+    together.
+    """
+    groups = set(failure.groups)
+    if failure.kind is not None:
+        lefts = Lefts(structure, keep)
+        for ran in structure.ledger.ran:
+            if ran.kind == failure.kind:
+                groups |= lefts.groups(*ran.taken, *ran.made)
+    if groups:
+        return dict.fromkeys(sorted(groups), failure.reason)
+    return _culprits(model, structure, keep)
 
-    def whole(cut: Cut) -> Disproof | None:
-        return prove(model, example_inputs, structure, cut, partial(cut.tensors, model))
 
-    return _culprits(model, structure, keep, structural) or _culprits(model, structure, keep, whole)
-
-
-def _culprits(
-    model: nn.Module, structure: Structure, keep: Keep, disproof: Callable[[Cut], Disproof | None]
-) -> dict[str, str]:
+def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> dict[str, str]:
     """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
     reasons: dict[str, str] = {}
 
-    def provable(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        failure = disproof(draft(model, structure, {name: keep[name] for link in accepted + links for name in link}))
-        if failure is None:
+    def search(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        cut = draft(model, structure, {name: keep[name] for link in accepted + links for name in link})
+        failure = verify(model, structure, cut, cache(partial(cut.tensors, model)))
+        if isinstance(failure, Proof):
             return links
         if len(links) == 1:
-            reasons[links[0][0]] = failure.reason
+            reasons.update(dict.fromkeys(links[0], failure.reason))
             return []
         half = len(links) // 2
-        left = provable(links[:half], accepted)
-        return left + provable(links[half:], accepted + left)
+        left = search(links[:half], accepted)
+        return left + search(links[half:], accepted + left)
 
     linked = [link for link in structure.links if not keep[link[0]].all()]
     single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
-    provable([*single, *linked], [])
+    search([*single, *linked], [])
     return reasons
 
 
-def _words(structure: Structure, cut: Cut) -> str:
-    if not cut.keep:
+def _words(prepared: Prepared) -> str:
+    """Say what was verified."""
+    if not prepared.cut.keep:
         return "nothing was cut"
-    return f"structure of all {len(cut.keep)} groups cut, numbers of {len(comparable(structure, cut.keep))}"
+    proof = prepared.proof
+    told = f"{len(prepared.cut.keep)} groups cut; {proof.operators} operators ran, {proof.compared} outputs compared"
+    skipped = sum(proof.skipped.values())
+    return f"{told} on {proof.values}" + (f"; {skipped} not compared" if skipped else "")

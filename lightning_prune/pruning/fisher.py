@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_amount, check_fraction
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.masks import apply_masks_
 from lightning_prune.progress import each
 from lightning_prune.pruning.obs import write_
@@ -51,6 +52,7 @@ class _Part(NamedTuple):
         return flat[self.start : self.start + self.blocks * self.size].view(self.blocks, self.size)
 
 
+@changes_model
 def prune_fisher(
     model: nn.Module,
     batches: Iterable[Any],
@@ -106,7 +108,7 @@ def prune_fisher(
     flat = {name: weight.parameter.detach().flatten().to(dtype) for name, weight in found.found.items()}
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
     with each(batches, "batches", progress) as seen:
-        fisher = block_fisher(model, seen, loss, parts, dtype)
+        fisher = block_fisher(model, ordinary(seen), loss, parts, dtype)
     added = damping * sum(float(f.diagonal(dim1=1, dim2=2).sum()) for f in fisher) / sum(map(len, flat.values()))
     for matrix in fisher:
         matrix.diagonal(dim1=1, dim2=2).add_(added)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.arguments import check_ignored, names_module
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.inputs import call_on
 from lightning_prune.masks import apply_masks_
 from lightning_prune.pruning.layerwise import (
@@ -70,6 +71,7 @@ class ObsReport:
         return 1 - sum(layer.left for layer in self.layers) / max(1, sum(layer.weights for layer in self.layers))
 
 
+@changes_model
 def prune_obs(
     model: nn.Module,
     batches: Iterable[Any],
@@ -128,7 +130,7 @@ def prune_obs(
     """
     asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, progress)
     asked.check("prune_obs")
-    plan = plan_obs(model, Calibration(list(batches), forward, dtype), asked)
+    plan = plan_obs(model, Calibration(list(ordinary(batches)), forward, dtype), asked)
     write_(model, plan.tensors)
     apply_masks_(model, plan.report.masks)
     return plan.report

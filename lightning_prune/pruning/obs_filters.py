@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_prune.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
 from lightning_prune.budget import Budget, Dense, Scope, Target
-from lightning_prune.flops import count_flops
-from lightning_prune.footprint import Footprint
+from lightning_prune.footprint import Footprint, count
+from lightning_prune.inference import changes_model, ordinary
 from lightning_prune.inputs import ExampleInputs, call_on
 from lightning_prune.progress import each
 from lightning_prune.pruning.filters import Report, carry_out_, clock, count_params, prepare, reported
@@ -22,7 +22,7 @@ from lightning_prune.scoring import Criterion, adds_up, score_units
 from lightning_prune.statistics.calibration import Calibration, Run
 from lightning_prune.statistics.gradients import Loss
 from lightning_prune.statistics.products import find_products
-from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import find_groups
 
 __all__ = ["RepairReport", "prune_filters_obs"]
 
@@ -44,6 +44,7 @@ class RepairReport:
     damping: float
 
 
+@changes_model
 def prune_filters_obs(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -81,7 +82,7 @@ def prune_filters_obs(
             more runs over the batches per layer; otherwise to those of the whole model.
         damping: Share of the inputs' mean variance with which weights hold on to what they were.
         ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after the cut are multiples of this, rounded up.
+        round_to: Widths after the cut, in channels (heads times their width), are multiples of this, rounded up.
         forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
         loss: For criteria that look at gradients, from model and batch to the mean loss.
         dtype: What is summed and solved in.
@@ -105,8 +106,8 @@ def prune_filters_obs(
     check_arguments("prune_filters_obs", amount, "l1" if criterion == "obs" else criterion, target, scope, round_to)
     if not damping >= 0:
         raise ValueError(f"prune_filters_obs(damping={damping!r}): a share of the mean variance, from 0; 0.01 is 1 %.")
-    calibration = Calibration(list(batches), forward, dtype)
-    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    calibration = Calibration(list(ordinary(batches)), forward, dtype)
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
     products = find_products(model, calibration.batches[0], forward)
     if criterion == "obs":
@@ -117,13 +118,14 @@ def prune_filters_obs(
         with each(calibration.batches, "batches", progress) as seen:
             scores = score_units(model, structure, criterion, seen, loss)
     amount = amount_by_group(structure, amount)
+    counted, budget = count(model, example_inputs, structure), Budget(target, scope, round_to)
     dense = Dense(
         {name: group.width for name, group in structure.groups.items()},
-        Footprint(count_params(model), count_flops(model, example_inputs).total),
+        Footprint(count_params(model), counted.total),
     )
     with clock(model, example_inputs, structure, progress and target == "latency") as latency:
         prepared = prepare(
-            model, example_inputs, structure, scores, amount, Budget(target, scope, round_to), dense=dense,
+            model, example_inputs, structure, scores, amount, budget, dense=dense,
             flops=dense.footprint.flops, latency=latency, adding_up=criterion == "obs" or adds_up(criterion),
         )  # fmt: skip
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
@@ -131,5 +133,6 @@ def prune_filters_obs(
         model, structure, prepared.cut, prepared.tensors, products, calibration, sequential, damping, progress
     )
     carry_out_(model, prepared, tensors)
-    report = reported(model, example_inputs, prepared, dense, kept)
+    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, counted, kept)
+    outcome.warn("prune_filters_obs")
     return RepairReport(report, repairs, skipped, damping)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_prune.arguments import Amount, check_amount
 from lightning_prune.criteria import magnitude
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model
 from lightning_prune.masks import Masks, masks_on
 from lightning_prune.pruning.prunable import Weight, amount_by_weight, find_weights
 from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
@@ -69,6 +70,7 @@ class WeightReport:
         return 1 - sum(weight.stays for weight in self.weights) / sum(weight.size for weight in self.weights)
 
 
+@changes_model
 def prune_weights(
     model: nn.Module,
     amount: Amount | None = None,

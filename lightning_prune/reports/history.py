@@ -55,6 +55,7 @@ class History:
         pinned: Channels that stay, and why.
         dense: Name of a weight that could not be masked -> why.
         branching: Modules whose code goes by numbers of its input, so that only the path taken was seen.
+        counted: By what the FLOPs are counted.
         stopped: What stopped the training before its end, and when; empty where nothing did.
     """
 
@@ -68,6 +69,7 @@ class History:
     dense: dict[str, str] = field(default_factory=dict)
     branching: list[str] = field(default_factory=list)
     stopped: str = ""
+    counted: str = "by fvcore"
 
     @property
     def left(self) -> dict[str, float]:
@@ -107,6 +109,7 @@ class History:
             dict(plain["dense"]),
             list(plain.get("branching", ())),  # histories written before this was noted
             plain.get("stopped", ""),  # likewise
+            plain.get("counted", "by fvcore"),  # likewise
         )
 
     def to_json(self, path: str | Path) -> None:

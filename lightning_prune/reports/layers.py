@@ -34,9 +34,9 @@ def layer_costs(model: nn.Module, flops: FlopCount) -> dict[str, LayerCost]:
     return costs
 
 
-def layer_table(before: Mapping[str, LayerCost], after: Mapping[str, LayerCost], title: str) -> Table:
-    """Set every layer's width, parameters and multiply-adds before beside those after."""
-    table = Table(title=title, caption="FLOPs: multiply-adds of one call on the example inputs, by fvcore.")
+def layer_table(before: Mapping[str, LayerCost], after: Mapping[str, LayerCost], title: str, counted: str) -> Table:
+    """Set every layer's width, parameters and multiply-adds before beside those after; ``counted`` by what."""
+    table = Table(title=title, caption=f"FLOPs: multiply-adds of one call on the example inputs, {counted}.")
     table.add_column("layer", overflow="fold")
     for heading in ("width", "params", "FLOPs"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -22,7 +22,7 @@ def run_tables(history: History) -> list[Table]:
     tables = []
     if history.layers:
         before, now = ({path: change[which] for path, change in history.layers.items()} for which in (0, 1))
-        tables.append(layer_table(before, now, _title(history)))
+        tables.append(layer_table(before, now, _title(history), history.counted))
     if history.weights:
         tables.append(weight_table(history.weights))
     found = stages(history)

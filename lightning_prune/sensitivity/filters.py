@@ -25,8 +25,8 @@ from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.pruning.filters import count_params, prepare
 from lightning_prune.scoring import Criterion, score_units
 from lightning_prune.sensitivity.findings import GroupSensitivity, Mode, Sensitivity
-from lightning_prune.structure import ChannelGroup, Structure, find_structure, named_tensors, trace
-from lightning_prune.surgery import temporarily_cut
+from lightning_prune.structure import ChannelGroup, Structure, named_tensors
+from lightning_prune.surgery import find_groups, temporarily_cut
 
 __all__ = [
     "TENTHS",
@@ -94,7 +94,7 @@ def sensitivity(
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015 (arXiv:1506.02626).
     """
     check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1)
-    structure = with_ignored(model, find_structure(trace(model, example_inputs)), ignore)
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
     found = begin("sensitivity", model, evaluate, shares, metric, mode, criterion, done)
     scores = score_units(model, structure, criterion)

@@ -25,6 +25,7 @@ __all__ = [
     "Label",
     "Labels",
     "Ledger",
+    "Literally",
     "Ran",
     "SlotRange",
 ]
@@ -33,8 +34,8 @@ __all__ = [
 
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
-Ran = tuple[Any, Sequence[int]]
-"""An operator that ran, and the shape of its output, or of the first of several."""
+Literally = tuple[tuple[type, int], int]
+"""Kind of an operator (see :class:`Ran`) and dimension of its output: a size that does not follow its labels."""
 
 PINNED = 0
 """The atom that may never leave: what meets it stays."""
@@ -69,6 +70,32 @@ class Labels:
     def at(self, dim: int) -> tuple[Label, ...]:
         """Return the labels along a dimension, none for a dimension of fixed size."""
         return self.dims.get(dim, ())
+
+
+@dataclass(eq=False, slots=True)
+class Ran:
+    """One operator that ran during a trace: what the verification of a cut needs to know of it.
+
+    Attributes:
+        func: The operator.
+        path: Path of the module that was running.
+        kind: Class of that module, and how many operators had run in it before: where blocks of a network repeat, so
+            does this.
+        taken: Labels of the tensors among its arguments, in order.
+        entering: Shapes of these.
+        plain: Its other arguments, with None where a tensor stood.
+        made: Labels of its outputs, filled in when its rule has been applied.
+        leaving: Shapes of these.
+    """
+
+    func: Any
+    path: str
+    kind: tuple[type, int]
+    taken: Sequence[Labels]
+    entering: Sequence[Sequence[int]]
+    plain: tuple[Any, ...]
+    made: list[Labels] = field(default_factory=list)
+    leaving: list[Sequence[int]] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -111,7 +138,10 @@ class Attribute:
 
 @dataclass(eq=False, slots=True)
 class Equation:
-    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives."""
+    """A size that code worked out from other numbers: as many indices must keep all their labels as it then gives.
+
+    A plain ``number`` remembers nothing that could change, so that it cannot change either.
+    """
 
     labels: tuple[Label, ...]
     number: Any
@@ -141,6 +171,9 @@ class Ledger:
         self.choices: dict[Hashable, Choice] = {}
         self.attributes: list[Attribute] = []
         self.equations: list[Equation] = []
+        self.counts: list[
+            tuple[int, str, tuple[Label, ...]]
+        ] = []  # of those arguments that no shape of an output shows
         self.numbers = True  # whether numbers remember where they come from
         self.lengths: dict[Hashable, Label] = {}
         self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
@@ -153,6 +186,9 @@ class Ledger:
         self.output_shapes: list[tuple[int, ...]] = []
         self.hollow = True  # whether the traced model runs where nothing is computed
         self.ran: list[Ran] = []
+        self.passes: list[tuple[bool, Any]] = []  # in train mode or not, and on which inputs
+        self.untrained = ""  # why train mode could not be traced, if it could not
+        self.literals: frozenset[Literally] = frozenset()  # sizes that are known to be numbers in the code
         self._chosen: dict[str, int] = {}
         self.running: tuple[str, Any] = ("", None)  # path of the module and the operator at hand, for reasons
 
@@ -203,7 +239,7 @@ class Ledger:
             for other in others:
                 self.together.append((first.atoms, other.atoms))
                 self.meet(first.atoms, other.atoms)
-            if not first.conditional:
+            if not first.conditional and not any(other.conditional for other in others):
                 return (first,)
         else:
             for mine in sides[0]:
@@ -212,7 +248,11 @@ class Ledger:
                         self.meet(mine.atoms, other.atoms)
         every = [label for side in sides for label in side]
         certain = [label for label in every if not label.conditional]
-        return (certain[0],) if certain else tuple({id(label.atoms): label for label in every}.values())
+        chosen = {id(label.atoms): label for label in every if label.conditional}
+        if certain and len(chosen) == 1:
+            # where its way is not taken, all that it met stays, and does not hold back what a view merges it with
+            return tuple(chosen.values())
+        return (certain[0],) if certain else tuple(chosen.values())
 
     def split(self, key: Hashable, atoms: Atoms, dims: Sequence[int], names: Sequence[Hashable]) -> list[Label]:
         """Write down a choice: ``atoms`` vary along several ``dims``, and only one of those can shrink.
@@ -267,6 +307,18 @@ class Ledger:
             self.lengths[key] = Label(self._hand_out(size))
             self.attributes.append(Attribute(place.module, place.name, (self.lengths[key],), place.index, self.where))
         return self.lengths[key]
+
+    def is_literal(self, dim: int) -> bool:
+        """Return whether the size of a dimension of the output at hand is known to be a number in the code."""
+        return bool(self.literals) and (self.ran[-1].kind, dim) in self.literals
+
+    def count(self, argument: str, labels: tuple[Label, ...]) -> None:
+        """Write down that an argument of the operator at hand must be the number of indices that keep all these labels.
+
+        What is written down is the operator's place in ``ran``, the argument's name in its schema, and the labels. The
+        output's shape does not show such an argument; one that is not written down must stay what it is.
+        """
+        self.counts.append((len(self.ran) - 1, argument, labels))
 
     def prefer(self, labels: Iterable[Label]) -> None:
         """Write down that these labels run along a batch of products: of several ways, whole ones of these leave."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
-from lightning_prune.structure.numbers import Held, Size, leaves
+from lightning_prune.structure.numbers import Held, Number, Size, leaves
 from lightning_prune.structure.unknowns import Place, place_of, worked_back
 
 __all__ = ["Alive", "Counts", "Without", "find_links", "left"]
@@ -160,7 +160,9 @@ def _equal(one: Attribute, other: Attribute) -> Callable[[Alive], bool]:
 def _holds(equation: Equation, first: Mapping[Place, Attribute]) -> Callable[[Alive], bool]:
     def agree(alive: Alive) -> bool:
         try:
-            return left(equation.labels, alive) == equation.number.evaluate(Counts(first, alive))
+            number = equation.number
+            wanted = number.evaluate(Counts(first, alive)) if isinstance(number, Number) else number
+            return left(equation.labels, alive) == wanted
         except ZeroDivisionError:  # nothing is left of what a number is divided by
             return False
 

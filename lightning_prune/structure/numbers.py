@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_prune.inputs import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "held_by", "leaves", "numbers_in", "remember_"]
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "leaves", "numbers_in", "remembering"]
 
 
 @dataclass(frozen=True)
 class Held:
-    """A number that a module holds as an attribute, or at ``index`` of a tuple or list of numbers."""
+    """A number that a module holds as an attribute, or at ``index`` of a tuple or list of numbers.
+
+    ``name`` may lead through a config: ``"config.heads"``, be that an object or a dict.
+    """
 
     module: str
     name: str
@@ -41,6 +47,8 @@ class Derived:
 
 
 Origin = Held | Size | Derived
+
+_ABSENT = object()
 
 
 class Number(int):
@@ -104,33 +112,91 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 # of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
 _TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
-_HOLDING = frozenset({int, tuple, list})
+_HOLDING = (int, tuple, list, torch.Size)
+_INTERNAL = frozenset(vars(nn.Module()))
+_FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # whose objects hold no widths
+_DEEPEST = 3  # a config in a config in an attribute
+_MOST = 1000  # entries of a dict that is looked through: a config, not a vocabulary
 
 
-def remember_(model: nn.Module, compared: Callable[[Number, Number], None]) -> None:
-    """Let every number that the modules of a model hold remember it; ``undisturbed`` takes this back."""
-    for path, module in modules_of(model):
-        if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
-            continue
-        own = vars(module)
-        held = {name: value for name, value in own.items() if type(value) in _HOLDING}
-        own.update({name: _held(path, name, value, compared) for name, value in held.items()})
+@contextmanager
+def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) -> Iterator[None]:
+    """Let every number that a model holds remember where, inside the block.
+
+    Held are attributes of modules and of their classes, and what lies below in configs: plain objects and dicts.
+    """
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    seen: set[int] = set()
+
+    def replace(holder: dict[str, Any], module: str, name: str, key: str, value: Any) -> None:
+        number = _held(module, name, value, compared)
+        if number is not value:
+            changed.append((holder, key, holder.get(key, _ABSENT)))
+            holder[key] = number
+
+    def look(holder: dict[str, Any], module: str, prefix: str, depth: int) -> None:
+        for key, value in list(holder.items()):
+            if not isinstance(key, str) or (depth == 0 and key in _INTERNAL):
+                continue
+            if type(value) in _HOLDING or isinstance(value, np.integer):
+                replace(holder, module, prefix + key, key, value)
+            elif depth < _DEEPEST and (below := _config(value)) is not None and id(below) not in seen:
+                seen.add(id(below))
+                look(below, module, f"{prefix}{key}.", depth + 1)
+
+    try:
+        for path, module in modules_of(model):
+            if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
+                continue
+            own = vars(module)
+            look(own, path, "", 0)
+            for name, value in _class_numbers(type(module)).items():
+                if name not in own:
+                    replace(own, path, name, name, value)
+        yield
+    finally:
+        for holder, key, before in reversed(changed):
+            if before is _ABSENT:
+                holder.pop(key, None)
+            else:
+                holder[key] = before
 
 
 def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
-    if type(value) is int:
-        return Number(value, Held(path, name), compared) if value > 1 else value
-    if all(type(item) is int for item in value):
+    """Return a number, or a tuple or list of numbers, that remembers where it is held; others as they are."""
+    if _whole(value):
+        return Number(int(value), Held(path, name), compared) if value > 1 else value
+    if all(_whole(item) for item in value) and any(item > 1 for item in value):
         return type(value)(
-            Number(item, Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)
+            [Number(int(item), Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)]
         )
     return value
 
 
-def held_by(module: nn.Module | None, value: int) -> list[Number]:
-    """Return the numbers of this value that a module holds."""
-    own = () if module is None else vars(module).values()
-    return [number for number in numbers_in(own) if isinstance(number, Number) and number == value]
+def _whole(value: Any) -> bool:
+    """Return whether a value is a plain whole number, of Python or of numpy."""
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def _config(value: Any) -> dict[str, Any] | None:
+    """Return where an object keeps its attributes, or a dict its entries, if it may be a config."""
+    if isinstance(value, dict):
+        return value if len(value) <= _MOST else None
+    if isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__"):
+        return None
+    return None if type(value).__module__.partition(".")[0] in _FOREIGN else vars(value)
+
+
+def _class_numbers(kind: type) -> dict[str, Any]:
+    """Return the numbers that the user's classes hold for all their instances."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in (*_FOREIGN, "builtins"):
+            continue
+        for name, value in vars(base).items():
+            if type(value) in _HOLDING and not name.startswith("_"):
+                found.setdefault(name, value)
+    return found
 
 
 def numbers_in(values: Any) -> Iterator[int]:

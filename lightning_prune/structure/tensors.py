@@ -30,11 +30,14 @@ def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         return
     own = named_tensors(model)
+    for name, tensor in tensors.items():
+        if own[name].requires_grad and tensor.is_leaf and tensor.is_floating_point():
+            tensor.requires_grad_()  # by which torch chooses between operators, also where no gradient is asked for
     other = {id(own[name]): tensor for name, tensor in tensors.items()}
     for _, module in modules_of(model):
         for held in (module._parameters, module._buffers):
-            for leaf, tensor in held.items():
-                if id(tensor) in other:
-                    held[leaf] = other[id(tensor)]  # type: ignore[assignment]
+            for leaf, present in held.items():
+                if id(present) in other:
+                    held[leaf] = other[id(present)]  # type: ignore[assignment]
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from types import CodeType, FunctionType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
-from lightning_prune.inputs import ExampleInputs, Instead, refuse_empty, refuse_shapeless, undisturbed
-from lightning_prune.structure.labels import Labels, Ledger
+from lightning_prune.inputs import (
+    ExampleInputs,
+    Instead,
+    modules_of,
+    refuse_empty,
+    refuse_shapeless,
+    tensors_in,
+    undisturbed,
+)
+from lightning_prune.structure.labels import Labels, Ledger, Literally
 from lightning_prune.structure.tensors import named_tensors
 from lightning_prune.structure.unknowns import add_unknowns_
 from lightning_prune.structure.watch import watch
@@ -17,11 +28,17 @@ from lightning_prune.structure.watch import watch
 __all__ = ["trace"]
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
-    """Run the model once on example inputs and write down which channels met.
+def trace(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[Literally] = frozenset()) -> Ledger:
+    """Run the model on example inputs and write down which channels met.
 
     Nothing that shapes alone tell is computed, unless the model's code asks for numbers; then it costs about one
-    forward pass. Mode, RNG, buffers and module attributes are left as found.
+    forward pass. Where the model's code looks at ``training``, or parameters did not run, train mode is traced too.
+    Mode, RNG, buffers and module attributes are left as found.
+
+    Args:
+        model: The model.
+        example_inputs: What to run it on.
+        literals: Sizes that are known to be numbers in the code, which do not follow the channels that leave.
 
     Raises:
         PruningError: If the model does not run on the example inputs, these hold nothing, or parameters have no shape.
@@ -30,9 +47,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
     refuse_empty(example_inputs)
     for hollow in (True, False):
         with suppress(Exception):  # some code takes plain numbers alone
-            return _traced(model, example_inputs, numbers=True, hollow=hollow)
+            return _in_both_modes(model, example_inputs, literals, numbers=True, hollow=hollow)
     try:
-        return _traced(model, example_inputs, numbers=False, hollow=False)
+        return _in_both_modes(model, example_inputs, literals, numbers=False, hollow=False)
     except Exception as error:
         where, name = f"({type(error).__name__}: {error})", type(model).__name__
         if isinstance(example_inputs, Instead):
@@ -44,58 +61,149 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Ledger:
         ) from error
 
 
-def _traced(model: nn.Module, example_inputs: ExampleInputs, numbers: bool, hollow: bool) -> Ledger:
-    ledger = Ledger()
-    labels = {name: ledger.register(name, tensor) for name, tensor in named_tensors(model).items()}
-    ledger.numbers, ledger.hollow = numbers, hollow
-    with undisturbed(model):
-        watch(model, example_inputs, {}, ledger, labels)
+def _in_both_modes(
+    model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[Literally], numbers: bool, hollow: bool
+) -> Ledger:
+    """Trace eval mode, and train mode where it may run other code."""
+
+    def eval_mode() -> tuple[Ledger, dict[str, Labels]]:
+        ledger = Ledger()
+        ledger.literals = literals
+        labels = {name: ledger.register(name, tensor) for name, tensor in named_tensors(model).items()}
+        ledger.numbers, ledger.hollow = numbers, hollow
+        _run_pass(model, example_inputs, ledger, labels, training=False)
+        return ledger, labels
+
+    ledger, labels = eval_mode()
+    if _idle_parameters(model, ledger, labels) or _looks_at_mode(model, example_inputs):
+        for inputs in _for_training(example_inputs):
+            try:
+                _run_pass(model, inputs, ledger, labels, training=True)
+                break
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+                ledger, labels = eval_mode()  # what half of a pass wrote down does not count
+                ledger.untrained = failure
     add_unknowns_(ledger)
-    if any(labels[name].dims for name in ledger.unseen):
+    idle = _idle_parameters(model, ledger, labels)
+    if idle:
         followed = _follow_siblings(model, ledger, labels)
-        ledger.idle = [n for n, _ in model.named_parameters() if n in ledger.unseen and n not in followed]
+        ledger.idle = [name for name in idle if name not in followed]
     return ledger
 
 
-def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> set[str]:
-    """Let modules that did not run, such as experts that no example came to, go with one beside them that did.
+def _run_pass(
+    model: nn.Module, inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels], training: bool
+) -> None:
+    costs = len(ledger.costs)
+    with undisturbed(model):
+        watch(model, inputs, {}, ledger, labels, training)
+    if training:
+        del ledger.costs[costs:]  # what a model costs is what one call in eval mode does
+    ledger.passes.append((training, inputs))
 
-    Returns:
-        The names of their parameters and buffers.
+
+def _idle_parameters(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> list[str]:
+    """Return the parameters that no operator took, if any tensor with channels is among what none took."""
+    if not any(labels[name].dims for name in ledger.unseen):
+        return []
+    return [name for name, _ in model.named_parameters() if name in ledger.unseen]
+
+
+def _for_training(example_inputs: ExampleInputs) -> Iterator[ExampleInputs]:
+    """Yield what to run on in train mode: a batch of one twice over first, since BatchNorm takes no single example."""
+    tensors = [tensor for tensor in tensors_in(example_inputs) if tensor.dim()]
+    if tensors and all(tensor.shape[0] == 1 for tensor in tensors):
+        yield pytree.tree_map_only(
+            Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, example_inputs
+        )
+    yield example_inputs
+
+
+def _looks_at_mode(model: nn.Module, example_inputs: ExampleInputs) -> bool:
+    """Return whether code of the model that may run reads ``training``; that of ``torch.nn`` computes alike in both."""
+    start = {"forward"}
+    if isinstance(example_inputs, Instead):
+        start.add(example_inputs.function.__name__)
+    kinds = {type(module) for _, module in modules_of(model)}
+    return any(_reads_training(kind, start) for kind in kinds if not kind.__module__.startswith("torch.nn."))
+
+
+def _reads_training(kind: type, start: set[str]) -> bool:
+    """Return whether methods of a class read ``training``, from the named ones on to those that they call."""
+    waiting, seen = list(start), set(start)
+    while waiting:
+        method = getattr(kind, waiting.pop(), None)
+        if not isinstance(method, FunctionType):
+            continue
+        names = _names_in(method.__code__)
+        if "training" in names:
+            return True
+        waiting.extend(names - seen)
+        seen |= names
+    return False
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Return the names that code uses, functions defined inside it included."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names_in(constant)
+    return names
+
+
+def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> set[str]:
+    """Tie experts that no example came to to those beside them that ran, and return the names of their tensors.
+
+    Only entries of one ``ModuleList`` or ``ModuleDict`` count as experts, of which all that ran read the same channels:
+    two or more did, or the code around them chooses by numbers of its input. What else did not run stays as it is:
+    nothing tells which channels it would read.
     """
     followed: set[str] = set()
     names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    idle = _idle(model, {id(tensor) for tensor in named_tensors(model).values() if names[id(tensor)] in ledger.unseen})
-    for parent in model.modules():
-        children = list(parent.children())
-        if len(children) < 2 or not any(id(child) in idle for child in children):
+    for path, parent in modules_of(model):
+        if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
             continue
-        ran: dict[object, list[str]] = {}
-        for child in sorted(children, key=lambda child: id(child) in idle):
+        by_shape: dict[object, list[list[str]]] = {}
+        for child in parent.children():
             own = [(leaf, tuple(tensor.shape), names[id(tensor)]) for leaf, tensor in named_tensors(child).items()]
             kind = (type(child), *((leaf, shape) for leaf, shape, _ in own))
-            first = ran.setdefault(kind, [name for _, _, name in own])
-            if id(child) in idle and not set(first) <= ledger.unseen:
-                followed |= {name for _, _, name in own}
-                for name, other in zip((name for _, _, name in own), first, strict=True):
+            by_shape.setdefault(kind, []).append([name for _, _, name in own])
+        for experts in by_shape.values():
+            ran = [own for own in experts if own and not set(own) & ledger.unseen]
+            idle = [own for own in experts if own and set(own) <= ledger.unseen]
+            chosen_by_data = path.rpartition(".")[0] in ledger.decided
+            if not idle or len(ran) < (1 if chosen_by_data else 2) or not _read_the_same(ledger, labels, ran):
+                continue
+            for names_of_one in idle:
+                followed.update(names_of_one)
+                for name, other in zip(names_of_one, ran[0], strict=True):
                     for dim, found in labels[name].dims.items():
                         ledger.meet(found[0].atoms, labels[other].dims[dim][0].atoms)
     return followed
 
 
-def _idle(model: nn.Module, unseen: set[int]) -> set[int]:
-    """Find the modules that have tensors of which no operator took any, as they are called by ``id``."""
-    idle: set[int] = set()
+def _read_the_same(ledger: Ledger, labels: Mapping[str, Labels], experts: list[list[str]]) -> bool:
+    """Return whether the first operator that takes anything of each expert takes the same channels beside it."""
+    entering = []
+    for own in experts:
+        mine = {id(label) for name in own for found in labels[name].dims.values() for label in found}
+        entering.append(_first_beside(ledger, mine))
+    first = entering[0]
+    return first is not None and all(other == first for other in entering[1:])
 
-    def look(module: nn.Module) -> tuple[int, int]:
-        own = [id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        held, rest = len(own), sum(tensor in unseen for tensor in own)
-        for child in module.children():
-            below = look(child)
-            held, rest = held + below[0], rest + below[1]
-        if held and held == rest:
-            idle.add(id(module))
-        return held, rest
 
-    look(model)
-    return idle
+def _first_beside(ledger: Ledger, mine: set[int]) -> set[bytes] | None:
+    """Return the atoms along the dimensions of the data at the first operator that takes it with labels of ``mine``."""
+    for ran in ledger.ran:
+        taken = [[label for found in labels.dims.values() for label in found] for labels in ran.taken]
+        own = [any(id(label) in mine for label in found) for found in taken]
+        data = [
+            found
+            for found, labels, is_own in zip(taken, ran.taken, own, strict=True)
+            if not is_own and not labels.weight
+        ]
+        if data and any(own):
+            return {label.atoms.tobytes() for found in data for label in found}
+    return None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,20 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
 from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
-from lightning_prune.structure.labels import Labels, Ledger, Ran
-from lightning_prune.structure.numbers import Number, Size, remember_
-from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, unknown
+from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
+from lightning_prune.structure.numbers import Number, Size, remembering
+from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen import compared, made_anew
+from lightning_prune.structure.rules.movement import repeat
+from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.tensors import exchange_, named_tensors
 
-__all__ = ["OtherOperatorsError", "alike", "exchanged", "unfused", "watch"]
+__all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
+_STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
+_RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -39,15 +44,17 @@ def watch(
     replaced: Mapping[str, Tensor],
     ledger: Ledger,
     labels: Mapping[str, Labels],
-) -> list[Tensor]:
-    """Run the model with labels, inside :func:`undisturbed`, pin what reaches its outputs, and return those.
+    training: bool = False,
+) -> None:
+    """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
         example_inputs: What to call it on.
         replaced: Tensors to run with instead of the model's own, by name.
         ledger: Where meetings are written down; says whether anything is computed.
-        labels: The labels that each parameter and buffer carries, by name.
+        labels: The labels that each parameter and buffer carries, by name; the others carry none.
+        training: Whether to run in train mode.
 
     Raises:
         NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
@@ -55,94 +62,85 @@ def watch(
     mode = _LabelMode(ledger)
     own = named_tensors(model)
     for name, tensor in own.items():
-        mode.give(replaced.get(name, tensor), labels[name])
+        mode.give(replaced.get(name, tensor), labels.get(name, _UNLABELLED))
     for tensor in tensors_in(example_inputs):
         mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
-    if ledger.numbers:
-        remember_(model, partial(compared, ledger))
-    with unfused(), mode.knows_modules(model), mode, _NumberMode(mode) if ledger.numbers else nullcontext():
+    if training:
+        model.train()
+    with ExitStack() as stack:
+        if ledger.numbers:
+            stack.enter_context(remembering(model, partial(compared, ledger)))
+        stack.enter_context(unfused())
+        stack.enter_context(mode.knows_modules(model))
+        stack.enter_context(mode)
+        stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
         outputs = run(model, example_inputs)
     ledger.running = ("", None)
-    ledger.unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
-    tensors = list(tensors_in(outputs))
-    for tensor in tensors:
+    unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
+    ledger.unseen = ledger.unseen & unseen if training else unseen
+    for tensor in tensors_in(outputs):
         ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
     if mode.refusal is not None:  # the model's own code may have caught it
         raise mode.refusal
-    return tensors
 
 
-@contextmanager
-def exchanged(instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None = None) -> Iterator[None]:
-    """Let operators inside the block take other tensors.
+def plain(values: Any) -> tuple[Any, ...]:
+    """Return arguments of an operator with None in place of tensors."""
+    return tuple(
+        [
+            None if isinstance(value, Tensor) else plain(value) if type(value) in (list, tuple) else value
+            for value in values
+        ]
+    )
 
-    Args:
-        instead: ``id`` of a tensor -> what makes the one that operators take in its place.
-        expected: The operators that a trace wrote down, if they are to be the same ones.
 
-    Raises:
-        OtherOperatorsError: As soon as another operator runs, or its output has one index alone along other dimensions.
+class Watch(TorchDispatchMode):
+    """Base of the modes that watch operators.
+
+    What operators write into tensors that were there before, such as a parameter that a forward pass updates, is taken
+    back when the mode is left.
     """
-    mode = _Exchange(instead, expected)
-    with nullcontext() if expected is None else unfused(), mode:
-        yield
-    if expected is not None and mode.count < len(expected):
-        raise OtherOperatorsError
 
-
-class OtherOperatorsError(Exception):
-    """A run came to other operators than it should."""
-
-
-def _shape(out: Any) -> Sequence[int]:
-    """Return the shape of an operator's output, or of the first of several."""
-    if isinstance(out, Tensor):
-        return out.shape
-    first = tensors_among(out[:1]) if isinstance(out, list | tuple) else ()
-    return first[0].shape if first else ()
-
-
-def alike(ran: Ran, expected: Ran) -> bool:
-    """Tell whether the same operator ran, with one index alone along the same dimensions of its output."""
-    (func, shape), (other, full) = ran, expected
-    return func is other and [size == 1 for size in shape] == [size == 1 for size in full]
-
-
-class _Watch(TorchDispatchMode):
-    """What every mode of this file is: none of them is ever compiled, so dynamo need not be told to keep out."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[int] = set()  # storages of this run, which may be written to
+        self._before: dict[int, tuple[Any, Any]] = {}  # storages that were there before -> themselves, and a copy
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch wraps each call, and imports all of dynamo at the first
+        # None of these modes is ever compiled. Else torch wraps each call, and imports all of dynamo at the first.
+        return False
 
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for storage, copy in self._before.values():
+            storage.copy_(copy)
 
-class _Exchange(_Watch):
-    """Lets every operator run, on other tensors where there are some instead, as long as it is the expected one."""
-
-    def __init__(self, instead: Mapping[int, Callable[[], Tensor]], expected: Sequence[Ran] | None) -> None:
-        super().__init__()
-        self.instead = instead
-        self.expected = expected
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if kwargs:
-            kwargs = {name: self._taken(value) for name, value in kwargs.items()}
-        out = func(*[self._taken(value) for value in args], **(kwargs or {}))
-        if self.expected is not None:
-            if self.count == len(self.expected) or not alike((func, _shape(out)), self.expected[self.count]):
-                raise OtherOperatorsError
-            self.count += 1
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator; keep a copy of what was there before and is about to be written to."""
+        if writes(func):
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                    self._keep(value)
+        out = func(*args, **kwargs)
+        if not aliases(func):
+            for tensor in tensors_among((out,)):
+                self._made.add(tensor.untyped_storage()._cdata)
         return out
 
-    def _taken(self, value: Any) -> Any:
-        make = self.instead.get(id(value))
-        if make is not None:
-            return make()
-        return [self._taken(item) for item in value] if type(value) in (list, tuple) else value
+    def _keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._made and storage._cdata not in self._before:
+            self._before[storage._cdata] = storage, storage.clone()
+
+
+@cache
+def aliases(func: Any) -> bool:
+    """Return whether an operator's output may share memory with an argument: views, and operators in place."""
+    return any(value.alias_info is not None for value in func._schema.returns)
 
 
 class _Known(NamedTuple):
@@ -155,7 +153,7 @@ class _Known(NamedTuple):
     writes: bool
 
 
-class _LabelMode(_Watch):
+class _LabelMode(Watch):
     """Looks up the rule of every operator that runs, and lets it pass labels on."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -165,10 +163,11 @@ class _LabelMode(_Watch):
         self._mark = object()  # tells this trace's labels from another's
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
-        self.arguments: tuple[Any, ...] = ()  # of the Python function that is calling operators
+        self.arguments: tuple[Any, ...] = ()  # args, kwargs and the Python function itself that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
         self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
         self.refusal: NumbersNeededError | None = None
+        self._ordinals: dict[str, int] = {}  # path of a module -> operators that have run in it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -179,24 +178,54 @@ class _LabelMode(_Watch):
         for labels in found:
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
+        path, module = running = self._running[-1]
+        kind = type(module), self._ordinals.get(path, 0)
+        self._ordinals[path] = kind[1] + 1
+        entering = [tensor.shape for tensor in tensors]  # before an operator in place may change them
         out, hollow = self._run(known, args, kwargs, tensors, found, weight)
-        ledger, running = self.ledger, self._running[-1]
-        ledger.ran.append((func, _shape(out)))
+        ledger = self.ledger
+        ran = Ran(func, path, kind, found, entering, plain((*args, *kwargs.values()) if kwargs else args))
+        ledger.ran.append(ran)
         if known.reads and not weight:
-            ledger.decided.append(running[0])
+            ledger.decided.append(path)
         blank = known.rule is made_anew
         dims: Any = {}
-        if labelled or (blank and self.arguments and out.numel()):
-            ledger.running = (running[0], func)
+        if labelled or (known.rule in _STRETCHING and self.arguments and out.numel()):
+            ledger.running = (path, func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
-        for tensor, own in ((out, dims),) if isinstance(out, Tensor) else _outputs(out, dims):
+        outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
+        if labelled and outputs and not any(tensor.numel() for tensor, _ in outputs):
+            self._pin_unseen(tensors, found)
+        for tensor, own in outputs:
             if not all(own.values()):
                 own = {d: labels for d, labels in own.items() if labels}
-            self._lay(tensor, Labels(own, weight and not blank, blank, hollow))
+            made = weight and not blank and (labelled or not own)
+            if ledger.literals:
+                self._fix_literals(func, tensor, own)
+            shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
+            ran.made.append(Labels(own, made, blank or shows_blank, hollow))
+            ran.leaving.append(tensor.shape)
+            self._lay(tensor, ran.made[-1])
         return out
 
+    def _fix_literals(self, func: Any, out: Tensor, dims: dict[int, tuple[Label, ...]]) -> None:
+        """Fix the width of what a number in the code says; slices and pieces have rules for that."""
+        for dim, labels in dims.items():
+            if not self.ledger.is_literal(dim) or func.overloadpacket in _PIECES:
+                continue
+            if func.overloadpacket in _RESHAPES:  # of several ways to shrink, another may be free
+                self.ledger.equations.append(Equation(labels, out.shape[dim], self.ledger.where))
+            else:
+                self.ledger.pin(labels, "its size is a number in the code")
+
+    def _pin_unseen(self, tensors: list[Tensor], found: list[Labels]) -> None:
+        """Pin what goes into an empty tensor: with what its entries would have met was not seen."""
+        for tensor, labels in zip(tensors, found, strict=True):
+            for own in labels.dims.values() if tensor.numel() else ():
+                self.ledger.pin(own, "reaches a tensor that was empty on the example inputs")
+
     def _learnt(self, func: Any) -> _Known:
-        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else unknown)
+        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
         known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
         return known
 
@@ -205,7 +234,7 @@ class _LabelMode(_Watch):
     ) -> tuple[Any, bool]:
         """Return what an operator returns, and whether that was not computed."""
         if not self.ledger.hollow:
-            return known.func(*args, **kwargs), False
+            return self.run(known.func, args, kwargs), False
         hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow]
         if self._written and len(hollow) < len(tensors):
             hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
@@ -213,9 +242,9 @@ class _LabelMode(_Watch):
         out = None if shaped is None else shaped(*args, **kwargs)
         if hollow and out is None:
             self.refuse(known.func, hollow)
-            out = known.func(*args, **kwargs)
+            out = self.run(known.func, args, kwargs)
         if out is None:
-            return known.func(*args, **kwargs), False
+            return self.run(known.func, args, kwargs), False
         if known.writes and not found[0].hollow:
             self._written[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
         return out, True
@@ -292,12 +321,9 @@ class _NumberMode(TorchFunctionMode):
             return self._remembering(args[0], func(*args, **kwargs), args[1:])
         if func in _READERS:
             self._labels.read(func, args)
-        self._labels.arguments = (args, tuple(kwargs.values())) if kwargs else (args,)
+        self._labels.arguments = args, kwargs, func
         try:
-            if func in _RECURRENT:
-                with _in_steps():
-                    return func(*args, **kwargs)
-            return func(*args, **kwargs)
+            return _in_steps(func, args, kwargs)
         finally:
             self._labels.arguments = ()
 
@@ -322,16 +348,31 @@ def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
                 yield part, dims[i] if isinstance(dims, list) else {}
 
 
-@contextmanager
-def _in_steps() -> Iterator[None]:
-    """Run recurrent layers step by step: those of oneDNN and cuDNN cannot be looked into."""
+class _StepMode(TorchFunctionMode):
+    """Lets recurrent layers run step by step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _in_steps(func, args, kwargs or {})
+
+
+def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
+    if func not in _RECURRENT:
+        return func(*args, **kwargs)
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
     try:
-        yield
+        return func(*args, **kwargs)
     finally:
         for library, before in zip(libraries, enabled, strict=True):
             library.set_flags(_enabled=before)
+
+
+@contextmanager
+def taken_apart() -> Iterator[None]:
+    """Run attention and recurrent layers as the operators that a trace sees."""
+    with unfused(), _StepMode():
+        yield
 
 
 @contextmanager

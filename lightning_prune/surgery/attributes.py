@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import nn
 
 from lightning_prune.inputs import modules_of
 
-__all__ = ["AttributeChange", "set_attributes_", "shape_attributes"]
+__all__ = ["ABSENT", "AttributeChange", "attributes_set", "held_number", "set_attributes_", "shape_attributes"]
+
+ABSENT = object()
+"""What :func:`held_number` returns where there is nothing."""
 
 
 class AttributeChange(NamedTuple):
-    """A number on a module that a cut changes: path of the module, name of the attribute, value before and after."""
+    """A number on a module that a cut changes: path of the module, name of the attribute, value before and after.
+
+    The name may lead through a config that the module holds, an object or a dict: ``"config.heads"``.
+    """
 
     module: str
     name: str
@@ -98,14 +107,16 @@ def _by_every_name(
                 if name in shapes:
                     tied[id(tensor)] = shapes[name]
                 if id(tensor) in tied:
-                    found[_parametrized(name)] = tied[id(tensor)]
+                    found[_parametrized(name, module)] = tied[id(tensor)]
     return found
 
 
-def _parametrized(name: str) -> str:
-    """Return the name of the tensor that a parametrization such as ``weight_norm`` makes of the named one."""
+def _parametrized(name: str, module: nn.Module) -> str:
+    """Return the name of the tensor that ``weight_norm`` and the like make of the named one of a module."""
     if "parametrizations." not in name:
-        return name
+        base = next((name.removesuffix(end) for end in ("_orig", "_v") if name.endswith(end)), name)
+        made_of = {"_orig", "_v"} if f"{base.rpartition('.')[2]}_g" in module._parameters else {"_orig"}
+        return base if name.removeprefix(base) in made_of else name
     path, _, rest = name.rpartition("parametrizations.")
     leaf, _, original = rest.partition(".")
     return f"{path}{leaf}" if original in ("original", "original1") else name
@@ -116,4 +127,59 @@ def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> Non
     modules = dict(modules_of(model))
     for change in changes:
         module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
-        setattr(module, change.name, change.new)
+        _set_held_(module, change.name, _of_the_kind(held_number(module, change.name), change.new))
+
+
+def _of_the_kind(old: Any, new: Any) -> Any:
+    """Return a value of the type that the module holds, such as numpy's; checkpoints hold plain ones."""
+    if isinstance(old, np.integer):
+        return type(old)(new)
+    if type(old) in (tuple, list, torch.Size) and isinstance(new, tuple | list) and len(old) == len(new):
+        return type(old)([_of_the_kind(before, after) for before, after in zip(old, new, strict=True)])
+    return new
+
+
+@contextmanager
+def attributes_set(model: nn.Module, changes: Iterable[AttributeChange]) -> Iterator[None]:
+    """Set attributes inside the block, and take that back afterwards."""
+    changes = list(changes)
+    modules = [model.get_submodule(change.module) for change in changes]
+    before = [_own_number(module, change.name) for module, change in zip(modules, changes, strict=True)]
+    try:
+        set_attributes_(model, changes)
+        yield
+    finally:
+        for module, change, value in zip(modules, changes, before, strict=True):
+            _set_held_(module, change.name, value)
+
+
+def _own_number(module: nn.Module, name: str) -> Any:
+    """Return what a module itself holds under a name: what its class holds does not count."""
+    return held_number(module, name) if "." in name else vars(module).get(name, ABSENT)
+
+
+def held_number(module: nn.Module | None, name: str) -> Any:
+    """Return what a module holds under a name that may lead through configs, or ``ABSENT``."""
+    holder: Any = module
+    for part in name.split("."):
+        holder = holder.get(part, ABSENT) if isinstance(holder, dict) else getattr(holder, part, ABSENT)
+        if holder is ABSENT:
+            return ABSENT
+    return holder
+
+
+def _set_held_(module: nn.Module, name: str, value: Any) -> None:
+    """Set what a module holds under a name that may lead through configs; ``ABSENT`` takes it away."""
+    path, _, leaf = name.rpartition(".")
+    holder = held_number(module, path) if path else module
+    if isinstance(holder, nn.Module):
+        if value is ABSENT:
+            vars(holder).pop(leaf, None)
+        else:
+            setattr(holder, leaf, value)
+        return
+    own = holder if isinstance(holder, dict) else vars(holder)  # a config may be frozen
+    if value is ABSENT:
+        own.pop(leaf, None)
+    else:
+        own[leaf] = value

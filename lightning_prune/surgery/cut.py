@@ -14,7 +14,7 @@ from lightning_prune.inputs import modules_of
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.links import Counts
 from lightning_prune.structure.unknowns import place_of
-from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
+from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import Kept, followed, narrowed, replace_tensors_
 
 __all__ = ["Cut", "cut_", "draft"]
@@ -100,7 +100,7 @@ def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[
     modules = dict(modules_of(model))
     counts = Counts({place_of(attribute): attribute for attribute in reversed(structure.ledger.attributes)}, alive)
     for attribute in structure.ledger.attributes:
-        old = getattr(modules[attribute.module], attribute.name)
+        old = held_number(modules[attribute.module], attribute.name)
         count = counts.held(attribute)
         new = changes[place].new if (place := (attribute.module, attribute.name)) in changes else old
         if attribute.index is None:

@@ -1,11 +1,16 @@
-"""Proves a cut before it is made: the slim model runs, couples nothing new, computes what was left; writes nothing."""
+"""Verifies a cut before it is made: the slim model computes, operator by operator, what the full one does.
+
+Sizes are equations: each output of each operator has as many indices as its labels say are left, and each argument that
+counts units is their number. Numbers are compared: on the entries that are left, each output equals that of the full
+model, whose reducing operators (products, norms, statistics) were given only what is left of their inputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,279 +18,259 @@ from torch import Tensor, nn
 
 from lightning_prune.inputs import ExampleInputs, fewer_positions, run, tensors_in, undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
-from lightning_prune.structure.choices import resolve
-from lightning_prune.structure.labels import PINNED, Label, Labels, Ledger, Ran
-from lightning_prune.structure.links import left
 from lightning_prune.structure.tensors import exchange_
-from lightning_prune.structure.watch import alike, exchanged, watch
-from lightning_prune.surgery.attributes import set_attributes_
+from lightning_prune.structure.watch import taken_apart
+from lightning_prune.surgery.attributes import AttributeChange, attributes_set
+from lightning_prune.surgery.course import Lefts
 from lightning_prune.surgery.cut import Cut, draft
-from lightning_prune.surgery.resize import narrowed
+from lightning_prune.surgery.fingerprint import agree, fingerprint
+from lightning_prune.surgery.replay import Constant, Counted, DifferentError, Reference, Slim
+from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
 
-__all__ = ["Disproof", "comparable", "prove", "prove_structure"]
+__all__ = ["Disproof", "Proof", "counted", "keep_two", "verify"]
+
+Passes = Sequence[tuple[bool, ExampleInputs]]
+
+_HALVES = (torch.float16, torch.bfloat16)
+_TOLERANCE = 1e-3  # of the largest projection of an output; one wrong number among a million shows
+_TOLERANCE_DOUBLE = 1e-6
+_TOLERANCE_HALF = 0.1
 
 
 @dataclass(frozen=True)
 class Disproof:
-    """Why a cut is not right."""
+    """Why a cut is not right.
+
+    Attributes:
+        reason: What is different, in which operator of which module.
+        groups: The channel groups that this operator has to do with; empty where nothing tells.
+        kind: Class of the module and the operator's place in it: where blocks repeat, so does the reason.
+    """
 
     reason: str
+    groups: frozenset[str] = frozenset()
+    kind: tuple[type, int] | None = None
 
 
-def prove(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    structure: Structure,
-    cut: Cut,
-    tensors: Callable[[], dict[str, Tensor]],
-) -> Disproof | None:
-    """Prove that a cut is right, or say why it is not.
+@dataclass(frozen=True)
+class Proof:
+    """What was verified of a cut.
 
-    The slim model is traced, its tensors carrying the labels that are left: nothing may meet that had not met before.
-    Its outputs must equal, to rounding, those of the full model with the cut units silenced: what sums over them is
-    zero, or, where nothing does, what makes them. Groups with a statistic running across their units are cut in both:
-    their numbers change, rightly.
+    Attributes:
+        operators: Operators that ran in both models.
+        compared: Outputs of theirs that were compared by numbers.
+        skipped: Why others, which carry channels that leave, were not, and how many.
+        constants: Numbers that code works out from widths, and that change.
+        values: What the models ran on.
+    """
+
+    operators: int
+    compared: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    constants: tuple[Constant, ...] = ()
+    values: str = ""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What both models run on."""
+
+    passes: Passes
+    dtype: torch.dtype | None
+    ordinary: bool
+    tolerance: float
+    fewer: bool = False
+
+    def __str__(self) -> str:
+        kind = "the model's own type" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        values = "its own values" if not self.ordinary else "values of ordinary size"
+        return f"{values}, {kind}"
+
+
+def verify(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]]
+) -> Proof | Disproof:
+    """Verify that a cut is right.
+
+    Both models run on stand-ins for what tells little (zeros, ones, half precision), and on fewer positions of large
+    images where the same operators run on those. A difference in numbers counts where float64 confirms it.
 
     Args:
         model: The full model, not changed.
-        example_inputs: What the full and the slim model run on.
         structure: The model's channel groups.
-        cut: The cut to prove.
-        tensors: Makes the slim values of everything that the cut changes; asked when nothing else is held beside the
-            model.
+        cut: The cut to verify.
+        tensors: Makes the slim values of everything that the cut changes.
     """
-    if not comparable(structure, cut.keep):
-        return prove_structure(model, example_inputs, structure, cut)
-    silenced = _silenced(model, structure, cut)
-    with suppress(Exception):  # a failure counts where nothing was spared
-        if structure.ledger.hollow and _proved_sparingly(model, example_inputs, structure, cut, tensors, silenced):
-            return None
+    failure: Exception = RuntimeError("nothing was run")
+    for setting in _settings(model, structure):
+        try:
+            return _compared(model, structure, cut, tensors, setting)
+        except DifferentError as error:
+            if not error.numeric:
+                return _disproof(structure, cut, str(error), error)
+            double = _Setting(structure.ledger.passes, torch.float64, setting.ordinary, _TOLERANCE_DOUBLE)
+            with suppress(Exception):  # float64 is out of reach for some code
+                return _confirmed(model, structure, cut, tensors, double)
+            return _disproof(structure, cut, str(error), error)
+        except Exception as error:
+            failure = error
+    with suppress(Exception):  # dimensions of size one may lead to other operators
+        found = _with_two_left(model, structure, cut, tensors)
+        if found is not None:
+            return found
+    return _disproof(structure, cut, f"the slim model does not run ({type(failure).__name__}: {failure})", failure)
+
+
+def _settings(model: nn.Module, structure: Structure) -> Iterator[_Setting]:
+    passes = structure.ledger.passes
+    half = any(tensor.dtype in _HALVES for tensor in named_tensors(model).values())
+    dtype = torch.float32 if half else None
+    smaller = zip(*(fewer_positions(inputs) for _, inputs in passes), strict=False)
+    for inputs in smaller if structure.ledger.hollow else ():
+        modes = [training for training, _ in passes]
+        yield _Setting(list(zip(modes, inputs, strict=True)), dtype, True, _TOLERANCE, fewer=True)
+    yield _Setting(passes, dtype, True, _TOLERANCE)
+    yield _Setting(passes, None, False, _TOLERANCE_HALF if half else _TOLERANCE)
+
+
+def _confirmed(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]], setting: _Setting
+) -> Proof | Disproof:
     try:
-        ledger, found = _trace_slim(model, example_inputs, structure, cut, tensors(), hollow=False)
-        failure = _same_structure(model, example_inputs, structure, cut, ledger)
-        return failure or _same_numbers(silenced(example_inputs), found)
-    except Exception as error:
-        return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
+        return _compared(model, structure, cut, tensors, setting)
+    except DifferentError as error:
+        return _disproof(structure, cut, str(error), error)
 
 
-def _proved_sparingly(
+def _disproof(structure: Structure, cut: Cut, reason: str, error: Exception) -> Disproof:
+    ran = getattr(error, "ran", None)
+    if ran is None:
+        return Disproof(reason)
+    return Disproof(reason, Lefts(structure, cut.keep).groups(*ran.taken, *ran.made), ran.kind)
+
+
+def _compared(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]], setting: _Setting
+) -> Proof:
+    """Run both models and compare them.
+
+    Raises:
+        DifferentError: If the slim model computes something else.
+        OtherOperatorsError: If one of them comes to other operators than the trace.
+    """
+    ledger = structure.ledger
+    lefts = Lefts(structure, cut.keep)
+    counts = counted(structure, lefts)
+    stand_ins = StandIns(model, setting.dtype, setting.ordinary)
+    exchanged, instead = stand_ins.slim(cut, tensors())
+    slim = Slim(ledger.ran, lefts, instead, counts, setting.fewer)
+    outputs = _run_all(model, setting, exchanged, cut.attributes, slim)
+    del exchanged, instead
+    exchanged, instead = stand_ins.full()
+    reference = Reference(ledger.ran, lefts, instead, counts, slim.seen, setting.tolerance)
+    expected = _run_all(model, setting, exchanged, (), reference)
+    _compare_outputs(expected, outputs, setting.tolerance)
+    return Proof(
+        len(slim.seen), reference.compared, reference.skipped, tuple(dict.fromkeys(reference.constants)), str(setting)
+    )
+
+
+def _run_all(
     model: nn.Module,
-    example_inputs: ExampleInputs,
-    structure: Structure,
-    cut: Cut,
-    tensors: Callable[[], dict[str, Tensor]],
-    silenced: _Silenced,
-) -> bool:
-    """Tell whether a cut was proved with little computed, and little held beside the model.
+    setting: _Setting,
+    exchanged: dict[str, Tensor],
+    attributes: Sequence[AttributeChange],
+    mode: Slim | Reference | None,
+) -> list[Tensor]:
+    """Run every pass of a trace and return what came out of them."""
+    outputs: list[Tensor] = []
+    for training, inputs in setting.passes:
+        inputs = inputs_of_ordinary_size(inputs, setting.dtype, setting.ordinary)
+        with undisturbed(model), attributes_set(model, attributes):
+            exchange_(model, exchanged)
+            if training:
+                model.train()
+            with taken_apart():
+                if mode is None:
+                    outputs.extend(tensors_in(run(model, inputs)))
+                else:
+                    with mode:
+                        outputs.extend(tensors_in(run(model, inputs)))
+    if mode is not None:
+        if mode.failure is not None:  # the model's own code caught it
+            raise mode.failure
+        mode.course.finish()
+    return outputs
 
-    Images need not be large for that: where the full model and the slim one run the operators of the trace on smaller
-    ones, and none of their feature maps has shrunk to one position that had more, the smaller ones tell as much.
+
+def _compare_outputs(expected: list[Tensor], found: list[Tensor], tolerance: float) -> None:
+    """Compare what the models return.
+
+    Raises:
+        DifferentError: If it is something else.
     """
-    expected, inputs = _expected(silenced, example_inputs, structure)
-    ledger, found = _trace_slim(model, inputs, structure, cut, tensors(), hollow=False)
-    ran = structure.ledger.ran
-    if inputs is not example_inputs and not (len(ran) == len(ledger.ran) and all(map(alike, ledger.ran, ran))):
-        return False
-    same = ledger.output_shapes == [tuple(output.shape) for output in expected]
-    return same and not (
-        _nothing_new(structure, _with_two_left(model, example_inputs, structure, cut) or ledger)
-        or _same_numbers(expected, found)
-    )
+    shapes = [[tuple(output.shape) for output in outputs] for outputs in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise DifferentError(f"the model's outputs changed shape: {shapes[0]} to {shapes[1]}", None)
+    for full, slim in zip(expected, found, strict=True):
+        if full.is_floating_point() and full.numel():
+            one, other = (fingerprint(output, None, [None] * output.dim()) for output in (full, slim))
+            if not agree(one, other, tolerance):
+                raise DifferentError("the model's outputs differ", None, numeric=True)
 
 
-def comparable(structure: Structure, keep: Keep) -> Keep:
-    """Return the groups whose units can be silenced instead of cut, and nothing but what they hold changes.
+def counted(structure: Structure, lefts: Lefts) -> Counted:
+    """Return the arguments of operators that count units, and what they must be."""
+    found: dict[int, tuple[str, int]] = {}
+    for at, name, labels in structure.ledger.counts:
+        left = lefts.along(labels)
+        found[at] = name, len(labels[0].atoms) if left is None else left.count
+    return found
 
-    The others have a statistic running across their units, or must go with one that has.
+
+def keep_two(structure: Structure, keep: Keep) -> dict[str, np.ndarray]:
+    """Return a choice with two units left at least of every group: a dimension of size one stretches to anything."""
+    widened = {}
+    for name, stays in keep.items():
+        missing = 2 - int(stays.sum())
+        widened[name] = stays | (~stays & (np.cumsum(~stays) <= missing))
+    # Linked groups (heads and the width inside a head) grow together, or their product would not divide.
+    for link in structure.links:
+        if any(name in keep and keep[name].sum() < 2 for name in link):
+            for name in link:
+                widened[name] = np.ones(structure.groups[name].width, dtype=bool)
+    return widened
+
+
+def _with_two_left(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]]
+) -> Proof | Disproof | None:
+    """Verify a cut that leaves single units by one that leaves two of them, and by what both models return.
+
+    Returns:
+        None where it leaves two units everywhere.
     """
-    mixed = {name for name in keep if structure.groups[name].changes_statistics}
-    mixed |= {name for link in structure.links if mixed & set(link) for name in link}
-    return {name: stays for name, stays in keep.items() if name not in mixed}
-
-
-def prove_structure(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Disproof | None:
-    """Prove the first half alone, computing nothing where the model allows it: a cheap way to look for culprits."""
-    try:
-        ledger = _run_slim(model, example_inputs, structure, cut)
-        return _same_structure(model, example_inputs, structure, cut, ledger)
-    except Exception as error:
-        return Disproof(f"the slim model does not run ({type(error).__name__}: {error})")
-
-
-def _expected(
-    silenced: _Silenced, example_inputs: ExampleInputs, structure: Structure
-) -> tuple[list[Tensor], ExampleInputs]:
-    """Run the silenced model on the smallest inputs that tell enough; return its outputs, and those inputs."""
-    for fewer in fewer_positions(example_inputs):
-        with suppress(Exception):  # other operators, or the model takes images of its own size alone
-            return silenced(fewer, structure.ledger.ran, late=True), fewer
-    return silenced(example_inputs, late=True), example_inputs
-
-
-def _same_structure(
-    model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut, slim: Ledger
-) -> Disproof | None:
-    """Compare what a trace of the slim model found with what one of the full model did."""
-    return _same_shapes(structure, slim) or _nothing_new(
-        structure, _with_two_left(model, example_inputs, structure, cut) or slim
-    )
-
-
-def _run_slim(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger:
-    """Trace the slim model, computing nothing where the model allows it."""
-    if structure.ledger.hollow:
-        own = named_tensors(model)
-        empty = {name: own[name].new_empty(shape) for name, shape in cut.shapes.items()}
-        with suppress(Exception):  # a failure counts where numbers were computed
-            return _trace_slim(model, example_inputs, structure, cut, empty, hollow=True)[0]
-    return _trace_slim(model, example_inputs, structure, cut, cut.tensors(model), hollow=False)[0]
-
-
-def _with_two_left(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, cut: Cut) -> Ledger | None:
-    """Trace the model with two units left where the cut leaves one: dimensions of size one carry no labels."""
-    two = {name: stays | _first_gone(stays, 2 - int(stays.sum())) for name, stays in cut.keep.items()}
-    for link in structure.links:  # those that go together come back together
-        if any(name in two and cut.keep[name].sum() < 2 for name in link):
-            two |= {name: np.ones_like(two[name]) for name in link}
-    alive = structure.alive(cut.keep)
-    for attribute in structure.ledger.attributes:  # pieces of a group that a number tells the size of
-        found = structure.component[attribute.labels[0].atoms]
-        if len(found) > 1 and left(attribute.labels, alive) < 2:
-            for name, stays in two.items():
-                held = np.isin(structure.units[name], found)
-                two[name] = stays | held & _first_gone(stays | ~held, 2 - int((stays & held).sum()))
+    two = keep_two(structure, cut.keep)
     if all(np.array_equal(two[name], stays) for name, stays in cut.keep.items()):
         return None
-    return _run_slim(model, example_inputs, structure, draft(model, structure, two))
+    wider = draft(model, structure, two)
+    found = verify(model, structure, wider, cache(lambda: wider.tensors(model)))
+    if isinstance(found, Disproof):
+        return found
+    setting = list(_settings(model, structure))[-2]
+    stand_ins = StandIns(model, setting.dtype, setting.ordinary)
+    outputs = _run_all(model, setting, _made(*stand_ins.slim(cut, tensors())), cut.attributes, None)
+    exchanged, instead = stand_ins.full()
+    lefts = Lefts(structure, cut.keep)
+    reference = Reference(structure.ledger.ran, lefts, instead, counted(structure, lefts), {}, setting.tolerance)
+    expected = _run_all(model, setting, exchanged, (), reference)
+    try:
+        _compare_outputs(expected, outputs, setting.tolerance)
+    except DifferentError as error:
+        return _disproof(structure, cut, str(error), error)
+    return found
 
 
-def _first_gone(stays: np.ndarray, count: int) -> np.ndarray:
-    """Return the first units that go, so many of them."""
-    return ~stays & (np.cumsum(~stays) <= count)
-
-
-def _trace_slim(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    structure: Structure,
-    cut: Cut,
-    tensors: dict[str, Tensor],
-    hollow: bool,
-) -> tuple[Ledger, list[Tensor]]:
-    ledger = Ledger(first_atom=structure.ledger.size)
-    ledger.numbers, ledger.hollow = structure.ledger.numbers, hollow
-    alive = structure.alive(cut.keep)
-    for place, label in structure.ledger.lengths.items():
-        ledger.lengths[place] = Label(label.atoms[alive[label.atoms]])
-    labels: dict[str, dict[int, tuple[Label, ...]]] = {name: {} for name in named_tensors(model)}
-    for slot in structure.ledger.slots:
-        atoms = np.arange(slot.start, slot.start + slot.size)
-        left = cut.kept.get(slot.tensor, {}).get(slot.dim)
-        atoms = atoms if left is None else atoms[left.numpy()]
-        if len(atoms) > 1:
-            labels[slot.tensor][slot.dim] = (ledger.own(atoms),)
-    with undisturbed(model):
-        set_attributes_(model, cut.attributes)
-        carried = {name: Labels(dims, hollow=hollow and name in tensors) for name, dims in labels.items()}
-        outputs = watch(model, example_inputs, tensors, ledger, carried)
-    return ledger, outputs
-
-
-def _same_shapes(structure: Structure, slim: Ledger) -> Disproof | None:
-    full = structure.ledger.output_shapes
-    if slim.output_shapes == full:
-        return None
-    return Disproof(f"the model's outputs changed shape: {full} to {slim.output_shapes}")
-
-
-def _nothing_new(structure: Structure, slim: Ledger) -> Disproof | None:
-    new = _new_meetings(structure, slim)
-    return Disproof(f"{new} channels met others that they had not met before") if new else None
-
-
-def _same_numbers(expected: list[Tensor], found: list[Tensor]) -> Disproof | None:
-    for full, slim in zip(expected, found, strict=True):
-        if not full.is_floating_point():
-            continue
-        numbers = full.isfinite()  # a unit that is not a number cannot be silenced
-        full, slim = full[numbers], slim[numbers]
-        tolerance = min(1e4 * torch.finfo(full.dtype).eps, 0.1)
-        scale = max(float(full.abs().max()), 1e-30) if full.numel() else 1.0
-        if not torch.allclose(slim, full, rtol=0.0, atol=tolerance * scale):
-            return Disproof(f"outputs differ by {float((slim - full).abs().max()) / scale:.1e} of their largest value")
-    return None
-
-
-def _new_meetings(structure: Structure, slim: Ledger) -> int:
-    """Count atoms that the slim model couples with others than the full one did."""
-    full, now = structure.component, resolve(slim, structure.taken)[: structure.ledger.size]
-    real = np.zeros(len(full), dtype=bool)
-    for slot in structure.ledger.slots:
-        real[slot.start : slot.start + slot.size] = True
-    inside = now < len(full)
-    stray = full[np.where(inside, now, PINNED)] != full
-    stray &= inside
-    stray |= (now == now[PINNED]) & (full != full[PINNED])
-    stray &= real
-    return int(np.count_nonzero(stray))
-
-
-@dataclass(frozen=True, eq=False)
-class _Silenced:
-    """The model with what cannot be compared cut, and all else that is cut silenced."""
-
-    model: nn.Module
-    base: Cut
-    silent: dict[str, dict[int, Tensor]]
-    """For each tensor, dimension -> which indices are left as they are, ``(size,)`` bool."""
-
-    def __call__(
-        self, example_inputs: ExampleInputs, expected: Sequence[Ran] | None = None, late: bool = False
-    ) -> list[Tensor]:
-        """Run it and return its outputs, as long as the operators are those expected.
-
-        A silenced tensor is made when an operator takes it, and one that is cut too, if ``late``: till then something
-        of its shape stands in for it. So they never all lie beside the model's own.
-        """
-        own = named_tensors(self.model)
-        instead, made = {}, {}
-        for name, kept in self.base.kept.items():
-            # what has one dimension weighs little, and torch lays it out anew where it is not contiguous
-            waits = late and own[name].dim() > 1
-            shape = self.base.shapes[name]
-            instead[name] = own[name].new_empty(()).expand(shape) if waits else narrowed(own[name], kept)
-            if waits:
-                made[id(instead[name])] = partial(self._made, name, own[name].detach(), cut=True)
-        for name in self.silent:
-            held = instead.get(name, own[name])
-            made.setdefault(id(held), partial(self._made, name, held.detach(), cut=False))
-        with undisturbed(self.model):
-            set_attributes_(self.model, self.base.attributes)
-            exchange_(self.model, instead)
-            with exchanged(made, expected):
-                return list(tensors_in(run(self.model, example_inputs)))
-
-    def _made(self, name: str, value: Tensor, cut: bool) -> Tensor:
-        kept = self.base.kept.get(name, {})
-        if cut:
-            value = narrowed(value, kept)
-        if name not in self.silent:
-            return value
-        factor = torch.ones((), dtype=value.dtype, device=value.device)
-        for dim, stays in self.silent[name].items():
-            ones = (stays[kept[dim]] if dim in kept else stays).to(value)
-            factor = factor * ones.view([-1 if other == dim else 1 for other in range(value.dim())])
-        return value * factor  # some ten times faster than index_fill
-
-
-def _silenced(model: nn.Module, structure: Structure, cut: Cut) -> _Silenced:
-    plain = comparable(structure, cut.keep)
-    silent: dict[str, dict[int, Tensor]] = {}
-    for name, stays in plain.items():
-        slots = structure.groups[name].slots
-        for slot in [slot for slot in slots if slot.role == "consumer"] or slots:
-            left = torch.from_numpy((slot.units < 0) | stays[slot.units])
-            dims = silent.setdefault(slot.tensor, {})
-            dims[slot.dim] = dims[slot.dim] & left if slot.dim in dims else left
-    rest = {name: stays for name, stays in cut.keep.items() if name not in plain}
-    return _Silenced(model, draft(model, structure, rest), silent)
+def _made(exchanged: dict[str, Tensor], instead: dict[int, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Return tensors to exchange, with none left to be made later."""
+    return {name: instead[id(value)]() if id(value) in instead else value for name, value in exchanged.items()}

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.bits import unpack_bits
 from lightning_prune.errors import PruningError
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.attributes import AttributeChange, set_attributes_, shape_attributes
+from lightning_prune.surgery.attributes import ABSENT, AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import replace_tensors_
 
 __all__ = ["RECIPE", "PackedMasks", "Recipe", "drop_unused_recipe_", "recipe_of", "resize_", "take_shapes_"]
@@ -54,14 +55,21 @@ class Recipe:
         modules = dict(module.named_modules(remove_duplicate=False))
         values = []
         for path, name in self.places:
-            if hasattr(modules.get(path), name):
-                value = getattr(modules[path], name)
-                values.append([path, name, list(value) if isinstance(value, tuple) else value])
+            value = held_number(modules.get(path), name)
+            if value is not ABSENT:
+                values.append([path, name, _plain(value)])
         return values
 
     def note(self, places: Iterable[tuple[str, str]]) -> None:
         """Add attributes that are to be written."""
         self.places = list(dict.fromkeys([*self.places, *places]))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in types that every reader of checkpoints takes."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -119,8 +127,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     modules = dict(model.named_modules(remove_duplicate=False))
     known = []
     for path, name, value in attributes:
-        if hasattr(modules.get(path), name):
-            old = getattr(modules[path], name)
+        old = held_number(modules.get(path), name)
+        if old is not ABSENT:
             known.append(AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value))
     set_attributes_(model, shape_attributes(model, shapes, known))
     replace_tensors_(model, {name: torch.zeros(shape).to(own[name]) for name, shape in shapes.items()})

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.attributes import set_attributes_
+from lightning_prune.surgery.attributes import attributes_set
 from lightning_prune.surgery.cut import Cut
 
 __all__ = ["temporarily_cut"]
-
-_ABSENT = object()
 
 
 @contextmanager
@@ -38,21 +36,14 @@ def temporarily_cut(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor]) -
         table for module in model.modules() for table in (module._parameters, module._buffers)
     ]
     places = [(table, leaf, tensor) for table in tables for leaf, tensor in table.items() if id(tensor) in slim]
-    changed = [(model.get_submodule(change.module), change.name) for change in cut.attributes]
-    attributes = [(module, name, getattr(module, name, _ABSENT)) for module, name in changed]
-    try:
-        for table, leaf, tensor in places:
-            table[leaf] = slim[id(tensor)]
-        set_attributes_(model, cut.attributes)
-        yield
-    finally:
-        for table, leaf, tensor in places:
-            table[leaf] = tensor
-        for module, name, value in attributes:
-            if value is not _ABSENT:
-                setattr(module, name, value)
-            elif hasattr(module, name):
-                delattr(module, name)
+    with attributes_set(model, cut.attributes):
+        try:
+            for table, leaf, tensor in places:
+                table[leaf] = slim[id(tensor)]
+            yield
+        finally:
+            for table, leaf, tensor in places:
+                table[leaf] = tensor
 
 
 def _stand_in(own: Tensor, new: Tensor) -> Tensor:

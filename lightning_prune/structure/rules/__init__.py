@@ -2,14 +2,15 @@
 
 from lightning_prune.structure.rules import contraction as contraction
 from lightning_prune.structure.rules import frozen as frozen
+from lightning_prune.structure.rules import losses as losses
 from lightning_prune.structure.rules import movement as movement
 from lightning_prune.structure.rules import normalization as normalization
 from lightning_prune.structure.rules import parts as parts
 from lightning_prune.structure.rules import pooling as pooling
 from lightning_prune.structure.rules import reduction as reduction
 from lightning_prune.structure.rules import views as views
-from lightning_prune.structure.rules.attach import unknown
 from lightning_prune.structure.rules.pointwise import pointwise as pointwise_rule
-from lightning_prune.structure.rules.table import Call, Dims, Rule, coupling_rule, rule_for, tensors_among
+from lightning_prune.structure.rules.table import Call, Dims, Rule, coupling_rule, reduces, rule_for, tensors_among
+from lightning_prune.structure.rules.tested import tested as tested
 
-__all__ = ["Call", "Dims", "Rule", "coupling_rule", "pointwise_rule", "rule_for", "tensors_among", "unknown"]
+__all__ = ["Call", "Dims", "Rule", "coupling_rule", "pointwise_rule", "reduces", "rule_for", "tensors_among", "tested"]

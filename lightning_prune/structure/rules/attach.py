@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
 from lightning_prune.structure.labels import INERT, PINNED, Atoms, Label
 from lightning_prune.structure.rules.table import Call, Dims
 
-__all__ = ["attach", "merge_", "unknown"]
+__all__ = ["attach", "merge_", "tie_merged", "unknown"]
 
 
 def attach(call: Call, key: Hashable, atoms: Atoms, dims: Sequence[int], conditional: bool) -> Dims:
@@ -39,6 +41,27 @@ def merge_(dims: Dims, more: Dims) -> None:
     """Add labels to those that dimensions have already."""
     for dim, labels in more.items():
         dims[dim] = dims.get(dim, ()) + labels
+
+
+def tie_merged(call: Call, sides: list[tuple[Label, ...]], reason: str) -> tuple[Label, ...]:
+    """Let labels meet, of which one side may carry several since it was merged from several dimensions.
+
+    A vector as long as a flattened kernel has one atom for each of its entries. Those of one channel, or those of one
+    position in the kernel, can leave together: along one of the merged dimensions, not along all of them.
+    """
+    for merged, plain in (sides, sides[::-1]) if len(sides) == 2 else ():
+        if len(merged) < 2 or len(plain) != 1 or any(label.conditional for label in (*merged, *plain)):
+            continue
+        orders = [np.argsort(label.atoms, kind="stable") for label in merged]
+        counts = [np.unique(label.atoms, return_inverse=True, return_counts=True)[1:] for label in merged]
+        if any((count != count[0]).any() for _, count in counts):
+            continue
+        blocks = [plain[0].atoms[o].reshape(len(count), -1).T for o, (_, count) in zip(orders, counts, strict=True)]
+        ways = call.ledger.choose("merged", {axis: [block] for axis, block in enumerate(blocks)})
+        for label, way, (places, _) in zip(merged, ways, counts, strict=True):
+            call.ledger.tie([(label,), (Label(way.atoms[places], conditional=True),)], reason)
+        return merged
+    return call.ledger.tie(sides, reason)
 
 
 def unknown(call: Call) -> Dims:

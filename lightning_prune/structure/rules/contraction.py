@@ -6,37 +6,43 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.structure.labels import PINNED, Attribute, Label
-from lightning_prune.structure.rules.attach import unknown
+from lightning_prune.structure.labels import PINNED, Label
+from lightning_prune.structure.rules.attach import tie_merged, unknown
+from lightning_prune.structure.rules.frozen import follow_argument
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
 
+_GROUPS_AT = {
+    "conv1d": 6, "conv2d": 6, "conv3d": 6, "conv_transpose1d": 6, "conv_transpose2d": 6, "conv_transpose3d": 6,
+    "convolution": 8,
+}  # fmt: skip
+"""Python function -> position of its argument ``groups``."""
 OUTER, INNER = "whole groups", "the same share of every group"
 
 
-@coupling_rule("aten.mm")
+@coupling_rule("aten.mm", reduces=True)
 def mm(call: Call) -> Dims:
     """``(m, k) @ (k, n)``: the summed dimension meets, the others pass."""
     return _product(call, call.args[0], call.args[1])
 
 
-@coupling_rule("aten.addmm", "aten.baddbmm")
+@coupling_rule("aten.addmm", "aten.baddbmm", reduces=True)
 def addmm(call: Call) -> Dims:
     """A product, and an addend that meets it element by element."""
     addend, a, b = call.args[:3]
     return _added(call, addend, _product(call, a, b))
 
 
-@coupling_rule("aten.bmm")
+@coupling_rule("aten.bmm", reduces=True)
 def bmm(call: Call) -> Dims:
     """``(b, m, k) @ (b, k, n)``: the batch and the summed dimension meet, the others pass."""
     return _product(call, call.args[0], call.args[1])
 
 
-@coupling_rule("aten._grouped_mm")
+@coupling_rule("aten._grouped_mm", reduces=True)
 def grouped_mm(call: Call) -> Dims:
     """Rows ``(m, k)``, each with the one of the matrices ``(e, k, n)`` that data chose: so their number stays."""
     a, b = call.args[:2]
@@ -48,7 +54,7 @@ def grouped_mm(call: Call) -> Dims:
     return {0: call.labels(a).at(0), 1: _made(call, b, 2)}
 
 
-@coupling_rule("aten.mv")
+@coupling_rule("aten.mv", reduces=True)
 def mv(call: Call) -> Dims:
     """``(m, k) @ (k,)``."""
     a, b = call.args
@@ -56,14 +62,14 @@ def mv(call: Call) -> Dims:
     return {0: _made(call, a, 0)}
 
 
-@coupling_rule("aten.dot", "aten.vdot")
+@coupling_rule("aten.dot", "aten.vdot", reduces=True)
 def dot(call: Call) -> Dims:
     """``(k,) @ (k,)``."""
     _contract(call, call.args[0], 0, call.args[1], 0)
     return {}
 
 
-@coupling_rule("aten.linear")
+@coupling_rule("aten.linear", reduces=True)
 def linear(call: Call) -> Dims:
     """``(..., k), (n, k) -> (..., n)``, on the backends that do not take it apart."""
     x, weight = call.args[:2]
@@ -76,7 +82,7 @@ def linear(call: Call) -> Dims:
     return {**{d: f for d, f in call.labels(x).dims.items() if d < x.dim() - 1}, x.dim() - 1: made}
 
 
-@coupling_rule("aten._trilinear")
+@coupling_rule("aten._trilinear", reduces=True)
 def trilinear(call: Call) -> Dims:
     """Three tensors, stretched over each other's dimensions, multiplied and summed over some: a bilinear layer."""
     summed = call.argument("sumdim")
@@ -111,7 +117,20 @@ def embedding(call: Call) -> Dims:
     return {**call.labels(indices).dims, indices.dim(): _made(call, weight, 1)}
 
 
-@coupling_rule("aten.convolution")
+@coupling_rule("aten._embedding_bag", "aten._embedding_bag_forward_only", reduces=True)
+def embedding_bag(call: Call) -> list[Dims]:
+    """Rows are looked up by data and summed, so their number is fixed; their entries pass."""
+    weight = call.args[0]
+    call.ledger.pin(call.labels(weight).at(0), "rows are looked up by index")
+    for other in call.tensors()[1:]:
+        for found in call.labels(other).dims.values():
+            call.ledger.pin(found, "used as indices")
+    made = _made(call, weight, 1)
+    # the last output names the rows that a maximum came from, entry by entry, or is empty
+    return [{1: made}, {}, {}, {1: made} if call.out[3].dim() == 2 else {}]
+
+
+@coupling_rule("aten.convolution", reduces=True)
 def convolution(call: Call) -> Dims:
     """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels meet, batch passes, positions keep their number.
 
@@ -163,6 +182,8 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
     if not (entering and stacked):
         ledger.pin((*entering, *stacked, *shared), "groups of a convolution whose input has fixed channels")
         return ()
+    if labels.weight == call.labels(x).weight:  # no one parameter to silence the sum with
+        ledger.mix((*entering, *shared))
     if transposed:
         entering = ledger.tie([entering, stacked], "")
     rows = np.stack([label.atoms.reshape(groups, -1) for label in entering], axis=-1)  # (groups, in each, labels)
@@ -178,6 +199,10 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
         ways = {OUTER: [inputs.T, *fixed], INNER: [alike, *(label.atoms[None] for label in shared)]}
     else:
         whole = np.concatenate([inputs, outputs], axis=1).T
+        if (whole == whole[:, :1]).all():  # examples with kernels of their own: groups are alike, none can leave alone
+            for block in (np.concatenate([alike, *(s.atoms[None] for s in shared)]), outputs):
+                ledger.meet(block[:1], block[1:])
+            return stacked
         ways = {OUTER: [whole, *fixed], INNER: [np.concatenate([alike, *(s.atoms[None] for s in shared)]), outputs]}
     handed = ledger.choose("groups", ways)
     _follow_groups(call, handed[:1])
@@ -188,9 +213,11 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
 
 
 def _follow_groups(call: Call, labels: Sequence[Label]) -> None:
-    path, module = call.module
-    if isinstance(module, nn.modules.conv._ConvNd):
-        call.ledger.attributes.append(Attribute(path, "groups", tuple(labels)))
+    found = tuple(labels)
+    call.ledger.count("groups", found)
+    position = _GROUPS_AT.get(getattr(call.function, "__name__", ""))
+    given = None if position is None else call.python_argument("groups", position)
+    follow_argument(call, found, given, call.argument("groups"), "groups")
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
@@ -217,7 +244,7 @@ def _added(call: Call, addend: Tensor, dims: Dims) -> Dims:
 def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
     """Sum over a dimension that both tensors have."""
     left, right = call.labels(a), call.labels(b)
-    call.ledger.tie([left.at(a_dim), right.at(b_dim)], "summed against a tensor of fixed size")
+    tie_merged(call, [left.at(a_dim), right.at(b_dim)], "summed against a tensor of fixed size")
     for mine, other, dim in ((left, right, a_dim), (right, left, b_dim)):
         if mine.weight and not other.weight:
             call.ledger.use("consumer", mine.at(dim))

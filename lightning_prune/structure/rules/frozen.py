@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lightning_prune.structure.labels import Attribute, Equation, Label, Labels, Ledger
-from lightning_prune.structure.numbers import Held, Number, Size, aligned, held_by
+from lightning_prune.structure.numbers import Held, Number, Size, aligned
 from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
-__all__ = ["compared", "follow", "follow_number", "made_anew"]
+__all__ = [
+    "compared",
+    "counted_by",
+    "follow",
+    "follow_argument",
+    "follow_number",
+    "hands_on",
+    "made_anew",
+    "random_fill",
+]
 
 
 def follow(call: Call, dims: Dims) -> Dims:
@@ -19,7 +30,7 @@ def follow(call: Call, dims: Dims) -> Dims:
         return dims
     for dim, number in aligned(call.asked, call.out.shape):
         if found := dims.get(dim):
-            follow_number(call, found, _remembered(call, number, found))
+            follow_number(call, found, number)
     return dims
 
 
@@ -34,6 +45,30 @@ def follow_number(call: Call, found: tuple[Label, ...], number: int) -> None:
         call.ledger.equations.append(Equation(found, number, call.ledger.where))
 
 
+def follow_argument(call: Call, found: tuple[Label, ...], given: Any, value: int, attribute: str) -> None:
+    """Let a number that an operator takes, and that no shape shows, follow labels.
+
+    Args:
+        call: The operator at hand.
+        found: The labels of which so many must be left.
+        given: The number as the Python function was given it, or None where that is not known.
+        value: The number that the operator took.
+        attribute: Where modules of ``torch.nn`` hold it; they hand it on without memory.
+    """
+    path, module = call.module
+    if isinstance(given, Number) and int(given) == value:
+        follow_number(call, found, given)
+    elif hands_on(call, module) and int(getattr(module, attribute, -1)) == value:
+        call.ledger.attributes.append(Attribute(path, attribute, found, where=call.ledger.where))
+    else:  # nothing tells where it comes from, so that it stays
+        call.ledger.equations.append(Equation(found, value, call.ledger.where))
+
+
+def hands_on(call: Call, module: nn.Module | None) -> bool:
+    """Return whether a module's numbers do not remember where they are held."""
+    return not call.ledger.numbers or type(module).__module__.startswith("torch.nn.")
+
+
 def compared(ledger: Ledger, number: Number, other: Number) -> None:
     """Two numbers turned out equal, and the code goes on because they are: let one that is held follow a size."""
     sides = [number, other]
@@ -43,15 +78,6 @@ def compared(ledger: Ledger, number: Number, other: Number) -> None:
             ledger.attributes.append(
                 Attribute(place.module, place.name, size.origin.labels, place.index, "a comparison of sizes")
             )
-
-
-def _remembered(call: Call, number: int, found: tuple[Label, ...]) -> int:
-    """Return the number, or where memory was lost on the way, the one of its value that the running module holds."""
-    known = isinstance(number, Number) or number < 2 or not any(label.conditional for label in found)
-    if known or any(isinstance(other, Number) and not isinstance(other.origin, Size) for other in call.asked):
-        return number
-    held = held_by(call.module[1], number)
-    return held[0] if len(held) == 1 else number
 
 
 def _same(some: tuple[Label, ...], others: tuple[Label, ...]) -> bool:
@@ -91,11 +117,25 @@ def made_anew(call: Call) -> Dims:
         if [*like.shape[:2]] == [*call.out.shape[:2]]:  # padding makes room for positions, not for channels
             dims = {dim: found for dim, found in call.labels(like).dims.items() if dim < 2}
     for dim, number in aligned(call.asked, call.out.shape):
-        if isinstance(number, Number) and isinstance(number.origin, Size):
-            dims[dim] = number.origin.labels
+        if found := counted_by(number):
+            dims[dim] = found
         elif isinstance(number, Number) and isinstance(number.origin, Held):
             dims[dim] = (call.ledger.held(number.origin, int(number)),)
     return dims
+
+
+def counted_by(number: int) -> tuple[Label, ...]:
+    """Return the labels that a number counts, if it is the size of a tensor."""
+    return number.origin.labels if isinstance(number, Number) and isinstance(number.origin, Size) else ()
+
+
+@coupling_rule(
+    "aten.bernoulli_", "aten.uniform_", "aten.normal_", "aten.random_", "aten.exponential_", "aten.geometric_",
+    "aten.log_normal_", "aten.cauchy_", "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.normal",
+)  # fmt: skip
+def random_fill(call: Call) -> Dims | list[Dims]:
+    """Random numbers, each on its own, in the shape of a tensor: made anew, as long as that is."""
+    return pointwise(call)
 
 
 @coupling_rule("aten.copy_")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_prune.structure.labels import PINNED, Label
 from lightning_prune.structure.rules.attach import attach, merge_, unknown
+from lightning_prune.structure.rules.frozen import counted_by
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
-__all__: list[str] = []
+__all__ = ["repeat"]
 
 
 @coupling_rule("aten.index", "aten._unsafe_index")
@@ -37,11 +38,11 @@ def shifted(call: Call) -> Dims:
 
 
 @coupling_rule(
-    "aten.flip", "aten.rot90", "aten.repeat",
-    "aten.channel_shuffle", "aten.native_channel_shuffle", "aten.reflection_pad1d", "aten.reflection_pad2d",
+    "aten.flip", "aten.rot90",
+    "aten.reflection_pad1d", "aten.reflection_pad2d",
     "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d",
     "aten.unfold",
-    "aten.im2col", "aten.diagonal", "aten.tile",
+    "aten.diagonal", "aten.tile",
     "aten.repeat_interleave.self_int",
 )  # fmt: skip
 def moved(call: Call) -> Dims:
@@ -63,6 +64,41 @@ def moved(call: Call) -> Dims:
                 moved_label = moved_label.narrow(d, 0, 1)
             merge_(dims, attach(call, (dim, number), moved_label.numpy(), range(call.out.dim()), label.conditional))
     return dims
+
+
+@coupling_rule("aten.repeat")
+def repeat(call: Call) -> Dims:
+    """Labels repeat as elements do; what was one is as many as was asked for."""
+    source = call.args[0]
+    dims = moved(call)
+    shift = call.out.dim() - source.dim()
+    if len(call.asked) != call.out.dim():
+        return dims
+    for dim, number in enumerate(call.asked):
+        stretched = (dim < shift or source.shape[dim - shift] == 1) and call.out.shape[dim] == int(number) > 1
+        if stretched and (found := counted_by(number)):
+            dims[dim] = found
+    return dims
+
+
+@coupling_rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def channel_shuffle(call: Call) -> Dims:
+    """So many groups of channels are dealt out like cards: all of them must lose the same share."""
+    source, groups = call.args[:2]
+    for label in call.labels(source).at(1):
+        rows = label.atoms.reshape(groups, -1)
+        call.ledger.meet(rows[:1], rows[1:])
+    return moved(call)
+
+
+@coupling_rule("aten.im2col")
+def unfold(call: Call) -> Dims:
+    """``(N, C, H, W) -> (N, C r s, L)``: a channel becomes several rows, whose padding goes with it."""
+    source, kernel = call.args[0], call.argument("kernel_size")
+    labels, channel = call.labels(source), source.dim() - 3
+    call.ledger.pin((*labels.at(channel + 1), *labels.at(channel + 2)), "positions of unfold")
+    rows = tuple(Label(np.repeat(f.atoms, kernel[0] * kernel[1]), f.conditional) for f in labels.at(channel))
+    return {**{dim: found for dim, found in labels.dims.items() if dim < channel}, channel: rows}
 
 
 @coupling_rule("aten.constant_pad_nd")
@@ -164,8 +200,6 @@ def _rerun(call: Call, carried: Tensor) -> Tensor:
     """Run the operator on labels."""
     args: list[Any] = [carried, *call.args[1:]]
     kwargs = dict(call.kwargs)
-    if call.func.overloadpacket is torch.ops.aten.im2col:
-        return call.func(carried.to(torch.float64), *args[1:], **kwargs).to(torch.int64)  # has no integer kernel
     args = [_at_hand(a) for a in args]
     return call.func(*args, **kwargs)
 

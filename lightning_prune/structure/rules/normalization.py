@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import nn
 
 from lightning_prune.structure.labels import Attribute, Label
+from lightning_prune.structure.numbers import Number
+from lightning_prune.structure.rules.frozen import follow_argument, hands_on
 from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
@@ -15,6 +19,7 @@ __all__: list[str] = []
 @coupling_rule(
     "aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm", "aten._native_batch_norm_legit",
     "aten._native_batch_norm_legit_no_training", "aten._batch_norm_no_update", "aten._batch_norm_with_update",
+    reduces=True,
 )  # fmt: skip
 def batch_norm(call: Call) -> list[Dims]:
     """Each channel has statistics and affine parameters of its own."""
@@ -34,34 +39,57 @@ def batch_norm(call: Call) -> list[Dims]:
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
-@coupling_rule("aten.native_layer_norm", "aten._fused_rms_norm")
+@coupling_rule("aten.native_layer_norm", "aten._fused_rms_norm", reduces=True)
 def layer_norm(call: Call) -> list[Dims]:
     """The last dimensions share one statistic, and meet the affine parameters entry by entry."""
     x, shape = call.args[:2]
     first = x.dim() - len(shape)
     labels, affine = call.labels(x), [tensor for tensor in call.tensors()[1:] if tensor.dim()]
     dims = dict(labels.dims)
-    path, module = call.module
     for entry in range(len(shape)):
         dims[first + entry] = call.ledger.tie(
             [labels.at(first + entry), *(call.labels(t).at(entry) for t in affine)], "normalised by fixed parameters"
         )
         call.ledger.mix(dims[first + entry])
-        if dims[first + entry] and tuple(shape) == getattr(module, "normalized_shape", None):
-            call.ledger.attributes.append(Attribute(path, "normalized_shape", dims[first + entry], entry))
+        if dims[first + entry]:
+            _follow_shape(call, dims[first + entry], shape, entry)
     call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
     return [dims] + [{}] * (len(call.out) - 1)
+
+
+def _follow_shape(call: Call, found: tuple[Label, ...], shape: Sequence[int], entry: int) -> None:
+    """Let an entry of the shape that a norm was asked for follow the labels along that dimension."""
+    given = call.python_argument("normalized_shape", 1)
+    number = given[entry] if isinstance(given, list | tuple) and len(given) == len(shape) else None
+    path, module = call.module
+    handed_on = hands_on(call, module) and tuple(shape) == getattr(module, "normalized_shape", None)
+    if handed_on and not isinstance(number, Number):
+        call.ledger.attributes.append(Attribute(path, "normalized_shape", found, entry))
+    else:
+        follow_argument(call, found, number, shape[entry], "normalized_shape")
+
+
+def _follow_normalized(call: Call) -> None:
+    """Let the shape that an RMS norm was asked for follow: torch takes it apart, and no operator takes that shape."""
+    x = call.args[0]
+    given = call.python_argument("normalized_shape", 1)
+    shape = [given] if isinstance(given, int) else list(given or ())
+    for entry in range(len(shape)):
+        if found := call.labels(x).at(x.dim() - len(shape) + entry):
+            _follow_shape(call, found, shape, entry)
 
 
 @coupling_rule("aten.pow")
 def power(call: Call) -> Dims | list[Dims]:
     """Element by element; an RMS norm, which torch takes apart, begins with it."""
+    if getattr(call.function, "__name__", "") == "rms_norm":
+        _follow_normalized(call)
     if isinstance(call.module[1], nn.RMSNorm):
         call.ledger.cost("rms_norm", 2 if call.module[1].weight is None else 3, *call.sizes(call.args[0]))
     return pointwise(call)
 
 
-@coupling_rule("aten._weight_norm_interface")
+@coupling_rule("aten._weight_norm_interface", reduces=True)
 def weight_norm(call: Call) -> list[Dims]:
     """A weight divided by its norm over all dimensions but one, along which it is scaled."""
     weight, scale = call.args[:2]
@@ -74,7 +102,7 @@ def weight_norm(call: Call) -> list[Dims]:
     return [{**labels.dims, dim: scaled}, {}]
 
 
-@coupling_rule("aten.native_group_norm")
+@coupling_rule("aten.native_group_norm", reduces=True)
 def group_norm(call: Call) -> list[Dims]:
     """Channels of one group share a statistic: whole groups leave, or every group shrinks alike."""
     x, groups = call.args[0], call.args[6]
@@ -100,15 +128,33 @@ def group_norm(call: Call) -> list[Dims]:
 
 
 def _follow(call: Call, labels: tuple[Label, ...]) -> None:
-    path, module = call.module
-    if isinstance(module, nn.GroupNorm):
-        call.ledger.attributes.append(Attribute(path, "num_groups", labels))
+    call.ledger.count("group", labels)
+    native = getattr(call.function, "__name__", "") == "native_group_norm"
+    given = call.python_argument("group", 6) if native else call.python_argument("num_groups", 1)
+    follow_argument(call, labels, given, call.args[6], "num_groups")
 
 
-@coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax")
+@coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", reduces=True)
 def softmax(call: Call) -> Dims:
     """Shares of a sum: they grow when some of them leave."""
     x = call.args[0]
     labels = call.labels(x)
     call.ledger.mix(labels.at(call.argument("dim") % max(x.dim(), 1)))
     return labels.dims
+
+
+@coupling_rule(
+    "aten._fused_moving_avg_obs_fq_helper", "aten._fused_moving_avg_obs_fq_helper_functional", reduces=True
+)  # fmt: skip
+def observed(call: Call) -> list[Dims]:
+    """Rounding, with the least and the largest number seen as bounds: of all entries, or of each channel's."""
+    x = call.args[0]
+    labels, dims = call.labels(x), dict(call.labels(x).dims)
+    axis = call.argument("ch_axis") % x.dim() if call.argument("per_row_fake_quant") else -1
+    if axis in dims:
+        bounds = [tensor for tensor in call.args[3:7] if tensor.numel() > 1]
+        dims[axis] = call.ledger.tie([labels.at(axis), *(call.labels(t).at(0) for t in bounds)], "rounded per channel")
+    for dim, found in labels.dims.items():
+        if dim != axis:
+            call.ledger.mix(found)
+    return [dims, dims] + [{}] * (len(call.out) - 2)

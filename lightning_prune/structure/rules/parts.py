@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,12 +22,18 @@ def cat(call: Call) -> Dims:
     """Labels along the joined dimension are joined; along the others, what lies side by side must leave together."""
     parts = [part for part in call.args[0] if part.dim() == call.out.dim()]  # torch lets old-style empty tensors pass
     joined = (call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", 0)) % max(call.out.dim(), 1)
+    filled = [part for part in parts if part.shape[joined]]
     dims: Dims = {}
     for dim in range(call.out.dim()):
-        sides = [call.labels(part).at(dim) for part in parts]
-        if not any(sides):
+        if dim == joined:
+            sides = [call.labels(part).at(dim) for part in filled]
+            if any(sides):
+                dims[dim] = _join(sides, [part.shape[dim] for part in filled])
             continue
-        dims[dim] = _join(sides, [p.shape[dim] for p in parts]) if dim == joined else call.ledger.tie(sides, "aten.cat")
+        # a part that holds nothing has the others' width if it follows that, and none that could be wrong if not
+        sides = [found for part in parts if (found := call.labels(part).at(dim)) or part.shape[joined]]
+        if any(sides):
+            dims[dim] = call.ledger.tie(sides, "aten.cat")
     return dims
 
 
@@ -49,8 +57,10 @@ def slice_(call: Call) -> Dims:
         source.shape[dim]
     )
     labels = call.labels(source)
-    if step == 1:
-        if not _follow_bounds(call, labels.at(dim), start, stop):
+    if call.ledger.is_literal(dim):
+        _pin_counted(call, labels.at(dim), call.argument("start"), call.argument("end"))
+    elif step == 1:
+        if not _follow_bounds(call, labels.at(dim), dim, start, stop):
             _shrink_alike(call, labels.at(dim), math.gcd(start, stop, source.shape[dim]))
     elif start < step and stop == source.shape[dim] and stop % step == 0:
         for label in labels.at(dim):
@@ -82,7 +92,9 @@ def split(call: Call) -> list[Dims]:
         tuple(Label(piece, label.conditional) for piece in np.split(label.atoms, bounds[:-1]))
         for label in labels.at(dim)
     ]
-    if not _follow_sizes(call, list(zip(*pieces, strict=True)), [part.shape[dim] for part in call.out]):
+    if call.ledger.is_literal(dim):
+        call.ledger.pin(labels.at(dim), "split in pieces of fixed size")
+    elif not _follow_sizes(call, list(zip(*pieces, strict=True)), [part.shape[dim] for part in call.out]):
         _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
     whole = {d: found for d, found in labels.dims.items() if d != dim}
     return [
@@ -117,6 +129,19 @@ def halves_meet(call: Call, labels: tuple[Label, ...]) -> tuple[Label, ...]:
     return tuple(Label(label.atoms[: len(label.atoms) // 2], label.conditional) for label in labels)
 
 
+def _pin_counted(call: Call, labels: tuple[Label, ...], *bounds: int | None) -> None:
+    """Pin what lies between the bounds of a slice, which are numbers in the code, and the end they are counted from.
+
+    What lies beyond them may leave.
+    """
+    for label in labels:
+        size = len(label.atoms)
+        for bound in bounds:
+            if bound is not None and -size < bound < size and bound:
+                counted = label.atoms[:bound] if bound > 0 else label.atoms[bound:]
+                call.ledger.pin([Label(counted, label.conditional)], "counted by a number in the code")
+
+
 def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
     for label in labels:
         rows = label.atoms.reshape(-1, block)
@@ -141,19 +166,49 @@ def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int])
     return True
 
 
-def _follow_bounds(call: Call, labels: tuple[Label, ...], start: int, stop: int) -> bool:
+def _follow_bounds(call: Call, labels: tuple[Label, ...], dim: int, start: int, stop: int) -> bool:
     """Let the bounds of a slice follow what lies before them; return whether both do."""
     size = len(labels[0].atoms) if labels else 0
-    held = [n for n in call.asked if isinstance(n, Number) and not _counts_labels(n)]
-    bounds = [
-        (bound, next((number for number in held if number == bound), None)) for bound in (start, stop)
-        if 0 < bound < size
-    ]  # fmt: skip
-    if not bounds or any(number is None for _, number in bounds):
-        return False
+    bounds = []
+    for bound, given in zip((start, stop), _bounds_given(call, dim), strict=True):
+        if not 0 < bound < size:
+            continue
+        number = next((n for n in given if isinstance(n, Number) and int(n) == bound and not _counts_labels(n)), None)
+        if number is None:
+            return False
+        bounds.append((bound, number))
     for bound, number in bounds:
-        follow_number(call, tuple(Label(label.atoms[:bound], label.conditional) for label in labels), number or 0)
-    return True
+        follow_number(call, tuple(Label(label.atoms[:bound], label.conditional) for label in labels), number)
+    return bool(bounds)
+
+
+def _bounds_given(call: Call, dim: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return what Python may have given as start and as stop of a slice along a dimension."""
+    name = getattr(call.function, "__name__", "")
+    if name in ("__getitem__", "__setitem__"):
+        entry = _entry_along(call, dim)
+        return ([entry.start], [entry.stop]) if entry is not None else ((), ())
+    if name == "narrow":
+        start, length = call.python_argument("start", 2), call.python_argument("length", 3)
+        whole = isinstance(start, int) and isinstance(length, int)
+        return [start], [start + length] if whole else ()
+    return call.asked, call.asked  # of ``tensor_split`` and the like, which have no other numbers
+
+
+def _entry_along(call: Call, dim: int) -> slice | None:
+    """Return the entry of an index that slices a dimension, as it is counted once the entries before it are done."""
+    source, index = call.given[0][:2]
+    entries = index if isinstance(index, tuple) else (index,)
+    counted = [entry for entry in entries if entry is not None and entry is not Ellipsis and entry is not True]
+    at = 0
+    for entry in entries:
+        if entry is Ellipsis:
+            at += source.dim() - len(counted)
+        elif isinstance(entry, slice) and at == dim:
+            return entry
+        elif not isinstance(entry, int) or isinstance(entry, bool):  # a whole number takes its dimension away
+            at += 1
+    return None
 
 
 def _counts_labels(number: Number) -> bool:

@@ -41,8 +41,12 @@ def spatial(call: Call) -> Dims | list[Dims]:
         else:
             call.ledger.pin(found, f"positions of {name}")
     for other in call.tensors()[1:]:
-        for found in call.labels(other).dims.values():
+        for dim, found in call.labels(other).dims.items():
+            if name.startswith("max_unpool") and dim in dims:
+                continue
             call.ledger.pin(found, f"positions of {name}")
+    if name.startswith("max_unpool"):  # each entry goes where its index says, channel by channel
+        dims = {dim: call.ledger.tie([found, call.labels(call.args[1]).at(dim)], name) for dim, found in dims.items()}
     _pooling_cost(call, x, name)
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
 

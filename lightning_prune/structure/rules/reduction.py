@@ -27,13 +27,16 @@ def along_one_dimension(call: Call) -> Dims | list[Dims]:
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm",
     "aten.prod",
     "aten.logsumexp", "aten.any", "aten.all", "aten.var_mean", "aten.std_mean", "aten.nansum", "aten.count_nonzero",
+    reduces=True,
 )  # fmt: skip
 def reduction(call: Call) -> Dims | list[Dims]:
     """Statistics over reduced dimensions change when some of their entries leave; the other dimensions pass."""
     return _reduced(call, ordered=False)
 
 
-@coupling_rule("aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue")
+@coupling_rule(
+    "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue", reduces=True
+)
 def ordered_reduction(call: Call) -> Dims | list[Dims]:
     """The result tells positions, so the reduced dimension keeps its size."""
     if call.func._overloadname == "other":  # max(a, b) is element by element

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_prune.structure.labels import Label, Labels, Ledger
 from lightning_prune.structure.numbers import numbers_in
 
-__all__ = ["RULES", "Call", "Dims", "Rule", "coupling_rule", "rule_for", "tensors_among"]
+__all__ = ["REDUCES", "RULES", "Call", "Dims", "Rule", "coupling_rule", "reduces", "rule_for", "tensors_among"]
 
 Dims = dict[int, tuple[Label, ...]]
 """Dimension of an output -> the labels along it."""
@@ -29,8 +29,9 @@ class Call:
         out: What it returned.
         module: Path of the module that was running, and the module itself.
         lay: Gives labels to another tensor than the output.
-        asked: The whole numbers among the arguments of the Python function that called it, flattened; worked out when
-            a rule first looks.
+        function: The Python function that called it, ``F.group_norm`` say, or None where that is not known.
+        given: The positional and the keyword arguments of that function, as they were given.
+        asked: The whole numbers among those, flattened; worked out when a rule first looks.
     """
 
     def __init__(
@@ -54,12 +55,21 @@ class Call:
         self.labels = labels
         self.module = module
         self.lay = lay
-        self._arguments = arguments
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = arguments[:2] if arguments else ((), {})
+        self.function = arguments[2] if arguments else None
 
     @cached_property
     def asked(self) -> tuple[int, ...]:
         """Return the whole numbers that Python asked for."""
-        return tuple(numbers_in(self._arguments))
+        args, kwargs = self.given
+        return tuple(numbers_in((args, tuple(kwargs.values()))))
+
+    def python_argument(self, name: str, position: int) -> Any:
+        """Return an argument of the Python function that called the operator, or None where it was not given."""
+        args, kwargs = self.given
+        if name in kwargs:
+            return kwargs[name]
+        return args[position] if position < len(args) else None
 
     def argument(self, name: str) -> Any:
         """Return an argument by the name it has in the operator's schema, or its default."""
@@ -90,8 +100,11 @@ _Rule = TypeVar("_Rule", bound=Rule)
 RULES: dict[Any, Rule] = {}
 """Operator (an overload or all overloads of a name) -> its rule."""
 
+REDUCES: set[Any] = set()
+"""Operators (as in RULES) whose outputs sum, contract or take a statistic over dimensions that may shrink."""
 
-def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
+
+def coupling_rule(*operators: str, reduces: bool = False) -> Callable[[_Rule], _Rule]:
     """Teach the trace how an operator passes labels on.
 
     The rule gets a :class:`Call`; it lets labels meet with ``call.ledger.tie``, pins with ``call.ledger.pin`` and
@@ -101,6 +114,8 @@ def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
     Args:
         operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names this torch does not have are
             passed over.
+        reduces: Whether an entry of the output depends on several entries along a dimension that may shrink (a sum, a
+            product of matrices, a norm, a softmax), so that what is left of it changes when some of them leave.
 
     Examples:
         >>> @coupling_rule("mylib.scale_channels")
@@ -118,6 +133,8 @@ def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
             packet = getattr(getattr(torch.ops, namespace), name, None)
             if packet is not None:
                 RULES[getattr(packet, overload) if overload else packet] = rule
+                if reduces:
+                    REDUCES.add(getattr(packet, overload) if overload else packet)
         return rule
 
     return register
@@ -126,6 +143,11 @@ def coupling_rule(*operators: str) -> Callable[[_Rule], _Rule]:
 def rule_for(func: Any) -> Rule | None:
     """Return the rule of an operator, or None where nobody taught one."""
     return RULES.get(func) or RULES.get(func.overloadpacket)
+
+
+def reduces(func: Any) -> bool:
+    """Return whether the rule of an operator says that it sums or takes a statistic over labelled dimensions."""
+    return func in REDUCES or func.overloadpacket in REDUCES
 
 
 def tensors_among(values: Iterable[Any]) -> list[Tensor]:

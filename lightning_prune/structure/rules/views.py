@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
+from lightning_prune.structure.numbers import aligned
 from lightning_prune.structure.rules.attach import attach, merge_, unknown
-from lightning_prune.structure.rules.frozen import follow
-from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+from lightning_prune.structure.rules.frozen import counted_by, follow
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule, tensors_among
 
-__all__: list[str] = []
+__all__ = ["expand"]
+
+_PRODUCTS = ("matmul", "__matmul__", "__rmatmul__")
 
 
 @coupling_rule(
@@ -83,15 +86,40 @@ def squeeze(call: Call) -> Dims:
 
 @coupling_rule("aten.expand", "aten.expand_copy", "aten.broadcast_to")
 def expand(call: Call) -> Dims:
-    """Labels keep to their dimensions, counted from the last."""
-    shift = call.out.dim() - call.args[0].dim()
-    return follow(call, {dim + shift: labels for dim, labels in call.labels(call.args[0]).dims.items()})
+    """Labels keep to their dimensions, counted from the last; one that is stretched is as long as was asked for."""
+    source, out = call.args[0], call.out
+    shift = out.dim() - source.dim()
+    dims = follow(call, {dim + shift: labels for dim, labels in call.labels(source).dims.items()})
+    stretched = [
+        dim for dim in range(out.dim()) if out.shape[dim] > 1 and (dim < shift or source.shape[dim - shift] == 1)
+    ]
+    return dims | _stretched(call, stretched) if stretched else dims
+
+
+def _stretched(call: Call, stretched: Sequence[int]) -> Dims:
+    """Return the labels along dimensions that were made as long as Python's numbers say, or as other tensors are."""
+    dims: Dims = {}
+    for dim, number in aligned(call.asked, call.out.shape):
+        if dim in stretched and (found := counted_by(number)):
+            dims[dim] = found
+    args, kwargs = call.given
+    product = getattr(call.function, "__name__", "") in _PRODUCTS
+    last = call.out.dim() - 2 if product else call.out.dim()  # a product stretches its batches alone
+    for other in tensors_among((args, tuple(kwargs.values()))):
+        shift = call.out.dim() - other.dim()
+        beside = range(max(shift, 0), last)
+        if shift < 0 or any(other.shape[dim - shift] not in (1, call.out.shape[dim]) for dim in beside):
+            continue
+        for dim in beside:
+            if dim in stretched and dim not in dims and (found := call.labels(other).at(dim - shift)):
+                dims[dim] = found
+    return dims
 
 
 @coupling_rule(
     "aten.alias", "aten.detach", "aten.lift_fresh", "aten._to_copy", "aten.contiguous", "aten.zeros_like",
     "aten.ones_like",
-    "aten.empty_like", "aten.full_like", "aten.rand_like", "aten.randn_like", "aten.zero_", "aten.fill_", "aten.fill",
+    "aten.empty_like", "aten.full_like", "aten.zero_", "aten.fill_", "aten.fill",
     "aten.detach_",
     "aten.lift", "aten.native_dropout",
 )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Sets what was asked of a pruning against what it reached, and says why where that is less; changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning_prune.arguments import Amount
+from lightning_prune.budget import NEAR, Budget, Dense, Target
+from lightning_prune.footprint import Footprint
+from lightning_prune.structure import Structure
+
+__all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of", "told_of"]
+
+_ROUNDING = 1e-6
+_MOST = 6  # groups that are named
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was asked, what was reached, and why that is less.
+
+    Attributes:
+        asked: Share of the target that was to leave; for amounts by group, of the filters of all that are named.
+        reached: The share that left.
+        short: Where less left than was asked, both in words, with the reasons; else empty.
+    """
+
+    asked: float
+    reached: float
+    short: str
+
+    def warn(self, where: str) -> None:
+        """Warn, once, if less was reached than asked; ``where`` it was asked."""
+        if self.short:
+            warnings.warn(f"{where}: {self.short}", stacklevel=4)  # behind this, the function and its decorator
+
+
+def outcome_of(
+    amount: Amount,
+    target: Target,
+    dense: Dense,
+    widths: Mapping[str, int],
+    now: Footprint,
+    latency_kept: float | None,
+    why: Mapping[str, str],
+) -> Outcome:
+    """Set what was asked against what was reached.
+
+    Args:
+        amount: The fraction of the target that was to leave, or fractions of filters by group name.
+        target: What it is a fraction of.
+        dense: What was there at the start.
+        widths: Group name -> units that are left.
+        now: Parameters and multiply-adds that are left.
+        latency_kept: Share of the latency that is left, where that is the target.
+        why: Group name -> what keeps more of it than was asked.
+    """
+    shares = amount if isinstance(amount, Mapping) else dict.fromkeys(dense.widths, amount)
+    named = {name: dense.widths[name] for name in shares if name in dense.widths}
+    gone = {name: 1 - widths.get(name, width) / width for name, width in named.items()}
+    behind = [name for name in named if gone[name] < shares[name] - _ROUNDING]
+    if target == "filters":
+        units = max(sum(named.values()), 1)
+        asked = sum(shares[name] * width for name, width in named.items()) / units
+        reached = sum(gone[name] * width for name, width in named.items()) / units
+        short = bool(behind) if isinstance(amount, Mapping) else reached < asked - _ROUNDING
+    else:
+        assert not isinstance(amount, Mapping)  # amounts by group are of filters
+        asked, reached = amount, _reached(target, dense, now, latency_kept)
+        near = NEAR * (1 - asked) if target == "latency" else _ROUNDING
+        short = reached < asked - near
+    if not short:
+        return Outcome(asked, reached, "")
+    told = [
+        f"{name} lost {gone[name]:.1%} of {shares[name]:.1%}" + (f" ({why[name]})" if name in why else "")
+        for name in sorted(behind, key=lambda name: (name not in why, -named[name]))
+    ]
+    more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
+    which = f" {'; '.join(told[:_MOST])}{more}." if told else ""
+    return Outcome(asked, reached, f"asked for {asked:.1%} of the {target}, reached {reached:.1%}.{which}")
+
+
+def reasons_of(structure: Structure, slim: Structure) -> dict[str, str]:
+    """Return, for every group that one structure has and a later one of the same model pins, the reason."""
+    found = {}
+    for name, group in structure.groups.items():
+        if name not in slim.groups:
+            own = {(slot.tensor, slot.dim) for slot in group.slots if slot.role == "producer"}
+            found[name] = [pin.reason for pin in slim.pinned if (pin.tensor, pin.dim) in own][-1]
+    return found
+
+
+def told_of(reasons: Mapping[str, str]) -> str:
+    """Say of groups why they were refused; nothing where there are none."""
+    told = [f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:_MOST]]
+    more = [f"\n  and {len(reasons) - _MOST} more"] if len(reasons) > _MOST else []
+    return "".join(["\nGroups whose cut could not be proved stay whole:", *told, *more]) if reasons else ""
+
+
+def kept_whole_by(structure: Structure, budget: Budget, dense: Dense, widths: Mapping[str, int]) -> dict[str, str]:
+    """Return, for every group that is as narrow as it may become, or could not come nearer, what limits it."""
+    least = budget.least(structure, dense)
+    found = {name: limit.why for name, limit in least.items() if widths.get(name, 0) <= limit.width}
+    if budget.round_to > 1:
+        found = {**dict.fromkeys(least, f"round_to={budget.round_to}"), **found}
+    return found
+
+
+def _reached(target: Target, dense: Dense, now: Footprint, latency_kept: float | None) -> float:
+    if target == "latency":
+        return 1 - (1.0 if latency_kept is None else latency_kept)
+    return 1 - getattr(now, target) / max(getattr(dense.footprint, target), 1)

@@ -1,0 +1,50 @@
+"""Rules for losses: element by element where nothing is summed up, a statistic over all that goes in where it is."""
+
+from __future__ import annotations
+
+from lightning_prune.structure.rules.pointwise import pointwise
+from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+
+__all__: list[str] = []
+
+_NONE = 0
+"""``reduction="none"``, as operators are told it."""
+
+
+@coupling_rule(
+    "aten.mse_loss", "aten.huber_loss", "aten.smooth_l1_loss", "aten.binary_cross_entropy", "aten.soft_margin_loss",
+    "aten.binary_cross_entropy_with_logits",
+    reduces=True,
+)  # fmt: skip
+def loss(call: Call) -> Dims | list[Dims]:
+    """What is compared meets entry by entry; the sum or mean changes when some entries leave."""
+    if call.argument("reduction") == _NONE:
+        return pointwise(call)
+    operands = [tensor for tensor in call.tensors() if tensor.dim()]
+    rank = max(tensor.dim() for tensor in operands)
+    for dim in range(rank):
+        along = [(tensor, dim - rank + tensor.dim()) for tensor in operands]
+        sides = [call.labels(tensor).at(own) for tensor, own in along if own >= 0 and tensor.shape[own] > 1]
+        if any(sides):
+            call.ledger.mix(call.ledger.tie(sides, "compared with a tensor of fixed size"))
+    return {}
+
+
+@coupling_rule("aten.nll_loss_forward", "aten.nll_loss2d_forward", reduces=True)
+def nll_loss(call: Call) -> list[Dims]:
+    """``(N, C, ...)`` and targets ``(N, ...)``: classes are chosen by data, examples and positions meet."""
+    x, target, weight = call.args[:3]
+    labels, classes = call.labels(x), x.dim() - 1 if x.dim() < 3 else 1
+    chosen = () if weight is None else call.labels(weight).at(0)
+    call.ledger.pin((*labels.at(classes), *chosen), "classes are chosen by data")
+    dims: Dims = {}
+    for dim in range(target.dim()):
+        along = dim if x.dim() > target.dim() and dim < classes else dim + 1
+        sides = [labels.at(along) if along < x.dim() else (), call.labels(target).at(dim)]
+        if any(sides):
+            dims[dim] = call.ledger.tie(sides, "compared with a tensor of fixed size")
+    if call.argument("reduction") == _NONE:
+        return [dims, {}]
+    for found in dims.values():
+        call.ledger.mix(found)
+    return [{}, {}]

@@ -1,0 +1,177 @@
+"""Follows a run along the operators that a trace wrote down, and tells what is left of each; runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_prune.structure import Keep, Structure
+from lightning_prune.structure.labels import Label, Labels, Ran
+
+__all__ = ["Course", "Left", "Lefts", "OtherOperatorsError", "aligned", "same_operator"]
+
+_aten = torch.ops.aten
+_RESHAPES = frozenset({_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default})
+_LAYOUT = _RESHAPES | {_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.expand.default}
+"""Operators that come and go with how tensors lie in memory; what they do shows in what reads them."""
+
+
+class OtherOperatorsError(Exception):
+    """A run came to other operators than the trace."""
+
+    def __init__(self, told: str, ran: Ran | None = None) -> None:
+        """Say what ran, and at which operator of the trace."""
+        super().__init__(told)
+        self.ran = ran
+
+
+def same_operator(func: Any, other: Any) -> bool:
+    """Return whether two operators do the same; reshapes that copy and reshapes that do not are the same."""
+    return func is other or (func in _RESHAPES and other in _RESHAPES)
+
+
+class Course:
+    """The operators of a trace, in order, and how far a run along them has come."""
+
+    def __init__(self, expected: Sequence[Ran]) -> None:
+        """Start before the first operator."""
+        self._expected = expected
+        self._at = 0
+
+    @property
+    def here(self) -> Ran | None:
+        """The operator of the trace that should run next."""
+        return self._expected[self._at] if self._at < len(self._expected) else None
+
+    def next(self, func: Any) -> int | None:
+        """Return the index of the traced operator that this one is; None for one that only lays out memory.
+
+        Raises:
+            OtherOperatorsError: If another one was to run.
+        """
+        at = self._at
+        while at < len(self._expected):
+            if same_operator(func, self._expected[at].func):
+                self._at = at + 1
+                return at
+            if self._expected[at].func not in _LAYOUT:
+                break
+            at += 1
+        if func in _LAYOUT:
+            return None
+        here = self._expected[at] if at < len(self._expected) else None
+        told = "ends there" if here is None else f"runs {here.func.overloadpacket} in {here.path or 'the model'}"
+        raise OtherOperatorsError(f"it runs {func.overloadpacket} where the full model {told}", here)
+
+    def finish(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            OtherOperatorsError: If operators of the trace did not run.
+        """
+        for ran in self._expected[self._at :]:
+            if ran.func not in _LAYOUT:
+                raise OtherOperatorsError(
+                    f"it does not run {ran.func.overloadpacket} in {ran.path or 'the model'}", ran
+                )
+
+
+def aligned(expected: Sequence[Ran], found: Iterable[Ran]) -> tuple[list[tuple[int, Ran]], OtherOperatorsError | None]:
+    """Pair the operators of a run with those of a trace, as far as they are the same ones."""
+    course = Course(expected)
+    pairs: list[tuple[int, Ran]] = []
+    for ran in found:
+        try:
+            at = course.next(ran.func)
+        except OtherOperatorsError as error:
+            return pairs, error
+        if at is not None:
+            pairs.append((at, ran))
+    return pairs, None
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What is left of one dimension of a tensor once some units have gone.
+
+    Attributes:
+        size: Its size before.
+        count: Its size after.
+        mask: Which indices are left, ``(size,)`` bool.
+        indices: Those, ascending, ``(count,)``.
+        fill: For each index before one after, itself where it is left, any other where not, ``(size,)``.
+    """
+
+    size: int
+    count: int
+    mask: Tensor
+    indices: Tensor
+    fill: Tensor
+
+
+class Lefts:
+    """Tells what is left of the tensors of a trace under a choice."""
+
+    def __init__(self, structure: Structure, keep: Keep) -> None:
+        """Work out which atoms are left."""
+        self._structure, self._keep = structure, keep
+        self._alive = structure.alive(keep)
+        self._known: dict[tuple[int, ...], Left | None] = {}
+        self._group_of: NDArray[np.int64] | None = None
+
+    def along(self, labels: tuple[Label, ...]) -> Left | None:
+        """Return what is left along a dimension with these labels, None where all is."""
+        key = tuple([id(label.atoms) for label in labels])
+        if key not in self._known:
+            self._known[key] = self._left(labels)
+        return self._known[key]
+
+    def of(self, labels: Labels) -> dict[int, Left]:
+        """Return, for each dimension of a tensor that something is gone of, what is left."""
+        found = {}
+        for dim, own in labels.dims.items():
+            left = self.along(own)
+            if left is not None:
+                found[dim] = left
+        return found
+
+    def shape(self, labels: Labels, full: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape that a tensor of this shape should have."""
+        left = self.of(labels)
+        return tuple([left[dim].count if dim in left else size for dim, size in enumerate(full)])
+
+    def groups(self, *labels: Labels) -> frozenset[str]:
+        """Return the names of the groups that lose units and whose units these labels carry."""
+        if self._group_of is None:
+            self._group_of = np.full(self._structure.ledger.size, -1)
+            for which, units in enumerate(self._structure.units.values()):
+                self._group_of[units] = which
+        names = list(self._structure.units)
+        found: set[str] = set()
+        for own in labels:
+            for along in own.dims.values():
+                for label in along:
+                    indices = np.unique(self._group_of[self._structure.component[label.atoms]])
+                    found.update(names[int(index)] for index in indices if index >= 0)
+        return frozenset(name for name in found if name in self._keep and not self._keep[name].all())
+
+    def _left(self, labels: tuple[Label, ...]) -> Left | None:
+        alive = self._alive[labels[0].atoms]
+        for label in labels[1:]:
+            alive = alive & self._alive[label.atoms]
+        if alive.all():
+            return None
+        indices = np.flatnonzero(alive)
+        rank = np.cumsum(alive) - 1
+        # what is gone gets the numbers of an index that is left: others than its own, of ordinary size
+        gone = np.arange(len(alive)) % max(len(indices), 1)
+        fill = np.where(alive, rank, gone)
+        return Left(
+            len(alive), len(indices), torch.from_numpy(alive), torch.from_numpy(indices), torch.from_numpy(fill)
+        )

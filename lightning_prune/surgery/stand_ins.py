@@ -1,0 +1,129 @@
+"""Makes values of ordinary size for tensors on which nothing shows: zeros, ones, a scale of 1e-6; changes no model."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_prune.inputs import ExampleInputs
+from lightning_prune.structure import named_tensors
+from lightning_prune.surgery.cut import Cut
+
+__all__ = ["StandIns", "inputs_of_ordinary_size"]
+
+_SAMPLED = 1024
+_SMALL = 1e-3
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class StandIns:
+    """What the slim and the full model run on instead of their own tensors.
+
+    Tensors of more than one dimension are made when an operator takes them, so that they never all lie beside the
+    model's own.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, ordinary: bool) -> None:
+        """Prepare.
+
+        Args:
+            model: The full model.
+            dtype: What floating-point tensors are turned to; None for what they are.
+            ordinary: Whether tensors of equal or tiny numbers get ordinary ones.
+        """
+        self._own = named_tensors(model)
+        self._dtype, self._ordinary = dtype, ordinary
+
+    def full(self) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
+        """Return tensors to exchange in the full model, and what operators take instead of them, by ``id``."""
+        return self._exchanged({name: tensor for name, tensor in self._own.items() if self._changes(tensor)}, {})
+
+    def slim(
+        self, cut: Cut, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
+        """Return the same for the slim model, whose tensors that are cut are given."""
+        changed = {name: tensor for name, tensor in self._own.items() if name in tensors or self._changes(tensor)}
+        return self._exchanged({name: tensors.get(name, own) for name, own in changed.items()}, cut.kept)
+
+    def _exchanged(
+        self, values: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
+        exchanged: dict[str, Tensor] = {}
+        made: dict[int, Callable[[], Tensor]] = {}
+        for name, value in values.items():
+            make = partial(self._made, name, value.detach(), kept.get(name, {}))
+            if value.dim() < 2 or not self._changes(self._own[name]):  # weighs little, or is there already
+                exchanged[name] = make()
+            else:
+                stand_in = value.new_empty((), dtype=self._type(value)).expand(value.shape)
+                exchanged[name] = stand_in
+                made[id(stand_in)] = make
+        return exchanged, made
+
+    def _changes(self, tensor: Tensor) -> bool:
+        if not tensor.is_floating_point():
+            return False
+        return self._type(tensor) is not tensor.dtype or (self._ordinary and _tells_little(tensor))
+
+    def _type(self, tensor: Tensor) -> torch.dtype:
+        return tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
+
+    def _made(self, name: str, value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+        own = self._own[name]
+        if self._ordinary and own.is_floating_point() and _tells_little(own):
+            more = _noise(name, own)
+            for dim, indices in kept.items():
+                more = more.index_select(dim, indices.to(more.device))
+            value = value.to(more.dtype) + more
+        return value.to(self._type(own))
+
+
+def _tells_little(tensor: Tensor) -> bool:
+    """Return whether entries of a tensor are all alike or tiny, as far as a sample shows."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLED)].float()
+    if not sample.numel() or not bool(sample.isfinite().all()):
+        return False
+    low, high = (float(value) for value in torch.aminmax(sample))
+    if flat.numel() == 1:
+        return abs(high) < _SMALL
+    return high - low <= _SMALL * max(abs(high), abs(low)) or max(abs(high), abs(low)) < _SMALL * 0.1
+
+
+def _noise(name: str, like: Tensor) -> Tensor:
+    """Return random numbers that make a tensor of equal or tiny ones ordinary, the same at every call.
+
+    A vector of ones, such as the scale of a norm, ranges over 0.5 to 1.5 then, and one of zeros over -0.5 to 0.5;
+    matrices get what keeps the size of what they multiply.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64) - 0.5
+    first = float(like.detach().reshape(-1)[0])
+    if abs(first) >= _SMALL:
+        drawn *= abs(first)
+    elif like.dim() > 1:
+        drawn *= 3.0 / (like.numel() / like.shape[0]) ** 0.5
+    elif like.numel() == 1:
+        drawn += torch.sign(drawn) * 0.25
+    dtype = torch.float32 if like.dtype in _HALVES else like.dtype
+    return drawn.to(device=like.device, dtype=dtype)
+
+
+def inputs_of_ordinary_size(example_inputs: ExampleInputs, dtype: torch.dtype | None, ordinary: bool) -> ExampleInputs:
+    """Return example inputs of another type; those of equal numbers get positive random ones added."""
+
+    def changed(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        if ordinary and tensor.numel() > 1 and _tells_little(tensor):
+            generator = torch.Generator().manual_seed(tensor.numel())
+            more = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor = tensor + more.to(device=tensor.device, dtype=torch.float32).to(tensor.dtype)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    return pytree.tree_map_only(Tensor, changed, example_inputs)
