@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_prune import PruningError, prune_filters
 from tests.programs import DTYPES, Program, build, compiled, example_of, fresh_input, source
 from tests.survivors import MisfitError, Survivors, marked, narrow_scales, plain, survivors_along
 
-__all__ = ["Verdict", "judge", "shrunk", "told"]
+__all__ = ["EVERY_CONSTANT", "Verdict", "judge", "shrunk", "told"]
 
 UNRELATED = ("n_layers",)
 """Attributes that no cut may change."""
@@ -62,7 +63,7 @@ def judge(program: Program) -> Verdict:
         if not reasons:
             return Verdict("wrong", "nothing was cut and no reason is named", counted)
         return Verdict("whole", "; ".join(dict.fromkeys(reasons)), counted)
-    if strange := changed_attributes(full, slim):
+    if strange := changed_attributes(full, slim) or changed_buffers(full, slim, report.kept):
         return Verdict("wrong", strange, counted)
     wrong, followed = compared(program, full, slim, report)
     return Verdict("wrong" if wrong else "right", wrong, counted, followed)
@@ -87,6 +88,17 @@ def changed_attributes(full: nn.Module, slim: nn.Module) -> str:
         for name in UNRELATED:
             if getattr(old, name, None) != getattr(new, name, None):
                 return f"{path}.{name} changed from {getattr(old, name)} to {getattr(new, name)}"
+    return ""
+
+
+def changed_buffers(full: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> str:
+    """Name a buffer that holds anything but what was kept of it, such as statistics that moved while it was pruned."""
+    after = dict(slim.named_buffers())
+    for name, buffer in full.named_buffers():
+        for dim, index in kept.get(name, {}).items():
+            buffer = buffer.index_select(dim, index)
+        if buffer.shape != after[name].shape or not torch.equal(buffer, after[name]):
+            return f"{name} does not hold what was kept of it"
     return ""
 
 
@@ -138,6 +150,12 @@ def compared(program: Program, full: nn.Module, slim: nn.Module, report: Any) ->
         else:
             if arguments and untouched(full, slim, "other"):
                 continue
+            for constants in choices(program, EVERY_CONSTANT):
+                with suppress(MisfitError):
+                    expected = oracle(program, full, report.kept, x, training, arguments, constants)
+                    if not unequal(expected, found, spare):
+                        reasons[0] += "; a constant follows its width, and the report does not name it"
+                        break
             return f"{where(training, arguments)}: {reasons[0]}", followed
         if wrong := places_lost(program, expected):
             return wrong, followed
@@ -204,6 +222,15 @@ def choices(program: Program, report: Any) -> Iterator[dict[str, bool]]:
         yield dict(zip(free, narrow, strict=True))
 
 
+@dataclass(frozen=True)
+class Followed:
+    """A report that names constants of modules."""
+
+    constants: tuple[str, ...]
+
+
+EVERY_CONSTANT = Followed(tuple(f"s{i}" for i in range(9)))
+"""A report by which any constant may follow its width."""
 OPERATOR = "scaled_dot_product_attention"
 
 
