@@ -326,8 +326,12 @@ def _candidates(
     whole: Tensor, part: Tensor, dims: list[int], sizes: Mapping[tuple[int, int], list[Tensor]]
 ) -> Iterator[Tensor]:
     """Yield the parts of a tensor that another of its size could be."""
-    if len(dims) == 1 and not whole.is_complex() and (found := _subsequence(whole, part, dims[0])) is not None:
-        yield whole.index_select(dims[0], found)
+    if len(dims) == 1 and not whole.is_complex():
+        # a loose tolerance takes a pruned slice of zeros for a small one, a tight one misses parts kept in float32
+        for tolerance in (1e-10, 1e-7, 1e-4):
+            found = _subsequence(whole, part, dims[0], tolerance)
+            if found is not None:
+                yield whole.index_select(dims[0], found)
     lists = [sizes.get((whole.shape[dim], part.shape[dim]), []) for dim in dims]
     for indices in product(*lists):
         chosen = whole
@@ -336,13 +340,13 @@ def _candidates(
         yield chosen
 
 
-def _subsequence(whole: Tensor, part: Tensor, dim: int) -> Tensor | None:
+def _subsequence(whole: Tensor, part: Tensor, dim: int, relative: float) -> Tensor | None:
     """Return indices, in order, at which slices of a tensor equal those of a part of it; none where there are none."""
     generator = torch.Generator().manual_seed(2)
     rows, others = whole.movedim(dim, 0).flatten(1), part.movedim(dim, 0).flatten(1)
     signs = torch.randint(0, 2, (rows.shape[1], 8), generator=generator).to(rows.dtype) * 2 - 1
     rows, others = (x.nan_to_num(posinf=0.0, neginf=0.0) @ signs for x in (rows, others))
-    tolerance = 1e-4 * max(float(others.abs().max()), 1e-300) if others.numel() else 0.0
+    tolerance = relative * max(float(others.abs().max()), 1e-300) if others.numel() else 0.0
     found: list[int] = []
     wanted = others.numpy()
     for index, row in enumerate(rows.numpy()):  # taking the first that fits finds a subsequence where there is one

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model
 from lightning_prune.inputs import call_on, undisturbed
 
 __all__ = ["batch_norms", "recalibrate_batch_norm"]
 
 
+@changes_model
 def recalibrate_batch_norm(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> tuple[str, ...]:

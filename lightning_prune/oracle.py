@@ -14,6 +14,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 from lightning_prune.arguments import check_prunable, with_ignored
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model
 from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.progress import seen
 from lightning_prune.scoring import CRITERIA, by_l2
@@ -89,6 +90,7 @@ def correlate(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Corr
     return Correlation(sum(layers) / len(layers), _spearman(raw, real), _spearman(normal, real))
 
 
+@changes_model
 def compare_criteria(
     model: nn.Module,
     example_inputs: ExampleInputs,

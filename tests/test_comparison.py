@@ -61,6 +61,28 @@ def test_a_planted_error_is_found_though_the_output_is_an_index(spoil):
     assert found.wrong or found.scaled
 
 
+class Interleaved(nn.Module):
+    """Shuffles two halves of the channels, in an order that no list of kept indices names."""
+
+    def forward(self, x):
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def test_a_small_channel_is_not_taken_for_a_pruned_one():
+    """Where channels are shuffled, one with small values is found behind a pruned one, whose values are zero."""
+    torch.manual_seed(0)
+    full = nn.Sequential(nn.Linear(4, 8), Interleaved(), nn.Linear(8, 2)).double()
+    full[0].weight.data[5] *= 5e-5
+    full[0].bias.data[5] *= 5e-5
+    kept, read = torch.tensor([0, 2, 3, 5, 6, 7]), torch.tensor([0, 3, 4, 5, 6, 7])
+    slim = copy.deepcopy(full)
+    slim[0].weight.data, slim[0].bias.data = full[0].weight.data[kept], full[0].bias.data[kept]
+    slim[2].weight.data = full[2].weight.data[:, read]
+    names = {"0.weight": {0: kept}, "0.bias": {0: kept}}  # what reads them has an order of its own, and reads zeros
+    found = compare(full, slim, names, torch.randn(3, 4).double())
+    assert not found.wrong and found.equal == 4
+
+
 class PiecewiseNorm(nn.Module):
     """A group norm of one's own whose number of groups is a literal."""
 

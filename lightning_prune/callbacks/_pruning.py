@@ -237,6 +237,11 @@ class Pruning(AnyCallback, ABC):
                 f"{type(self).__name__}: training ended before {self.schedule} did; {course.progress:.0%} of its cuts "
                 f"were due and were made.{missed}"
             )
+        elif course.begun and course.ceiling < 1.0:
+            rank_zero_warn(
+                f"{type(self).__name__}: {course.progress:.0%} of the cuts of {self.schedule} stand; MetricGuard took "
+                "back what came after."
+            )
         if course.begun and self._begun(trainer)[-1] is self:
             logged = self._history.left
             changed = self._note(trainer, pl_module) != logged  # by a cut after the last step, or one taken back

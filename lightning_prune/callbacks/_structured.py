@@ -180,10 +180,10 @@ class StructuredPruning(Pruning):
         self._gathering.rest()
         prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
         if prepared.cut.kept:
+            if self.target == "latency":  # measured before the cut, which nothing that fails may follow
+                self._state.latency = self._latency(trainer, pl_module, prepared.structure, prepared.keep)
             self._cut(trainer, pl_module, self.mended(trainer, pl_module, structure, prepared))
             recalibrate_(trainer, pl_module, self.recalibrate)
-            if self.target == "latency":
-                self._state.latency = self._latency(trainer, pl_module, structure, {})
         self._state.widths |= {width.name: width.after for width in prepared.widths}
         self._state.pinned = prepared.structure.pinned
         if progress >= 1.0:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.bits import pack_bits, unpack_bits
 from lightning_prune.errors import PruningError
+from lightning_prune.inference import changes_model
 from lightning_prune.surgery import RECIPE, PackedMasks, take_shapes_
 
 __all__ = ["SparseReport", "StoredTensor", "load_sparse", "load_sparse_", "save_sparse"]
@@ -152,6 +153,7 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+@changes_model
 def load_sparse_(model: nn.Module, path: str | Path) -> None:
     """Load what :func:`save_sparse` wrote into a model of the original class, which takes its shapes and masks."""
     state = load_sparse(path)

@@ -88,7 +88,8 @@ def reasons_of(structure: Structure, slim: Structure) -> dict[str, str]:
     for name, group in structure.groups.items():
         if name not in slim.groups:
             own = {(slot.tensor, slot.dim) for slot in group.slots if slot.role == "producer"}
-            found[name] = [pin.reason for pin in slim.pinned if (pin.tensor, pin.dim) in own][-1]
+            told = [pin.reason for pin in slim.pinned if (pin.tensor, pin.dim) in own]
+            found[name] = told[-1] if told else "its cut could not be proved"
     return found
 
 

@@ -21,6 +21,7 @@ from lightning_prune.arguments import check_arguments, check_prunable, with_igno
 from lightning_prune.budget import Budget, Dense, Scores, plan
 from lightning_prune.errors import PruningError
 from lightning_prune.footprint import Footprint
+from lightning_prune.inference import changes_model
 from lightning_prune.inputs import ExampleInputs, undisturbed
 from lightning_prune.pruning.filters import count_params, prepare
 from lightning_prune.scoring import Criterion, score_units
@@ -42,6 +43,7 @@ __all__ = [
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 
 
+@changes_model
 def sensitivity(
     model: nn.Module,
     example_inputs: ExampleInputs,

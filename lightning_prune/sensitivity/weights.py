@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.inference import changes_model
 from lightning_prune.pruning.prunable import find_weights
 from lightning_prune.pruning.weights import WeightCriterion, check_weight_arguments, score_weights
 from lightning_prune.selection import keep_highest
@@ -19,6 +20,7 @@ from lightning_prune.sensitivity.findings import GroupSensitivity, Mode, Sensiti
 __all__ = ["weight_sensitivity"]
 
 
+@changes_model
 def weight_sensitivity(
     model: nn.Module,
     evaluate: Callable[[nn.Module], float],

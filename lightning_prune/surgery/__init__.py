@@ -19,7 +19,29 @@ from lightning_prune.surgery.snapshot import restore_, take_snapshot
 from lightning_prune.surgery.temporary import temporarily_cut
 
 __all__ = [
-    "RECIPE", "AttributeChange", "Constant", "Cut", "Disproof", "Kept", "PackedMasks", "Proof", "Recipe", "cut_",
-    "draft", "drop_unused_recipe_", "find_groups", "held_number", "narrowed", "recipe_of", "replace_tensors_", "resize_", "restore_",
-    "set_attributes_", "shape_attributes", "take_shapes_", "take_snapshot", "temporarily_cut", "verify",
-]  # fmt: skip
+    "AttributeChange",
+    "Constant",
+    "Cut",
+    "Disproof",
+    "Kept",
+    "PackedMasks",
+    "Proof",
+    "RECIPE",
+    "Recipe",
+    "cut_",
+    "draft",
+    "drop_unused_recipe_",
+    "find_groups",
+    "held_number",
+    "narrowed",
+    "recipe_of",
+    "replace_tensors_",
+    "resize_",
+    "restore_",
+    "set_attributes_",
+    "shape_attributes",
+    "take_shapes_",
+    "take_snapshot",
+    "temporarily_cut",
+    "verify",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,16 @@ from torch import Tensor
 
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.structure.labels import Label, Labels, Ran
+from lightning_prune.surgery.fingerprint import directions
 
 __all__ = ["Course", "Left", "Lefts", "OtherOperatorsError", "aligned", "same_operator"]
 
 _aten = torch.ops.aten
 _RESHAPES = frozenset({_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default})
-_LAYOUT = _RESHAPES | {_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.expand.default}
-"""Operators that come and go with how tensors lie in memory; what they do shows in what reads them."""
+_LAYOUT = _RESHAPES | {
+    _aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.expand.default, _aten._to_copy.default,
+}  # fmt: skip
+"""Operators that come and go with how tensors lie in memory, or their type; what they do shows in what reads them."""
 
 
 class OtherOperatorsError(Exception):
@@ -96,23 +99,48 @@ def aligned(expected: Sequence[Ran], found: Iterable[Ran]) -> tuple[list[tuple[i
     return pairs, None
 
 
-@dataclass(frozen=True, eq=False)
 class Left:
     """What is left of one dimension of a tensor once some units have gone.
 
     Attributes:
         size: Its size before.
         count: Its size after.
-        mask: Which indices are left, ``(size,)`` bool.
-        indices: Those, ascending, ``(count,)``.
-        fill: For each index before one after, itself where it is left, any other where not, ``(size,)``.
     """
 
-    size: int
-    count: int
-    mask: Tensor
-    indices: Tensor
-    fill: Tensor
+    def __init__(self, alive: NDArray[np.bool_]) -> None:
+        """Keep which indices are left, ``(size,)``."""
+        self._alive = alive
+        self.size = len(alive)
+        self.count = int(np.count_nonzero(alive))
+        self._directions: dict[tuple[int, torch.dtype, bool], Tensor] = {}
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Return the indices that are left, ascending, ``(count,)``."""
+        return torch.from_numpy(np.flatnonzero(self._alive))
+
+    @cached_property
+    def fill(self) -> Tensor:
+        """Return for each index before one after: its own where it is left, any other where not, ``(size,)``.
+
+        What is gone gets the numbers of an index that is left: others than its own, of ordinary size.
+        """
+        own = np.cumsum(self._alive) - 1
+        other = np.arange(self.size) % max(self.count, 1)
+        return torch.from_numpy(np.where(self._alive, own, other))
+
+    def direction(self, dim: int, like: Tensor, slim: bool) -> Tensor:
+        """Return what this dimension of a tensor is projected on, so that slim and full tensors come to the same.
+
+        Returns:
+            Random numbers, ``(count,)`` if ``slim``, else ``(size,)`` with zeros where indices are gone.
+        """
+        key = dim, like.dtype, slim
+        if key not in self._directions:
+            full = directions(self.size, dim, like)
+            mask = torch.from_numpy(self._alive).to(full.device)
+            self._directions[key] = full[mask] if slim else full * mask
+        return self._directions[key]
 
 
 class Lefts:
@@ -123,6 +151,7 @@ class Lefts:
         self._structure, self._keep = structure, keep
         self._alive = structure.alive(keep)
         self._known: dict[tuple[int, ...], Left | None] = {}
+        self._shared: dict[bytes, Left] = {}
         self._group_of: NDArray[np.int64] | None = None
 
     def along(self, labels: tuple[Label, ...]) -> Left | None:
@@ -167,11 +196,7 @@ class Lefts:
             alive = alive & self._alive[label.atoms]
         if alive.all():
             return None
-        indices = np.flatnonzero(alive)
-        rank = np.cumsum(alive) - 1
-        # what is gone gets the numbers of an index that is left: others than its own, of ordinary size
-        gone = np.arange(len(alive)) % max(len(indices), 1)
-        fill = np.where(alive, rank, gone)
-        return Left(
-            len(alive), len(indices), torch.from_numpy(alive), torch.from_numpy(indices), torch.from_numpy(fill)
-        )
+        same = alive.tobytes()  # most dimensions of a network lose the same indices as others
+        if same not in self._shared:
+            self._shared[same] = Left(alive)
+        return self._shared[same]

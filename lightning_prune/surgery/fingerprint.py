@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["agree", "fingerprint", "kept_dim"]
+__all__ = ["Print", "agree", "difference", "directions", "fingerprint", "kept_dim"]
 
 _WIDEST = 4096  # a dimension that is not projected on one number
 _HUGE = 1e20  # a mask of attention, beside which nothing else would show
 _TABLE = 1 << 16
 _APART = 4099  # between the numbers that two dimensions of a tensor are projected on, so that swapped ones differ
+
+
+class Print(NamedTuple):
+    """Projections of a tensor, ``(size of the kept dimension,)``, and the largest of them."""
+
+    values: Tensor
+    scale: float
 
 
 @cache
@@ -26,7 +34,12 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def directions(size: int, dim: int, like: Tensor) -> Tensor:
     """Return what a dimension of this size is projected on, ``(size,)``: random signs times 0.5 to 1.5."""
-    table = _table(like.dtype, like.device)
+    return _directions(size, dim, like.dtype, like.device)
+
+
+@lru_cache(maxsize=1024)
+def _directions(size: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = _table(dtype, device)
     if size + dim * _APART > _TABLE:
         table = table.repeat(1 + (size + dim * _APART) // _TABLE)
     return table[dim * _APART : dim * _APART + size]
@@ -41,7 +54,7 @@ def kept_dim(shape: Sequence[int], first: Sequence[int]) -> int | None:
     return -max(sizes)[1] if sizes else None
 
 
-def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -> Tensor:
+def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -> Print:
     """Project a tensor, entry by entry of one dimension.
 
     Entries that are not finite, or huge, count as small fixed numbers, so that others beside them show.
@@ -52,7 +65,7 @@ def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -
         along: For each dimension what it is projected on, ``(size,)``; None for random directions.
 
     Returns:
-        Projections, ``(size of keep,)`` or ``(1,)``, in float32 or better.
+        Projections in float32 or better, one where no dimension is kept.
     """
     if out.is_complex():
         out = torch.view_as_real(out)
@@ -60,17 +73,18 @@ def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -
     if out.dtype not in (torch.float32, torch.float64):
         out = out.float()
     found = _projected(out, keep, along)
-    if not bool((found.abs() < _HUGE).all()):
-        out = torch.where(out.abs() < _HUGE, out, 1.0)
-        out = torch.where(out.isnan(), 0.5, out)
-        found = _projected(out, keep, along)
-    return found
+    scale = float(found.abs().max()) if found.numel() else 0.0
+    if not scale < _HUGE:  # it may be no number
+        finite = torch.where(out.abs() < _HUGE, out, 1.0)
+        found = _projected(torch.where(out.isnan(), 0.5, finite), keep, along)
+        scale = float(found.abs().max())
+    return Print(found, scale)
 
 
 def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -> Tensor:
     def direction(dim: int) -> Tensor:
         given = along[dim]
-        return directions(out.shape[dim], dim, out) if given is None else given.to(out)
+        return directions(out.shape[dim], dim, out) if given is None else given
 
     first = -1 if keep is None else keep
     found = out
@@ -81,9 +95,14 @@ def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) ->
     return found.reshape(-1)
 
 
-def agree(one: Tensor, other: Tensor, tolerance: float) -> bool:
+def agree(one: Print, other: Print, tolerance: float) -> bool:
     """Return whether two fingerprints are equal to rounding, relative to the largest entry."""
-    if one.shape != other.shape:
-        return False
-    scale = max(float(one.abs().max()), float(other.abs().max())) if one.numel() else 0.0
-    return scale == 0.0 or float((one - other).abs().max()) <= tolerance * scale
+    return difference(one, other) <= tolerance
+
+
+def difference(one: Print, other: Print) -> float:
+    """Return the largest difference of two fingerprints, relative to their largest entry."""
+    if one.values.shape != other.values.shape:
+        return float("inf")
+    scale = max(one.scale, other.scale)
+    return float((one.values - other.values).abs().max()) / scale if scale else 0.0

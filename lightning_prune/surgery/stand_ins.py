@@ -37,17 +37,22 @@ class StandIns:
             ordinary: Whether tensors of equal or tiny numbers get ordinary ones.
         """
         self._own = named_tensors(model)
-        self._dtype, self._ordinary = dtype, ordinary
+        self._dtype = dtype
+        self._little = {
+            name
+            for name, tensor in self._own.items()
+            if ordinary and tensor.is_floating_point() and _tells_little(tensor)
+        }
 
     def full(self) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
         """Return tensors to exchange in the full model, and what operators take instead of them, by ``id``."""
-        return self._exchanged({name: tensor for name, tensor in self._own.items() if self._changes(tensor)}, {})
+        return self._exchanged({name: tensor for name, tensor in self._own.items() if self._changes(name)}, {})
 
     def slim(
         self, cut: Cut, tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
         """Return the same for the slim model, whose tensors that are cut are given."""
-        changed = {name: tensor for name, tensor in self._own.items() if name in tensors or self._changes(tensor)}
+        changed = {name: tensor for name, tensor in self._own.items() if name in tensors or self._changes(name)}
         return self._exchanged({name: tensors.get(name, own) for name, own in changed.items()}, cut.kept)
 
     def _exchanged(
@@ -57,7 +62,7 @@ class StandIns:
         made: dict[int, Callable[[], Tensor]] = {}
         for name, value in values.items():
             make = partial(self._made, name, value.detach(), kept.get(name, {}))
-            if value.dim() < 2 or not self._changes(self._own[name]):  # weighs little, or is there already
+            if value.dim() < 2 or not self._changes(name):  # weighs little, or is there already
                 exchanged[name] = make()
             else:
                 stand_in = value.new_empty((), dtype=self._type(value)).expand(value.shape)
@@ -65,17 +70,15 @@ class StandIns:
                 made[id(stand_in)] = make
         return exchanged, made
 
-    def _changes(self, tensor: Tensor) -> bool:
-        if not tensor.is_floating_point():
-            return False
-        return self._type(tensor) is not tensor.dtype or (self._ordinary and _tells_little(tensor))
+    def _changes(self, name: str) -> bool:
+        return name in self._little or self._type(self._own[name]) is not self._own[name].dtype
 
     def _type(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
 
     def _made(self, name: str, value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
         own = self._own[name]
-        if self._ordinary and own.is_floating_point() and _tells_little(own):
+        if name in self._little:
             more = _noise(name, own)
             for dim, indices in kept.items():
                 more = more.index_select(dim, indices.to(more.device))

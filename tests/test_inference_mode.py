@@ -1,0 +1,91 @@
+"""Models, data and calls inside ``torch.inference_mode``: what is pruned there can be trained afterwards."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lightning_prune as lp
+from tests.runs import fit, net
+
+X = torch.randn(8, 6)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def loss(model, batch):
+    return model(batch).square().mean()
+
+
+def masks():
+    return {"0.weight": torch.arange(96).view(16, 6) % 2 == 0}
+
+
+SLIM = mlp()
+lp.prune_filters(SLIM, X, 0.5, progress=False)
+
+CALLS = {
+    "filters": lambda model, x: lp.prune_filters(model, x, 0.5, progress=False),
+    "filters by gradients": lambda model, x: lp.prune_filters(
+        model, x, 0.5, "taylor", batches=[x], loss=loss, progress=False
+    ),
+    "filters and repair": lambda model, x: lp.prune_filters_obs(model, x, [x], 0.5, progress=False),
+    "weights": lambda model, x: lp.prune_weights(model, 0.5),
+    "weights by second order": lambda model, x: lp.prune_obs(model, [x], 0.5, progress=False),
+    "weights by Fisher": lambda model, x: lp.prune_fisher(model, [x], loss, 0.5, progress=False),
+    "weights one by one": lambda model, x: lp.prune_exact(
+        model, [(x, x[:, :3].clone())], F.mse_loss, 0.02, progress=False
+    ),
+    "given masks": lambda model, x: lp.apply_masks_(model, masks()),
+    "statistics": lambda model, x: lp.recalibrate_batch_norm(model, [x]),
+    "a state dict": lambda model, x: lp.load_state_dict_(model, SLIM.state_dict()),
+    "sensitivity": lambda model, x: lp.sensitivity(model, x, lambda net: net(x).sum(), shares=(0.5,), progress=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_is_pruned_in_inference_mode_trains(call):
+    """The call does the same inside the mode as outside, on data made there too, and what is left can be trained."""
+    found = []
+    for mode in (contextlib.nullcontext, torch.inference_mode):
+        torch.manual_seed(0)
+        model = mlp()
+        with mode():
+            call(model, X.clone())  # a tensor of the mode
+        found.append(model)
+    outside, inside = (model.state_dict() for model in found)
+    assert outside.keys() == inside.keys()
+    assert all(torch.equal(outside[name], inside[name]) for name in outside)
+    assert not any(tensor.is_inference() for tensor in [*found[1].parameters(), *found[1].buffers()])
+    before = found[1][0].weight.detach().clone()
+    optimizer = torch.optim.SGD(found[1].parameters(), 0.1)
+    loss(found[1].train(), X).backward()
+    optimizer.step()
+    assert not torch.equal(found[1][0].weight, before)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_models_made_in_inference_mode_are_refused_untouched(call):
+    """A model of tensors that cannot be trained is refused before anything changes, and the advice given works."""
+    with torch.inference_mode():
+        model = mlp()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(lp.PruningError, match=r"the first of them 0\.weight, were made inside torch\.inference_mode"):
+        call(model, X)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    call(model, X)
+
+
+@pytest.mark.parametrize("callback", [lp.FilterL1Pruning(0.5), lp.IterativeMagnitudePruning(0.5), lp.OBSOneShot(0.5)])
+def test_runs_of_models_made_in_inference_mode_are_refused(callback):
+    """Callbacks refuse such a model before training starts."""
+    with torch.inference_mode():
+        model = net()
+    with pytest.raises(lp.PruningError, match=r"made inside torch\.inference_mode"):
+        fit(model, callback, max_epochs=2)
