@@ -96,6 +96,8 @@ def _producers(structure: Structure, lefts: Lefts, at: int) -> dict[tuple[str, i
         if product is None or len(product.taken) < 2:
             return {}
         labels = _narrowed(lefts, product.taken[:1])
+    if not labels:
+        return {}
     atoms = _real(structure, [label.atoms for label in labels])
     found: dict[tuple[str, int], set[int]] = {}
     for slot in structure.ledger.slots:

@@ -71,7 +71,9 @@ class StandIns:
         for name, value in values.items():
             make = partial(self._made, name, value.detach(), kept.get(name, {}), rows.get(name))
             if value.dim() < 2 or not self._changes(name):  # weighs little, or is there already
-                exchanged[name] = make()
+                made_now = make()
+                # statistics of BatchNorm are updated in train mode, and no operator says so
+                exchanged[name] = made_now.clone() if value.dim() < 2 else made_now
             else:
                 stand_in = value.new_empty((), dtype=self._type(value)).expand(value.shape)
                 exchanged[name] = stand_in
