@@ -145,7 +145,7 @@ PASSING: dict[str, Operator] = {
     "normalize positions": lambda y: F.normalize(y, dim=3),
     "expand_as": lambda y: y - y.mean((2, 3), keepdim=True).expand_as(y),
     "expand": lambda y: y * torch.ones(1, 1, 8, 8, dtype=y.dtype).expand(y.shape[0], y.shape[1], 8, 8),
-    "expand of one mask": lambda y: y * y.amax(1, keepdim=True).detach().new_ones(1, 1, 8, 8).expand(-1, y.size(1), 8, 8),
+    "expand of one mask": lambda y: y * y.new_ones(1, 1, 8, 8).expand(-1, y.size(1), 8, 8),
     "broadcast_to": lambda y: y * torch.broadcast_to(torch.ones(8, dtype=y.dtype), y.shape),
     "broadcast_tensors": lambda y: torch.broadcast_tensors(y, torch.rand(8, dtype=y.dtype))[0] * 2,
     "repeat": lambda y: y * torch.full((1, 1, 8, 8), 0.5, dtype=y.dtype).repeat(1, y.shape[1], 1, 1),
@@ -246,7 +246,7 @@ MIXING: dict[str, tuple[Operator, str]] = {
     "zeros of a literal": (lambda y: torch.zeros(2, 12, 8, 8, dtype=y.dtype).scatter_add(3, positions(y), y), ""),
     "local_response_norm": (lambda y: F.local_response_norm(y, 3), ""),
 }  # fmt: skip
-"""Operators that mix channels, or that a number in the code holds to as many as there are, and what the reason names."""
+"""Operators that mix channels, or whose code has a literal for their number, and what the reason names."""
 
 
 @pytest.mark.parametrize("name", MIXING)
