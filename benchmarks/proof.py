@@ -37,7 +37,7 @@ from lightning_prune import PruningError
 from lightning_prune.budget import Budget, Dense
 from lightning_prune.footprint import Footprint
 from lightning_prune.pruning.filters import count_params, prepare
-from lightning_prune.surgery import AttributeChange, Cut, Disproof, find_groups, verify
+from lightning_prune.surgery import AttributeChange, Cut, Disproof, find_groups, held_number, verify
 from lightning_prune.surgery.attributes import set_attributes_
 from tests import models, sequences
 from tests.programs import DTYPES, Program, Stage, build, compiled, draw, example_of, fresh_input
@@ -369,6 +369,7 @@ def row_scaled(name: str, dim: int, r: random.Random) -> Callable[[Tensors], Non
 def counts(model: nn.Module, changes: list[AttributeChange], r: random.Random) -> list[AttributeChange]:
     """Return wrong values of whole numbers that modules hold: those that change, and others."""
     now = {(change.module, change.name): change.new for change in changes}
+    old = {(change.module, change.name): change.old for change in changes}  # some stand in objects that modules hold
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if type(value) is int and value > 1 and not name.startswith("_"):
@@ -378,7 +379,7 @@ def counts(model: nn.Module, changes: list[AttributeChange], r: random.Random) -
     for path, name in r.sample(sorted(now), min(3, len(now))):
         value = now[path, name]
         wrong = r.choice([v for v in (value - 1, value + 1, value // 2, 2 * value) if v > 0 and v != value])
-        found.append(AttributeChange(path, name, getattr(model.get_submodule(path), name), wrong))
+        found.append(AttributeChange(path, name, old.get((path, name), value), wrong))
     return found
 
 
@@ -393,12 +394,14 @@ SIZES = ("head_dim",)
 def heads_misread(model: nn.Module, cut: Cut) -> Iterator[Planted]:
     """Where whole heads left, keep their number and make each narrower; where each lost a share, the other way."""
     for change in cut.attributes:
-        if change.name not in (*HEADS, *SIZES):
+        holder, _, last = change.name.rpartition(".")  # of a number in an object that the module holds
+        if last not in (*HEADS, *SIZES) or not isinstance(change.old, int):
             continue
         rest = [c for c in cut.attributes if c is not change]
-        module, others = model.get_submodule(change.module), SIZES if change.name in HEADS else HEADS
-        for name in others:
-            size = getattr(module, name, None)
+        module = model.get_submodule(change.module)
+        for other in SIZES if last in HEADS else HEADS:
+            name = f"{holder}.{other}".lstrip(".")
+            size = held_number(module, name)
             if isinstance(size, int) and not any((c.module, c.name) == (change.module, name) for c in rest):
                 wrong = size * change.new // change.old
                 if wrong and wrong != size:

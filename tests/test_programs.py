@@ -22,7 +22,7 @@ def assert_not_wrong(program):
 pytestmark = pytest.mark.filterwarnings("ignore:var.. degrees of freedom")
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 10**9))
 def test_no_cut_of_a_random_program_is_wrong(seed):
     """Whatever the code holds its numbers in, a cut is right or refused."""
