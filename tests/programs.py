@@ -133,7 +133,7 @@ class Code:
     def width(self, kind: str, tensor: str, dim: int, written: str = "") -> str:
         """Return a width that the code reads; the oracle decides whether the original or the surviving one is meant."""
         if self.oracle:
-            return f'WIDTH({tensor}, {dim}, "{kind}")'
+            return f'WIDTH({tensor}, {dim}, "{kind} of {self.name.lower()}")'
         return written or f"{tensor}.shape[{dim}]"
 
     def text(self) -> str:

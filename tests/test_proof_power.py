@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from benchmarks.proof import CASES, SETTINGS, Planted, Reference, fixed_subjects, subject_of, task, tried
-from lightning_prune.structure import find_structure, trace
-from lightning_prune.surgery import draft
+from lightning_prune.surgery import draft, find_groups
 
 PLACES = {f"{subject.name}, {setting}": number for number, (setting, subject) in enumerate(fixed_subjects())}
 FEW = (
@@ -44,7 +43,7 @@ def test_whether_an_error_counts_is_decided_without_the_proof(setting):
     """The right cut has no effect that counts; another index in one slot has, whatever the outputs are."""
     subject = subject_of(SETTINGS[setting](CASES["kernels made from data"]))
     model = subject.build()
-    structure = find_structure(trace(model, subject.example))
+    structure = find_groups(model, subject.example)
     name, group = next((name, g) for name, g in structure.groups.items() if len(g.slots) > 2)
     stays = torch.arange(group.width).numpy() % 2 == 0
     cut = draft(model, structure, {name: stays})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +17,7 @@ from lightning_prune import PruningError, prune_filters
 from tests.programs import DTYPES, Program, build, compiled, example_of, fresh_input, source
 from tests.survivors import MisfitError, Survivors, marked, narrow_scales, plain, survivors_along
 
-__all__ = ["Verdict", "judge", "shrunk", "told"]
+__all__ = ["EVERY_CONSTANT", "Verdict", "judge", "shrunk", "told"]
 
 UNRELATED = ("n_layers",)
 """Attributes that no cut may change."""
@@ -61,7 +63,7 @@ def judge(program: Program) -> Verdict:
         if not reasons:
             return Verdict("wrong", "nothing was cut and no reason is named", counted)
         return Verdict("whole", "; ".join(dict.fromkeys(reasons)), counted)
-    if strange := changed_attributes(full, slim):
+    if strange := changed_attributes(full, slim) or changed_buffers(full, slim, report.kept):
         return Verdict("wrong", strange, counted)
     wrong, followed = compared(program, full, slim, report)
     return Verdict("wrong" if wrong else "right", wrong, counted, followed)
@@ -86,6 +88,17 @@ def changed_attributes(full: nn.Module, slim: nn.Module) -> str:
         for name in UNRELATED:
             if getattr(old, name, None) != getattr(new, name, None):
                 return f"{path}.{name} changed from {getattr(old, name)} to {getattr(new, name)}"
+    return ""
+
+
+def changed_buffers(full: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> str:
+    """Name a buffer that holds anything but what was kept of it, such as statistics that moved while it was pruned."""
+    after = dict(slim.named_buffers())
+    for name, buffer in full.named_buffers():
+        for dim, index in kept.get(name, {}).items():
+            buffer = buffer.index_select(dim, index)
+        if buffer.shape != after[name].shape or not torch.equal(buffer, after[name]):
+            return f"{name} does not hold what was kept of it"
     return ""
 
 
@@ -137,6 +150,12 @@ def compared(program: Program, full: nn.Module, slim: nn.Module, report: Any) ->
         else:
             if arguments and untouched(full, slim, "other"):
                 continue
+            for constants in choices(program, EVERY_CONSTANT):
+                with suppress(MisfitError):
+                    expected = oracle(program, full, report.kept, x, training, arguments, constants)
+                    if not unequal(expected, found, spare):
+                        reasons[0] += "; a constant follows its width, and the report does not name it"
+                        break
             return f"{where(training, arguments)}: {reasons[0]}", followed
         if wrong := places_lost(program, expected):
             return wrong, followed
@@ -188,22 +207,36 @@ def follows(full: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Te
     return True
 
 
-KINDS = ("attention", "mean", "other")
-
-
 def choices(program: Program, report: Any) -> Iterator[dict[str, bool]]:
     """Yield which constants made from widths go by the slim width; by default all go by the original one.
 
     Attention may divide by either width, as ``scaled_dot_product_attention`` does by its own; a mean written out as a
-    sum and a division is one over what survives. Any other constant must stay unless the report names it.
+    sum and a division is one over what survives. Any other constant must stay unless the report names its module.
     """
-    said = bool(getattr(report, "rescaled", ()) or getattr(report, "constants", ()))
-    free = [kind for kind in KINDS if f'"{kind}"' in source(program, oracle=True) or kind == "attention"]
-    free = [kind for kind in free if kind != "other" or said]
-    if not any(stage.kind == "attention" for stage in program.stages):
-        free = [kind for kind in free if kind != "attention"]
+    named = " ".join(str(constant) for constant in constants_of(report))
+    places = dict.fromkeys(re.findall(r'"(\w+ of s\d)"', source(program, oracle=True)))
+    free = [place for place in places if not place.startswith("other") or place.split()[-1] in named]
+    if any(stage.kind == "attention" for stage in program.stages):
+        free.append(OPERATOR)
     for narrow in itertools.product((False, True), repeat=len(free)):
         yield dict(zip(free, narrow, strict=True))
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A report that names constants of modules."""
+
+    constants: tuple[str, ...]
+
+
+EVERY_CONSTANT = Followed(tuple(f"s{i}" for i in range(9)))
+"""A report by which any constant may follow its width."""
+OPERATOR = "scaled_dot_product_attention"
+
+
+def constants_of(report: Any) -> tuple[Any, ...]:
+    """Return the constants that the report says follow a width."""
+    return tuple(getattr(report, "constants", ()) or getattr(report, "rescaled", ()))
 
 
 def oracle(
@@ -233,7 +266,7 @@ def oracle(
                     alive.index_fill_(dim, gone.nonzero().squeeze(1), False)
                 held[name] = marked(tensor.detach(), alive)  # type: ignore[assignment]
     model.train(training)
-    with torch.no_grad(), torch.random.fork_rng(), narrow_scales(constants.get("attention", False)):
+    with torch.no_grad(), torch.random.fork_rng(), narrow_scales(constants.get(OPERATOR, False)):
         torch.manual_seed(0)
         return model(marked(x), **arguments)
 

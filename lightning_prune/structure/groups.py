@@ -150,6 +150,9 @@ def find_structure(ledger: Ledger) -> Structure:
     """
     whole, stuck = _structured(ledger, take(ledger))
     best, last = whole.without_each(stuck), _ways(whole, stuck)
+    if dead := _dead_ways(whole):
+        other, held = _structured(ledger, take(ledger, dead))
+        best = max(best, other.without_each(held), key=_count_free)
     while last:
         whole, stuck = _structured(ledger, take(ledger, last))
         best = max(best, whole.without_each(stuck), key=_count_free)
@@ -169,6 +172,19 @@ def _ways(structure: Structure, names: Iterable[str]) -> set[Way]:
         (choice, way)
         for choice, way in structure.taken.items()
         if any(hang[structure.component[atoms]].any() for atoms, _ in alternatives[choice][way])
+    }
+
+
+def _dead_ways(structure: Structure) -> set[Way]:
+    """Return the ways taken that let nothing leave: another may."""
+    live = np.zeros(structure.ledger.size, dtype=bool)
+    for units in structure.units.values():
+        live[units] = True
+    alternatives = {choice: found.alternatives for choice, found in structure.ledger.choices.items()}
+    return {
+        (choice, way)
+        for choice, way in structure.taken.items()
+        if not any(live[structure.component[atoms]].any() for atoms, _ in alternatives[choice][way])
     }
 
 

@@ -239,7 +239,7 @@ class Ledger:
             for other in others:
                 self.together.append((first.atoms, other.atoms))
                 self.meet(first.atoms, other.atoms)
-            if not first.conditional and not any(other.conditional for other in others):
+            if not first.conditional:
                 return (first,)
         else:
             for mine in sides[0]:
@@ -248,11 +248,7 @@ class Ledger:
                         self.meet(mine.atoms, other.atoms)
         every = [label for side in sides for label in side]
         certain = [label for label in every if not label.conditional]
-        chosen = {id(label.atoms): label for label in every if label.conditional}
-        if certain and len(chosen) == 1:
-            # where its way is not taken, all that it met stays, and does not hold back what a view merges it with
-            return tuple(chosen.values())
-        return (certain[0],) if certain else tuple(chosen.values())
+        return (certain[0],) if certain else tuple({id(label.atoms): label for label in every}.values())
 
     def split(self, key: Hashable, atoms: Atoms, dims: Sequence[int], names: Sequence[Hashable]) -> list[Label]:
         """Write down a choice: ``atoms`` vary along several ``dims``, and only one of those can shrink.

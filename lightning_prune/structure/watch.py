@@ -128,7 +128,8 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not aliases(func):
             for tensor in tensors_among((out,)):
-                self._made.add(tensor.untyped_storage()._cdata)
+                if tensor.layout is torch.strided:  # sparse tensors have no one storage
+                    self._made.add(tensor.untyped_storage()._cdata)
         return out
 
     def _keep(self, tensor: Tensor) -> None:
@@ -194,7 +195,7 @@ class _LabelMode(Watch):
             ledger.running = (path, func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
-        if labelled and outputs and not any(tensor.numel() for tensor, _ in outputs):
+        if labelled and not blank and outputs and not any(tensor.numel() for tensor, _ in outputs):
             self._pin_unseen(tensors, found)
         for tensor, own in outputs:
             if not all(own.values()):

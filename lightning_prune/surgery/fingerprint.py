@@ -92,7 +92,8 @@ def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) ->
         found = found @ direction(dim)
     for dim in range(first - 1, -1, -1):
         found = torch.matmul(direction(dim), found)
-    return found.reshape(-1)
+    # where nothing is projected this is the output itself, which an operator in place may still change
+    return found.reshape(-1) if found is not out else out.reshape(-1).clone()
 
 
 def agree(one: Print, other: Print, tolerance: float) -> bool:

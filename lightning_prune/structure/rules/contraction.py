@@ -36,6 +36,16 @@ def addmm(call: Call) -> Dims:
     return _added(call, addend, _product(call, a, b))
 
 
+@coupling_rule("aten._sparse_addmm")
+def sparse_addmm(call: Call) -> Dims:
+    """A sparse matrix, whose entries lie where they lie, times ``(k, n)``: columns pass, rows keep their number."""
+    addend, _, dense = call.args[:3]
+    call.ledger.pin(call.labels(dense).at(0), "multiplied with a sparse tensor")
+    dims = {1: _made(call, dense, 1)}
+    # torch adds zeros as wide as the product by itself
+    return dims if call.labels(addend).blank else _added(call, addend, dims)
+
+
 @coupling_rule("aten.bmm", reduces=True)
 def bmm(call: Call) -> Dims:
     """``(b, m, k) @ (b, k, n)``: the batch and the summed dimension meet, the others pass."""

@@ -26,7 +26,7 @@ def index(call: Call) -> Dims:
     return moved(call)
 
 
-@coupling_rule("aten.roll", "aten.index_select", "aten.gather", "aten.take_along_dim")
+@coupling_rule("aten.roll", "aten.index_select")
 def shifted(call: Call) -> Dims:
     """Shifts and indices are numbers frozen in code or data: the dimensions that they count along keep their size."""
     source = call.args[0]

@@ -14,6 +14,7 @@ from lightning_prune.structure.rules.table import Call, Dims, coupling_rule, ten
 
 __all__ = ["expand"]
 
+_BROADCASTS = ("expand_as", "broadcast_tensors")
 _PRODUCTS = ("matmul", "__matmul__", "__rmatmul__")
 
 
@@ -103,11 +104,13 @@ def _stretched(call: Call, stretched: Sequence[int]) -> Dims:
         if dim in stretched and (found := counted_by(number)):
             dims[dim] = found
     args, kwargs = call.given
-    product = getattr(call.function, "__name__", "") in _PRODUCTS
-    last = call.out.dim() - 2 if product else call.out.dim()  # a product stretches its batches alone
+    name = getattr(call.function, "__name__", "")
+    last = call.out.dim() - 2 if name in _PRODUCTS else call.out.dim()  # a product stretches its batches alone
     for other in tensors_among((args, tuple(kwargs.values()))):
         shift = call.out.dim() - other.dim()
         beside = range(max(shift, 0), last)
+        if shift and name not in (*_PRODUCTS, *_BROADCASTS):
+            continue  # what else a function takes may be as long by chance
         if shift < 0 or any(other.shape[dim - shift] not in (1, call.out.shape[dim]) for dim in beside):
             continue
         for dim in beside:
