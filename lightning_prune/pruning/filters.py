@@ -37,10 +37,12 @@ from lightning_prune.statistics.gradients import Loss
 from lightning_prune.structure import Keep, Pinned, Structure
 from lightning_prune.surgery import (
     AttributeChange,
+    Constant,
     Cut,
     Disproof,
     Kept,
     Proof,
+    compensated,
     cut_,
     draft,
     find_groups,
@@ -75,14 +77,17 @@ class Report:
         kept: For every parameter or buffer that changed, dimension -> indices kept.
         attributes: Attributes of modules that changed.
         pinned: What stayed, and why.
-        proved: That what was cut was proved: what cannot be proved is not cut, but listed under ``pinned``.
-        proof: What was proved, in words.
+        proved: Whether all of the cut was verified: in each mode that the model's code looks at, every operator that
+            carries pruned channels. What turns out wrong is not pruned, but listed under ``pinned``.
+        proof: What was verified, and what was not, in words.
         branching: Modules whose code goes by numbers of its input: only the path that the example inputs took was seen.
         latency_kept: Share of the latency that is left, as measured, where that was the target.
         measured: What the latency was measured on.
         asked: Share of the target that was to leave; for amounts by pattern, of the filters of all layers named.
         reached: The share of it that left. Where that is less than asked, a warning has said why.
         counted: What counted the multiply-adds, in words.
+        constants: Numbers that code works out from widths, such as 1/sqrt(head width), and that changed with them.
+        scaled: Parameters that were scaled so that such numbers change nothing.
     """
 
     params_before: int
@@ -101,6 +106,8 @@ class Report:
     asked: float = 0.0
     reached: float = 0.0
     counted: str = "by fvcore"
+    constants: tuple[Constant, ...] = ()
+    scaled: tuple[str, ...] = ()
 
 
 @changes_model
@@ -287,6 +294,9 @@ def prepare(
         whole = list(structure.groups)
         structure = structure.without_each(_at_fault(model, structure, keep, proof))
         refused += [name for name in whole if name not in structure.groups]
+    if proof.constants:
+        cut, proof = compensated(model, structure, cut, proof)
+        tensors = cache(partial(cut.tensors, model))
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     return Prepared(cut, tensors(), structure, keep, tuple(refused), widths, proof)
 
@@ -359,7 +369,7 @@ def reported(
         kept=made.cut.kept,
         attributes=made.cut.attributes,
         pinned=tuple(made.structure.pinned),
-        proved=True,
+        proved=not made.structure.ledger.untrained and not made.proof.unseen,
         proof=_words(made),
         branching=made.structure.branching,
         latency_kept=latency_kept,
@@ -367,6 +377,8 @@ def reported(
         asked=outcome.asked,
         reached=outcome.reached,
         counted=by,
+        constants=made.proof.constants,
+        scaled=made.proof.scaled,
     ), outcome
 
 
@@ -431,5 +443,16 @@ def _words(prepared: Prepared) -> str:
         return "nothing was cut"
     proof = prepared.proof
     told = f"{len(prepared.cut.keep)} groups cut; {proof.operators} operators ran, {proof.compared} outputs compared"
-    skipped = sum(proof.skipped.values())
-    return f"{told} on {proof.values}" + (f"; {skipped} not compared" if skipped else "")
+    told += f" on {proof.values}"
+    if proof.skipped:
+        some = ", ".join([f"{what} ({times})" for what, times in list(proof.skipped.items())[:3]])
+        told += f"; not compared: {some}" + (", ..." if len(proof.skipped) > 3 else "")
+    if proof.scaled:
+        told += f"; scaled to compensate numbers made from widths: {', '.join(proof.scaled[:3])}"
+        told += ", ..." if len(proof.scaled) > 3 else ""
+    if proof.constants:
+        told += f"; numbers made from widths change: {'; '.join(map(str, proof.constants[:3]))}"
+        told += "; ..." if len(proof.constants) > 3 else ""
+    if prepared.structure.ledger.untrained:
+        told += f"; train mode does not run on the example inputs ({prepared.structure.ledger.untrained})"
+    return told

@@ -2,7 +2,7 @@
 
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.cut import Cut, cut_, draft
-from lightning_prune.surgery.prove import Disproof, Proof, verify
+from lightning_prune.surgery.prove import Disproof, Proof, compensated, verify
 from lightning_prune.surgery.recipe import (
     RECIPE,
     PackedMasks,
@@ -28,6 +28,7 @@ __all__ = [
     "Proof",
     "RECIPE",
     "Recipe",
+    "compensated",
     "cut_",
     "draft",
     "drop_unused_recipe_",

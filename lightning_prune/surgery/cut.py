@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,17 +29,23 @@ class Cut:
         kept: For each tensor that changes, dimension -> indices kept.
         shapes: For each tensor that changes, its new shape.
         attributes: Attributes of modules that change.
+        scales: For each tensor that is also scaled, dimension and factors along it, ``(size after,)``.
     """
 
     keep: Keep
     kept: Kept
     shapes: dict[str, tuple[int, ...]]
     attributes: tuple[AttributeChange, ...]
+    scales: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the slim values of every tensor that changes; the model keeps its own."""
         own = named_tensors(model)
-        return {name: narrowed(own[name], kept) for name, kept in self.kept.items()}
+        slim = {name: narrowed(own[name], kept) for name, kept in self.kept.items()}
+        for name, (dim, factors) in self.scales.items():
+            value = slim.get(name, own[name].detach())
+            slim[name] = value * factors.to(value).view([-1 if other == dim else 1 for other in range(value.dim())])
+        return slim
 
 
 def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:

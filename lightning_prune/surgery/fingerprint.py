@@ -96,14 +96,26 @@ def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) ->
     return found.reshape(-1) if found is not out else out.reshape(-1).clone()
 
 
-def agree(one: Print, other: Print, tolerance: float) -> bool:
-    """Return whether two fingerprints are equal to rounding, relative to the largest entry."""
-    return difference(one, other) <= tolerance
+def agree(full: Print, slim: Print, tolerance: float, factors: Sequence[float] = ()) -> bool:
+    """Return whether two fingerprints are equal to rounding, relative to the largest entry.
+
+    Args:
+        full: That of the full model.
+        slim: That of the slim one.
+        tolerance: How far apart they may be.
+        factors: By what entries of the slim one may be larger, each by one of these or not at all.
+    """
+    return difference(full, slim, factors) <= tolerance
 
 
-def difference(one: Print, other: Print) -> float:
+def difference(full: Print, slim: Print, factors: Sequence[float] = ()) -> float:
     """Return the largest difference of two fingerprints, relative to their largest entry."""
-    if one.values.shape != other.values.shape:
+    if full.values.shape != slim.values.shape:
         return float("inf")
-    scale = max(one.scale, other.scale)
-    return float((one.values - other.values).abs().max()) / scale if scale else 0.0
+    scale = max(full.scale, slim.scale)
+    if not scale:
+        return 0.0
+    apart = (full.values - slim.values).abs()
+    for factor in factors:
+        apart = torch.minimum(apart, (factor * full.values - slim.values).abs())
+    return float(apart.max()) / scale

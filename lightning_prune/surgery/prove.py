@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.tensors import exchange_
 from lightning_prune.structure.watch import taken_apart
 from lightning_prune.surgery.attributes import AttributeChange, attributes_set
+from lightning_prune.surgery.compensate import Scales, scales_for
 from lightning_prune.surgery.course import Lefts
 from lightning_prune.surgery.cut import Cut, draft
 from lightning_prune.surgery.fingerprint import agree, fingerprint
-from lightning_prune.surgery.replay import Constant, Counted, DifferentError, Reference, Slim
+from lightning_prune.surgery.replay import EMPTY, Constant, Counted, DifferentError, Reference, Slim
 from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
 
-__all__ = ["Disproof", "Proof", "counted", "keep_two", "verify"]
+__all__ = ["Disproof", "Proof", "compensated", "counted", "keep_two", "verify"]
 
 Passes = Sequence[tuple[bool, ExampleInputs]]
 
@@ -61,6 +62,7 @@ class Proof:
         compared: Outputs of theirs that were compared by numbers.
         skipped: Why others, which carry channels that leave, were not, and how many.
         constants: Numbers that code works out from widths, and that change.
+        scaled: Parameters that were scaled to compensate such numbers.
         values: What the models ran on.
     """
 
@@ -68,7 +70,13 @@ class Proof:
     compared: int
     skipped: dict[str, int] = field(default_factory=dict)
     constants: tuple[Constant, ...] = ()
+    scaled: tuple[str, ...] = ()
     values: str = ""
+
+    @property
+    def unseen(self) -> bool:
+        """Whether outputs that carry channels were empty, so that nothing of them was seen."""
+        return any(what.endswith(EMPTY) for what in self.skipped)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,30 @@ def verify(
     return _disproof(structure, cut, f"the slim model does not run ({type(failure).__name__}: {failure})", failure)
 
 
+def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) -> tuple[Cut, Proof]:
+    """Scale slim tensors so that numbers which code works out from widths change nothing, where that can be verified.
+
+    Args:
+        model: The full model, not changed.
+        structure: Its channel groups.
+        cut: A cut that was verified.
+        proof: What was verified, up to these numbers.
+
+    Returns:
+        The cut with factors for its tensors, and what was verified of it: the numbers that are left are not
+        compensated.
+    """
+    scales = scales_for(structure, cut, proof.constants)
+    if not scales.rows:
+        return cut, proof
+    tensors = cache(partial(cut.tensors, model))
+    for setting in _settings(model, structure):
+        with suppress(Exception):
+            found = _compared(model, structure, cut, tensors, setting, scales)
+            return replace(cut, scales=scales.rows), found
+    return cut, proof
+
+
 def _settings(model: nn.Module, structure: Structure) -> Iterator[_Setting]:
     passes = structure.ledger.passes
     half = any(tensor.dtype in _HALVES for tensor in named_tensors(model).values())
@@ -150,9 +182,14 @@ def _disproof(structure: Structure, cut: Cut, reason: str, error: Exception) -> 
 
 
 def _compared(
-    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]], setting: _Setting
+    model: nn.Module,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
+    setting: _Setting,
+    scales: Scales | None = None,
 ) -> Proof:
-    """Run both models and compare them.
+    """Run both models and compare them; tensors of the slim one may be scaled.
 
     Raises:
         DifferentError: If the slim model computes something else.
@@ -162,16 +199,22 @@ def _compared(
     lefts = Lefts(structure, cut.keep)
     counts = counted(structure, lefts)
     stand_ins = StandIns(model, setting.dtype, setting.ordinary)
-    exchanged, instead = stand_ins.slim(cut, tensors())
+    scales = scales or Scales()
+    exchanged, instead = stand_ins.slim(cut, tensors(), scales.rows)
     slim = Slim(ledger.ran, lefts, instead, counts, setting.fewer)
     outputs = _run_all(model, setting, exchanged, cut.attributes, slim)
     del exchanged, instead
     exchanged, instead = stand_ins.full()
-    reference = Reference(ledger.ran, lefts, instead, counts, slim.seen, setting.tolerance)
+    reference = Reference(ledger.ran, lefts, instead, counts, slim.seen, setting.tolerance, scales.windows, scales.free)
     expected = _run_all(model, setting, exchanged, (), reference)
     _compare_outputs(expected, outputs, setting.tolerance)
     return Proof(
-        len(slim.seen), reference.compared, reference.skipped, tuple(dict.fromkeys(reference.constants)), str(setting)
+        len(slim.seen),
+        reference.compared,
+        reference.skipped,
+        tuple(dict.fromkeys(reference.constants)),
+        tuple(scales.rows),
+        str(setting),
     )
 
 

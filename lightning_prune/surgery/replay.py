@@ -8,9 +8,9 @@ gone is filled with numbers of other units: so whatever reads what has gone show
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,24 @@ from lightning_prune.structure.watch import Watch, aliases, plain
 from lightning_prune.surgery.course import Course, Left, Lefts, OtherOperatorsError
 from lightning_prune.surgery.fingerprint import Print, agree, difference, fingerprint, kept_dim
 
-__all__ = ["Constant", "Counted", "DifferentError", "Instead", "Reference", "Seen", "Slim"]
+__all__ = [
+    "EMPTY",
+    "Constant",
+    "Counted",
+    "DifferentError",
+    "Instead",
+    "Reference",
+    "Seen",
+    "Slim",
+    "Window",
+    "is_scaling",
+]
 
 Instead = Mapping[int, Callable[[], Tensor]]
 """``id`` of a tensor -> what makes the one that operators take in its place."""
+
+EMPTY = "its output is empty"
+"""Why an operator was not compared whose numbers nobody saw."""
 
 _PRODUCTS = frozenset({torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm})
 Counted = Mapping[int, tuple[str, int]]
@@ -55,11 +69,25 @@ class Constant:
         where: Path of the module, and the operator.
         before: The number in the full model.
         after: The number in the slim one.
+        at: Index of the operator in the trace.
     """
 
     where: str
     before: float
     after: float
+    at: int = field(repr=False)
+
+    def __str__(self) -> str:
+        """Say what becomes of the number."""
+        return f"{self.where}: {self.before:.6g} becomes {self.after:.6g}"
+
+
+class Window(NamedTuple):
+    """Operators of a trace, ``first`` to before ``last``, whose outputs may carry a factor in the slim model."""
+
+    first: int
+    last: int
+    factor: float
 
 
 class DifferentError(Exception):
@@ -165,6 +193,11 @@ class _Replay(Watch):
         return out
 
 
+def is_scaling(func: Any) -> bool:
+    """Return whether an operator multiplies or divides."""
+    return func.overloadpacket in _SCALED
+
+
 def aliases_only(func: Any) -> bool:
     """Return whether an operator only shows its input in another way: what it shows was compared already."""
     return aliases(func) and not func._schema.is_mutable
@@ -248,10 +281,23 @@ class Reference(_Replay):
         counts: Counted,
         seen: Mapping[int, Seen],
         tolerance: float,
+        windows: Sequence[Window] = (),
+        free: Container[int] = (),
     ) -> None:
-        """Prepare a run; ``seen`` is what the slim run left, and ``tolerance`` is relative to each output's scale."""
+        """Prepare a run.
+
+        Args:
+            ran: The operators of the trace.
+            lefts: What is left of their tensors.
+            instead: Tensors to take in place of others.
+            counts: Arguments that count units.
+            seen: What the slim run left.
+            tolerance: Of a difference, relative to each output's scale.
+            windows: Where outputs of the slim model may carry a factor.
+            free: Operators whose numbers are made up for by that, so that both models keep theirs.
+        """
         super().__init__(ran, lefts, instead, counts)
-        self._seen, self._tolerance = seen, tolerance
+        self._seen, self._tolerance, self._windows, self._free = seen, tolerance, windows, free
         self.compared = 0
         self.skipped: dict[str, int] = {}
         self.constants: list[Constant] = []
@@ -265,13 +311,14 @@ class Reference(_Replay):
             out = self._reduced(at, seen, func, args, kwargs)
         else:
             if seen is not None and torch.Tag.pointwise in func.tags:
-                args = self._with_constants(ran, seen, func, args, kwargs)
+                args = self._with_constants(at, seen, func, args, kwargs)
             out = self.run(func, args, kwargs)
         if seen is not None:
-            self._compare(ran, seen, out)
+            self._compare(at, seen, out)
         return out
 
-    def _compare(self, ran: Ran, seen: Seen, out: Any) -> None:
+    def _compare(self, at: int, seen: Seen, out: Any) -> None:
+        ran = self._ran[at]
         outputs = _tensors(out)
         for which, tensor in enumerate(outputs):
             if which >= len(seen.prints):
@@ -280,14 +327,15 @@ class Reference(_Replay):
             found = self.print_of(ran, which, tensor, slim=False)
             slim = seen.prints[which]
             if seen.value is not None and isinstance(out, Tensor):
-                self._compare_constant(ran, tensor, seen.value)
+                self._compare_constant(at, tensor, seen.value)
                 continue
             if found is None or slim is None:
-                if tensor.numel() or not any(other.numel() for other in outputs):  # norms return empty ones beside
+                if tensor.numel() or not any(other.numel() for other in outputs):  # norms return empty ones, too
                     self._note_skipped(ran, which, tensor)
                 continue
             self.compared += 1
-            if agree(found, slim, self._tolerance):
+            factors = [window.factor for window in self._windows if window.first <= at < window.last]
+            if agree(found, slim, self._tolerance, factors):
                 continue
             told = f"its output differs by {difference(found, slim):.1e} of its scale"
             raise DifferentError(told, ran, numeric=True)
@@ -303,33 +351,34 @@ class Reference(_Replay):
 
     def _note_skipped(self, ran: Ran, which: int, out: Tensor) -> None:
         carries = any(self._lefts.of(labels) for labels in ran.taken) or self._lefts.of(ran.made[which])
-        if carries and not ran.made[which].blank and not aliases_only(ran.func) and ran.func.overloadpacket not in _UNWRITTEN:
-            why = "its output is no floating point" if out.numel() else "its output is empty"
+        told = not aliases_only(ran.func) and ran.func.overloadpacket not in _UNWRITTEN and not ran.made[which].blank
+        if carries and told:
+            why = "its output is no floating point" if out.numel() else EMPTY
             key = f"{ran.func.overloadpacket} in {ran.path or 'the model'}: {why}"
             self.skipped[key] = self.skipped.get(key, 0) + 1
 
-    def _compare_constant(self, ran: Ran, constant: Tensor, slim: float) -> None:
+    def _compare_constant(self, at: int, constant: Tensor, slim: float) -> None:
         """Note a constant that changed, and go on with that of the slim model."""
         before = float(constant)
-        if abs(before - slim) > self._tolerance * max(abs(before), abs(slim)):
-            self._change_constant(ran, before, slim)
+        if at not in self._free and abs(before - slim) > self._tolerance * max(abs(before), abs(slim)):
+            self._change_constant(at, before, slim)
             constant.fill_(slim)
 
-    def _change_constant(self, ran: Ran, before: float, after: float) -> None:
-        where = f"{ran.path or 'the model'}, {ran.func.overloadpacket}"
-        self.constants.append(Constant(where, before, after))
+    def _change_constant(self, at: int, before: float, after: float) -> None:
+        where = f"{self._ran[at].path or 'the model'}, {self._ran[at].func.overloadpacket}"
+        self.constants.append(Constant(where, before, after, at))
 
-    def _with_constants(self, ran: Ran, seen: Seen, func: Any, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    def _with_constants(self, at: int, seen: Seen, func: Any, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Return the arguments of a pointwise operator with the numbers that the slim model gave it."""
         mine = plain((*args, *kwargs.values()) if kwargs else args)
-        if mine == seen.plain:
+        if mine == seen.plain or at in self._free:
             return args
         for before, after in zip(mine, seen.plain, strict=True):
             if before == after:
                 continue
             if func.overloadpacket not in _SCALED:
-                raise DifferentError(f"a number that it takes becomes {after}, not {before}", ran)
-            self._change_constant(ran, before, after)
+                raise DifferentError(f"a number that it takes becomes {after}, not {before}", self._ran[at])
+            self._change_constant(at, before, after)
         return _with_numbers(args, seen.plain)
 
     def _reduced(self, at: int, seen: Seen | None, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.cut import Cut
 
 __all__ = ["StandIns", "inputs_of_ordinary_size"]
+
+Rows = Mapping[str, tuple[int, Tensor]]
+"""Name of a parameter -> dimension and factors along it, ``(size,)``."""
 
 _SAMPLED = 1024
 _SMALL = 1e-3
@@ -46,22 +50,26 @@ class StandIns:
 
     def full(self) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
         """Return tensors to exchange in the full model, and what operators take instead of them, by ``id``."""
-        return self._exchanged({name: tensor for name, tensor in self._own.items() if self._changes(name)}, {})
+        return self._exchanged({name: tensor for name, tensor in self._own.items() if self._changes(name)}, {}, {})
 
     def slim(
-        self, cut: Cut, tensors: Mapping[str, Tensor]
+        self, cut: Cut, tensors: Mapping[str, Tensor], rows: Rows = MappingProxyType({})
     ) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
-        """Return the same for the slim model, whose tensors that are cut are given."""
-        changed = {name: tensor for name, tensor in self._own.items() if name in tensors or self._changes(name)}
-        return self._exchanged({name: tensors.get(name, own) for name, own in changed.items()}, cut.kept)
+        """Return the same for the slim model, whose tensors that are cut are given, and factors along dimensions."""
+        changed = {
+            name: tensors.get(name, own)
+            for name, own in self._own.items()
+            if name in tensors or name in rows or self._changes(name)
+        }
+        return self._exchanged(changed, cut.kept, rows)
 
     def _exchanged(
-        self, values: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]
+        self, values: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]], rows: Rows
     ) -> tuple[dict[str, Tensor], dict[int, Callable[[], Tensor]]]:
         exchanged: dict[str, Tensor] = {}
         made: dict[int, Callable[[], Tensor]] = {}
         for name, value in values.items():
-            make = partial(self._made, name, value.detach(), kept.get(name, {}))
+            make = partial(self._made, name, value.detach(), kept.get(name, {}), rows.get(name))
             if value.dim() < 2 or not self._changes(name):  # weighs little, or is there already
                 exchanged[name] = make()
             else:
@@ -76,14 +84,18 @@ class StandIns:
     def _type(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
 
-    def _made(self, name: str, value: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    def _made(self, name: str, value: Tensor, kept: Mapping[int, Tensor], factors: tuple[int, Tensor] | None) -> Tensor:
         own = self._own[name]
         if name in self._little:
             more = _noise(name, own)
             for dim, indices in kept.items():
                 more = more.index_select(dim, indices.to(more.device))
             value = value.to(more.dtype) + more
-        return value.to(self._type(own))
+        value = value.to(self._type(own))
+        if factors is not None:
+            dim, by = factors
+            value = value * by.to(value).view([-1 if other == dim else 1 for other in range(value.dim())])
+        return value
 
 
 def _tells_little(tensor: Tensor) -> bool:
