@@ -399,3 +399,31 @@ def test_a_model_full_of_nan_is_cut_all_the_same():
         parameter.data.fill_(math.nan)
     prune_filters(model, IMAGE, 0.5)
     assert (model[0].out_channels, model[3].out_channels) == (4, 6)
+
+
+class LooksAtMode(nn.Module):
+    """Code that looks at ``training``, so that train mode is verified, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        return self.last(x + 0.1 if self.training else x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_are_those_of_before(dtype):
+    """Verifying train mode leaves no trace in running statistics: what is left of them is as it was."""
+    torch.manual_seed(0)
+    model = LooksAtMode().to(dtype)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2.0)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    report = prune_filters(model, torch.randn(2, 3, 9, 9, dtype=dtype), 0.5)
+    kept = report.kept["norm.running_mean"][0]
+    assert len(kept) == 4
+    assert torch.equal(model.norm.running_mean, before["norm.running_mean"][kept])
+    assert torch.equal(model.norm.running_var, before["norm.running_var"][kept])
+    assert torch.equal(model.norm.num_batches_tracked, before["norm.num_batches_tracked"])

@@ -35,6 +35,10 @@ _STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as lon
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
+_RUNNING_STATISTICS = {
+    torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm, torch.ops.aten.miopen_batch_norm,
+}  # fmt: skip
+"""Operators that update ``running_mean`` and ``running_var`` in train mode, which their schemas do not say."""
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -121,10 +125,9 @@ class Watch(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
-        if writes(func):
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-                    self._keep(value)
+        for position in _written(func):
+            if position < len(args) and isinstance(args[position], Tensor):
+                self._keep(args[position])
         out = func(*args, **kwargs)
         if not aliases(func):
             for tensor in tensors_among((out,)):
@@ -136,6 +139,15 @@ class Watch(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._made and storage._cdata not in self._before:
             self._before[storage._cdata] = storage, storage.clone()
+
+
+@cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Return the positions of the arguments that an operator may write into."""
+    if func.overloadpacket in _RUNNING_STATISTICS:
+        return 3, 4
+    arguments = enumerate(func._schema.arguments)
+    return tuple([i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write])
 
 
 @cache
