@@ -36,8 +36,7 @@ from lightning_prune import PruningError
 from lightning_prune.budget import Budget, Dense
 from lightning_prune.footprint import Footprint
 from lightning_prune.pruning.filters import count_params, prepare
-from lightning_prune.structure import find_structure, trace
-from lightning_prune.surgery import AttributeChange, Cut, Disproof, verify
+from lightning_prune.surgery import AttributeChange, Cut, Disproof, find_groups, verify
 from lightning_prune.surgery.attributes import set_attributes_
 from tests import models, sequences
 from tests.programs import DTYPES, Program, Stage, build, compiled, draw, example_of, fresh_input
@@ -555,7 +554,7 @@ def tried(subject: Subject, setting: str, seed: int) -> list[dict[str, Any]]:
     r = random.Random(seed)
     model = subject.build()
     try:
-        structure = find_structure(trace(model, subject.example))
+        structure = find_groups(model, subject.example)
         if not structure.groups:
             return []
         scores = {

@@ -48,7 +48,7 @@ from lightning_prune.errors import PruningError
 from lightning_prune.flops import count_flops
 from lightning_prune.inputs import run, tensors_in
 from lightning_prune.pruning.filters import count_params, prune_filters
-from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import find_groups
 
 HERE = Path(__file__).parent
 AMOUNT = 0.3
@@ -134,7 +134,7 @@ def _compared(model: nn.Module, inputs: Inputs, ignore: Sequence[str]) -> tuple[
 
 def _with_statistics(model: nn.Module, inputs: Inputs) -> list[str]:
     """Return the producers of the groups across whose units a statistic runs, and of those linked to them."""
-    structure = find_structure(trace(model, inputs))
+    structure = find_groups(model, inputs)
     mixed = {name for name, group in structure.groups.items() if group.changes_statistics}
     mixed |= {name for link in structure.links if mixed & set(link) for name in link}
     return sorted({path for name in mixed for path in structure.groups[name].producers})
