@@ -109,7 +109,7 @@ class _Replay(Watch):
             raise
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator; memory that it leaves unwritten holds zeros, since code may copy from it before it writes."""
+        """Run an operator; what it leaves unwritten holds zeros, since code may copy from it before it writes."""
         out = super().run(func, args, kwargs)
         return out.zero_() if func.overloadpacket in _UNWRITTEN else out
 
