@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.structure import build
 from lightning_prune import prune_filters
 from lightning_prune.footprint import measure
-from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import find_groups
 
 RESULTS = Path(__file__).with_suffix(".json")
 MODELS = (
@@ -65,7 +65,7 @@ def fvcore(model: nn.Module, x: Tensor) -> int:
 
 def unit_costs(model: nn.Module, x: Tensor) -> list[int]:
     """Return, for every group of a model, the multiply-adds that leave with one of its units."""
-    structure = find_structure(trace(model, x))
+    structure = find_groups(model, x)
     cost = partial(measure, model, structure)
     whole = cost({}).flops
     first = {name: [False] + [True] * (group.width - 1) for name, group in structure.groups.items()}

@@ -26,7 +26,8 @@ from benchmarks.training import accuracy, fit
 from lightning_prune import scoring
 from lightning_prune.arguments import with_ignored
 from lightning_prune.oracle import correlate, oracle
-from lightning_prune.structure import Structure, find_structure, trace
+from lightning_prune.structure import Structure
+from lightning_prune.surgery import find_groups
 
 RESULTS = Path(__file__).with_suffix(".json")
 TRAINED_VGG = Path(__file__).with_name("molchanov2016-vgg.pt")
@@ -107,7 +108,7 @@ def compare(
 ) -> dict:
     """Correlate every criterion with the oracle on the same images; and, for what chance does, the oracle on others."""
     begin = perf_counter()
-    structure = with_ignored(model, find_structure(trace(model, EXAMPLE)), ignore)
+    structure = with_ignored(model, find_groups(model, EXAMPLE), ignore)
     truth = oracle(model, structure, batches, cross_entropy, progress=progress)
     found = {OTHERS: correlate(oracle(model, structure, others, cross_entropy, progress=progress), truth)}
     for criterion in criteria:

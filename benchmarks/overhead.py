@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import resnet_cifar
 from lightning_prune.statistics.units import UnitMeans, gather_contributions, taylor_over_units, watch_contributions
-from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import find_groups
 
 RESULTS = Path(__file__).with_suffix(".json")
 GOALS = {"weights": 1.05, "activations": 1.15}
@@ -34,7 +34,7 @@ def stepper(model: nn.Module, form: str, hooks: ExitStack) -> Callable[[Tensor, 
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
-    structure = find_structure(trace(model, torch.zeros(1, 3, 32, 32, device=device)))
+    structure = find_groups(model, torch.zeros(1, 3, 32, 32, device=device))
     means = UnitMeans({name: group.width for name, group in structure.groups.items()}, device)
     found = hooks.enter_context(watch_contributions(model, structure)) if form == "activations" else {}
 

@@ -21,8 +21,8 @@ from lightning_prune.inputs import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.latency import ROUNDS, Turn, circumstances
 from lightning_prune.limits import channels, step_of
 from lightning_prune.progress import seen
-from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
-from lightning_prune.surgery import draft, temporarily_cut
+from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.surgery import draft, find_groups, temporarily_cut
 
 __all__ = ["LatencyReport", "Timing", "compare_latency"]
 
@@ -100,7 +100,7 @@ def compare_latency(
         >>> report.awkward, [timing.batch_size for timing in report.timings]
         ({'0': 20}, [4])
     """
-    structure = find_structure(trace(dense, example_inputs))
+    structure = find_groups(dense, example_inputs)
     widths = _widths(structure, pruned)
     rounder = _rounder(structure, widths)
     flops = {_DENSE: count(dense, example_inputs, structure).total, _PRUNED: count(pruned, example_inputs).total}

@@ -63,44 +63,89 @@ class _Found:
 
 
 def _rehearsed(model: nn.Module, structure: Structure) -> _Found:
-    """Run the model with half of its units gone, on shapes alone where its code allows that, and compare sizes."""
-    keep = half_of(structure)
+    """Run the model with half of its units gone and compare sizes; where that does not run, with one unit gone."""
+    found, stopped = _tried(model, structure, units_left(structure))
+    if found.stuck or stopped is None:
+        return found
+    # Some code runs down to a width only; how far the cut at hand may go is for its verification to find.
+    keep = units_left(structure, all_but_one=True)
+    found, stopped = _tried(model, structure, keep)
+    if found.stuck or stopped is None:
+        return found
+    found.stuck.update(_blamed(model, structure, keep, stopped))
+    return found
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where a slim model stopped, or ran another operator than the full one, and why."""
+
+    ran: Ran | None
+    reason: str
+
+
+def _tried(model: nn.Module, structure: Structure, keep: Keep) -> tuple[_Found, _Stop | None]:
+    """Run a slim model, on shapes alone where its code allows that, and compare sizes as far as it runs."""
+    found = _Found()
     if not keep:
-        return _Found()
-    cut = draft(model, structure, keep)
+        return found, None
     lefts = Lefts(structure, keep)
-    ledger, error = _run_slim(model, structure, cut)
+    ledger, error = _run_slim(model, structure, draft(model, structure, keep))
     pairs, other = aligned(structure.ledger.ran, ledger.ran)
     counts = counted(structure, lefts)
-    found = _Found()
     for at, ran in pairs:
         full = structure.ledger.ran[at]
         if _as_expected(lefts, full.taken, full.entering, ran.entering):
             _look(found, structure, lefts, at, ran, counts.get(at))
-    if found.stuck or not (error or other):
-        return found
+    if error is None and other is None:
+        return found, None
     # What does not run stops at the operator after the last that did, or where it first runs another.
     stopped = other.ran if other is not None else _after(structure.ledger.ran, pairs)
-    reason = f"the slim model does not run: {error or other}"
-    if stopped is not None:
-        found.stuck.update(_groups_of_kind(structure, lefts, stopped, reason))
-    if not found.stuck and error is not None:
-        found.stuck.update(dict.fromkeys(_culprits(model, structure, keep), reason))
-    return found
+    return found, _Stop(stopped, f"the slim model does not run: {error or other}")
 
 
-def half_of(structure: Structure) -> dict[str, np.ndarray]:
-    """Return a choice of half of the units of every group, drawn at random; groups of fewer than three stay whole."""
+def _blamed(model: nn.Module, structure: Structure, keep: Keep, stop: _Stop) -> dict[str, str]:
+    """Return the groups that stop a slim model, with the reason.
+
+    They are those of the operator where it stops, if they alone stop it too: code may refuse a width long before, or
+    after, an operator takes it.
+    """
+    if stop.ran is not None:
+        lefts = Lefts(structure, keep)
+        own = _with_linked(structure, lefts.groups(*stop.ran.taken, *stop.ran.made))
+        if own and not _runs(model, structure, {name: stays for name, stays in keep.items() if name in own}):
+            return _groups_of_kind(structure, lefts, stop.ran, stop.reason)
+    return dict.fromkeys(_culprits(model, structure, keep), stop.reason)
+
+
+def _with_linked(structure: Structure, names: Iterable[str]) -> set[str]:
+    found = set(names)
+    return found.union(*[link for link in structure.links if found & set(link)])
+
+
+def _runs(model: nn.Module, structure: Structure, keep: Keep) -> bool:
+    """Return whether a slim model runs the operators that the full one runs."""
+    ledger, error = _run_slim(model, structure, draft(model, structure, keep))
+    return error is None and aligned(structure.ledger.ran, ledger.ran)[1] is None
+
+
+def units_left(structure: Structure, all_but_one: bool = False) -> dict[str, np.ndarray]:
+    """Return a choice of half of the units of every group, or of all but one, drawn at random.
+
+    Linked groups keep the same share. Groups that would keep fewer than two units stay whole.
+    """
     generator = np.random.default_rng(0)
-    share: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for link in structure.links:
-        # linked groups keep the same share, in whole steps
+        # a step takes the same share of each group
         steps = int(np.gcd.reduce([structure.groups[name].width for name in link]))
-        narrow = min(structure.groups[name].width * (steps // 2) // max(steps, 1) for name in link) < 2
-        share |= dict.fromkeys(link, 1.0 if narrow else 1 - steps // 2 / steps)
+        left = steps - (1 if all_but_one else steps // 2)
+        link_counts = {name: structure.groups[name].width // steps * left for name in link}
+        narrow = min(link_counts.values()) < 2
+        counts |= {name: structure.groups[name].width for name in link} if narrow else link_counts
     keep = {}
     for name, group in structure.groups.items():
-        count = round(group.width * share.get(name, 1 - group.width // 2 / group.width))
+        count = counts.get(name, group.width - (1 if all_but_one else group.width // 2))
         if 2 <= count < group.width:
             keep[name] = np.zeros(group.width, dtype=bool)
             keep[name][generator.permutation(group.width)[:count]] = True
@@ -188,22 +233,17 @@ def _after(expected: list[Ran], pairs: list[tuple[int, Ran]]) -> Ran | None:
 
 def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> list[str]:
     """Halve the groups that are cut until those are found without which the slim model runs."""
-
-    def runs(names: list[tuple[str, ...]]) -> bool:
-        chosen = {name: keep[name] for link in names for name in link}
-        return _run_slim(model, structure, draft(model, structure, chosen))[1] is None
-
     stuck: list[str] = []
 
-    def search(names: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        if runs(accepted + names):
-            return names
-        if len(names) == 1:
-            stuck.extend(names[0])
+    def search(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        if _runs(model, structure, {name: keep[name] for link in accepted + links for name in link}):
+            return links
+        if len(links) == 1:
+            stuck.extend(links[0])
             return []
-        half = len(names) // 2
-        left = search(names[:half], accepted)
-        return left + search(names[half:], accepted + left)
+        half = len(links) // 2
+        left = search(links[:half], accepted)
+        return left + search(links[half:], accepted + left)
 
     linked = [link for link in structure.links if all(name in keep for name in link)]
     single = [(name,) for name in keep if not any(name in link for link in linked)]
