@@ -41,25 +41,26 @@ class Scales:
 
 
 def scales_for(structure: Structure, cut: Cut, constants: tuple[Constant, ...]) -> Scales:
-    """Return the factors that make up for numbers that a cut changes, where what they multiply shows its producers."""
+    """Return the factors that compensate numbers that a cut changes, where what they multiply shows its producers."""
     lefts = Lefts(structure, cut.keep)
     ran = structure.ledger.ran
+    sources = _Sources(structure)
     scales = Scales()
     for constant in constants:
         at = constant.at if is_scaling(ran[constant.at].func) else _consumer(ran, constant.at)
         if at is None:
             continue
-        made = _producers(structure, lefts, at)
+        made = sources.of(_scaled_labels(ran, lefts, at))
         if not made:
             continue
         # The slim model multiplies by so much more than the full one, and its producers by so much less.
         more = _ratio_at(ran, constant, at)
         factor = more if "div" in str(ran[at].func) else 1 / more
-        first = min(_first_use(structure, name, dim) for name, dim in made)
-        scales.windows.append(Window(first, at, factor))
+        scales.windows.append(Window(min(sources.first_use[slot] for slot in made), at, factor))
         scales.free |= {at, constant.at, *_between(ran, constant.at, at)}
-        for (name, dim), indices in made.items():
-            _add_rows(scales, cut, structure, name, dim, indices, factor)
+        for slot, indices in made.items():
+            for name, dim, size in sources.with_bias(slot):
+                _add_rows(scales, cut, name, dim, size, indices, factor)
     return scales
 
 
@@ -87,29 +88,13 @@ def _between(ran: list[Ran], first: int, last: int) -> set[int]:
     return {at for at in range(first, last) if all(int(np.prod(shape)) <= 1 for shape in ran[at].leaving)}
 
 
-def _producers(structure: Structure, lefts: Lefts, at: int) -> dict[tuple[str, int], set[int]]:
-    """Return where the numbers of what an operator scales are made: parameter and dimension -> indices."""
-    ran = structure.ledger.ran
+def _scaled_labels(ran: list[Ran], lefts: Lefts, at: int) -> list[Label]:
+    """Return the labels along the narrowed width of what an operator scales, or of the product that made it."""
     labels = _narrowed(lefts, ran[at].taken)
-    if not labels:
-        product = next((ran[i] for i in range(at - 1, -1, -1) if reduces(ran[i].func)), None)
-        if product is None or len(product.taken) < 2:
-            return {}
-        labels = _narrowed(lefts, product.taken[:1])
-    if not labels:
-        return {}
-    atoms = _real(structure, [label.atoms for label in labels])
-    found: dict[tuple[str, int], set[int]] = {}
-    for slot in structure.ledger.slots:
-        own = atoms[(atoms >= slot.start) & (atoms < slot.start + slot.size)] - slot.start
-        if not len(own):
-            continue
-        found.setdefault((slot.tensor, slot.dim), set()).update(own.tolist())
-        bias = slot.tensor.removesuffix("weight") + "bias"
-        for other in structure.ledger.slots:
-            if other.tensor == bias != slot.tensor and other.size == slot.size:
-                found.setdefault((bias, other.dim), set()).update(own.tolist())
-    return found
+    if labels:
+        return labels
+    product = next((ran[i] for i in range(at - 1, -1, -1) if reduces(ran[i].func)), None)
+    return _narrowed(lefts, product.taken[:1]) if product is not None else []
 
 
 def _narrowed(lefts: Lefts, taken: Sequence[Labels]) -> list[Label]:
@@ -121,38 +106,78 @@ def _narrowed(lefts: Lefts, taken: Sequence[Labels]) -> list[Label]:
     return []
 
 
-def _real(structure: Structure, blocks: list[Atoms]) -> Atoms:
-    """Return the atoms of parameters that conditional ones stand for."""
-    steps: list[tuple[Atoms, Atoms]] = []
-    for key, choice in structure.ledger.choices.items():
-        way = structure.taken.get(key, next(iter(choice.alternatives)))
-        for atoms, columns in choice.alternatives[way]:
-            steps.append((np.broadcast_to(atoms, columns.shape).ravel(), columns.ravel()))
-    found = np.unique(np.concatenate([block.ravel() for block in blocks]))
-    while True:
-        more = [target[np.isin(conditional, found)] for conditional, target in steps]
-        grown = np.unique(np.concatenate([found, *more]))
-        if len(grown) == len(found):
-            return grown
-        found = grown
+class _Sources:
+    """Tells which rows of which parameters the numbers of a tensor come from.
+
+    Attributes:
+        first_use: For each slot the first operator that takes it.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self._slots = structure.ledger.slots
+        self._starts = np.array([slot.start for slot in self._slots])
+        self._ends = self._starts + np.array([slot.size for slot in self._slots])
+        self._by_place = {(slot.tensor, slot.dim): slot for slot in self._slots}
+        self._steps = self._conditional(structure)
+        self.first_use: dict[int, int] = {}
+        for at, ran in enumerate(structure.ledger.ran):
+            for labels in ran.taken:
+                for own in labels.dims.values():
+                    for slot in self._slots_of(np.array([label.atoms[0] for label in own])):
+                        self.first_use.setdefault(slot, at)
+
+    def of(self, labels: Sequence[Label]) -> dict[int, set[int]]:
+        """Return for each slot that labels come from which of its indices do."""
+        if not labels:
+            return {}
+        atoms = self._real(np.unique(np.concatenate([label.atoms for label in labels])))
+        found = {}
+        for which in self._slots_of(atoms):
+            start, end = self._starts[which], self._ends[which]
+            found[which] = set((atoms[(atoms >= start) & (atoms < end)] - start).tolist())
+        return {which: indices for which, indices in found.items() if which in self.first_use}
+
+    def with_bias(self, slot: int) -> list[tuple[str, int, int]]:
+        """Return tensor, dimension and size of a slot, and of the bias beside it."""
+        own = self._slots[slot]
+        places = [(own.tensor, own.dim, own.size)]
+        bias = self._by_place.get((own.tensor.removesuffix("weight") + "bias", 0))
+        if own.tensor.endswith("weight") and bias is not None and bias.size == own.size:
+            places.append((bias.tensor, bias.dim, bias.size))
+        return places
+
+    def _slots_of(self, atoms: Atoms) -> list[int]:
+        which = np.searchsorted(self._starts, atoms, side="right") - 1
+        inside = (which >= 0) & (atoms < self._ends[which])
+        return [int(slot) for slot in np.unique(which[inside])]
+
+    def _conditional(self, structure: Structure) -> tuple[Atoms, Atoms]:
+        """Return conditional atoms, ascending, each beside one that it stands for."""
+        conditional, real = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        for key, choice in structure.ledger.choices.items():
+            way = structure.taken.get(key, next(iter(choice.alternatives)))
+            for atoms, columns in choice.alternatives[way]:
+                conditional.append(np.broadcast_to(atoms, columns.shape).ravel())
+                real.append(columns.ravel())
+        every = np.concatenate(conditional)
+        order = np.argsort(every, kind="stable")
+        return every[order], np.concatenate(real)[order]
+
+    def _real(self, atoms: Atoms) -> Atoms:
+        """Return atoms with those that they stand for."""
+        conditional, real = self._steps
+        found = frontier = atoms
+        while len(frontier):
+            first = np.searchsorted(conditional, frontier, side="left")
+            last = np.searchsorted(conditional, frontier, side="right")
+            more = [real[start:stop] for start, stop in zip(first, last, strict=True) if stop > start]
+            frontier = np.setdiff1d(np.concatenate(more), found) if more else np.empty(0, dtype=np.int64)
+            found = np.union1d(found, frontier)
+        return found
 
 
-def _first_use(structure: Structure, name: str, dim: int) -> int:
-    """Return the first operator that takes a parameter."""
-    slot = next(slot for slot in structure.ledger.slots if (slot.tensor, slot.dim) == (name, dim))
-    for at, ran in enumerate(structure.ledger.ran):
-        for labels in ran.taken:
-            for own in labels.dims.values():
-                if any(slot.start <= int(label.atoms[0]) < slot.start + slot.size for label in own):
-                    return at
-    return 0
-
-
-def _add_rows(
-    scales: Scales, cut: Cut, structure: Structure, name: str, dim: int, indices: set[int], factor: float
-) -> None:
-    slot = next(slot for slot in structure.ledger.slots if (slot.tensor, slot.dim) == (name, dim))
-    kept = cut.kept.get(name, {}).get(dim, torch.arange(slot.size))
+def _add_rows(scales: Scales, cut: Cut, name: str, dim: int, size: int, indices: set[int], factor: float) -> None:
+    kept = cut.kept.get(name, {}).get(dim, torch.arange(size))
     factors = torch.ones(len(kept), dtype=torch.float64)
     factors[torch.isin(kept, torch.tensor(sorted(indices)))] = factor
     if name in scales.rows and scales.rows[name][0] == dim:
