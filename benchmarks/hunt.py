@@ -52,8 +52,10 @@ class Tally:
 
     def cells(self) -> list[str]:
         counts = [str(self.outcomes[outcome]) for outcome in OUTCOMES]
-        shares = [f"{(self.before - self.after) / self.before:.0%}", f"{self.asked / self.before:.0%}"]
-        return [str(sum(self.outcomes.values())), *counts, *(shares if self.before else ["", ""])]
+        shares = ["", ""]
+        if self.before:
+            shares = [f"{(self.before - self.after) / self.before:.0%}", f"{self.asked / self.before:.0%}"]
+        return [str(sum(self.outcomes.values())), *counts, *shares]
 
 
 def program(seed: int, index: int) -> Program:

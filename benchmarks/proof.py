@@ -590,6 +590,9 @@ def tried(subject: Subject, setting: str, seed: int) -> list[dict[str, Any]]:
         )  # fmt: skip
     except PruningError:
         return []
+    except Exception as failure:
+        why = f"pruning raised {type(failure).__name__}: {failure}"
+        return [row(setting, subject, Planted("the cut itself", "", Cut({}, {}, {}, ())), why, False)]
     structure, cut = prepared.structure, prepared.cut
     if not cut.kept:
         return []
