@@ -7,7 +7,7 @@ model, whose reducing operators (products, norms, statistics) were given only wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -26,6 +26,7 @@ from lightning_prune.surgery.course import Lefts
 from lightning_prune.surgery.cut import Cut, draft
 from lightning_prune.surgery.fingerprint import agree, fingerprint
 from lightning_prune.surgery.replay import EMPTY, Constant, Counted, DifferentError, Reference, Slim
+from lightning_prune.surgery.resize import narrowed
 from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
 
 __all__ = ["Disproof", "Proof", "compensated", "counted", "keep_two", "verify"]
@@ -109,6 +110,9 @@ def verify(
         cut: The cut to verify.
         tensors: Makes the slim values of everything that the cut changes.
     """
+    told = _written_otherwise(model, structure, cut, tensors())
+    if told:
+        return Disproof(told)
     failure: Exception = RuntimeError("nothing was run")
     for setting in _settings(model, structure):
         try:
@@ -127,6 +131,24 @@ def verify(
         if found is not None:
             return found
     return _disproof(structure, cut, f"the slim model does not run ({type(failure).__name__}: {failure})", failure)
+
+
+def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors: Mapping[str, Tensor]) -> str:
+    """Return what of a cut is not what the structure says, if anything: the runs show it only where numbers tell."""
+    alive = structure.alive(cut.keep)
+    own = named_tensors(model)
+    for slot in structure.ledger.slots:
+        left = np.flatnonzero(alive[slot.start : slot.start + slot.size])
+        kept = cut.kept.get(slot.tensor, {}).get(slot.dim)
+        if not np.array_equal(left, np.arange(slot.size) if kept is None else kept.numpy()):
+            return f"{slot.tensor} would keep other indices along dimension {slot.dim} than its channels do"
+    for name, slim in tensors.items():
+        # vectors are cheap to compare; numbers of larger tensors show in what is computed from them
+        if name not in cut.scales and slim.dim() < 2:
+            full = narrowed(own[name].detach(), cut.kept.get(name, {}))
+            if not torch.equal(slim.nan_to_num(), full.nan_to_num()):
+                return f"{name} would hold other values than it does"
+    return ""
 
 
 def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) -> tuple[Cut, Proof]:

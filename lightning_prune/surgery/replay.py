@@ -198,6 +198,13 @@ class _Replay(Watch):
         return out
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Return whether plain arguments are equal; what is not a number equals itself."""
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) or (one != one and other != other)
+
+
 def is_scaling(func: Any) -> bool:
     """Return whether an operator multiplies or divides."""
     return func.overloadpacket in _SCALED
@@ -376,10 +383,10 @@ class Reference(_Replay):
     def _with_constants(self, at: int, seen: Seen, func: Any, args: list[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Return the arguments of a pointwise operator with the numbers that the slim model gave it."""
         mine = plain((*args, *kwargs.values()) if kwargs else args)
-        if mine == seen.plain or at in self._free:
+        if _same(mine, seen.plain) or at in self._free:
             return args
         for before, after in zip(mine, seen.plain, strict=True):
-            if before == after:
+            if _same(before, after):
                 continue
             if func.overloadpacket not in _SCALED:
                 raise DifferentError(f"a number that it takes becomes {after}, not {before}", self._ran[at])
@@ -428,7 +435,7 @@ class Reference(_Replay):
             free |= {"N", "C", "HxW", "normalized_shape"}  # which it checks itself
         names = [argument.name for argument in ran.func._schema.arguments]
         for name, before, after in zip(names, mine, seen.plain, strict=False):
-            if before != after and name not in free:
+            if name not in free and not _same(before, after):
                 raise DifferentError(f"{name} becomes {after}, not {before}", ran)
 
 
