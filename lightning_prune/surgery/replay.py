@@ -217,8 +217,19 @@ def aliases_only(func: Any) -> bool:
 
 def _restricted(tensor: Tensor, left: Mapping[int, Left]) -> Tensor:
     for dim, own in left.items():
-        tensor = tensor.index_select(dim, own.indices.to(tensor.device))
+        tensor = _selected(tensor, dim, own.indices)
     return tensor
+
+
+def _selected(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Select indices; dimensions lie in memory in the order they did, by which torch chooses between operators."""
+    indices = indices.to(tensor.device)
+    if tensor.is_contiguous():
+        return tensor.index_select(dim, indices)
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
+    chosen = tensor.permute(order).index_select(order.index(dim), indices)
+    return chosen.permute([order.index(d) for d in range(tensor.dim())])
 
 
 class Slim(_Replay):
@@ -462,7 +473,7 @@ def _filled(out: Tensor, left: Mapping[int, Left]) -> Tensor:
         if out.shape[dim] != own.count:
             continue  # the comparison of shapes tells
         if own.count:
-            out = out.index_select(dim, own.fill.to(out.device))
+            out = _selected(out, dim, own.fill)
         else:
             out = out.new_zeros((*out.shape[:dim], own.size, *out.shape[dim + 1 :]))
     return out
