@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune.structure.decisions import impose_
 from lightning_prune.structure.hollow import writes
 from lightning_prune.structure.labels import Ran
 from lightning_prune.structure.rules import reduces, tensors_among
@@ -252,6 +253,7 @@ class Slim(_Replay):
             out = self._drawn(at, ran, func, args, kwargs, slim=True)
         else:
             out = self.run(func, args, kwargs)
+        impose_(ran.decisions, _tensors(out))
         seen = self.seen[at] = Seen(plain((*args, *kwargs.values()) if kwargs else args))
         if at in self._counts:
             self._check_count(ran, seen, *self._counts[at])
@@ -337,6 +339,7 @@ class Reference(_Replay):
             if seen is not None and torch.Tag.pointwise in func.tags:
                 args = self._with_constants(at, seen, func, args, kwargs)
             out = self.run(func, args, kwargs)
+        impose_(ran.decisions, _tensors(out))
         if seen is not None:
             self._compare(at, seen, out)
         return out
