@@ -67,6 +67,7 @@ def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -
     Returns:
         Projections in float32 or better, one where no dimension is kept.
     """
+    out = out.detach()  # the model's own code may turn gradients on
     if out.is_complex():
         out = torch.view_as_real(out)
         along = [*along, None]
