@@ -52,9 +52,10 @@ class Budget:
         alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
         found = dict(alone)
         for block in blocks_of(structure, alone, self.round_to):
-            for name, width in block.levels[-1].items():
+            narrowest = block.at(-1)
+            for name, width in narrowest.items():
                 if width > alone[name].width:
-                    tied = ", ".join(other for other in block.levels[-1] if other != name)
+                    tied = ", ".join(other for other in narrowest if other != name)
                     found[name] = Least(width, f"it keeps the same share as {tied}" if tied else alone[name].why)
         return found
 

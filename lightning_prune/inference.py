@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lightning_prune.errors import PruningError
@@ -46,7 +47,8 @@ def refuse_inference_tensors(where: str, model: nn.Module) -> None:
         PruningError: Naming the first of them, and what makes ordinary tensors of all.
     """
     own = chain(model.named_parameters(), model.named_buffers())
-    made = [name for name, tensor in own if tensor.is_inference()]
+    # a lazy parameter, which has no shape yet, takes no question; others refuse it
+    made = [name for name, tensor in own if not is_lazy(tensor) and tensor.is_inference()]
     if made:
         raise PruningError(
             f"{where}: {len(made)} parameters and buffers of {type(model).__name__}, the first of them {made[0]}, were "

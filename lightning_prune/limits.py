@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lightning_prune.structure import ChannelGroup, Structure
 
@@ -26,16 +30,32 @@ class Block:
     """Groups that shrink together, most often one alone, and the widths that they may have.
 
     Attributes:
-        levels: Group name -> units, as the groups stand and then ever fewer.
+        members: Names of the groups.
+        widths: Their units at each level, ``(levels, members)``: as they stand and then ever fewer.
         coarse: Whether single steps may weigh much: widths are tied together, or one unit is several channels.
     """
 
-    levels: tuple[Mapping[str, int], ...]
+    members: tuple[str, ...]
+    widths: NDArray[np.int64]
     coarse: bool
+
+    @cached_property
+    def left(self) -> NDArray[np.int64]:
+        """Units of all members at each level, ``(levels,)``."""
+        return self.widths.sum(axis=1)
+
+    @property
+    def steps(self) -> int:
+        """How often the groups can shrink further."""
+        return len(self.widths) - 1
+
+    def at(self, level: int) -> dict[str, int]:
+        """Return the units of each group at a level."""
+        return dict(zip(self.members, self.widths[level].tolist(), strict=True))
 
     def gone(self, level: int) -> int:
         """Return how many units have left at a level."""
-        return sum(self.levels[0].values()) - sum(self.levels[level].values())
+        return int(self.left[0] - self.left[level])
 
 
 class Room(NamedTuple):
@@ -134,18 +154,14 @@ def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 
         link = linked.get(name, (name,))
         if name != link[0]:
             continue
-        widths = {member: structure.groups[member].width for member in link}
-        steps = {member: step_of(structure.groups[member], round_to) for member in link}
-        parts = math.gcd(*widths.values())
-        shares = (
-            {member: left * width // parts for member, width in widths.items()} for left in range(parts - 1, 0, -1)
-        )
-        fits = (
-            level
-            for level in shares
-            if all(level[member] >= least[member].width and level[member] % steps[member] == 0 for member in link)
-        )
-        found.append(Block((widths, *fits), coarse=len(link) > 1 or channels(group) > 1))
+        whole = np.array([structure.groups[member].width for member in link])
+        steps = np.array([step_of(structure.groups[member], round_to) for member in link])
+        fewest = np.array([least[member].width for member in link])
+        parts = int(np.gcd.reduce(whole))
+        shares = np.arange(parts - 1, 0, -1)[:, None] * (whole // parts)
+        fits = ((shares >= fewest) & (shares % steps == 0)).all(axis=1)
+        widths = np.concatenate([whole[None], shares[fits]])
+        found.append(Block(tuple(link), widths, coarse=len(link) > 1 or channels(group) > 1))
     return found
 
 

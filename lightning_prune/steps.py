@@ -80,19 +80,19 @@ class Walk:
         return {
             name: keep_highest(self._scores[name], width).cpu().numpy()
             for block, level in zip(self.blocks, levels, strict=True)
-            for name, width in block.levels[level].items()
+            for name, width in block.at(level).items()
         }
 
     def _by_share(self, block: Block, widths: Mapping[str, int]) -> NDArray[np.float64]:
-        whole = sum(widths[name] for name in block.levels[0])
-        return np.array([(whole - sum(level.values())) / whole for level in block.levels[1:]])
+        whole = sum(widths[name] for name in block.members)
+        return (whole - block.left[1:]) / whole
 
     def _by_score(self, block: Block) -> NDArray[np.float64]:
-        keys = np.zeros(len(block.levels) - 1)
-        units = np.zeros(len(block.levels) - 1)
-        for name, width in block.levels[0].items():
+        keys = np.zeros(block.steps)
+        units = np.zeros(block.steps)
+        for which, name in enumerate(block.members):
             ranked = np.sort(self._scores[name].double().nan_to_num(nan=-math.inf).cpu().numpy())
-            gone = width - np.array([level[name] for level in block.levels])
+            gone = block.widths[0, which] - block.widths[:, which]
             leaving = np.diff(gone)
             with np.errstate(invalid="ignore"):  # infinities of both signs
                 keys += leaving * ranked[gone[1:] - 1]
@@ -113,18 +113,16 @@ def each_by_itself(walk: Walk, counts: Mapping[str, int], least: Mapping[str, Le
     stay = {
         name: max(least[name].width, width - max(0, counts[name]))
         for block in walk.blocks
-        for name, width in block.levels[0].items()
+        for name, width in block.at(0).items()
     }
     levels = np.array([_deepest(block, stay) for block in walk.blocks], dtype=np.int64)
-    linked = [which for which, block in enumerate(walk.blocks) if len(block.levels[0]) > 1]
+    linked = [which for which, block in enumerate(walk.blocks) if len(block.members) > 1]
     while fill and linked:
         missing = {which: _missing(walk.blocks[which], int(levels[which]), stay) for which in linked}
         filled = _filled(walk, levels, sum(missing.values()), linked)
         if filled is not None:
             return filled
-        further = [
-            which for which in linked if missing[which] > 0 and levels[which] + 1 < len(walk.blocks[which].levels)
-        ]
+        further = [which for which in linked if missing[which] > 0 and levels[which] < walk.blocks[which].steps]
         if not further:
             break
         levels[max(further, key=lambda which: missing[which])] += 1
@@ -133,17 +131,17 @@ def each_by_itself(walk: Walk, counts: Mapping[str, int], least: Mapping[str, Le
 
 def _deepest(block: Block, stay: Mapping[str, int]) -> int:
     """Return the last level at which as many units stay as shall; one group that shall stay whole holds the others."""
-    whole = block.levels[0]
+    whole = block.at(0)
     if any(stay[name] == width for name, width in whole.items()):
         return 0
     wanted = sum(stay[name] for name in whole)
-    return max(which for which, level in enumerate(block.levels) if sum(level.values()) >= wanted)
+    return int(np.flatnonzero(block.left >= wanted)[-1])
 
 
 def _missing(block: Block, level: int, stay: Mapping[str, int]) -> int:
-    if len(block.levels) == 1:  # it cannot shrink at all
+    if not block.steps:  # it cannot shrink at all
         return 0
-    return sum(width - stay[name] for name, width in block.levels[level].items())
+    return sum(width - stay[name] for name, width in block.at(level).items())
 
 
 def _filled(walk: Walk, levels: Levels, missing: int, without: Sequence[int]) -> Levels | None:

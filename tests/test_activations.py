@@ -1,5 +1,7 @@
 """Every activation that torch offers lets channels through."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -21,8 +23,9 @@ ELEMENTWISE = [
 
 @pytest.mark.parametrize("make", ELEMENTWISE, ids=lambda make: repr(make()))
 def test_activations_let_channels_through(make):
-    """Channels before an activation can be cut, with every number proved."""
+    """Channels before an activation can be cut, with the output of every operator compared."""
     model = nn.Sequential(nn.Conv2d(2, 8, 3), make(), nn.Conv2d(8, 3, 3)).double()
     report = prune_filters(model, torch.randn(2, 2, 7, 7, dtype=torch.float64), 0.5)
     assert [(group.before, group.after) for group in report.groups] == [(8, 4)]
-    assert report.proof == "structure of all 1 groups cut, numbers of 1"
+    told = re.fullmatch(r"1 groups cut; \d+ operators ran, (\d+) outputs compared on [^;]+", report.proof)
+    assert int(told[1]) >= 2

@@ -146,7 +146,7 @@ def test_help(capsys):
         "{layer,global}",
         "Fraction, in [0, 1), of the target",
         "lightning_prune.OneShot, lightning_prune.Linear, lightning_prune.Cubic",
-        "Widths after a cut are multiples of this",
+        "Widths after a cut, in channels (heads times their width), are multiples of this",
     ):
         assert words in shown
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_prune.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure.numbers import Held, Number
 from tests.models import SEQUENCE
@@ -60,10 +61,11 @@ def test_a_number_that_code_compares_follows():
 
 
 def test_code_that_takes_plain_numbers_alone_is_traced_without():
-    """Where numbers with a memory do not do, the trace goes without, and what then cannot follow stays."""
+    """Where numbers with a memory do not do, the trace goes without, and what then cannot follow is not prunable."""
     model = Counting(strict=True).double()
-    report = prune_filters(model, SEQUENCE, 0.5)
-    assert not report.kept and "does not run" in next(p.reason for p in report.pinned if p.tensor == "enter.weight")
+    with pytest.raises(PruningError, match=r"Nothing is left to prune.*enter\.weight: the slim model does not run"):
+        prune_filters(model, SEQUENCE, 0.5)
+    assert model.enter.out_features == 8
 
 
 class Shaped(nn.Module):

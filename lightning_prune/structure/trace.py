@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,15 @@ def _in_both_modes(
         return ledger, labels
 
     ledger, labels = eval_mode()
+    unseen = {name for name in ledger.unseen if labels[name].dims}
     if _idle_parameters(model, ledger, labels) or _looks_at_mode(model, example_inputs):
         for inputs in _for_training(example_inputs):
+            first = len(ledger.ran)
             try:
                 _run_pass(model, inputs, ledger, labels, training=True)
+                ledger.untrained = ""
+                if unseen <= ledger.unseen:
+                    _drop_if_alike(ledger, first)
                 break
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
@@ -94,6 +100,25 @@ def _in_both_modes(
         followed = _follow_siblings(model, ledger, labels)
         ledger.idle = [name for name in idle if name not in followed]
     return ledger
+
+
+def _drop_if_alike(ledger: Ledger, first: int) -> None:
+    """Drop what ran in train mode if it is what ran in eval mode, with random numbers added or multiplied.
+
+    Then one mode tells as much as both, and only one need be run again to verify a cut. What met in it still counts.
+    """
+    usual = {(ran.path, ran.func) for ran in ledger.ran[:first]}
+    if all((ran.path, ran.func) in usual or _only_perturbs(ran.func) for ran in ledger.ran[first:]):
+        del ledger.ran[first:]
+        ledger.passes.pop()
+        ledger.counts = [count for count in ledger.counts if count[0] < first]
+
+
+def _only_perturbs(func: Any) -> bool:
+    """Return whether an operator makes random numbers, or works element by element."""
+    aten = torch.ops.aten
+    blank = func.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty)
+    return blank or torch.Tag.nondeterministic_seeded in func.tags or torch.Tag.pointwise in func.tags
 
 
 def _run_pass(

@@ -67,6 +67,7 @@ def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -
     Returns:
         Projections in float32 or better, one where no dimension is kept.
     """
+    out = out.detach()  # the model's own code may turn gradients on
     if out.is_complex():
         out = torch.view_as_real(out)
         along = [*along, None]
@@ -88,8 +89,12 @@ def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) ->
 
     first = -1 if keep is None else keep
     found = out
-    for dim in range(out.dim() - 1, first, -1):
-        found = found @ direction(dim)
+    if first + 1 < out.dim():
+        # one product over all that comes behind: long rows are read much faster than short ones
+        behind = direction(first + 1)
+        for dim in range(first + 2, out.dim()):
+            behind = (behind[:, None] * direction(dim)).reshape(-1)
+        found = out.reshape(*out.shape[: first + 1], -1) @ behind
     for dim in range(first - 1, -1, -1):
         found = torch.matmul(direction(dim), found)
     # where nothing is projected this is the output itself, which an operator in place may still change

@@ -158,6 +158,7 @@ class _Replay(Watch):
         if not compared or labels.blank or packet in _UNWRITTEN or not out.numel() or out.layout is not torch.strided:
             return None
         left = self._lefts.of(labels)
+        out = out.detach()
         if out.is_complex():
             out = torch.view_as_real(out)
         elif out.dtype not in (torch.float32, torch.float64):
