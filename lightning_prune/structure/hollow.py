@@ -126,7 +126,7 @@ def _padded(x: Tensor, pads: Sequence[int], *_: Any) -> Tensor | None:
 
 
 def _softmax(x: Tensor, dim: int, to_float: bool = False) -> Tensor | None:
-    return None if to_float else _like_first(x)
+    return None if to_float else _anew(x)  # always in order, however x lies in memory
 
 
 def _clone(x: Tensor, *, memory_format: Any = None) -> Tensor | None:
