@@ -89,8 +89,12 @@ def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) ->
 
     first = -1 if keep is None else keep
     found = out
-    for dim in range(out.dim() - 1, first, -1):
-        found = found @ direction(dim)
+    if first + 1 < out.dim():
+        # one product over all that comes behind: long rows are read much faster than short ones
+        behind = direction(first + 1)
+        for dim in range(first + 2, out.dim()):
+            behind = (behind[:, None] * direction(dim)).reshape(-1)
+        found = out.reshape(*out.shape[: first + 1], -1) @ behind
     for dim in range(first - 1, -1, -1):
         found = torch.matmul(direction(dim), found)
     # where nothing is projected this is the output itself, which an operator in place may still change

@@ -22,11 +22,10 @@ from lightning_prune.structure.tensors import exchange_
 from lightning_prune.structure.watch import taken_apart
 from lightning_prune.surgery.attributes import AttributeChange, attributes_set
 from lightning_prune.surgery.compensate import Scales, scales_for
-from lightning_prune.surgery.course import Lefts
+from lightning_prune.surgery.course import Left, Lefts
 from lightning_prune.surgery.cut import Cut, draft
-from lightning_prune.surgery.fingerprint import agree, fingerprint
+from lightning_prune.surgery.fingerprint import Print, agree, fingerprint, kept_dim
 from lightning_prune.surgery.replay import EMPTY, Constant, Counted, DifferentError, Reference, Slim
-from lightning_prune.surgery.resize import narrowed
 from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
 
 __all__ = ["Disproof", "Proof", "compensated", "counted", "keep_two", "verify"]
@@ -37,6 +36,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 _TOLERANCE = 1e-3  # of the largest projection of an output; one wrong number among a million shows
 _TOLERANCE_DOUBLE = 1e-6
 _TOLERANCE_HALF = 0.1
+_TOLERANCE_VALUES = 1e-5  # of tensors that nothing was computed of
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,35 @@ def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors
     """Return what of a cut is not what the structure says, if anything: the runs show it only where numbers tell."""
     alive = structure.alive(cut.keep)
     own = named_tensors(model)
+    lefts: dict[str, dict[int, Left]] = {name: {} for name in tensors}
     for slot in structure.ledger.slots:
-        left = np.flatnonzero(alive[slot.start : slot.start + slot.size])
+        left = alive[slot.start : slot.start + slot.size]
         kept = cut.kept.get(slot.tensor, {}).get(slot.dim)
-        if not np.array_equal(left, np.arange(slot.size) if kept is None else kept.numpy()):
+        if not np.array_equal(np.flatnonzero(left), np.arange(slot.size) if kept is None else kept.numpy()):
             return f"{slot.tensor} would keep other indices along dimension {slot.dim} than its channels do"
+        if kept is not None and slot.tensor in tensors:
+            lefts[slot.tensor][slot.dim] = Left(left)
     for name, slim in tensors.items():
-        # vectors are cheap to compare; numbers of larger tensors show in what is computed from them
-        if name not in cut.scales and slim.dim() < 2:
-            full = narrowed(own[name].detach(), cut.kept.get(name, {}))
-            if not torch.equal(slim.nan_to_num(), full.nan_to_num()):
-                return f"{name} would hold other values than it does"
+        if slim.is_floating_point() and not _holds_what_is_left(own[name].detach(), slim, lefts[name]):
+            return f"{name} would hold other values than it does"
     return ""
+
+
+def _holds_what_is_left(full: Tensor, slim: Tensor, left: Mapping[int, Left]) -> bool:
+    """Return whether a slim tensor holds the numbers of the full one, by random projections."""
+    if full.dtype in _HALVES:
+        full, slim = full.float(), slim.float()
+    keep = kept_dim(full.shape, list(left))
+
+    def projected(tensor: Tensor, of_slim: bool) -> Print:
+        along = [left[dim].direction(dim, full, of_slim) if dim in left else None for dim in range(full.dim())]
+        return fingerprint(tensor, keep, along)
+
+    one, other = projected(full, False), projected(slim, True)
+    values = one.values
+    if keep is not None and keep in left:
+        values = values[left[keep].indices.to(full.device)]
+    return agree(Print(values, one.scale), other, _TOLERANCE_VALUES)
 
 
 def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) -> tuple[Cut, Proof]:

@@ -263,12 +263,13 @@ class Slim(_Replay):
             carries = dim in labels.dims
             if size == expected[dim] or (labels.blank and not carries):
                 continue
+            # Of smaller inputs, a dimension may count channels and positions, and one position left alone broadcasts.
+            if self._fewer and (carries or size == 1):
+                raise OtherOperatorsError("fewer positions tell less", ran)
             if carries:
                 raise DifferentError(
                     f"an output of shape {tuple(full)} becomes {tuple(out.shape)}, not {expected}", ran
                 )
-            if self._fewer and size == 1:  # of smaller inputs one position is left alone, which broadcasts
-                raise OtherOperatorsError("fewer positions tell less", ran)
 
     def _check_count(self, ran: Ran, seen: Seen, name: str, count: int) -> None:
         names = [argument.name for argument in ran.func._schema.arguments]
