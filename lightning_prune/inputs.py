@@ -2,12 +2,14 @@
 
 import dataclasses
 import inspect
+import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -27,6 +29,7 @@ __all__ = [
     "refuse_empty",
     "refuse_shapeless",
     "run",
+    "same_draws",
     "tensors_in",
     "undisturbed",
 ]
@@ -170,6 +173,22 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     visit("", model)
     return found
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Draw the same from the generators of Python and numpy each time, and leave these as found.
+
+    Code that skips layers or masks positions at random takes the same path whenever it is looked at.
+    """
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextmanager

@@ -159,9 +159,18 @@ def _convolution(
 def _laid_out_like(x: Tensor, made: Tensor) -> Tensor:
     """Return a tensor of the same shape whose channels lie last in memory where those of ``x`` do."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
-        return made
-    return torch.empty_like(made, memory_format=last)
+    return torch.empty_like(made, memory_format=last) if last is not None and _channels_last(x) else made
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Return whether torch takes channels to lie last; strides of dimensions of size one count, too."""
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        size, stride = x.shape[dim], x.stride(dim)
+        if not size or stride < max(least, 1) or (dim == 0 and least == x.stride(1)):
+            return False
+        least = stride * size
+    return True
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:

@@ -86,6 +86,7 @@ class Ran:
         plain: Its other arguments, with None where a tensor stood.
         made: Labels of its outputs, filled in when its rule has been applied.
         leaving: Shapes of these.
+        decisions: Outputs that the code may go on by, if it goes on by any.
     """
 
     func: Any
@@ -96,6 +97,7 @@ class Ran:
     plain: tuple[Any, ...]
     made: list[Labels] = field(default_factory=list)
     leaving: list[Sequence[int]] = field(default_factory=list)
+    decisions: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -177,6 +179,7 @@ class Ledger:
         self.numbers = True  # whether numbers remember where they come from
         self.lengths: dict[Hashable, Label] = {}
         self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
+        self.given: dict[tuple[str, int], list[Any]] = {}  # what another trace decided, to decide alike
         self.unseen: set[str] = set()  # parameters and buffers that no operator took
         self.idle: list[str] = []  # parameters of those that go with nothing that an operator took
         self.whole: list[Atoms] = []

@@ -18,6 +18,7 @@ from lightning_prune.inputs import (
     modules_of,
     refuse_empty,
     refuse_shapeless,
+    same_draws,
     tensors_in,
     undisturbed,
 )
@@ -90,6 +91,9 @@ def _in_both_modes(
                 failure = f"{type(error).__name__}: {error}"
                 ledger, labels = eval_mode()  # what half of a pass wrote down does not count
                 ledger.untrained = failure
+    if not ledger.decided:
+        for ran in ledger.ran:
+            ran.decisions = {}
     add_unknowns_(ledger)
     idle = _idle_parameters(model, ledger, labels)
     if idle:
@@ -121,7 +125,7 @@ def _run_pass(
     model: nn.Module, inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels], training: bool
 ) -> None:
     costs = len(ledger.costs)
-    with undisturbed(model):
+    with undisturbed(model), same_draws():
         watch(model, inputs, {}, ledger, labels, training)
     if training:
         del ledger.costs[costs:]  # what a model costs is what one call in eval mode does

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.inputs import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.structure.decisions import decided_by, impose_
 from lightning_prune.structure.hollow import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
 from lightning_prune.structure.numbers import Number, Size, remembering
@@ -219,7 +220,16 @@ class _LabelMode(Watch):
             ran.made.append(Labels(own, made, blank or shows_blank, hollow))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
+        if not (weight or hollow or known.writes or aliases(func)):
+            self._decide(ran, tensors, [tensor for tensor, _ in outputs])
         return out
+
+    def _decide(self, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
+        """Write down what the code may go on by, or decide as another trace did."""
+        ran.decisions = decided_by(taken, made, ran.made)
+        given = self.ledger.given.get((ran.path, ran.kind[1]))
+        if given and ran.decisions:
+            impose_(given.pop(0), made)
 
     def _fix_literals(self, func: Any, out: Tensor, dims: dict[int, tuple[Label, ...]]) -> None:
         """Fix the width of what a number in the code says; slices and pieces have rules for that."""

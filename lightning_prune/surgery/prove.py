@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.inputs import ExampleInputs, fewer_positions, run, tensors_in, undisturbed
+from lightning_prune.inputs import ExampleInputs, fewer_positions, run, same_draws, tensors_in, undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.tensors import exchange_
 from lightning_prune.structure.watch import taken_apart
@@ -268,7 +268,7 @@ def _run_all(
     outputs: list[Tensor] = []
     for training, inputs in setting.passes:
         inputs = inputs_of_ordinary_size(inputs, setting.dtype, setting.ordinary)
-        with undisturbed(model), attributes_set(model, attributes):
+        with undisturbed(model), same_draws(), attributes_set(model, attributes):
             exchange_(model, exchanged)
             if training:
                 model.train()

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.inputs import ExampleInputs, undisturbed
+from lightning_prune.inputs import ExampleInputs, same_draws, undisturbed
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
+from lightning_prune.structure.decisions import decisions_in_order
 from lightning_prune.structure.hollow import NumbersNeededError
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
 from lightning_prune.structure.watch import watch
@@ -163,9 +164,10 @@ def _run_slim(model: nn.Module, structure: Structure, cut: Cut) -> tuple[Ledger,
         labels = {name: Labels(hollow=hollow) for name in tensors}
         ledger = Ledger()
         ledger.numbers, ledger.hollow = False, hollow
+        ledger.given = decisions_in_order(structure.ledger.ran)
         try:
             for training, inputs in structure.ledger.passes:
-                with undisturbed(model), attributes_set(model, cut.attributes):
+                with undisturbed(model), same_draws(), attributes_set(model, cut.attributes):
                     watch(model, inputs, tensors, ledger, labels, training)
             return ledger, None
         except NumbersNeededError as error:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune.structure.decisions import impose_
 from lightning_prune.structure.hollow import writes
 from lightning_prune.structure.labels import Ran
 from lightning_prune.structure.rules import reduces, tensors_among
@@ -218,8 +219,19 @@ def aliases_only(func: Any) -> bool:
 
 def _restricted(tensor: Tensor, left: Mapping[int, Left]) -> Tensor:
     for dim, own in left.items():
-        tensor = tensor.index_select(dim, own.indices.to(tensor.device))
+        tensor = _selected(tensor, dim, own.indices)
     return tensor
+
+
+def _selected(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Select indices; dimensions lie in memory in the order they did, by which torch chooses between operators."""
+    indices = indices.to(tensor.device)
+    if tensor.is_contiguous():
+        return tensor.index_select(dim, indices)
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
+    chosen = tensor.permute(order).index_select(order.index(dim), indices)
+    return chosen.permute([order.index(d) for d in range(tensor.dim())])
 
 
 class Slim(_Replay):
@@ -242,6 +254,7 @@ class Slim(_Replay):
             out = self._drawn(at, ran, func, args, kwargs, slim=True)
         else:
             out = self.run(func, args, kwargs)
+        impose_(ran.decisions, _tensors(out))
         seen = self.seen[at] = Seen(plain((*args, *kwargs.values()) if kwargs else args))
         if at in self._counts:
             self._check_count(ran, seen, *self._counts[at])
@@ -327,6 +340,7 @@ class Reference(_Replay):
             if seen is not None and torch.Tag.pointwise in func.tags:
                 args = self._with_constants(at, seen, func, args, kwargs)
             out = self.run(func, args, kwargs)
+        impose_(ran.decisions, _tensors(out))
         if seen is not None:
             self._compare(at, seen, out)
         return out
@@ -463,7 +477,7 @@ def _filled(out: Tensor, left: Mapping[int, Left]) -> Tensor:
         if out.shape[dim] != own.count:
             continue  # the comparison of shapes tells
         if own.count:
-            out = out.index_select(dim, own.fill.to(out.device))
+            out = _selected(out, dim, own.fill)
         else:
             out = out.new_zeros((*out.shape[:dim], own.size, *out.shape[dim + 1 :]))
     return out

@@ -137,7 +137,8 @@ def restrided(call: Call) -> Dims:
     """Pooling restrides dimensions of size one; anything else reads memory that labels know nothing of."""
     dims = call.labels(call.args[0]).dims
     same = all(dim < call.out.dim() and len(found[0].atoms) == call.out.shape[dim] for dim, found in dims.items())
-    return dims if same and sum(size > 1 for size in call.out.shape) <= max(len(dims), 1) else unknown(call)
+    lone = sum(size > 1 for size in call.out.shape) <= max(len(dims), 1)
+    return dims if same and (lone or call.out.is_contiguous()) else unknown(call)
 
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
