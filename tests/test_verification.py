@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError
+from lightning_prune import PruningError, load_state_dict_
 from lightning_prune.inputs import Instead
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.surgery import Disproof, Proof, draft, find_groups, verify
@@ -186,6 +186,27 @@ def test_heads_are_read_at_their_width_whatever_hides_it(setting, kind):
     # queries that were scaled to compensate a narrower head are rounded to the type of the model
     tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(dtype, 1e-6)
     torch.testing.assert_close(*(net(TOKENS.double()) for net in pair), rtol=0, atol=tolerance)
+
+
+def test_a_config_that_models_share_changes_for_the_pruned_one_alone():
+    """Of two models built from one config, the other goes on; a state dict brings the number into a third."""
+    config = types.SimpleNamespace(heads=4, inner={"unused": 4})
+
+    def build():
+        model = Attention().eval()
+        model.config = config
+        return model
+
+    model, twin, third = build(), build(), build()
+    model.tails = nn.ModuleList([nn.Identity()])
+    model.tails[0].config = config
+    prune_filters(model, TOKENS, 0.5, ignore=["e", "o"])
+    assert (model.config.heads, model.tails[0].config.heads, config.heads) == (2, 2, 4)
+    assert twin(TOKENS).shape == (2, 5, 5)
+    del model.tails
+    load_state_dict_(third, model.state_dict())
+    torch.testing.assert_close(third(TOKENS), model(TOKENS))
+    assert third.config.heads == 2 and config.heads == 4
 
 
 def gpt(depth, literal=False):

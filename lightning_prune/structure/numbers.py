@@ -136,7 +136,7 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
 
     def look(holder: dict[str, Any], module: str, prefix: str, depth: int) -> None:
         for key, value in list(holder.items()):
-            if not isinstance(key, str) or (depth == 0 and key in _INTERNAL):
+            if not isinstance(key, str) or "." in key or (depth == 0 and key in _INTERNAL):
                 continue
             if type(value) in _HOLDING or isinstance(value, np.integer):
                 replace(holder, module, prefix + key, key, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -123,11 +124,33 @@ def _parametrized(name: str, module: nn.Module) -> str:
 
 
 def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> None:
-    """Set the attributes of the model's modules to their new values."""
+    """Set the attributes of the model's modules to their new values.
+
+    A config that holds one is replaced by a copy in all modules of the model: other models may have been built from it.
+    """
     modules = dict(modules_of(model))
+    changes = list(changes)
+    _own_configs_(modules, changes)
     for change in changes:
         module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
         _set_held_(module, change.name, _of_the_kind(held_number(module, change.name), change.new))
+
+
+def _own_configs_(modules: Mapping[str, nn.Module], changes: Iterable[AttributeChange]) -> None:
+    """Replace the configs that changes lead through by copies, wherever modules hold them."""
+    copies: dict[int, tuple[Any, Any]] = {}
+    for change in changes:
+        root, _, below = change.name.partition(".")
+        if not below or change.module not in modules:
+            continue
+        config = held_number(modules[change.module], root)
+        if id(config) not in copies:
+            copies[id(config)] = config, copy.deepcopy(config)
+    for module in modules.values() if copies else ():
+        own = vars(module)
+        for name, value in list(own.items()):
+            if id(value) in copies:
+                own[name] = copies[id(value)][1]
 
 
 def _of_the_kind(old: Any, new: Any) -> Any:
@@ -142,20 +165,16 @@ def _of_the_kind(old: Any, new: Any) -> Any:
 @contextmanager
 def attributes_set(model: nn.Module, changes: Iterable[AttributeChange]) -> Iterator[None]:
     """Set attributes inside the block, and take that back afterwards."""
-    changes = list(changes)
-    modules = [model.get_submodule(change.module) for change in changes]
-    before = [_own_number(module, change.name) for module, change in zip(modules, changes, strict=True)]
+    modules = [module for _, module in modules_of(model)]
+    before = [vars(module).copy() for module in modules]
     try:
         set_attributes_(model, changes)
         yield
     finally:
-        for module, change, value in zip(modules, changes, before, strict=True):
-            _set_held_(module, change.name, value)
-
-
-def _own_number(module: nn.Module, name: str) -> Any:
-    """Return what a module itself holds under a name: what its class holds does not count."""
-    return held_number(module, name) if "." in name else vars(module).get(name, ABSENT)
+        for module, own in zip(modules, before, strict=True):
+            for name in vars(module).keys() - own.keys():
+                del vars(module)[name]
+            vars(module).update(own)
 
 
 def held_number(module: nn.Module | None, name: str) -> Any:
@@ -169,17 +188,12 @@ def held_number(module: nn.Module | None, name: str) -> Any:
 
 
 def _set_held_(module: nn.Module, name: str, value: Any) -> None:
-    """Set what a module holds under a name that may lead through configs; ``ABSENT`` takes it away."""
+    """Set what a module holds under a name that may lead through configs."""
     path, _, leaf = name.rpartition(".")
     holder = held_number(module, path) if path else module
     if isinstance(holder, nn.Module):
-        if value is ABSENT:
-            vars(holder).pop(leaf, None)
-        else:
-            setattr(holder, leaf, value)
-        return
-    own = holder if isinstance(holder, dict) else vars(holder)  # a config may be frozen
-    if value is ABSENT:
-        own.pop(leaf, None)
+        setattr(holder, leaf, value)
+    elif isinstance(holder, dict):
+        holder[leaf] = value
     else:
-        own[leaf] = value
+        vars(holder)[leaf] = value  # a config may be frozen
