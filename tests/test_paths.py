@@ -150,3 +150,25 @@ def test_generators_are_left_as_found():
         random.seed(3), np.random.seed(3), torch.manual_seed(3)
         prune_filters(model, rows(4, 6).float(), 0.3)
         assert drawn() == expected
+
+
+class Checking(nn.Module):
+    """Refuses any width of its first layer but one, just before an ordinary layer runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 16)
+        self.third, self.last = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        if x.shape[-1] != 16:
+            raise ValueError(f"expected 16 channels, got {x.shape[-1]}")
+        return self.last(self.third(self.second(x).relu()).relu())
+
+
+def test_what_one_layer_refuses_is_not_held_against_others_of_its_class():
+    """Only blocks that the user wrote repeat; a Linear elsewhere has nothing to do with one that cannot shrink."""
+    model = Checking()
+    prune_filters(model, torch.randn(2, 6), 0.5)
+    assert [m.out_features for m in (model.first, model.second, model.third)] == [16, 8, 8]

@@ -44,7 +44,7 @@ def decisions_in_order(ran: Iterable[Ran]) -> dict[tuple[str, int], list[Decisio
     found: dict[tuple[str, int], list[Decisions]] = {}
     for one in ran:
         if one.decisions:
-            found.setdefault((one.path, one.kind[1]), []).append(one.decisions)
+            found.setdefault((one.path, one.kind[-1]), []).append(one.decisions)
     return found
 
 

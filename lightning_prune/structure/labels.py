@@ -34,7 +34,8 @@ __all__ = [
 
 Atoms = NDArray[np.int64]
 Role = Literal["producer", "consumer"]
-Literally = tuple[tuple[type, int], int]
+Kind = tuple[type, str, int]
+Literally = tuple[Kind, int]
 """Kind of an operator (see :class:`Ran`) and dimension of its output: a size that does not follow its labels."""
 
 PINNED = 0
@@ -79,8 +80,8 @@ class Ran:
     Attributes:
         func: The operator.
         path: Path of the module that was running.
-        kind: Class of that module, and how many operators had run in it before: where blocks of a network repeat, so
-            does this.
+        kind: Class of the innermost module around it that is none of torch.nn, the way from there to the module that
+            was running, and how many operators had run in that before: where blocks of a network repeat, so does this.
         taken: Labels of the tensors among its arguments, in order.
         entering: Shapes of these.
         plain: Its other arguments, with None where a tensor stood.
@@ -91,7 +92,7 @@ class Ran:
 
     func: Any
     path: str
-    kind: tuple[type, int]
+    kind: Kind
     taken: Sequence[Labels]
     entering: Sequence[Sequence[int]]
     plain: tuple[Any, ...]

@@ -176,6 +176,7 @@ class _LabelMode(Watch):
         self._given: dict[int, tuple[Tensor, Labels]] = {}
         self._mark = object()  # tells this trace's labels from another's
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
+        self._owners: list[tuple[type, str]] = [(nn.Module, "")]  # innermost modules that are none of torch.nn
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
         self.arguments: tuple[Any, ...] = ()  # args, kwargs and the Python function itself that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
@@ -193,8 +194,10 @@ class _LabelMode(Watch):
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
         path, module = running = self._running[-1]
-        kind = type(module), self._ordinals.get(path, 0)
-        self._ordinals[path] = kind[1] + 1
+        ordinal = self._ordinals.get(path, 0)
+        self._ordinals[path] = ordinal + 1
+        owner, owner_path = self._owners[-1]
+        kind = owner, path[len(owner_path) :], ordinal
         entering = [tensor.shape for tensor in tensors]  # before an operator in place may change them
         out, hollow = self._run(known, args, kwargs, tensors, found, weight)
         ledger = self.ledger
@@ -227,7 +230,7 @@ class _LabelMode(Watch):
     def _decide(self, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
         """Write down what the code may go on by, or decide as another trace did."""
         ran.decisions = decided_by(taken, made, ran.made)
-        given = self.ledger.given.get((ran.path, ran.kind[1]))
+        given = self.ledger.given.get((ran.path, ran.kind[-1]))
         if given and ran.decisions:
             impose_(given.pop(0), made)
 
@@ -317,10 +320,14 @@ class _LabelMode(Watch):
         names = {id(module): name for name, module in modules_of(model)}
 
         def enter(module: nn.Module, args: Any) -> None:
-            self._running.append((names.get(id(module), self._running[-1][0]), module))
+            path = names.get(id(module), self._running[-1][0])
+            self._running.append((path, module))
+            generic = type(module).__module__.startswith("torch.nn.")
+            self._owners.append(self._owners[-1] if generic else (type(module), path))
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self._running.pop()
+            self._owners.pop()
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         try:

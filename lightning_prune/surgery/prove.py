@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_prune.inputs import ExampleInputs, fewer_positions, run, same_draws, tensors_in, undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.structure.labels import Kind
 from lightning_prune.structure.tensors import exchange_
 from lightning_prune.structure.watch import taken_apart
 from lightning_prune.surgery.attributes import AttributeChange, attributes_set
@@ -51,7 +52,7 @@ class Disproof:
 
     reason: str
     groups: frozenset[str] = frozenset()
-    kind: tuple[type, int] | None = None
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
