@@ -193,7 +193,8 @@ class _LabelMode(Watch):
         for labels in found:
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
-        path, module = running = self._running[-1]
+        running = self._running[-1]
+        path = running[0]
         ordinal = self._ordinals.get(path, 0)
         self._ordinals[path] = ordinal + 1
         owner, owner_path = self._owners[-1]
