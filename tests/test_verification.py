@@ -361,6 +361,34 @@ def test_what_train_mode_alone_runs_is_cut_with_what_it_reads(classes, norm, row
     torch.testing.assert_close(aux, F.linear(hidden, full.heads[0].weight[:, left], full.heads[0].bias))
 
 
+class Sliced(nn.Module):
+    """Takes a number of channels that differs in train mode, by operators that run in both modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o, self.p = nn.Linear(8, 16), nn.Linear(12, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.o(y[:, :12])
+        return z + self.p(y[:, :4]) if self.training else z
+
+
+def test_what_train_mode_takes_by_the_same_operators_is_seen():
+    """A slice that only train mode takes, beside one that both modes take, fixes what it counts."""
+    torch.manual_seed(0)
+    model, x = Sliced().double().eval(), torch.randn(5, 8).double()
+    full = copy.deepcopy(model)
+    try:
+        report = prune_filters(model, x, 0.5)
+    except PruningError:
+        return
+    for net in (model, full):
+        net.train()
+    if report.kept:
+        torch.testing.assert_close(model(x), silenced(full, report)(x))
+
+
 class Scores(nn.Module):
     """Attention that divides its scores by a number made from the head width, in one of several ways."""
 

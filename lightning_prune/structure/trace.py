@@ -22,7 +22,7 @@ from lightning_prune.inputs import (
     tensors_in,
     undisturbed,
 )
-from lightning_prune.structure.labels import Labels, Ledger, Literally
+from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
 from lightning_prune.structure.tensors import named_tensors
 from lightning_prune.structure.unknowns import add_unknowns_
 from lightning_prune.structure.watch import watch
@@ -107,11 +107,29 @@ def _drop_if_alike(ledger: Ledger, first: int) -> None:
 
     Then one mode tells as much as both, and only one need be run again to verify a cut. What met in it still counts.
     """
-    usual = {(ran.path, ran.func) for ran in ledger.ran[:first]}
-    if all((ran.path, ran.func) in usual or _only_perturbs(ran.func) for ran in ledger.ran[first:]):
+    usual, other = (
+        [ran for ran in rans if not _only_perturbs(ran.func)] for rans in (ledger.ran[:first], ledger.ran[first:])
+    )
+    if len(usual) == len(other) and all(map(_alike, usual, other)):
         del ledger.ran[first:]
         ledger.passes.pop()
         ledger.counts = [count for count in ledger.counts if count[0] < first]
+
+
+def _alike(usual: Ran, other: Ran) -> bool:
+    """Return whether the same operator ran in the same module with the same numbers, or twice those of a batch of one.
+
+    BatchNorm is told in which mode it runs.
+    """
+    if (usual.path, usual.func) != (other.path, other.func):
+        return False
+    return usual.func.overloadpacket is torch.ops.aten.native_batch_norm or _same_numbers(usual.plain, other.plain)
+
+
+def _same_numbers(usual: Any, other: Any) -> bool:
+    if isinstance(usual, tuple) and isinstance(other, tuple):
+        return len(usual) == len(other) and all(map(_same_numbers, usual, other))
+    return bool(usual == other) or (type(usual) is type(other) is int and other == 2 * usual)
 
 
 def _only_perturbs(func: Any) -> bool:
