@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -593,7 +593,8 @@ def tried(subject: Subject, setting: str, seed: int) -> list[dict[str, Any]]:
     except Exception as failure:
         why = f"pruning raised {type(failure).__name__}: {failure}"
         return [row(setting, subject, Planted("the cut itself", "", Cut({}, {}, {}, ())), why, False)]
-    structure, cut = prepared.structure, prepared.cut
+    # Errors are planted in cuts as they are verified first: without what compensates numbers made from widths.
+    structure, cut = prepared.structure, replace(prepared.cut, scales={})
     if not cut.kept:
         return []
     reference = Reference(subject, model, cut)
