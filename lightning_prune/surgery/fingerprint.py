@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -34,12 +34,7 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def directions(size: int, dim: int, like: Tensor) -> Tensor:
     """Return what a dimension of this size is projected on, ``(size,)``: random signs times 0.5 to 1.5."""
-    return _directions(size, dim, like.dtype, like.device)
-
-
-@lru_cache(maxsize=1024)
-def _directions(size: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    table = _table(dtype, device)
+    table = _table(like.dtype, like.device)
     if size + dim * _APART > _TABLE:
         table = table.repeat(1 + (size + dim * _APART) // _TABLE)
     return table[dim * _APART : dim * _APART + size]

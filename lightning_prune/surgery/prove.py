@@ -154,6 +154,9 @@ def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors
 
 def _holds_what_is_left(full: Tensor, slim: Tensor, left: Mapping[int, Left]) -> bool:
     """Return whether a slim tensor holds the numbers of the full one, by random projections."""
+    expected = tuple([left[dim].count if dim in left else size for dim, size in enumerate(full.shape)])
+    if tuple(slim.shape) != expected:
+        return False
     if full.dtype in _HALVES:
         full, slim = full.float(), slim.float()
     keep = kept_dim(full.shape, list(left))
