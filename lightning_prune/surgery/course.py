@@ -47,11 +47,6 @@ class Course:
         self._expected = expected
         self._at = 0
 
-    @property
-    def here(self) -> Ran | None:
-        """The operator of the trace that should run next."""
-        return self._expected[self._at] if self._at < len(self._expected) else None
-
     def next(self, func: Any) -> int | None:
         """Return the index of the traced operator that this one is; None for one that only lays out memory.
 

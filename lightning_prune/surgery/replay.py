@@ -28,7 +28,7 @@ __all__ = [
     "Constant",
     "Counted",
     "DifferentError",
-    "Instead",
+    "Exchanges",
     "Reference",
     "Seen",
     "Slim",
@@ -36,7 +36,7 @@ __all__ = [
     "is_scaling",
 ]
 
-Instead = Mapping[int, Callable[[], Tensor]]
+Exchanges = Mapping[int, Callable[[], Tensor]]
 """``id`` of a tensor -> what makes the one that operators take in its place."""
 
 EMPTY = "its output is empty"
@@ -120,7 +120,7 @@ class Seen:
 class _Replay(Watch):
     """Runs operators along a trace, on other tensors where there are some instead."""
 
-    def __init__(self, ran: list[Ran], lefts: Lefts, instead: Instead, counts: Counted) -> None:
+    def __init__(self, ran: list[Ran], lefts: Lefts, instead: Exchanges, counts: Counted) -> None:
         super().__init__()
         self._ran, self._lefts, self._instead, self._counts = ran, lefts, instead, counts
         self.course = Course(ran)
@@ -241,7 +241,7 @@ class Slim(_Replay):
         seen: Index of a traced operator -> what is left of its run.
     """
 
-    def __init__(self, ran: list[Ran], lefts: Lefts, instead: Instead, counts: Counted, fewer: bool = False) -> None:
+    def __init__(self, ran: list[Ran], lefts: Lefts, instead: Exchanges, counts: Counted, fewer: bool = False) -> None:
         """Prepare a run; ``fewer`` says that its inputs hold fewer positions than those of the trace."""
         super().__init__(ran, lefts, instead, counts)
         self.seen: dict[int, Seen] = {}
@@ -304,7 +304,7 @@ class Reference(_Replay):
         self,
         ran: list[Ran],
         lefts: Lefts,
-        instead: Instead,
+        instead: Exchanges,
         counts: Counted,
         seen: Mapping[int, Seen],
         tolerance: float,
