@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.structure import build
 from lightning_prune import prune_filters
-from lightning_prune.footprint import measure
+from lightning_prune.measure.footprint import measure
 from lightning_prune.surgery import find_groups
 
 RESULTS = Path(__file__).with_suffix(".json")

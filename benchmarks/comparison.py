@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_prune.inputs import run, tensors_in
+from lightning_prune.model.calls import run, tensors_in
 
 __all__ = ["TOLERANCE", "Comparison", "Kept", "compare", "in_double", "with_ordinary_sizes_"]
 

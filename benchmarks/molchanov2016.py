@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy, fit
-from lightning_prune import scoring
-from lightning_prune.arguments import with_ignored
-from lightning_prune.oracle import correlate, oracle
+from lightning_prune.analysis.criterion_comparison import correlate, oracle
+from lightning_prune.pruning import scoring
+from lightning_prune.pruning.arguments import with_ignored
 from lightning_prune.structure import Structure
 from lightning_prune.surgery import find_groups
 

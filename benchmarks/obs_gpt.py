@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from benchmarks.data import data_module
 from lightning_prune import prune_obs, prune_weights
-from lightning_prune.inputs import call_on
-from lightning_prune.selection import keep_highest
-from lightning_prune.solvers import Pattern
-from lightning_prune.statistics.calibration import Calibration
-from lightning_prune.statistics.grams import gather_grams
-from lightning_prune.statistics.products import find_products
+from lightning_prune.algorithms.selection import keep_highest
+from lightning_prune.algorithms.solvers import Pattern
+from lightning_prune.measure.calibration import Calibration
+from lightning_prune.measure.grams import gather_grams
+from lightning_prune.measure.products import find_products
+from lightning_prune.model.calls import call_on
 
 
 class Block(nn.Module):

@@ -22,7 +22,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.models import resnet_cifar
-from lightning_prune.statistics.units import UnitMeans, gather_contributions, taylor_over_units, watch_contributions
+from lightning_prune.measure.unit_statistics import (
+    UnitMeans,
+    gather_contributions,
+    taylor_over_units,
+    watch_contributions,
+)
 from lightning_prune.surgery import find_groups
 
 RESULTS = Path(__file__).with_suffix(".json")

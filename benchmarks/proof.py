@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune import PruningError
-from lightning_prune.budget import Budget, Dense
-from lightning_prune.footprint import Footprint
+from lightning_prune.measure.footprint import Footprint
+from lightning_prune.pruning.budget import Budget, Dense
 from lightning_prune.pruning.filters import count_params, prepare
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, find_groups, held_number, verify
 from lightning_prune.surgery.attributes import set_attributes_

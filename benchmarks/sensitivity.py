@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import ResNet, resnet_cifar
+from lightning_prune.analysis.layer_sensitivity import sensitivity
+from lightning_prune.analysis.sensitivity_findings import Sensitivity
 from lightning_prune.reports import draw_sensitivity, sensitivity_table
-from lightning_prune.sensitivity.filters import sensitivity
-from lightning_prune.sensitivity.findings import Sensitivity
 
 RESULTS = Path(__file__).with_suffix(".json")
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning imports it
     importlib.import_module("torchvision_cpu")
 
-from lightning_prune.budget import Budget, Dense, plan
-from lightning_prune.flops import count_flops
-from lightning_prune.footprint import Footprint, measure
-from lightning_prune.scoring import score_units
+from lightning_prune.measure.flops import count_flops
+from lightning_prune.measure.footprint import Footprint, measure
+from lightning_prune.pruning.budget import Budget, Dense, plan
+from lightning_prune.pruning.scoring import score_units
 from lightning_prune.surgery import Disproof, cut_, draft, find_groups, verify
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -44,9 +44,9 @@ with contextlib.suppress(ImportError):  # where torchvision was built for anothe
 
 from benchmarks.comparison import Comparison, compare, in_double, with_ordinary_sizes_
 from benchmarks.zoos import ZOOS, Inputs
-from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops
-from lightning_prune.inputs import run, tensors_in
+from lightning_prune.measure.flops import count_flops
+from lightning_prune.model.calls import run, tensors_in
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.filters import count_params, prune_filters
 from lightning_prune.surgery import find_groups
 

@@ -1,6 +1,11 @@
 """Prune networks while they train with PyTorch Lightning: units leave the model between two batches."""
 
-from lightning_prune.batch_norm import recalibrate_batch_norm
+from lightning_prune.algorithms.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
+from lightning_prune.analysis.criterion_comparison import compare_criteria
+from lightning_prune.analysis.latency_comparison import LatencyReport, compare_latency
+from lightning_prune.analysis.layer_sensitivity import sensitivity
+from lightning_prune.analysis.sensitivity_findings import Sensitivity
+from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks import (
     FilterL1Pruning,
     FilterPruning,
@@ -9,27 +14,22 @@ from lightning_prune.callbacks import (
     OBSOneShot,
     TaylorFilterPruning,
 )
-from lightning_prune.checkpoints import Prunable, load_from_checkpoint, load_state_dict_
-from lightning_prune.errors import PruningError
-from lightning_prune.export.semi_structured import to_semi_structured_
-from lightning_prune.export.sparse import load_sparse, load_sparse_, save_sparse
-from lightning_prune.flops import count_flops
-from lightning_prune.masks import apply_masks_, hold_masks, masks_on
-from lightning_prune.oracle import compare_criteria
+from lightning_prune.callbacks.engine.loading import Prunable, load_from_checkpoint, load_state_dict_
+from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
+from lightning_prune.measure.flops import count_flops
+from lightning_prune.model.batch_norm import recalibrate_batch_norm
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.exact import SurgeonReport, prune_exact
 from lightning_prune.pruning.filters import Report, prune_filters
+from lightning_prune.pruning.filters_obs import RepairReport, prune_filters_obs
 from lightning_prune.pruning.fisher import FisherReport, prune_fisher
 from lightning_prune.pruning.obs import ObsReport, prune_obs
-from lightning_prune.pruning.obs_filters import RepairReport, prune_filters_obs
 from lightning_prune.pruning.weights import WeightReport, prune_weights
 from lightning_prune.reports import History
-from lightning_prune.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
-from lightning_prune.sensitivity.filters import sensitivity
-from lightning_prune.sensitivity.findings import Sensitivity
-from lightning_prune.sensitivity.weights import weight_sensitivity
-from lightning_prune.speed import LatencyReport, compare_latency
 from lightning_prune.structure import coupling_rule
-from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
+from lightning_prune.surgery.masks import apply_masks_, hold_masks, masks_on
+from lightning_prune.surgery.semi_structured import to_semi_structured_
+from lightning_prune.surgery.sparse_files import load_sparse, load_sparse_, save_sparse
 
 __all__ = [
     "Cubic",

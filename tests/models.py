@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.model.calls import ExampleInputs
 
 
 @dataclass(frozen=True)

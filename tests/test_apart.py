@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_prune import PruningError
-from lightning_prune.callbacks._processes import refuse_apart
+from lightning_prune.callbacks.engine.processes import refuse_apart
 
 
 class Together:

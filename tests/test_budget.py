@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import PruningError, count_flops, prune_filters
-from lightning_prune.budget import Budget, Dense, per_saving, plan
-from lightning_prune.footprint import Footprint, measure, saved_by_one_unit
-from lightning_prune.scoring import score_units
+from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
+from lightning_prune.pruning.budget import Budget, Dense, per_saving, plan
+from lightning_prune.pruning.scoring import score_units
 from lightning_prune.structure import find_structure, trace
 from tests.architectures import INPUTS, architectures, build
 from tests.models import ROWS

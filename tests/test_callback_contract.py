@@ -12,7 +12,7 @@ import torch
 
 import lightning_prune
 from lightning_prune import Cubic, FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from lightning_prune.callbacks._structured import StructuredPruning
+from lightning_prune.callbacks.engine.structured import StructuredPruning
 from tests.runs import (
     IMAGE,
     Depthwise,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import prune_filters
-from lightning_prune.flops import count_flops
-from lightning_prune.inputs import run, tensors_in
+from lightning_prune.measure.flops import count_flops
+from lightning_prune.model.calls import run, tensors_in
 from tests.architectures import EXACT, INPUTS, NORMS, Stage, architectures, build
 from tests.models import IMAGE, NETS, ROWS, with_nan
 from tests.silencing import assert_equal_to_rounding, silenced

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune import PruningError
-from lightning_prune.oracle import oracle
-from lightning_prune.statistics.expansions import output_changes, second_order_changes
+from lightning_prune.analysis.criterion_comparison import oracle
+from lightning_prune.measure.expansions import output_changes, second_order_changes
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS
 

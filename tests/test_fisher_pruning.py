@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune import PruningError, prune_fisher, prune_weights
-from lightning_prune.solvers.exact import surgeon
+from lightning_prune.algorithms.solvers.brain_surgeon import surgeon
 
 
 def loss(model, batch):

@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_prune.errors import PruningError
-from lightning_prune.flops import count_flops, einsum_multiply_adds
+from lightning_prune.measure.flops import count_flops, einsum_multiply_adds
+from lightning_prune.model.errors import PruningError
 
 
 class ConvNet(nn.Module):

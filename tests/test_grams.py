@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune import PruningError
-from lightning_prune.inputs import call_on as call
-from lightning_prune.statistics.calibration import Calibration
-from lightning_prune.statistics.grams import gather_grams, gather_pair
-from lightning_prune.statistics.outputs import replaced
-from lightning_prune.statistics.products import find_products, watch_inputs
+from lightning_prune.measure.calibration import Calibration
+from lightning_prune.measure.grams import gather_grams, gather_pair
+from lightning_prune.measure.output_change import replaced
+from lightning_prune.measure.products import find_products, watch_inputs
+from lightning_prune.model.calls import call_on as call
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 5), (2, 3, 5)),

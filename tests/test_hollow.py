@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
-from lightning_prune.structure.hollow import shaper
+from lightning_prune.structure.shape_only import shaper
 from lightning_prune.structure.trace import _in_both_modes
 from lightning_prune.surgery import Disproof, Proof, draft, verify
 from tests.models import NETS, ROWS

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune.errors import PruningError
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
 from tests.models import IMAGE, SEQUENCE, MixedTokens
 

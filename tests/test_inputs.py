@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import PruningError, count_flops, prune_filters, prune_obs, prune_weights
-from lightning_prune.inputs import as_call, run, tensors_in, undisturbed
+from lightning_prune.model.calls import as_call, run, tensors_in, undisturbed
 
 Pair = namedtuple("Pair", "left right")
 A, B, C = (torch.full((2,), float(n)) for n in range(3))

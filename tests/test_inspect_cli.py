@@ -12,8 +12,8 @@ from torch import nn
 
 import lightning_prune
 from lightning_prune import FilterL1Pruning, cli
+from lightning_prune.analysis.sensitivity_findings import Sensitivity
 from lightning_prune.reports import group_costs
-from lightning_prune.sensitivity.findings import Sensitivity
 from lightning_prune.structure import find_structure, trace
 from tests import runs
 

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
 from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, prune_filters
-from lightning_prune.budget import Budget, Dense, plan
-from lightning_prune.footprint import Footprint
-from lightning_prune.latency import latency_kept, shapes_of
+from lightning_prune.measure.footprint import Footprint
+from lightning_prune.measure.latency import latency_kept, shapes_of
+from lightning_prune.pruning.budget import Budget, Dense, plan
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft
 from tests.runs import Known, assert_same_weights, fit, net, weights, widths
@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     made = Clock()
-    monkeypatch.setattr("lightning_prune.latency.perf_counter", made)
+    monkeypatch.setattr("lightning_prune.measure.latency.perf_counter", made)
     return made
 
 

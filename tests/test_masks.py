@@ -20,8 +20,8 @@ from lightning_prune import (
     prune_obs,
     prune_weights,
 )
-from lightning_prune.masks import Masks
 from lightning_prune.surgery import take_shapes_
+from lightning_prune.surgery.masks import Masks
 
 OPTIMIZERS = {
     "SGD": partial(optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),

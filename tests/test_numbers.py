@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune.errors import PruningError
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
-from lightning_prune.structure.numbers import Held, Number
+from lightning_prune.structure.traced_ints import Held, Number
 from tests.models import SEQUENCE
 
 OPERATORS = [operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod]

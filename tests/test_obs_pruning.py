@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_prune import PruningError, prune_obs
+from lightning_prune.algorithms.solvers import SOLVERS
+from lightning_prune.measure.calibration import Calibration
 from lightning_prune.pruning.obs import Asked, plan_obs
-from lightning_prune.solvers import SOLVERS
-from lightning_prune.statistics.calibration import Calibration
 
 
 def net():

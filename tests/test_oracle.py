@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune import PruningError, compare_criteria
-from lightning_prune.inputs import run
-from lightning_prune.oracle import correlate, oracle
+from lightning_prune.analysis.criterion_comparison import correlate, oracle
+from lightning_prune.model.calls import run
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft
 from tests.models import NETS

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_prune import PruningError, prune_exact, prune_filters, prune_filters_obs, prune_fisher, prune_obs
-from lightning_prune.progress import counted
+from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning import filters
 
 IMAGES = torch.randn(32, 3, 6, 6)

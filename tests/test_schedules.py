@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_prune.schedules import Cubic, Geometric, Linear, OneCycle, OneShot
+from lightning_prune.algorithms.schedules import Cubic, Geometric, Linear, OneCycle, OneShot
 
 GRADUAL = [Linear, Cubic, Geometric, OneCycle]
 SPANS = st.tuples(st.integers(0, 20), st.integers(0, 40), st.integers(1, 7)).map(lambda s: (s[0], s[0] + s[1], s[2]))

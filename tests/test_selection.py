@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern, ranks
+from lightning_prune.algorithms.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern, ranks
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, math.inf, math.nan]), min_size=1, max_size=20)
 

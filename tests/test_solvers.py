@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_prune import PruningError
-from lightning_prune.solvers import (
+from lightning_prune.algorithms.solvers import (
     SOLVERS,
     Curve,
     Pattern,
@@ -22,9 +22,14 @@ from lightning_prune.solvers import (
     rise,
     split,
 )  # fmt: skip
-from lightning_prune.solvers.blocked import factor
-from lightning_prune.solvers.exact import add_outer_products, damage, inverse_of_outer_products, surgeon
-from lightning_prune.solvers.exchange import exchange
+from lightning_prune.algorithms.solvers.blocked import factor
+from lightning_prune.algorithms.solvers.brain_surgeon import (
+    add_outer_products,
+    damage,
+    inverse_of_outer_products,
+    surgeon,
+)
+from lightning_prune.algorithms.solvers.exchange import exchange
 
 CASES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
 

@@ -24,7 +24,7 @@ from lightning_prune import (
     to_semi_structured_,
 )
 from lightning_prune.cli import main
-from lightning_prune.export import semi_structured
+from lightning_prune.surgery import semi_structured
 from tests.runs import Depthwise, Net, assert_agrees_with_shapes, fit, net, weights
 
 

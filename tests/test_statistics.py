@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_prune import PruningError
-from lightning_prune.inputs import run
-from lightning_prune.statistics.gradients import batch_gradients, empirical_fisher, hutchinson
-from lightning_prune.statistics.units import (
+from lightning_prune.measure.gradients import batch_gradients, empirical_fisher, hutchinson
+from lightning_prune.measure.unit_statistics import (
     UnitMeans,
     gather_contributions,
     over_units,
@@ -22,6 +21,7 @@ from lightning_prune.statistics.units import (
     watch_contributions,
     watch_moments,
 )
+from lightning_prune.model.calls import run
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS
 

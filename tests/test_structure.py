@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from lightning_prune import PruningError, coupling_rule
-from lightning_prune.flops import count_flops
-from lightning_prune.inputs import run, tensors_in
+from lightning_prune.measure.flops import count_flops
+from lightning_prune.model.calls import run, tensors_in
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.structure.choices import connected

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_prune import Cubic, Linear, OneShot, PruningError, TaylorFilterPruning
-from lightning_prune.footprint import measure
+from lightning_prune.measure.footprint import measure
 from lightning_prune.structure import find_structure, trace
 from tests.runs import IMAGE, Known, Net, assert_same_weights, batches, fit, net, trainer, weights, widths
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune.errors import PruningError
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
-from lightning_prune.structure.numbers import Held, Number
-from lightning_prune.structure.unknowns import place_of, worked_back
+from lightning_prune.structure.solve_ints import place_of, worked_back
+from lightning_prune.structure.traced_ints import Held, Number
 from tests.models import SEQUENCE
 
 HELD = Held("module", "name")

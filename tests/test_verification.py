@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_prune import PruningError, load_state_dict_
-from lightning_prune.inputs import Instead
+from lightning_prune.model.calls import Instead
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.surgery import Disproof, Proof, draft, find_groups, verify
 

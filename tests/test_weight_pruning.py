@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_prune import PruningError, masks_on, prune_weights
-from lightning_prune.pruning.prunable import find_weights
+from lightning_prune.pruning.find_weights import find_weights
 
 
 def mlp(*sizes):

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.trust.kills import differing
 from benchmarks.trust.runs import CALLBACKS, Batches, Net, outcome, trainer
 from lightning_prune import PruningError
-from lightning_prune.callbacks._pruning import Pruning
+from lightning_prune.callbacks.engine.run import Pruning
 
 __all__ = ["DDP", "EXTRAS", "OPTIMIZERS", "PRECISIONS", "Cell", "Tried", "across", "alone", "try_cells"]
 

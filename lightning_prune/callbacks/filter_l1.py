@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_prune.callbacks._criteria import gathering_for
-from lightning_prune.callbacks._structured import StructuredPruning
-from lightning_prune.schedules import Schedule
+from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.callbacks.engine.gathered_scores import gathering_for
+from lightning_prune.callbacks.engine.structured import StructuredPruning
 
 __all__ = ["FilterL1Pruning"]
 

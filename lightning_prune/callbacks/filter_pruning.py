@@ -10,16 +10,16 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.callbacks._criteria import DAMPING, gathering_for
-from lightning_prune.callbacks._processes import calibration_of
-from lightning_prune.callbacks._structured import StructuredPruning
-from lightning_prune.inputs import run
+from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.gathered_scores import DAMPING, gathering_for
+from lightning_prune.callbacks.engine.processes import calibration_of
+from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.measure.products import find_products
+from lightning_prune.model.calls import run
+from lightning_prune.pruning.consumers import only_read
 from lightning_prune.pruning.filters import Prepared
-from lightning_prune.pruning.readers import only_read
 from lightning_prune.pruning.repair import Repair, repaired
-from lightning_prune.schedules import OneShot, Schedule
-from lightning_prune.scoring import CRITERIA, Criterion
-from lightning_prune.statistics.products import find_products
+from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterPruning"]

@@ -10,15 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.arguments import Amount
-from lightning_prune.callbacks._averaging import restart_averages_
-from lightning_prune.callbacks._guard import guards
-from lightning_prune.callbacks._masked import MaskedPruning, masking_callbacks
-from lightning_prune.callbacks._rewind import draw_anew_, remember, rewind_
-from lightning_prune.callbacks._structured import structured_callbacks
-from lightning_prune.errors import PruningError
+from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.callbacks.engine.averaging import restart_averages_
+from lightning_prune.callbacks.engine.masked import MaskedPruning, masking_callbacks
+from lightning_prune.callbacks.engine.probation import guards
+from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
+from lightning_prune.callbacks.engine.structured import structured_callbacks
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import Amount
 from lightning_prune.pruning.weights import choose_weights, score_weights, shuffled
-from lightning_prune.schedules import Schedule
 
 __all__ = ["IterativeMagnitudePruning"]
 

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_prune.callbacks._averaging import averaged_copies
-from lightning_prune.callbacks._guard import Guard
-from lightning_prune.callbacks._pruning import pruning_callbacks
-from lightning_prune.errors import PruningError
+from lightning_prune.callbacks.engine.averaging import averaged_copies
+from lightning_prune.callbacks.engine.probation import Guard
+from lightning_prune.callbacks.engine.run import pruning_callbacks
+from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import restore_, take_snapshot
 
 __all__ = ["MetricGuard"]

@@ -9,12 +9,12 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_prune.arguments import Amount
-from lightning_prune.callbacks._masked import MaskedPruning
-from lightning_prune.callbacks._processes import calibration_of, recalibrate_
-from lightning_prune.errors import PruningError
+from lightning_prune.algorithms.schedules import Moments, OneShot, Schedule
+from lightning_prune.callbacks.engine.masked import MaskedPruning
+from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import Amount
 from lightning_prune.pruning.obs import Asked, LayerFit, Solver, plan_obs, refuse_beyond_reach, write_
-from lightning_prune.schedules import Moments, OneShot, Schedule
 
 __all__ = ["OBSOneShot"]
 

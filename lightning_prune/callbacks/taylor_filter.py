@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_prune.budget import Scores
-from lightning_prune.callbacks._criteria import gathering_for
-from lightning_prune.callbacks._structured import StructuredPruning
-from lightning_prune.schedules import OneShot, Schedule
+from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.gathered_scores import gathering_for
+from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
 __all__ = ["TaylorFilterPruning"]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_prune.cli import export, inspect, report, sensitivity
-from lightning_prune.errors import PruningError
+from lightning_prune.model.errors import PruningError
 
 __all__ = ["main"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_prune.cli._runs import saved_weights
-from lightning_prune.errors import PruningError
-from lightning_prune.export.sparse import save_sparse
+from lightning_prune.cli.runs import saved_weights
+from lightning_prune.model.errors import PruningError
 from lightning_prune.reports import stored_table
+from lightning_prune.surgery.sparse_files import save_sparse
 
 __all__ = ["TOLD", "add_arguments", "run"]
 

@@ -8,12 +8,12 @@ import json
 import yaml  # type: ignore[import-untyped]
 from rich.console import Console
 
-from lightning_prune.arguments import budget_by_group, check_arguments, with_ignored
-from lightning_prune.budget import Budget
-from lightning_prune.cli._runs import RUN, add_model_options, add_run_options, load_weights_, model_and_inputs
-from lightning_prune.errors import PruningError
+from lightning_prune.analysis.sensitivity_findings import amount_paths
+from lightning_prune.cli.runs import RUN, add_model_options, add_run_options, load_weights_, model_and_inputs
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import budget_by_group, check_arguments, with_ignored
+from lightning_prune.pruning.budget import Budget
 from lightning_prune.reports import group_costs, group_table, pinned_table, room_table
-from lightning_prune.sensitivity.findings import amount_paths
 from lightning_prune.structure import Structure
 from lightning_prune.surgery import find_groups
 

@@ -12,10 +12,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from rich.console import Console
 
-from lightning_prune.cli._runs import RUN, add_model_options, add_run_options, load_weights_, model_and_inputs
-from lightning_prune.errors import PruningError
+from lightning_prune.analysis.latency_comparison import compare_latency
+from lightning_prune.cli.runs import RUN, add_model_options, add_run_options, load_weights_, model_and_inputs
+from lightning_prune.model.errors import PruningError
 from lightning_prune.reports import HISTORY_FILE, History, latency_advice, latency_table, run_tables, write_run
-from lightning_prune.speed import compare_latency
 
 __all__ = ["TOLD", "add_arguments", "run"]
 

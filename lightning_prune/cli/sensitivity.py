@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_prune.cli._runs import RUN, add_run_options, load_run, load_weights_
-from lightning_prune.errors import PruningError
+from lightning_prune.analysis.layer_sensitivity import TENTHS
+from lightning_prune.analysis.sensitivity_findings import Sensitivity
+from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
+from lightning_prune.cli.runs import RUN, add_run_options, load_run, load_weights_
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.reports import draw_sensitivity, import_matplotlib, sensitivity_table
-from lightning_prune.scoring import CRITERIA
-from lightning_prune.sensitivity.filters import TENTHS
-from lightning_prune.sensitivity.findings import Sensitivity
-from lightning_prune.validation import trainer_sensitivity, trainer_weight_sensitivity
 
 __all__ = ["TOLD", "add_arguments", "run"]
 

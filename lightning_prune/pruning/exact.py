@@ -10,14 +10,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.arguments import check_fraction, check_ignored, names_module
-from lightning_prune.errors import PruningError
-from lightning_prune.inference import changes_model, ordinary
-from lightning_prune.inputs import undisturbed
-from lightning_prune.masks import apply_masks_
-from lightning_prune.progress import counted
-from lightning_prune.solvers.exact import Step, damage, inverse_of_outer_products, magnitude, surgeon
-from lightning_prune.statistics.curvature import OutputLoss, outer_product_rows
+from lightning_prune.algorithms.solvers.brain_surgeon import Step, damage, inverse_of_outer_products, magnitude, surgeon
+from lightning_prune.measure.curvature import OutputLoss, outer_product_rows
+from lightning_prune.model.calls import undisturbed
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.progress_bars import counted
+from lightning_prune.pruning.arguments import check_fraction, check_ignored, names_module
+from lightning_prune.surgery.masks import apply_masks_
 
 __all__ = ["Removal", "SurgeonReport", "prune_exact"]
 

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.arguments import (
+from lightning_prune.measure.flops import FlopCount, count_flops
+from lightning_prune.measure.footprint import Footprint, count, measure, saved_by_one_unit
+from lightning_prune.measure.gradients import Loss
+from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
+from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.progress_bars import counted, each
+from lightning_prune.pruning.arguments import (
     Amount,
     MaxAmount,
     MinWidth,
@@ -22,18 +30,9 @@ from lightning_prune.arguments import (
     check_prunable,
     with_ignored,
 )
-from lightning_prune.budget import Budget, Dense, Scope, Scores, Target, per_saving, plan
-from lightning_prune.errors import PruningError
-from lightning_prune.flops import FlopCount, count_flops
-from lightning_prune.footprint import Footprint, count, measure, saved_by_one_unit
-from lightning_prune.inference import changes_model, ordinary
-from lightning_prune.inputs import ExampleInputs
-from lightning_prune.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
-from lightning_prune.masks import follow_cut_
-from lightning_prune.progress import counted, each
+from lightning_prune.pruning.budget import Budget, Dense, Scope, Scores, Target, per_saving, plan
 from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
-from lightning_prune.scoring import Criterion, adds_up, score_units
-from lightning_prune.statistics.gradients import Loss
+from lightning_prune.pruning.scoring import Criterion, adds_up, score_units
 from lightning_prune.structure import Keep, Pinned, Structure
 from lightning_prune.surgery import (
     AttributeChange,
@@ -49,7 +48,8 @@ from lightning_prune.surgery import (
     recipe_of,
     verify,
 )
-from lightning_prune.surgery.course import Lefts
+from lightning_prune.surgery.expected_outputs import Lefts
+from lightning_prune.surgery.masks import follow_cut_
 
 __all__ = [
     "GroupWidth", "Prepared", "Report", "carry_out_", "clock", "count_params", "prepare", "prune_filters", "reported",

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.arguments import check_amount, check_fraction
-from lightning_prune.errors import PruningError
-from lightning_prune.inference import changes_model, ordinary
-from lightning_prune.masks import apply_masks_
-from lightning_prune.progress import each
+from lightning_prune.algorithms.solvers import best_on_support, greedy_paths, inverse, keep_along
+from lightning_prune.measure.gradients import Loss, example_gradients
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.progress_bars import each
+from lightning_prune.pruning.arguments import check_amount, check_fraction
+from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.obs import write_
-from lightning_prune.pruning.prunable import find_weights
-from lightning_prune.solvers import best_on_support, greedy_paths, inverse, keep_along
-from lightning_prune.statistics.gradients import Loss, example_gradients
+from lightning_prune.surgery.masks import apply_masks_
 
 __all__ = ["FisherReport", "block_fisher", "prune_fisher"]
 

@@ -11,14 +11,14 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_prune.errors import PruningError
-from lightning_prune.progress import seen
-from lightning_prune.solvers import Curve, Pattern, RowSolver, damped, rise
-from lightning_prune.solvers.damping import cholesky
-from lightning_prune.statistics.calibration import Calibration
-from lightning_prune.statistics.grams import Gram, fitting, gather_grams, gather_pair
-from lightning_prune.statistics.outputs import Outputs, replaced
-from lightning_prune.statistics.products import Products
+from lightning_prune.algorithms.solvers import Curve, Pattern, RowSolver, damped, rise
+from lightning_prune.algorithms.solvers.damping import cholesky
+from lightning_prune.measure.calibration import Calibration
+from lightning_prune.measure.grams import Gram, fitting, gather_grams, gather_pair
+from lightning_prune.measure.output_change import Outputs, replaced
+from lightning_prune.measure.products import Products
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.progress_bars import seen
 
 __all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "told_of"]
 

@@ -9,11 +9,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.arguments import check_ignored, names_module
-from lightning_prune.errors import PruningError
-from lightning_prune.inference import changes_model, ordinary
-from lightning_prune.inputs import call_on
-from lightning_prune.masks import apply_masks_
+from lightning_prune.algorithms.selection import parse_pattern
+from lightning_prune.algorithms.solvers import SOLVERS, Pattern, split
+from lightning_prune.measure.calibration import Calibration, Run
+from lightning_prune.measure.products import Products, find_products
+from lightning_prune.measure.unrolled import Reading
+from lightning_prune.model.calls import call_on
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.pruning.arguments import check_ignored, names_module
 from lightning_prune.pruning.layerwise import (
     Leaving,
     Surgery,
@@ -23,12 +27,8 @@ from lightning_prune.pruning.layerwise import (
     one_by_one,
 )
 from lightning_prune.pruning.weights import check_weight_arguments
-from lightning_prune.selection import parse_pattern
-from lightning_prune.solvers import SOLVERS, Pattern, split
-from lightning_prune.statistics.calibration import Calibration, Run
-from lightning_prune.statistics.products import Products, find_products
-from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import named_tensors
+from lightning_prune.surgery.masks import apply_masks_
 
 __all__ = [
     "Asked", "LayerFit", "ObsPlan", "ObsReport", "Solver", "Split", "plan_obs", "prune_obs", "refuse_beyond_reach",

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_prune.arguments import Amount
-from lightning_prune.budget import NEAR, Budget, Dense, Target
-from lightning_prune.footprint import Footprint
+from lightning_prune.measure.footprint import Footprint
+from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.budget import NEAR, Budget, Dense, Target
 from lightning_prune.structure import Structure
 
 __all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of", "told_of"]

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.progress import each
+from lightning_prune.algorithms.solvers.least_squares import refit
+from lightning_prune.measure.calibration import Calibration
+from lightning_prune.measure.grams import Pair, gather_grams, gather_pair
+from lightning_prune.measure.products import Products, find_products
+from lightning_prune.measure.unrolled import Reading
+from lightning_prune.model.progress_bars import each
 from lightning_prune.pruning.layerwise import told_of
-from lightning_prune.solvers.least_squares import refit
-from lightning_prune.statistics.calibration import Calibration
-from lightning_prune.statistics.grams import Pair, gather_grams, gather_pair
-from lightning_prune.statistics.products import Products, find_products
-from lightning_prune.statistics.unrolled import Reading
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.surgery import Cut, temporarily_cut
 from lightning_prune.surgery.resize import narrowed

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.arguments import Amount, check_amount
-from lightning_prune.criteria import magnitude
-from lightning_prune.errors import PruningError
-from lightning_prune.inference import changes_model
-from lightning_prune.masks import Masks, masks_on
-from lightning_prune.pruning.prunable import Weight, amount_by_weight, find_weights
-from lightning_prune.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
+from lightning_prune.algorithms.criteria import magnitude
+from lightning_prune.algorithms.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.pruning.arguments import Amount, check_amount
+from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights
+from lightning_prune.surgery.masks import Masks, masks_on
 
 __all__ = [
     "ToPrune",

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_prune.errors import PruningError
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.weights import WeightCount
-from lightning_prune.reports.layers import LayerCost
+from lightning_prune.reports.layer_table import LayerCost
 from lightning_prune.structure import Pinned
 
 __all__ = ["History", "LayerChange", "Moment"]

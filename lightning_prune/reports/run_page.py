@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 
 from lightning_prune.reports.history import History
-from lightning_prune.reports.layers import count_change
+from lightning_prune.reports.layer_table import count_change
 from lightning_prune.reports.summary import metric_change, shares, shown_metrics, stages, staying, totals
 
 __all__ = ["run_page"]

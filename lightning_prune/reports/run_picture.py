@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_prune.analysis.sensitivity_figure import import_matplotlib
 from lightning_prune.reports.history import History
-from lightning_prune.reports.sensitivity import import_matplotlib
 from lightning_prune.reports.summary import main_metric, shares, stages
 
 __all__ = ["draw_run", "picture_of"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from lightning_prune.reports.history import History
-from lightning_prune.reports.layers import layer_table
+from lightning_prune.reports.layer_table import layer_table
 from lightning_prune.reports.summary import Stage, metric_change, shares, shown_metrics, stages, staying
-from lightning_prune.reports.weights import weight_table
+from lightning_prune.reports.weight_table import weight_table
 
 __all__ = ["run_tables"]
 

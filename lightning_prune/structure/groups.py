@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from lightning_prune.structure.choices import Taken, Way, resolve, take
 from lightning_prune.structure.labels import PINNED, Atoms, Ledger, SlotRange
-from lightning_prune.structure.links import find_links, left
 from lightning_prune.structure.pinned import Pinned, find_pinned
+from lightning_prune.structure.width_ties import find_links, left
 
 __all__ = ["ChannelGroup", "Keep", "Slot", "Structure", "find_structure"]
 

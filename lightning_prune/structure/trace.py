@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.errors import PruningError
-from lightning_prune.inputs import (
+from lightning_prune.model.calls import (
     ExampleInputs,
     Instead,
     modules_of,
@@ -22,10 +21,11 @@ from lightning_prune.inputs import (
     tensors_in,
     undisturbed,
 )
+from lightning_prune.model.errors import PruningError
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
-from lightning_prune.structure.tensors import named_tensors
-from lightning_prune.structure.unknowns import add_unknowns_
-from lightning_prune.structure.watch import watch
+from lightning_prune.structure.solve_ints import add_unknowns_
+from lightning_prune.structure.tensor_names import named_tensors
+from lightning_prune.structure.tracer import watch
 
 __all__ = ["trace"]
 

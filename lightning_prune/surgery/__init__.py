@@ -2,7 +2,6 @@
 
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.cut import Cut, cut_, draft
-from lightning_prune.surgery.prove import Disproof, Proof, compensated, verify
 from lightning_prune.surgery.recipe import (
     RECIPE,
     PackedMasks,
@@ -17,6 +16,7 @@ from lightning_prune.surgery.replay import Constant
 from lightning_prune.surgery.resize import Kept, narrowed, replace_tensors_
 from lightning_prune.surgery.snapshot import restore_, take_snapshot
 from lightning_prune.surgery.temporary import temporarily_cut
+from lightning_prune.surgery.verify import Disproof, Proof, compensated, verify
 
 __all__ = [
     "AttributeChange",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.inputs import modules_of
+from lightning_prune.model.calls import modules_of
 
 __all__ = ["ABSENT", "AttributeChange", "attributes_set", "held_number", "set_attributes_", "shape_attributes"]
 

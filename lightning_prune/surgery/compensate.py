@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_prune.structure import Structure
 from lightning_prune.structure.labels import Atoms, Label, Labels, Ran
 from lightning_prune.structure.rules import reduces
-from lightning_prune.surgery.course import Lefts
 from lightning_prune.surgery.cut import Cut
+from lightning_prune.surgery.expected_outputs import Lefts
 from lightning_prune.surgery.replay import Constant, Window, is_scaling
 
 __all__ = ["Scales", "scales_for"]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.inputs import modules_of
+from lightning_prune.model.calls import modules_of
 from lightning_prune.structure import Keep, Structure, named_tensors
-from lightning_prune.structure.links import Counts
-from lightning_prune.structure.unknowns import place_of
+from lightning_prune.structure.solve_ints import place_of
+from lightning_prune.structure.width_ties import Counts
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import Kept, followed, narrowed, replace_tensors_
 

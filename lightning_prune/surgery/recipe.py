@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.bits import unpack_bits
-from lightning_prune.errors import PruningError
+from lightning_prune.model.bits import unpack_bits
+from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import ABSENT, AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.resize import replace_tensors_
@@ -25,7 +25,7 @@ _PLAIN = (int, float, list, type(None))
 """What the value of an attribute may be in a recipe."""
 
 PackedMasks = dict[str, list[Any]]
-"""Name of a parameter -> what of it stays, as ``[packed bits, shape]`` (see :mod:`lightning_prune.bits`)."""
+"""Name of a parameter -> what of it stays, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
 
 
 @dataclass(eq=False)

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.inputs import ExampleInputs, same_draws, undisturbed
+from lightning_prune.model.calls import ExampleInputs, same_draws, undisturbed
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.structure.decisions import decisions_in_order
-from lightning_prune.structure.hollow import NumbersNeededError
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
-from lightning_prune.structure.watch import watch
+from lightning_prune.structure.shape_only import NumbersNeededError
+from lightning_prune.structure.tracer import watch
 from lightning_prune.surgery.attributes import attributes_set
-from lightning_prune.surgery.course import Lefts, aligned
 from lightning_prune.surgery.cut import Cut, draft
-from lightning_prune.surgery.prove import counted
+from lightning_prune.surgery.expected_outputs import Lefts, aligned
+from lightning_prune.surgery.verify import counted
 
 __all__ = ["find_groups"]
 

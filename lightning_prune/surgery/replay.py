@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.structure.decisions import impose_
-from lightning_prune.structure.hollow import writes
 from lightning_prune.structure.labels import Ran
 from lightning_prune.structure.rules import reduces, tensors_among
-from lightning_prune.structure.watch import Watch, aliases, plain
-from lightning_prune.surgery.course import Course, Left, Lefts, OtherOperatorsError
+from lightning_prune.structure.shape_only import writes
+from lightning_prune.structure.tracer import Watch, aliases, plain
+from lightning_prune.surgery.expected_outputs import Course, Left, Lefts, OtherOperatorsError
 from lightning_prune.surgery.fingerprint import Print, agree, difference, fingerprint, kept_dim
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.errors import PruningError
+from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 
 __all__ = ["Kept", "followed", "narrowed", "replace_tensors_"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.inputs import ExampleInputs
+from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.cut import Cut
 

@@ -16,7 +16,7 @@ import lightning_prune
 from benchmarks.trust.nonsense.promises import fit, fit_or_refuse, images, ours, promise
 from benchmarks.trust.runs import Net
 from lightning_prune import PruningError, load_from_checkpoint
-from lightning_prune.bits import pack_bits
+from lightning_prune.model.bits import pack_bits
 
 __all__ = ["FILES", "with_files"]
 

@@ -1,16 +1,16 @@
 """What each operator does to labels: one table, filled by the files of this folder."""
 
 from lightning_prune.structure.rules import contraction as contraction
-from lightning_prune.structure.rules import frozen as frozen
+from lightning_prune.structure.rules import frozen_sizes as frozen_sizes
 from lightning_prune.structure.rules import losses as losses
 from lightning_prune.structure.rules import movement as movement
 from lightning_prune.structure.rules import normalization as normalization
-from lightning_prune.structure.rules import parts as parts
 from lightning_prune.structure.rules import pooling as pooling
 from lightning_prune.structure.rules import reduction as reduction
+from lightning_prune.structure.rules import split_and_join as split_and_join
 from lightning_prune.structure.rules import views as views
+from lightning_prune.structure.rules.by_trial import tested as tested
 from lightning_prune.structure.rules.pointwise import pointwise as pointwise_rule
 from lightning_prune.structure.rules.table import Call, Dims, Rule, coupling_rule, reduces, rule_for, tensors_among
-from lightning_prune.structure.rules.tested import tested as tested
 
 __all__ = ["Call", "Dims", "Rule", "coupling_rule", "pointwise_rule", "reduces", "rule_for", "tensors_among", "tested"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.structure.labels import PINNED, Label
 from lightning_prune.structure.rules.attach import tie_merged, unknown
-from lightning_prune.structure.rules.frozen import follow_argument
+from lightning_prune.structure.rules.frozen_sizes import follow_argument
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []

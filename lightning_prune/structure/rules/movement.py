@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.structure.labels import PINNED, Label
 from lightning_prune.structure.rules.attach import attach, merge_, unknown
-from lightning_prune.structure.rules.frozen import counted_by
+from lightning_prune.structure.rules.frozen_sizes import counted_by
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__ = ["repeat"]

@@ -8,10 +8,10 @@ import numpy as np
 from torch import nn
 
 from lightning_prune.structure.labels import Attribute, Label
-from lightning_prune.structure.numbers import Number
-from lightning_prune.structure.rules.frozen import follow_argument, hands_on
+from lightning_prune.structure.rules.frozen_sizes import follow_argument, hands_on
 from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
+from lightning_prune.structure.traced_ints import Number
 
 __all__: list[str] = []
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.structure.labels import Label, Labels, Ledger
-from lightning_prune.structure.numbers import numbers_in
+from lightning_prune.structure.traced_ints import numbers_in
 
 __all__ = ["REDUCES", "RULES", "Call", "Dims", "Rule", "coupling_rule", "reduces", "rule_for", "tensors_among"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from lightning_prune.structure.numbers import aligned
 from lightning_prune.structure.rules.attach import attach, merge_, unknown
-from lightning_prune.structure.rules.frozen import counted_by, follow
+from lightning_prune.structure.rules.frozen_sizes import counted_by, follow
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule, tensors_among
+from lightning_prune.structure.traced_ints import aligned
 
 __all__ = ["expand"]
 

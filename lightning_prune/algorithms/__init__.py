@@ -1,0 +1,1 @@
+"""The algorithms of pruning: tensors in, tensors out; no model is known here."""

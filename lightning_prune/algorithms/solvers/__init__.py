@@ -1,0 +1,20 @@
+"""Second-order surgery on matrices: which weights leave, and how the others make up for it; knows no models."""
+
+from lightning_prune.algorithms.solvers.choice import SOLVERS, Admm, Blocked, Exact, RowSolver
+from lightning_prune.algorithms.solvers.damping import damped, inverse
+from lightning_prune.algorithms.solvers.least_squares import (
+    best_on_columns,
+    best_on_support,
+    nearer_on_support,
+    refit,
+    rise,
+)
+from lightning_prune.algorithms.solvers.patterns import Pattern
+from lightning_prune.algorithms.solvers.rows import Paths, greedy_paths, keep_along, rises_along
+from lightning_prune.algorithms.solvers.split import Curve, split
+
+__all__ = [
+    "SOLVERS", "Admm", "Blocked", "Curve", "Exact", "Paths", "Pattern", "RowSolver", "best_on_columns",
+    "best_on_support", "damped", "greedy_paths", "inverse", "keep_along", "nearer_on_support", "refit", "rise",
+    "rises_along", "split",
+]  # fmt: skip

@@ -1,0 +1,149 @@
+r"""The best weights where some must be zero, in closed form or by conjugate gradients; knows no layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prune.algorithms.solvers.damping import cholesky, damped
+
+__all__ = ["best_on_columns", "best_on_support", "nearer_on_support", "refit", "rise"]
+
+_MEMORY = 256 * 2**20  # bytes of Hessians held at a time
+
+
+def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
+    r"""Return the rows nearest to the given ones, measured by H, of those that are zero where ``keep`` is False.
+
+    Args:
+        weights: Rows of weights, ``(groups, rows, columns)``.
+        hessian: Positive definite, shared by the rows of each group, ``(groups, columns, columns)``.
+        keep: True for each weight that stays, ``(groups, rows, columns)`` bool.
+
+    Returns:
+        The minimisers of :math:`(w - w_0) H (w - w_0)^T`, ``(groups, rows, columns)``.
+
+    Raises:
+        PruningError: If H is singular on what a row keeps.
+
+    Examples:
+        >>> H = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+        >>> best_on_support(torch.tensor([[[1.0, 1.0]]]), H, torch.tensor([[[True, False]]]))
+        tensor([[[1.5000, 0.0000]]])
+    """
+    groups, rows, columns = weights.shape
+    pull = (weights @ hessian).reshape(-1, columns)  # what the kept weights must still add up to
+    flat = keep.reshape(-1, columns)
+    group = torch.arange(groups, device=weights.device).repeat_interleave(rows)
+    size = max(1, _MEMORY // (columns * columns * weights.element_size()))
+    found = [
+        _solve(hessian[g], p, k) for g, p, k in zip(group.split(size), pull.split(size), flat.split(size), strict=True)
+    ]
+    return torch.cat(found).reshape(weights.shape)
+
+
+def nearer_on_support(
+    weights: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, steps: int = 100, tolerance: float = 1e-6
+) -> Tensor:
+    """Come close to :func:`best_on_support` by conjugate gradients, in products of whole matrices: for wide rows.
+
+    Args:
+        weights: Rows of weights, ``(groups, rows, columns)``.
+        hessian: Positive definite, ``(groups, columns, columns)``.
+        keep: True for each weight that stays, ``(groups, rows, columns)`` bool.
+        start: Where to begin, ``(groups, rows, columns)``; what does not stay counts as zero.
+        steps: How many at most.
+        tolerance: Stop once the preconditioned residual is this small beside that of all zeros.
+
+    Returns:
+        Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
+    """
+    scale = hessian.diagonal(dim1=1, dim2=2)[:, None]
+    pull = (weights @ hessian) * keep
+    found = start * keep
+    residual = pull - (found @ hessian) * keep
+    direction = residual / scale
+    length = (residual * direction).sum(dim=2, keepdim=True)
+    enough = tolerance**2 * (pull.square() / scale).sum(dim=2, keepdim=True)
+    for _ in range(steps):
+        if (length <= enough).all():
+            break
+        product = (direction @ hessian) * keep
+        step = length / (direction * product).sum(dim=2, keepdim=True).clamp_min(torch.finfo(length.dtype).tiny)
+        found = found + step * direction
+        residual = residual - step * product
+        ahead = residual / scale
+        before, length = length, (residual * ahead).sum(dim=2, keepdim=True)
+        direction = ahead + length / before.clamp_min(torch.finfo(length.dtype).tiny) * direction
+    return found
+
+
+def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
+    """Return the best rows of fewer columns: what is left makes up for the columns that leave, in all rows alike.
+
+    Args:
+        weights: Rows of weights, ``(rows, columns)``.
+        hessian: Positive definite on the kept columns, ``(columns, columns)``.
+        keep: True for each column that stays, ``(columns,)`` bool.
+
+    Returns:
+        The kept columns' new weights, ``(rows, kept)``.
+
+    Raises:
+        PruningError: If H is singular on the kept columns.
+    """
+    return torch.cholesky_solve((weights @ hessian)[:, keep].T, cholesky(hessian[keep][:, keep])).T
+
+
+def refit(
+    weights: Tensor,
+    start: Tensor,
+    cross: Tensor,
+    after: Tensor,
+    mean_before: Tensor,
+    mean_after: Tensor,
+    damping: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Fit rows to new inputs y so that they give what others gave for x: :math:`W x \approx \hat W y + s`.
+
+    Args:
+        weights: W, ``(groups, rows, columns)``.
+        start: What :math:`\hat W` is held on to by the damping, ``(groups, rows, new columns)``.
+        cross: Mean of :math:`x y^T`, ``(groups, columns, new columns)``.
+        after: Mean of :math:`y y^T`, ``(groups, new columns, new columns)``.
+        mean_before: Mean of x, ``(groups, columns)``; zeros where no shift can be had.
+        mean_after: Mean of y, ``(groups, new columns)``; likewise.
+        damping: Share of the mean variance of y.
+
+    Returns:
+        :math:`\hat W`, and the shift s, ``(groups, rows)``.
+
+    Raises:
+        PruningError: If the inputs are linearly dependent and not damped.
+    """
+    cross = cross - mean_before[:, :, None] * mean_after[:, None]
+    whole, after = after, after - mean_after[:, :, None] * mean_after[:, None]
+    regular = damped(after, damping, whole)
+    pull = weights @ cross + start @ (regular - after)
+    new = torch.cholesky_solve(pull.transpose(1, 2), cholesky(regular)).transpose(1, 2)
+    return new, (weights @ mean_before[..., None] - new @ mean_after[..., None])[..., 0]
+
+
+def rise(change: Tensor, hessian: Tensor) -> Tensor:
+    r"""Return :math:`\frac{1}{2}\operatorname{tr}(\Delta H \Delta^T)` of each group.
+
+    Args:
+        change: What was added to the weights, ``(groups, rows, columns)``.
+        hessian: ``(groups, columns, columns)``.
+
+    Returns:
+        ``(groups,)``.
+    """
+    return 0.5 * ((change @ hessian) * change).sum(dim=(1, 2))
+
+
+def _solve(hessian: Tensor, pull: Tensor, keep: Tensor) -> Tensor:
+    """Solve each row's own system, ones on the diagonal standing in for what has left."""
+    both = keep[:, :, None] & keep[:, None, :]
+    own = torch.where(both, hessian, torch.diag_embed((~keep).to(hessian)))
+    return torch.cholesky_solve((pull * keep)[..., None], cholesky(own))[..., 0] * keep

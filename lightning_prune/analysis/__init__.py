@@ -1,0 +1,1 @@
+"""Answers questions about a model before it is pruned: sensitivity, agreement of criteria, latency when slim."""

@@ -1,0 +1,160 @@
+"""Measures what every unit is worth by silencing it, and how well criteria foretell that; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torchmetrics.functional import spearman_corrcoef
+
+from lightning_prune.measure.gradients import Loss
+from lightning_prune.model.calls import ExampleInputs, undisturbed
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.progress_bars import seen
+from lightning_prune.pruning.arguments import check_prunable, with_ignored
+from lightning_prune.pruning.scoring import CRITERIA, by_l2
+from lightning_prune.structure import ChannelGroup, Structure, named_tensors
+from lightning_prune.surgery import find_groups
+
+__all__ = ["Correlation", "compare_criteria", "correlate", "oracle"]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of a criterion with the oracle.
+
+    Attributes:
+        per_layer: Mean over layers of the correlation within the layer.
+        all_layers: Correlation over the units of all layers together, scores as they come.
+        all_layers_l2: The same, each layer's scores divided by their l2 norm.
+    """
+
+    per_layer: float
+    all_layers: float
+    all_layers_l2: float
+
+
+def oracle(
+    model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss, *, progress: bool = False
+) -> dict[str, Tensor]:
+    r"""Measure :math:`|L(\text{without the unit}) - L|` for every unit, each silenced alone.
+
+    Costs one forward pass over the batches for every unit. The model is left as found.
+
+    Args:
+        model: The model.
+        structure: Its channel groups.
+        batches: Batches of data; held in memory.
+        loss: From model and batch to the mean loss, weighted alike for every batch.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Group name -> absolute change of the mean loss, ``(width,)``.
+
+    References:
+        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, sec. 2.2 (arXiv:1611.06440):
+        oracle-abs.
+    """
+    batches = list(batches)
+    changes = {}
+    units = [(group, unit) for group in structure.groups.values() for unit in range(group.width)]
+    with undisturbed(model):
+        whole = _mean_loss(model, batches, loss)
+        losses: dict[str, list[Tensor]] = {name: [] for name in structure.groups}
+        for group, unit in track(units, "oracle", disable=not (progress and seen()), transient=True):
+            with _silenced(model, group, unit):
+                losses[group.name].append(_mean_loss(model, batches, loss))
+        for name, found in losses.items():
+            changes[name] = (torch.stack(found) - whole).abs()
+    return changes
+
+
+def correlate(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Correlation:
+    """Compare scores with the oracle's, by rank.
+
+    Args:
+        scores: Group name -> one score per unit, as they come from the criterion.
+        truth: Group name -> the oracle's, of the same widths.
+    """
+    names = [name for name in truth if len(truth[name]) > 1]
+    layers = [_spearman(scores[name], truth[name]) for name in names]
+    raw = torch.cat([scores[name].cpu().double() for name in names])
+    normal = torch.cat([by_l2(scores[name].cpu().double()) for name in names])
+    real = torch.cat([truth[name].cpu().double() for name in names])
+    return Correlation(sum(layers) / len(layers), _spearman(raw, real), _spearman(normal, real))
+
+
+@changes_model
+def compare_criteria(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    criteria: Sequence[str] = tuple(CRITERIA),
+    ignore: Sequence[str] = (),
+    progress: bool = True,
+) -> dict[str, Correlation]:
+    """Find out which criterion foretells best, for this model and these data, what removing its units would do.
+
+    Args:
+        model: A trained model, left as found.
+        example_inputs: What to trace it on.
+        batches: Batches of data; held in memory.
+        loss: From model and batch to the mean loss.
+        criteria: Names of criteria to compare.
+        ignore: Patterns of module paths whose channels are left out.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Criterion -> its correlation with the oracle.
+
+    Raises:
+        ValueError: If there is no criterion of a name.
+        PruningError: If no batch came.
+
+    References:
+        Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, table 1 (arXiv:1611.06440).
+    """
+    if unknown := [name for name in criteria if name not in CRITERIA]:
+        raise ValueError(f"compare_criteria(criteria={unknown!r}): choose of {', '.join(map(repr, CRITERIA))}.")
+    batches = list(batches)
+    if not batches:
+        raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
+    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
+    check_prunable(model, structure)
+    truth = oracle(model, structure, batches, loss, progress=progress)
+    shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)
+    return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in shown}
+
+
+def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:
+    return torch.stack([loss(model, batch).detach().cpu().double() for batch in batches]).mean()
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    return float(spearman_corrcoef(a.double().cpu(), b.double().cpu()).nan_to_num())  # nan where all scores tie
+
+
+@contextmanager
+def _silenced(model: nn.Module, group: ChannelGroup, unit: int) -> Iterator[None]:
+    """Zero what sums over a unit, or what makes it where nothing does, inside the block."""
+    own = named_tensors(model)
+    slots = [slot for slot in group.slots if slot.role == "consumer"] or group.slots
+    saved = []
+    try:
+        for slot in slots:
+            tensor = own[slot.tensor].data
+            indices = torch.from_numpy((slot.units == unit).nonzero()[0]).to(tensor.device)
+            saved.append((tensor, slot.dim, indices, tensor.index_select(slot.dim, indices)))
+            tensor.index_fill_(slot.dim, indices, 0)
+        yield
+    finally:
+        for tensor, dim, indices, values in reversed(saved):
+            tensor.index_copy_(dim, indices, values)

@@ -1,0 +1,100 @@
+"""Knows where averaging callbacks keep their copies of the model, and lets the copies follow its shapes."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.model.errors import PruningError
+from lightning_prune.structure import named_tensors
+from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
+
+__all__ = [
+    "averaged_copies", "cut_copies_", "keep_metadata_", "let_copies_follow", "refuse_order", "restart_averages_",
+]  # fmt: skip
+
+
+def refuse_order(where: str, callbacks: Iterable[Any], mine: Any) -> None:
+    """Refuse a callback that writes the average into checkpoints after mine has seen them.
+
+    Raises:
+        PruningError: Saying how to order the two.
+    """
+    behind = False
+    for callback in callbacks:
+        behind = behind or callback is mine
+        if behind and _is(callback, "WeightAveraging"):
+            raise PruningError(
+                f"{where} must stand behind {type(callback).__name__} in callbacks=[...], to add to the averaged "
+                "weights in a checkpoint what tells their shapes. Exchange the two."
+            )
+
+
+def averaged_copies(trainer: Trainer) -> list[nn.Module]:
+    """Return the copies of the model that other callbacks keep."""
+    found: list[nn.Module] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        wrapped = _is(callback, "WeightAveraging")
+        if wrapped or _is(callback, "StochasticWeightAveraging"):
+            copy = callback._average_model  # None unless it takes part in a fit
+            found += [] if copy is None else [copy.module if wrapped else copy]
+    return found
+
+
+def let_copies_follow(trainer: Trainer, pl_module: LightningModule) -> list[RemovableHandle]:
+    """Let the copies take the model's own shapes and numbers when a checkpoint is loaded into them."""
+    follow = partial(_take_shapes_of, weakref.ref(pl_module))
+    return [copy.register_load_state_dict_pre_hook(follow) for copy in averaged_copies(trainer)]
+
+
+def keep_metadata_(checkpoint: dict[str, Any]) -> None:
+    """Give the averaged weights in a checkpoint what the state dict of the model says of itself."""
+    metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
+    if metadata is not None:
+        averaged = OrderedDict(checkpoint["state_dict"])
+        averaged._metadata = metadata  # type: ignore[attr-defined]
+        checkpoint["state_dict"] = averaged
+
+
+def cut_copies_(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> None:
+    """Make in every copy the cut that is made in the model."""
+    for copy in averaged_copies(trainer):
+        recipe = recipe_of(copy)
+        recipe.note(recipe_of(pl_module).places)
+        recipe.needed = True
+        cut_(copy, cut, cut.tensors(copy))
+
+
+def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let every average start anew, with the model as it is."""
+    own = named_tensors(pl_module)
+    with torch.no_grad():
+        for copy in averaged_copies(trainer):
+            for name, tensor in named_tensors(copy).items():
+                tensor.copy_(own[name])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if _is(callback, "WeightAveraging") and callback._average_model is not None:
+            callback._average_model.n_averaged.zero_()
+
+
+def _take_shapes_of(
+    model: weakref.ref[LightningModule], copy: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Take the shapes of a state dict, and the attributes of the model, which has loaded its own before."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    loaded = model()
+    if loaded is not None:
+        resize_(copy, own, recipe_of(loaded).values(loaded))
+
+
+def _is(callback: Any, name: str) -> bool:
+    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    return any(kind.__name__ == name for kind in type(callback).__mro__)

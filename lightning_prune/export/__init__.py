@@ -1,1 +1,0 @@
-"""Writes pruned models so that files, or hardware, gain by their zeros."""

@@ -1,0 +1,1 @@
+"""Measures models and runs: FLOPs, latency, gradients, activations, Gram matrices; hooks live in ``with``."""

@@ -1,0 +1,140 @@
+"""First and second derivatives of a loss with respect to weights, over batches; knows no structure, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.errors import PruningError
+
+__all__ = ["Loss", "batch_gradients", "differentiable", "empirical_fisher", "example_gradients", "hutchinson"]
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""From a model and a batch to the mean loss over the batch, a single number."""
+
+
+def batch_gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, Tensor | None]:
+    """Return the gradient of the loss of one batch for every parameter, frozen or not; ``.grad`` is not touched."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    with differentiable(parameters.values()):
+        gradients = torch.autograd.grad(loss(model, batch), list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def empirical_fisher(model: nn.Module, batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
+    """Approximate the Hessian's diagonal by the mean over examples of their squared gradients, example by example.
+
+    Returns:
+        Parameter name -> diagonal, of the parameter's shape.
+
+    References:
+        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, sec. 4: the outer-product form.
+    """
+    total = _zeros_for(model)
+    examples = 0
+    for gradients in example_gradients(model, batches, loss):
+        examples += 1
+        for name, gradient in gradients.items():
+            total[name] += gradient.to(total[name]).square()
+    return _mean(total, examples)
+
+
+def example_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[dict[str, Tensor]]:
+    """Yield, example by example, the loss's gradient for every parameter that it depends on, in eval mode."""
+    with undisturbed(model), torch.enable_grad():
+        for batch in batches:
+            for example in _examples(batch):
+                found = batch_gradients(model, example, loss)
+                yield {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int = 4) -> dict[str, Tensor]:
+    r"""Estimate the Hessian's diagonal by :math:`E[v \odot H v]` with random signs :math:`v`.
+
+    Args:
+        model: The model.
+        batches: Batches of data.
+        loss: From model and batch to the mean loss.
+        probes: Random vectors per batch.
+
+    Returns:
+        Parameter name -> diagonal, of the parameter's shape. Unbiased; single entries may be negative.
+
+    References:
+        Hutchinson, 1990; Bekas, Kokiopoulou and Saad, An Estimator for the Diagonal of a Matrix, 2007.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    total = _zeros_for(model)
+    drawn = 0
+    with undisturbed(model), torch.enable_grad(), differentiable(parameters.values()):
+        for batch in batches:
+            own = list(parameters.values())
+            first = torch.autograd.grad(loss(model, batch), own, create_graph=True, allow_unused=True)
+            used = [
+                (name, p, g)
+                for name, p, g in zip(parameters, own, first, strict=True)
+                if g is not None and g.requires_grad
+            ]
+            for probe in range(probes):
+                signs = [torch.randint_like(p, 2) * 2 - 1 for _, p, _ in used]
+                second = torch.autograd.grad(
+                    [g for _, _, g in used],
+                    [p for _, p, _ in used],
+                    signs,
+                    retain_graph=probe < probes - 1,
+                    allow_unused=True,
+                )
+                drawn += 1
+                for (name, _, _), sign, product in zip(used, signs, second, strict=True):
+                    if product is not None:
+                        total[name] += sign * product
+    return _mean(total, drawn)
+
+
+def _mean(total: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    if not count:
+        raise PruningError("The Hessian's diagonal cannot be estimated: no batch came. Pass batches that can be read.")
+    return {name: value / count for name, value in total.items()}
+
+
+def _zeros_for(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+
+
+@contextmanager
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let frozen parameters be differentiated, too, inside the block."""
+    frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _examples(batch: Any) -> Iterator[Any]:
+    sizes = {tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()}
+    if len(sizes) != 1:
+        raise PruningError(
+            f"One example at a time is asked for, but the batch's tensors hold {sorted(sizes)} entries. "
+            "Pass batches whose tensors agree in their first dimension."
+        )
+    for i in range(sizes.pop()):
+        yield pytree.tree_map_only(Tensor, partial(_one_of, i), batch)
+
+
+def _one_of(i: int, tensor: Tensor) -> Tensor:
+    return tensor[i : i + 1] if tensor.dim() else tensor

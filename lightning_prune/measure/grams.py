@@ -1,0 +1,207 @@
+r"""Gathers the Gram matrices :math:`X X^T` of what weights multiply, over the data of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.measure.calibration import Calibration, Run
+from lightning_prune.measure.products import Products, watch_inputs
+from lightning_prune.measure.unrolled import Reading
+from lightning_prune.model.calls import undisturbed
+from lightning_prune.model.errors import PruningError
+from lightning_prune.structure import named_tensors
+
+__all__ = ["Change", "Gram", "Pair", "fitting", "gather_grams", "gather_pair"]
+
+Change = Callable[[], AbstractContextManager[None]]
+"""Makes a block in which the model is another."""
+
+
+@dataclass(eq=False)
+class Gram:
+    """What a weight's inputs look like.
+
+    Attributes:
+        reading: How weight and inputs are laid out.
+        hessian: Mean over columns of inputs of their outer products, ``(groups, columns, columns)``: the Hessian of
+            half the squared error of an output, its mean over positions.
+        mean: Mean column, ``(groups, columns)``.
+        count: How many columns were seen.
+    """
+
+    reading: Reading
+    hessian: Tensor
+    mean: Tensor
+    count: int
+
+    def without(self, groups: Tensor, columns: Tensor) -> Pair:
+        """Return this beside what is left of it once only some columns are there.
+
+        Args:
+            groups: Groups that are left, ``(slim groups,)``.
+            columns: Columns that are left of each, ``(slim groups, slim columns)``.
+        """
+        before, mean = self.hessian[groups], self.mean[groups]
+        cross = before.gather(2, columns[:, None].expand(-1, before.shape[1], -1))
+        after = cross.gather(1, columns[:, :, None].expand(-1, -1, columns.shape[1]))
+        return Pair(before, cross, after, mean, mean.gather(1, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """What a weight's inputs look like in two runs of a model, before and after layers in front of it changed.
+
+    Attributes:
+        before: Mean over columns of the outer products of the inputs before, ``(groups, columns, columns)``.
+        cross: Of the inputs before and those after.
+        after: Of the inputs after.
+        mean_before: Mean column before, ``(groups, columns)``.
+        mean_after: And after.
+    """
+
+    before: Tensor
+    cross: Tensor
+    after: Tensor
+    mean_before: Tensor
+    mean_after: Tensor
+
+    def centred(self) -> Pair:
+        """Return the same of the inputs less their means."""
+        x, y = self.mean_before, self.mean_after
+        outer = [a[:, :, None] * b[:, None] for a, b in ((x, x), (x, y), (y, y))]
+        return Pair(self.before - outer[0], self.cross - outer[1], self.after - outer[2], x, y)
+
+
+def fitting(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Part names, in order, so that the sizes of each part come to at most so much, or it has one name."""
+    part: list[str] = []
+    for name, size in sizes.items():
+        if part and sum(sizes[other] for other in part) + size > most:
+            yield part
+            part = []
+        part.append(name)
+    if part:
+        yield part
+
+
+def gather_grams(
+    model: nn.Module, products: Products, names: Collection[str], calibration: Calibration
+) -> dict[str, Gram]:
+    """Sum the Gram matrices of the named weights' inputs over all batches, in eval mode; the model is left as found.
+
+    Args:
+        model: The model.
+        products: Which of its weights multiply what.
+        names: Some of these.
+        calibration: The batches.
+
+    Raises:
+        PruningError: If one of them multiplied nothing.
+    """
+    grams = {name: _nothing(model, products, name, calibration.dtype) for name in names}
+
+    def receive(name: str, reading: Reading, inputs: Tensor) -> None:
+        columns = _single(reading.unrolled(inputs.detach()))
+        grams[name].hessian += (columns @ columns.transpose(1, 2)).to(calibration.dtype)
+        grams[name].mean += columns.sum(dim=2).to(calibration.dtype)
+        grams[name].count += columns.shape[2]
+
+    with undisturbed(model), watch_inputs(model, names, receive):
+        for batch in calibration.batches:
+            calibration.forward(model, batch)
+    return {name: _mean(name, gram, calibration) for name, gram in grams.items()}
+
+
+def gather_pair(
+    model: nn.Module,
+    products: Products,
+    name: str,
+    calibration: Calibration,
+    change: Change,
+    groups: Tensor | None = None,
+) -> Pair:
+    """Compare the inputs of one weight with what they are once the model has changed; runs stop behind it.
+
+    Args:
+        model: The model.
+        products: Which of its weights multiply what.
+        name: One of these.
+        calibration: The batches.
+        change: Entered around the second run of every batch, and left again.
+        groups: Which groups of the first run belong to those of the second, where not all are left.
+
+    Raises:
+        PruningError: If one of the two runs multiplies other numbers of inputs than the other.
+    """
+    sums: list[Tensor] = []
+    count = 0
+    for batch in calibration.batches:
+        x = _columns(model, products, name, calibration.forward, batch)
+        x = x if groups is None else x[groups]
+        with change():
+            y = _columns(model, products, name, calibration.forward, batch)
+        if x.shape[2] != y.shape[2]:
+            raise PruningError(
+                f"{name}: it multiplies {x.shape[2]} inputs, and {y.shape[2]} once layers before it are pruned, so the "
+                "two cannot be compared. Prune with sequential=False."
+            )
+        found = [_product(x, x), _product(x, y), _product(y, y), x.sum(dim=2), y.sum(dim=2)]
+        found = [new.to(calibration.dtype) for new in found]
+        sums = [total + new for total, new in zip(sums, found, strict=True)] if sums else found
+        count += x.shape[2]
+    everywhere = _count(count, sums[0], calibration)
+    return Pair(*(calibration.over_processes(total) / everywhere for total in sums))
+
+
+class _EnoughError(Exception):
+    """Everything was seen that was to be seen."""
+
+
+def _columns(model: nn.Module, products: Products, name: str, forward: Run, batch: Any) -> Tensor:
+    """Return what a weight multiplies in one run, ``(groups, columns, n)``."""
+    found: list[Tensor] = []
+
+    def receive(_: str, reading: Reading, inputs: Tensor) -> None:
+        found.append(_single(reading.unrolled(inputs.detach())))
+        if len(found) == products.calls[name]:
+            raise _EnoughError
+
+    with undisturbed(model), suppress(_EnoughError), watch_inputs(model, [name], receive):
+        forward(model, batch)
+    return torch.cat(found, dim=2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.transpose(1, 2)
+
+
+def _single(columns: Tensor) -> Tensor:
+    return columns.to(torch.promote_types(columns.dtype, torch.float32))
+
+
+def _nothing(model: nn.Module, products: Products, name: str, dtype: torch.dtype) -> Gram:
+    groups, _, columns = products.shapes[name]
+    hessian = torch.zeros(groups, columns, columns, dtype=dtype, device=named_tensors(model)[name].device)
+    return Gram(products.readings[name], hessian, hessian.new_zeros(groups, columns), 0)
+
+
+def _mean(name: str, gram: Gram, calibration: Calibration) -> Gram:
+    count = _count(gram.count, gram.mean, calibration)
+    if not count:
+        raise PruningError(
+            f"{name}: no batch came, or nothing was multiplied by it on these batches, so it has no Hessian. "
+            "Pass batches that reach it, or leave it out by ignore=."
+        )
+    hessian, mean = (calibration.over_processes(total).div_(count) for total in (gram.hessian, gram.mean))
+    return Gram(gram.reading, hessian, mean, count)
+
+
+def _count(count: int, like: Tensor, calibration: Calibration) -> int:
+    """Return how many columns all processes saw."""
+    return round(float(calibration.over_processes(torch.tensor(float(count), dtype=torch.float64, device=like.device))))

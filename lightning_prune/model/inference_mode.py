@@ -1,0 +1,64 @@
+"""Knows what ``torch.inference_mode`` forbids: its tensors are not trained, and are changed within it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from lightning_prune.model.errors import PruningError
+
+__all__ = ["changes_model", "ordinary", "refuse_inference_tensors"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def changes_model(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function that changes the model it is given first, so that the model can be trained afterwards.
+
+    Within ``torch.inference_mode`` the function runs as outside of it. A model made there is refused, before anything
+    is changed.
+    """
+
+    @wraps(function)
+    def outside(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, nn.Module):
+            refuse_inference_tensors(function.__name__, model)
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    return outside
+
+
+def refuse_inference_tensors(where: str, model: nn.Module) -> None:
+    """Refuse a model that holds tensors made in inference mode.
+
+    Raises:
+        PruningError: Naming the first of them, and what makes ordinary tensors of all.
+    """
+    own = chain(model.named_parameters(), model.named_buffers())
+    # a lazy parameter, which has no shape yet, takes no question; others refuse it
+    made = [name for name, tensor in own if not is_lazy(tensor) and tensor.is_inference()]
+    if made:
+        raise PruningError(
+            f"{where}: {len(made)} parameters and buffers of {type(model).__name__}, the first of them {made[0]}, were "
+            "made inside torch.inference_mode, so they can be neither cut nor trained. Make the model outside of it, "
+            "or give it ordinary tensors: model.load_state_dict({name: tensor.clone() for name, tensor in "
+            "model.state_dict().items()}, assign=True)."
+        )
+
+
+def ordinary(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches of data, copied where they were made in inference mode: gradients need ordinary tensors."""
+    for batch in batches:
+        yield pytree.tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)

@@ -1,1 +1,0 @@
-"""Measures what a model loses when one layer alone is pruned, without retraining."""

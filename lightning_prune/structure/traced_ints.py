@@ -1,0 +1,239 @@
+"""Whole numbers that remember where they came from, so that code that asks for a shape tells why; knows no operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.model.calls import modules_of
+from lightning_prune.structure.labels import Label
+
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "leaves", "numbers_in", "remembering"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A number that a module holds as an attribute, or at ``index`` of a tuple or list of numbers.
+
+    ``name`` may lead through a config: ``"config.heads"``, be that an object or a dict.
+    """
+
+    module: str
+    name: str
+    index: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """How many indices there are along a dimension with these labels."""
+
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """What an operator made of other numbers."""
+
+    operator: Callable[[int, int], int]
+    left: int
+    right: int
+
+
+Origin = Held | Size | Derived
+
+_ABSENT = object()
+
+
+class Number(int):
+    """A whole number like any other, that remembers its origin through arithmetic.
+
+    ``compared`` is told what it turned out to be equal to.
+    """
+
+    origin: Origin
+    compared: Callable[[Number, Number], None] | None
+
+    def __new__(cls, value: int, origin: Origin, compared: Callable[[Number, Number], None] | None = None) -> Number:
+        """Make a number with a memory."""
+        number = super().__new__(cls, value)
+        number.origin = origin
+        number.compared = compared
+        return number
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        """Compare by value; code that compares two numbers takes its path because of what they are."""
+        same = int.__eq__(self, other)  # type: ignore[operator]
+        if same is True and isinstance(other, Number) and self.compared is not None:
+            self.compared(self, other)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        """Compare by value."""
+        same = self.__eq__(other)
+        return same if same is NotImplemented else not same
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        """Copy and pickle as a plain number."""
+        return int, (int(self),)
+
+    def evaluate(self, count: Callable[[Held | Size, int], int]) -> int:
+        """Work out the number anew, given what attributes and sizes of some value have become."""
+        if not isinstance(self.origin, Derived):
+            return count(self.origin, int(self))
+        sides = (self.origin.left, self.origin.right)
+        return self.origin.operator(*(side.evaluate(count) if isinstance(side, Number) else side for side in sides))
+
+
+def _remembering(name: str, swapped: bool) -> Callable[[Any, Any], Any]:
+    compute = getattr(operator, name)
+
+    def method(self: Number, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        left, right = (other, self) if swapped else (self, other)
+        return Number(compute(int(left), int(right)), Derived(compute, left, right))
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Number, f"__{_name}__", _remembering(_name, swapped=False))
+    setattr(Number, f"__r{_name}__", _remembering(_name, swapped=True))
+
+
+# of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
+_TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
+_HOLDING = (int, tuple, list, torch.Size)
+_INTERNAL = frozenset(vars(nn.Module()))
+_FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # whose objects hold no widths
+_DEEPEST = 3  # a config in a config in an attribute
+_MOST = 1000  # entries of a dict that is looked through: a config, not a vocabulary
+
+
+@contextmanager
+def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) -> Iterator[None]:
+    """Let every number that a model holds remember where, inside the block.
+
+    Held are attributes of modules and of their classes, and what lies below in configs: plain objects and dicts.
+    """
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    seen: set[int] = set()
+
+    def replace(holder: dict[str, Any], module: str, name: str, key: str, value: Any) -> None:
+        number = _held(module, name, value, compared)
+        if number is not value:
+            changed.append((holder, key, holder.get(key, _ABSENT)))
+            holder[key] = number
+
+    def look(holder: dict[str, Any], module: str, prefix: str, depth: int) -> None:
+        for key, value in list(holder.items()):
+            if not isinstance(key, str) or "." in key or (depth == 0 and key in _INTERNAL):
+                continue
+            if type(value) in _HOLDING or isinstance(value, np.integer):
+                replace(holder, module, prefix + key, key, value)
+            elif depth < _DEEPEST and (below := _config(value)) is not None and id(below) not in seen:
+                seen.add(id(below))
+                look(below, module, f"{prefix}{key}.", depth + 1)
+
+    try:
+        for path, module in modules_of(model):
+            if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
+                continue
+            own = vars(module)
+            look(own, path, "", 0)
+            for name, value in _class_numbers(type(module)).items():
+                if name not in own:
+                    replace(own, path, name, name, value)
+        yield
+    finally:
+        for holder, key, before in reversed(changed):
+            if before is _ABSENT:
+                holder.pop(key, None)
+            else:
+                holder[key] = before
+
+
+def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
+    """Return a number, or a tuple or list of numbers, that remembers where it is held; others as they are."""
+    if _whole(value):
+        return Number(int(value), Held(path, name), compared) if value > 1 else value
+    if all(_whole(item) for item in value) and any(item > 1 for item in value):
+        return type(value)(
+            [Number(int(item), Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)]
+        )
+    return value
+
+
+def _whole(value: Any) -> bool:
+    """Return whether a value is a plain whole number, of Python or of numpy."""
+    return type(value) is int or isinstance(value, np.integer)
+
+
+def _config(value: Any) -> dict[str, Any] | None:
+    """Return where an object keeps its attributes, or a dict its entries, if it may be a config."""
+    if isinstance(value, dict):
+        return value if len(value) <= _MOST else None
+    if isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__"):
+        return None
+    return None if type(value).__module__.partition(".")[0] in _FOREIGN else vars(value)
+
+
+def _class_numbers(kind: type) -> dict[str, Any]:
+    """Return the numbers that the user's classes hold for all their instances."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in (*_FOREIGN, "builtins"):
+            continue
+        for name, value in vars(base).items():
+            if type(value) in _HOLDING and not name.startswith("_"):
+                found.setdefault(name, value)
+    return found
+
+
+def numbers_in(values: Any) -> Iterator[int]:
+    """Yield the whole numbers in nested sequences and slices, in order; -1 for one that a tensor holds."""
+    for value in values:
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from numbers_in(value)
+        elif isinstance(value, Tensor) and not value.dim() and not value.is_floating_point():
+            yield -1
+        elif isinstance(value, slice):
+            yield from numbers_in((value.start, value.stop, value.step))
+
+
+def leaves(number: int) -> list[tuple[Held | Size, int]]:
+    """Return what arithmetic made a number of, and what each was: nothing for a plain one."""
+    if not isinstance(number, Number):
+        return []
+    if isinstance(number.origin, Derived):
+        return leaves(number.origin.left) + leaves(number.origin.right)
+    return [(number.origin, int(number))]
+
+
+def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Find which dimension of a shape each number asked for stands for: along their longest common run.
+
+    ``-1`` stands for any size; one number alone tells nothing among several sizes.
+
+    Examples:
+        >>> list(aligned((-1, 3, 4, 4), (2, 7, 3, 4, 4)))  # of ``unflatten(-1, (3, 4, 4))``
+        [(1, -1), (2, 3), (3, 4), (4, 4)]
+    """
+    for length in range(min(len(asked), len(shape)), min(2, len(shape)) - 1, -1):
+        for first in range(len(asked) - length + 1):
+            for dim in range(len(shape) - length + 1):
+                run = asked[first : first + length]
+                if all(number in (-1, size) for number, size in zip(run, shape[dim:], strict=False)):
+                    yield from zip(range(dim, dim + length), run, strict=True)
+                    return

@@ -1,0 +1,418 @@
+"""Runs a model once with labels riding on its tensors; knows how to watch operators, not what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.model.calls import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.structure.decisions import decided_by, impose_
+from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
+from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
+from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
+from lightning_prune.structure.rules.movement import repeat
+from lightning_prune.structure.rules.views import expand
+from lightning_prune.structure.shape_only import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
+from lightning_prune.structure.tensor_names import exchange_, named_tensors
+from lightning_prune.structure.traced_ints import Number, Size, remembering
+
+__all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch"]
+
+_UNLABELLED = Labels(weight=True)
+_ACTIVATION = Labels(weight=False)
+_RIDING = "_lightning_prune_labels"
+_SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
+_READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
+_STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
+_RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
+_RUNNING_STATISTICS = {
+    torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm, torch.ops.aten.miopen_batch_norm,
+}  # fmt: skip
+"""Operators that update ``running_mean`` and ``running_var`` in train mode, which their schemas do not say."""
+_NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
+
+
+def watch(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    replaced: Mapping[str, Tensor],
+    ledger: Ledger,
+    labels: Mapping[str, Labels],
+    training: bool = False,
+) -> None:
+    """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
+
+    Args:
+        model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
+        example_inputs: What to call it on.
+        replaced: Tensors to run with instead of the model's own, by name.
+        ledger: Where meetings are written down; says whether anything is computed.
+        labels: The labels that each parameter and buffer carries, by name; the others carry none.
+        training: Whether to run in train mode.
+
+    Raises:
+        NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
+    """
+    mode = _LabelMode(ledger)
+    own = named_tensors(model)
+    for name, tensor in own.items():
+        mode.give(replaced.get(name, tensor), labels.get(name, _UNLABELLED))
+    for tensor in tensors_in(example_inputs):
+        mode.give(tensor, _ACTIVATION)
+    exchange_(model, replaced)
+    if training:
+        model.train()
+    with ExitStack() as stack:
+        if ledger.numbers:
+            stack.enter_context(remembering(model, partial(compared, ledger)))
+        stack.enter_context(unfused())
+        stack.enter_context(mode.knows_modules(model))
+        stack.enter_context(mode)
+        stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
+        outputs = run(model, example_inputs)
+    ledger.running = ("", None)
+    unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
+    ledger.unseen = ledger.unseen & unseen if training else unseen
+    for tensor in tensors_in(outputs):
+        ledger.output_shapes.append(tuple(tensor.shape))
+        for found in mode.labels_of(tensor).dims.values():
+            ledger.pin(found, "reaches the model's output")
+    if mode.refusal is not None:  # the model's own code may have caught it
+        raise mode.refusal
+
+
+def plain(values: Any) -> tuple[Any, ...]:
+    """Return arguments of an operator with None in place of tensors."""
+    return tuple(
+        [
+            None if isinstance(value, Tensor) else plain(value) if type(value) in (list, tuple) else value
+            for value in values
+        ]
+    )
+
+
+class Watch(TorchDispatchMode):
+    """Base of the modes that watch operators.
+
+    What operators write into tensors that were there before, such as a parameter that a forward pass updates, is taken
+    back when the mode is left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: set[int] = set()  # storages of this run, which may be written to
+        self._before: dict[int, tuple[Any, Any]] = {}  # storages that were there before -> themselves, and a copy
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # None of these modes is ever compiled. Else torch wraps each call, and imports all of dynamo at the first.
+        return False
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for storage, copy in self._before.values():
+            storage.copy_(copy)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator; keep a copy of what was there before and is about to be written to."""
+        for position in _written(func):
+            if position < len(args) and isinstance(args[position], Tensor):
+                self._keep(args[position])
+        out = func(*args, **kwargs)
+        if not aliases(func):
+            for tensor in tensors_among((out,)):
+                if tensor.layout is torch.strided:  # sparse tensors have no one storage
+                    self._made.add(tensor.untyped_storage()._cdata)
+        return out
+
+    def _keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._made and storage._cdata not in self._before:
+            self._before[storage._cdata] = storage, storage.clone()
+
+
+@cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Return the positions of the arguments that an operator may write into."""
+    if func.overloadpacket in _RUNNING_STATISTICS:
+        return 3, 4
+    arguments = enumerate(func._schema.arguments)
+    return tuple([i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write])
+
+
+@cache
+def aliases(func: Any) -> bool:
+    """Return whether an operator's output may share memory with an argument: views, and operators in place."""
+    return any(value.alias_info is not None for value in func._schema.returns)
+
+
+class _Known(NamedTuple):
+    """What a trace needs to know of an operator each time it runs."""
+
+    func: Any
+    rule: Rule
+    shaped: Shaped | None
+    reads: bool
+    writes: bool
+
+
+class _LabelMode(Watch):
+    """Looks up the rule of every operator that runs, and lets it pass labels on."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self._given: dict[int, tuple[Tensor, Labels]] = {}
+        self._mark = object()  # tells this trace's labels from another's
+        self._running: list[tuple[str, nn.Module | None]] = [("", None)]
+        self._owners: list[tuple[type, str]] = [(nn.Module, "")]  # innermost modules that are none of torch.nn
+        self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
+        self.arguments: tuple[Any, ...] = ()  # args, kwargs and the Python function itself that is calling operators
+        self.seen: set[int] = set()  # tensors given before the run that an operator took
+        self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
+        self.refusal: NumbersNeededError | None = None
+        self._ordinals: dict[str, int] = {}  # path of a module -> operators that have run in it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = self._known.get(id(func)) or self._learnt(func)
+        tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
+        found = [self.labels_of(tensor) for tensor in tensors]
+        weight, labelled = True, False
+        for labels in found:
+            weight = weight and labels.weight
+            labelled = labelled or bool(labels.dims)
+        running = self._running[-1]
+        path = running[0]
+        ordinal = self._ordinals.get(path, 0)
+        self._ordinals[path] = ordinal + 1
+        owner, owner_path = self._owners[-1]
+        kind = owner, path[len(owner_path) :], ordinal
+        entering = [tensor.shape for tensor in tensors]  # before an operator in place may change them
+        out, hollow = self._run(known, args, kwargs, tensors, found, weight)
+        ledger = self.ledger
+        ran = Ran(func, path, kind, found, entering, plain((*args, *kwargs.values()) if kwargs else args))
+        ledger.ran.append(ran)
+        if known.reads and not weight:
+            ledger.decided.append(path)
+        blank = known.rule is made_anew
+        dims: Any = {}
+        if labelled or (known.rule in _STRETCHING and self.arguments and out.numel()):
+            ledger.running = (path, func)
+            dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
+        outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
+        if labelled and not blank and outputs and not any(tensor.numel() for tensor, _ in outputs):
+            self._pin_unseen(tensors, found)
+        for tensor, own in outputs:
+            if not all(own.values()):
+                own = {d: labels for d, labels in own.items() if labels}
+            made = weight and not blank and (labelled or not own)
+            if ledger.literals:
+                self._fix_literals(func, tensor, own)
+            shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
+            ran.made.append(Labels(own, made, blank or shows_blank, hollow))
+            ran.leaving.append(tensor.shape)
+            self._lay(tensor, ran.made[-1])
+        if not (weight or hollow or known.writes or aliases(func)):
+            self._decide(ran, tensors, [tensor for tensor, _ in outputs])
+        return out
+
+    def _decide(self, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
+        """Write down what the code may go on by, or decide as another trace did."""
+        ran.decisions = decided_by(taken, made, ran.made)
+        given = self.ledger.given.get((ran.path, ran.kind[-1]))
+        if given and ran.decisions:
+            impose_(given.pop(0), made)
+
+    def _fix_literals(self, func: Any, out: Tensor, dims: dict[int, tuple[Label, ...]]) -> None:
+        """Fix the width of what a number in the code says; slices and pieces have rules for that."""
+        for dim, labels in dims.items():
+            if not self.ledger.is_literal(dim) or func.overloadpacket in _PIECES:
+                continue
+            if func.overloadpacket in _RESHAPES:  # of several ways to shrink, another may be free
+                self.ledger.equations.append(Equation(labels, out.shape[dim], self.ledger.where))
+            else:
+                self.ledger.pin(labels, "its size is a number in the code")
+
+    def _pin_unseen(self, tensors: list[Tensor], found: list[Labels]) -> None:
+        """Pin what goes into an empty tensor: with what its entries would have met was not seen."""
+        for tensor, labels in zip(tensors, found, strict=True):
+            for own in labels.dims.values() if tensor.numel() else ():
+                self.ledger.pin(own, "reaches a tensor that was empty on the example inputs")
+
+    def _learnt(self, func: Any) -> _Known:
+        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
+        known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
+        return known
+
+    def _run(
+        self, known: _Known, args: Any, kwargs: Any, tensors: list[Tensor], found: list[Labels], weight: bool
+    ) -> tuple[Any, bool]:
+        """Return what an operator returns, and whether that was not computed."""
+        if not self.ledger.hollow:
+            return self.run(known.func, args, kwargs), False
+        hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow]
+        if self._written and len(hollow) < len(tensors):
+            hollow = [t for t, labels in zip(tensors, found, strict=True) if labels.hollow or self._written_into(t)]
+        shaped = None if weight and not hollow else known.shaped
+        out = None if shaped is None else shaped(*args, **kwargs)
+        if hollow and out is None:
+            self.refuse(known.func, hollow)
+            out = self.run(known.func, args, kwargs)
+        if out is None:
+            return self.run(known.func, args, kwargs), False
+        if known.writes and not found[0].hollow:
+            self._written[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
+        return out, True
+
+    def _written_into(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._written
+
+    def refuse(self, func: Any, tensors: Iterable[Tensor]) -> None:
+        """Refuse to go on where entries are asked for that were not computed."""
+        try:
+            refuse_reading(func, tensors)
+        except NumbersNeededError as error:
+            self.refusal = error
+            raise
+
+    def read(self, func: Any, values: Any) -> None:
+        """Take note that Python reads entries of tensors, other than by an operator."""
+        read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
+        if any(not labels.weight for _, labels in read):
+            self.ledger.decided.append(self._running[-1][0])
+        if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):
+            self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
+            raise self.refusal
+
+    def give(self, tensor: Tensor, labels: Labels) -> None:
+        """Let a tensor that is there before the run carry labels; it is kept, and nothing is written on it."""
+        self._given[id(tensor)] = tensor, labels
+
+    def labels_of(self, tensor: Tensor) -> Labels:
+        """Return the labels that a tensor carries."""
+        given = self._given.get(id(tensor))
+        if given is not None:
+            self.seen.add(id(tensor))
+            return given[1]
+        mark, labels = getattr(tensor, _RIDING, _NOTHING)
+        return labels if mark is self._mark else _UNLABELLED
+
+    def _lay(self, tensor: Tensor, labels: Labels) -> None:
+        if id(tensor) in self._given:  # written in place
+            self.give(tensor, labels)
+        else:
+            setattr(tensor, _RIDING, (self._mark, labels))  # leaves with the tensor; a table of weak keys costs more
+
+    @contextmanager
+    def knows_modules(self, model: nn.Module) -> Iterator[None]:
+        """Know, inside the block, which module of the model is running."""
+        names = {id(module): name for name, module in modules_of(model)}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            path = names.get(id(module), self._running[-1][0])
+            self._running.append((path, module))
+            generic = type(module).__module__.startswith("torch.nn.")
+            self._owners.append(self._owners[-1] if generic else (type(module), path))
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._running.pop()
+            self._owners.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _NumberMode(TorchFunctionMode):
+    """Lets sizes remember the labels they count, and tells rules which numbers Python asked an operator for."""
+
+    def __init__(self, labels: _LabelMode) -> None:
+        super().__init__()
+        self._labels = labels
+        self._compared = partial(compared, labels.ledger)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SHAPE_READERS:
+            return self._remembering(args[0], func(*args, **kwargs), args[1:])
+        if func in _READERS:
+            self._labels.read(func, args)
+        self._labels.arguments = args, kwargs, func
+        try:
+            return _in_steps(func, args, kwargs)
+        finally:
+            self._labels.arguments = ()
+
+    def _remembering(self, tensor: Tensor, sizes: Any, dim: Any) -> Any:
+        dims = self._labels.labels_of(tensor).dims
+        if not dims:
+            return sizes
+        if isinstance(sizes, int):
+            found = dims.get(int(dim[0]) % tensor.dim() if dim else -1)
+            return Number(sizes, Size(found), self._compared) if found else sizes
+        return torch.Size(
+            [Number(size, Size(dims[d]), self._compared) if d in dims else size for d, size in enumerate(sizes)]
+        )
+
+
+def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(out, Tensor):
+        yield out, dims
+    elif isinstance(out, list | tuple):
+        for i, part in enumerate(out):
+            if isinstance(part, Tensor):
+                yield part, dims[i] if isinstance(dims, list) else {}
+
+
+class _StepMode(TorchFunctionMode):
+    """Lets recurrent layers run step by step."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _in_steps(func, args, kwargs or {})
+
+
+def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
+    if func not in _RECURRENT:
+        return func(*args, **kwargs)
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
+    try:
+        return func(*args, **kwargs)
+    finally:
+        for library, before in zip(libraries, enabled, strict=True):
+            library.set_flags(_enabled=before)
+
+
+@contextmanager
+def taken_apart() -> Iterator[None]:
+    """Run attention and recurrent layers as the operators that a trace sees."""
+    with unfused(), _StepMode():
+        yield
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Take attention apart into products, which have rules."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

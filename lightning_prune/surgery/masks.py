@@ -1,0 +1,263 @@
+"""Holds entries of parameters at exactly zero while optimizers write to them; decides nothing, wraps nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.model.bits import pack_bits, unpack_bits
+from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
+
+__all__ = ["Masks", "apply_masks_", "follow_cut_", "hold_masks", "masks_on", "unpacked"]
+
+
+class Masks:
+    """Zeros in a model's parameters that stay zero.
+
+    A mask is a tensor of ones and zeros in its parameter's dtype, by which the parameter is multiplied after each step
+    of an optimizer that owns it: in place, so that parameters, their names and their place in optimizers and state
+    dicts stay what they are. Between two steps the zeros are zero for everyone who looks.
+
+    The model carries its masks in its recipe (:func:`~lightning_prune.surgery.recipe_of`), so that its state dicts tell
+    of them.
+
+    Args:
+        model: The model whose parameters are masked.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        >>> masks = Masks(model)
+        >>> masks.let_fall_({"weight": torch.tensor([[True, False]])}, [optimizer])
+        >>> masks.hold([optimizer])
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> model.weight[0, 1].item() == 0
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._masks: dict[str, Tensor] = {}
+        self._held: dict[int, tuple[Optimizer, RemovableHandle]] = {}
+        self._pairs: dict[int, _Pairs] = {}
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """What stays of every masked parameter, as bool of its shape, or of one that broadcasts to it."""
+        return {name: mask.bool() for name, mask in self._masks.items()}
+
+    def let_fall_(self, keep: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+        """Set masks, zero what they hide, and clear there what optimizers remember.
+
+        Args:
+            keep: Name of a parameter -> what stays, as bool of its shape, or of one that broadcasts to it, such as
+                ``(out, 1, 1, 1)`` where whole filters go. Other parameters keep the masks they have.
+            optimizers: The optimizers that train the model.
+        """
+        parameters = dict(self._model.named_parameters())
+        whole = [name for name, stays in keep.items() if stays.all()]  # where nothing goes no mask is needed
+        masks = {name: _as_mask(stays, parameters[name]) for name, stays in keep.items() if name not in whole}
+        self._masks = {name: mask for name, mask in (self._masks | masks).items() if name not in whole}
+        self._changed(lifted=whole)
+        self.clear_(optimizers)
+
+    def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Zero what is hidden, and what optimizers remember of it."""
+        self.apply_()
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                parameter = parameters[name]
+                for optimizer in optimizers:
+                    for value in optimizer.state.get(parameter, {}).values():
+                        if isinstance(value, Tensor) and value.shape == parameter.shape:
+                            value.mul_(mask.to(value))
+
+    def lift(self) -> None:
+        """Forget all masks; what they hid stays zero until something is written there."""
+        lifted, self._masks = self._masks, {}
+        self._changed(lifted)
+
+    def apply_(self, model: nn.Module | None = None) -> None:
+        """Zero what is hidden: of the model, or of a copy of it, such as an average of its weights."""
+        parameters = dict((model or self._model).named_parameters())
+        with torch.inference_mode(False), torch.no_grad():
+            for name, mask in self._masks.items():
+                parameters[name].masked_fill_(mask.to(parameters[name].device) == 0, 0)
+
+    def hold(self, optimizers: Iterable[Optimizer]) -> None:
+        """Multiply by the masks after every step of these optimizers, until :meth:`release`; again is no more."""
+        parameters = dict(self._model.named_parameters())
+        self._masks = {name: mask.to(parameters[name]) for name, mask in self._masks.items()}
+        self._pairs = {}
+        for optimizer in optimizers:
+            if id(optimizer) not in self._held:
+                self._held[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._after_step)
+
+    def release(self) -> None:
+        """Take every hook off the optimizers."""
+        for _, handle in self._held.values():
+            handle.remove()
+        self._held, self._pairs = {}, {}
+
+    def mask_gradients_(self, optimizer: Optimizer) -> None:
+        """Zero the gradients of what is hidden, of the parameters that an optimizer owns."""
+        pairs = self._pairs_of(optimizer)
+        dense = [
+            (weight.grad, mask)
+            for weight, mask in zip(pairs.weights, pairs.masks, strict=True)
+            if weight.grad is not None and weight.grad.layout == torch.strided
+        ]
+        _multiply_([gradient for gradient, _ in dense], [mask for _, mask in dense])
+
+    def follow_(self, kept: Kept) -> None:
+        """Follow a cut that removed entries of the parameters themselves."""
+        for name, dims in kept.items():
+            if name in self._masks:
+                self._masks[name] = _followed(self._masks[name], dims)
+        self._changed()
+
+    def packed(self) -> PackedMasks:
+        """Return the masks as a checkpoint holds them: packed bits and shapes, by name."""
+        return {name: [pack_bits(keep), list(keep.shape)] for name, keep in self.keep.items()}
+
+    def _changed(self, lifted: Iterable[str] = ()) -> None:
+        """Tell the recipe, which may hold masks of others, too."""
+        self._pairs = {}
+        recipe = recipe_of(self._model)
+        others = {name: mask for name, mask in recipe.masks.items() if name not in lifted}
+        recipe.masks = others | self.packed()
+        recipe.needed = recipe.needed or bool(recipe.masks)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        pairs = self._pairs_of(optimizer)
+        _multiply_(pairs.weights, pairs.masks)
+
+    def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
+        """Return the masked parameters that an optimizer owns; parameters may join it while it trains."""
+        owned = sum(len(group["params"]) for group in optimizer.param_groups)
+        pairs = self._pairs.get(id(optimizer))
+        if pairs is None or pairs.owned != owned:
+            theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            named = dict(self._model.named_parameters())
+            masked = [(named[name], mask) for name, mask in self._masks.items() if id(named[name]) in theirs]
+            pairs = _Pairs(owned, [weight for weight, _ in masked], [mask for _, mask in masked])
+            self._pairs[id(optimizer)] = pairs
+        return pairs
+
+
+class _Pairs(NamedTuple):
+    """How many parameters an optimizer owns, those of them that are masked, and their masks."""
+
+    owned: int
+    weights: list[Tensor]
+    masks: list[Tensor]
+
+
+def masks_on(model: nn.Module) -> dict[str, Tensor]:
+    """Return what stays of every parameter that a model carries a mask of, as bool, by name."""
+    return unpacked(next((hook.masks for hook in model._state_dict_hooks.values() if isinstance(hook, Recipe)), {}))
+
+
+def unpacked(masks: PackedMasks) -> dict[str, Tensor]:
+    """Return what a checkpoint holds of masks as bool, by name."""
+    return {name: unpack_bits(packed, shape) for name, (packed, shape) in masks.items()}
+
+
+def follow_cut_(model: nn.Module, kept: Kept) -> None:
+    """Let the masks that a model carries follow a cut that removed entries of the parameters themselves."""
+    recipe = recipe_of(model)
+    for name, stays in masks_on(model).items():
+        if name in kept:
+            slim = _followed(stays, kept[name])
+            recipe.masks[name] = [pack_bits(slim), list(slim.shape)]
+
+
+@changes_model
+def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
+    """Zero weights of a model by given masks, which it carries from then on, as after a pruning of its own.
+
+    Args:
+        model: The model.
+        keep: Name of a parameter -> what stays, as bool, such as :func:`masks_on` returns of another model.
+
+    Raises:
+        ValueError: If there is no such parameter, or a mask does not fit its shape.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> apply_masks_(model, {"weight": torch.tensor([[True, False]])})
+        >>> model.weight[0, 1].item(), masks_on(model)
+        (0.0, {'weight': tensor([[ True, False]])})
+    """
+    own = dict(model.named_parameters())
+    for name, stays in keep.items():
+        if name not in own:
+            raise ValueError(f"keep[{name!r}]: {type(model).__name__} has no parameter of this name.")
+        try:
+            stays.expand(own[name].shape)
+        except RuntimeError:
+            shapes = f"{tuple(stays.shape)}, of a parameter of shape {tuple(own[name].shape)}"
+            raise ValueError(f"keep[{name!r}] is of shape {shapes}. Give masks of this model.") from None
+    Masks(model).let_fall_(keep)
+
+
+@changes_model
+@contextmanager
+def hold_masks(
+    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer], keep: Mapping[str, Tensor] | None = None
+) -> Iterator[Masks]:
+    """Keep zeros zero while the body trains, in plain PyTorch.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer or optimizers that train it.
+        keep: Name of a parameter -> what stays, as bool; by default the masks that the model carries, as
+            :func:`~lightning_prune.prune_weights` left them.
+
+    Yields:
+        The masks, whose ``mask_gradients_`` the body may call before it clips gradients.
+
+    Examples:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> with hold_masks(model, optimizer, {"weight": torch.tensor([[True, False]])}):
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> model.weight[0, 1].item() == 0
+        True
+    """
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    masks = Masks(model)
+    masks.let_fall_(masks_on(model) if keep is None else keep, optimizers)
+    masks.hold(optimizers)
+    try:
+        yield masks
+    finally:
+        masks.release()
+
+
+def _followed(mask: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    return narrowed(mask, {dim: index for dim, index in dims.items() if mask.shape[dim] > 1})
+
+
+def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
+    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller."""
+    parameter = parameter.detach()
+    if keep.shape != parameter.shape:
+        return keep.to(parameter)
+    return torch.empty_like(parameter).copy_(keep)
+
+
+def _multiply_(tensors: list[Tensor], masks: list[Tensor]) -> None:
+    if tensors:
+        with torch.no_grad():
+            torch._foreach_mul_(tensors, masks)

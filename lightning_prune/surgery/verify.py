@@ -1,0 +1,362 @@
+"""Verifies a cut before it is made: the slim model computes, operator by operator, what the full one does.
+
+Sizes are equations: each output of each operator has as many indices as its labels say are left, and each argument that
+counts units is their number. Numbers are compared: on the entries that are left, each output equals that of the full
+model, whose reducing operators (products, norms, statistics) were given only what is left of their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.model.calls import ExampleInputs, fewer_positions, run, same_draws, tensors_in, undisturbed
+from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.structure.labels import Kind
+from lightning_prune.structure.tensor_names import exchange_
+from lightning_prune.structure.tracer import taken_apart
+from lightning_prune.surgery.attributes import AttributeChange, attributes_set
+from lightning_prune.surgery.compensate import Scales, scales_for
+from lightning_prune.surgery.cut import Cut, draft
+from lightning_prune.surgery.expected_outputs import Left, Lefts
+from lightning_prune.surgery.fingerprint import Print, agree, fingerprint, kept_dim
+from lightning_prune.surgery.replay import EMPTY, Constant, Counted, DifferentError, Reference, Slim
+from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
+
+__all__ = ["Disproof", "Proof", "compensated", "counted", "keep_two", "verify"]
+
+Passes = Sequence[tuple[bool, ExampleInputs]]
+
+_HALVES = (torch.float16, torch.bfloat16)
+_TOLERANCE = 1e-3  # of the largest projection of an output; one wrong number among a million shows
+_TOLERANCE_DOUBLE = 1e-6
+_TOLERANCE_HALF = 0.1
+_TOLERANCE_VALUES = 1e-5  # of tensors that nothing was computed of
+
+
+@dataclass(frozen=True)
+class Disproof:
+    """Why a cut is not right.
+
+    Attributes:
+        reason: What is different, in which operator of which module.
+        groups: The channel groups that this operator has to do with; empty where nothing tells.
+        kind: Class of the module and the operator's place in it: where blocks repeat, so does the reason.
+    """
+
+    reason: str
+    groups: frozenset[str] = frozenset()
+    kind: Kind | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was verified of a cut.
+
+    Attributes:
+        operators: Operators that ran in both models.
+        compared: Outputs of theirs that were compared by numbers.
+        skipped: Why others, which carry channels that leave, were not, and how many.
+        constants: Numbers that code works out from widths, and that change.
+        scaled: Parameters that were scaled to compensate such numbers.
+        values: What the models ran on.
+    """
+
+    operators: int
+    compared: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    constants: tuple[Constant, ...] = ()
+    scaled: tuple[str, ...] = ()
+    values: str = ""
+
+    @property
+    def unseen(self) -> bool:
+        """Whether outputs that carry channels were empty, so that nothing of them was seen."""
+        return any(what.endswith(EMPTY) for what in self.skipped)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What both models run on."""
+
+    passes: Passes
+    dtype: torch.dtype | None
+    ordinary: bool
+    tolerance: float
+    fewer: bool = False
+
+    def __str__(self) -> str:
+        kind = "the model's own type" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        values = "its own values" if not self.ordinary else "values of ordinary size"
+        return f"{values}, {kind}"
+
+
+def verify(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]]
+) -> Proof | Disproof:
+    """Verify that a cut is right.
+
+    Both models run on stand-ins for what tells little (zeros, ones, half precision), and on fewer positions of large
+    images where the same operators run on those. A difference in numbers counts where float64 confirms it.
+
+    Args:
+        model: The full model, not changed.
+        structure: The model's channel groups.
+        cut: The cut to verify.
+        tensors: Makes the slim values of everything that the cut changes.
+    """
+    told = _written_otherwise(model, structure, cut, tensors())
+    if told:
+        return Disproof(told)
+    failure: Exception = RuntimeError("nothing was run")
+    for setting in _settings(model, structure):
+        try:
+            return _compared(model, structure, cut, tensors, setting)
+        except DifferentError as error:
+            if not error.numeric:
+                return _disproof(structure, cut, str(error), error)
+            double = _Setting(structure.ledger.passes, torch.float64, setting.ordinary, _TOLERANCE_DOUBLE)
+            with suppress(Exception):  # float64 is out of reach for some code
+                return _confirmed(model, structure, cut, tensors, double)
+            return _disproof(structure, cut, str(error), error)
+        except Exception as error:
+            failure = error
+    with suppress(Exception):  # dimensions of size one may lead to other operators
+        found = _with_two_left(model, structure, cut, tensors)
+        if found is not None:
+            return found
+    return _disproof(structure, cut, f"the slim model does not run ({type(failure).__name__}: {failure})", failure)
+
+
+def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors: Mapping[str, Tensor]) -> str:
+    """Return what of a cut is not what the structure says, if anything: the runs show it only where numbers tell."""
+    alive = structure.alive(cut.keep)
+    own = named_tensors(model)
+    lefts: dict[str, dict[int, Left]] = {name: {} for name in tensors}
+    for slot in structure.ledger.slots:
+        left = alive[slot.start : slot.start + slot.size]
+        kept = cut.kept.get(slot.tensor, {}).get(slot.dim)
+        if not np.array_equal(np.flatnonzero(left), np.arange(slot.size) if kept is None else kept.numpy()):
+            return f"{slot.tensor} would keep other indices along dimension {slot.dim} than its channels do"
+        if kept is not None and slot.tensor in tensors:
+            lefts[slot.tensor][slot.dim] = Left(left)
+    for name, slim in tensors.items():
+        if slim.is_floating_point() and not _holds_what_is_left(own[name].detach(), slim, lefts[name]):
+            return f"{name} would hold other values than it does"
+    return ""
+
+
+def _holds_what_is_left(full: Tensor, slim: Tensor, left: Mapping[int, Left]) -> bool:
+    """Return whether a slim tensor holds the numbers of the full one, by random projections."""
+    expected = tuple([left[dim].count if dim in left else size for dim, size in enumerate(full.shape)])
+    if tuple(slim.shape) != expected:
+        return False
+    if full.dtype in _HALVES:
+        full, slim = full.float(), slim.float()
+    keep = kept_dim(full.shape, list(left))
+
+    def projected(tensor: Tensor, of_slim: bool) -> Print:
+        along = [left[dim].direction(dim, full, of_slim) if dim in left else None for dim in range(full.dim())]
+        return fingerprint(tensor, keep, along)
+
+    one, other = projected(full, False), projected(slim, True)
+    values = one.values
+    if keep is not None and keep in left:
+        values = values[left[keep].indices.to(full.device)]
+    return agree(Print(values, one.scale), other, _TOLERANCE_VALUES)
+
+
+def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) -> tuple[Cut, Proof]:
+    """Scale slim tensors so that numbers which code works out from widths change nothing, where that can be verified.
+
+    Args:
+        model: The full model, not changed.
+        structure: Its channel groups.
+        cut: A cut that was verified.
+        proof: What was verified, up to these numbers.
+
+    Returns:
+        The cut with factors for its tensors, and what was verified of it: the numbers that are left are not
+        compensated.
+    """
+    scales = scales_for(structure, cut, proof.constants)
+    if not scales.rows:
+        return cut, proof
+    tensors = cache(partial(cut.tensors, model))
+    for setting in _settings(model, structure):
+        with suppress(Exception):
+            found = _compared(model, structure, cut, tensors, setting, scales)
+            return replace(cut, scales=scales.rows), found
+    return cut, proof
+
+
+def _settings(model: nn.Module, structure: Structure) -> Iterator[_Setting]:
+    passes = structure.ledger.passes
+    half = any(tensor.dtype in _HALVES for tensor in named_tensors(model).values())
+    dtype = torch.float32 if half else None
+    smaller = zip(*(fewer_positions(inputs) for _, inputs in passes), strict=False)
+    for inputs in smaller if structure.ledger.hollow else ():
+        modes = [training for training, _ in passes]
+        yield _Setting(list(zip(modes, inputs, strict=True)), dtype, True, _TOLERANCE, fewer=True)
+    yield _Setting(passes, dtype, True, _TOLERANCE)
+    yield _Setting(passes, None, False, _TOLERANCE_HALF if half else _TOLERANCE)
+
+
+def _confirmed(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]], setting: _Setting
+) -> Proof | Disproof:
+    try:
+        return _compared(model, structure, cut, tensors, setting)
+    except DifferentError as error:
+        return _disproof(structure, cut, str(error), error)
+
+
+def _disproof(structure: Structure, cut: Cut, reason: str, error: Exception) -> Disproof:
+    ran = getattr(error, "ran", None)
+    if ran is None:
+        return Disproof(reason)
+    return Disproof(reason, Lefts(structure, cut.keep).groups(*ran.taken, *ran.made), ran.kind)
+
+
+def _compared(
+    model: nn.Module,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
+    setting: _Setting,
+    scales: Scales | None = None,
+) -> Proof:
+    """Run both models and compare them; tensors of the slim one may be scaled.
+
+    Raises:
+        DifferentError: If the slim model computes something else.
+        OtherOperatorsError: If one of them comes to other operators than the trace.
+    """
+    ledger = structure.ledger
+    lefts = Lefts(structure, cut.keep)
+    counts = counted(structure, lefts)
+    stand_ins = StandIns(model, setting.dtype, setting.ordinary)
+    scales = scales or Scales()
+    exchanged, instead = stand_ins.slim(cut, tensors(), scales.rows)
+    slim = Slim(ledger.ran, lefts, instead, counts, setting.fewer)
+    outputs = _run_all(model, setting, exchanged, cut.attributes, slim)
+    del exchanged, instead
+    exchanged, instead = stand_ins.full()
+    reference = Reference(ledger.ran, lefts, instead, counts, slim.seen, setting.tolerance, scales.windows, scales.free)
+    expected = _run_all(model, setting, exchanged, (), reference)
+    _compare_outputs(expected, outputs, setting.tolerance)
+    return Proof(
+        len(slim.seen),
+        reference.compared,
+        reference.skipped,
+        tuple(dict.fromkeys(reference.constants)),
+        tuple(scales.rows),
+        str(setting),
+    )
+
+
+def _run_all(
+    model: nn.Module,
+    setting: _Setting,
+    exchanged: dict[str, Tensor],
+    attributes: Sequence[AttributeChange],
+    mode: Slim | Reference | None,
+) -> list[Tensor]:
+    """Run every pass of a trace and return what came out of them."""
+    outputs: list[Tensor] = []
+    for training, inputs in setting.passes:
+        inputs = inputs_of_ordinary_size(inputs, setting.dtype, setting.ordinary)
+        with undisturbed(model), same_draws(), attributes_set(model, attributes):
+            exchange_(model, exchanged)
+            if training:
+                model.train()
+            with taken_apart():
+                if mode is None:
+                    outputs.extend(tensors_in(run(model, inputs)))
+                else:
+                    with mode:
+                        outputs.extend(tensors_in(run(model, inputs)))
+    if mode is not None:
+        if mode.failure is not None:  # the model's own code caught it
+            raise mode.failure
+        mode.course.finish()
+    return outputs
+
+
+def _compare_outputs(expected: list[Tensor], found: list[Tensor], tolerance: float) -> None:
+    """Compare what the models return.
+
+    Raises:
+        DifferentError: If it is something else.
+    """
+    shapes = [[tuple(output.shape) for output in outputs] for outputs in (expected, found)]
+    if shapes[0] != shapes[1]:
+        raise DifferentError(f"the model's outputs changed shape: {shapes[0]} to {shapes[1]}", None)
+    for full, slim in zip(expected, found, strict=True):
+        if full.is_floating_point() and full.numel():
+            one, other = (fingerprint(output, None, [None] * output.dim()) for output in (full, slim))
+            if not agree(one, other, tolerance):
+                raise DifferentError("the model's outputs differ", None, numeric=True)
+
+
+def counted(structure: Structure, lefts: Lefts) -> Counted:
+    """Return the arguments of operators that count units, and what they must be."""
+    found: dict[int, tuple[str, int]] = {}
+    for at, name, labels in structure.ledger.counts:
+        left = lefts.along(labels)
+        found[at] = name, len(labels[0].atoms) if left is None else left.count
+    return found
+
+
+def keep_two(structure: Structure, keep: Keep) -> dict[str, np.ndarray]:
+    """Return a choice with two units left at least of every group: a dimension of size one stretches to anything."""
+    widened = {}
+    for name, stays in keep.items():
+        missing = 2 - int(stays.sum())
+        widened[name] = stays | (~stays & (np.cumsum(~stays) <= missing))
+    # Linked groups (heads and the width inside a head) grow together, or their product would not divide.
+    for link in structure.links:
+        if any(name in keep and keep[name].sum() < 2 for name in link):
+            for name in link:
+                widened[name] = np.ones(structure.groups[name].width, dtype=bool)
+    return widened
+
+
+def _with_two_left(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]]
+) -> Proof | Disproof | None:
+    """Verify a cut that leaves single units by one that leaves two of them, and by what both models return.
+
+    Returns:
+        None where it leaves two units everywhere.
+    """
+    two = keep_two(structure, cut.keep)
+    if all(np.array_equal(two[name], stays) for name, stays in cut.keep.items()):
+        return None
+    wider = draft(model, structure, two)
+    found = verify(model, structure, wider, cache(lambda: wider.tensors(model)))
+    if isinstance(found, Disproof):
+        return found
+    setting = list(_settings(model, structure))[-2]
+    stand_ins = StandIns(model, setting.dtype, setting.ordinary)
+    outputs = _run_all(model, setting, _made(*stand_ins.slim(cut, tensors())), cut.attributes, None)
+    exchanged, instead = stand_ins.full()
+    lefts = Lefts(structure, cut.keep)
+    reference = Reference(structure.ledger.ran, lefts, instead, counted(structure, lefts), {}, setting.tolerance)
+    expected = _run_all(model, setting, exchanged, (), reference)
+    try:
+        _compare_outputs(expected, outputs, setting.tolerance)
+    except DifferentError as error:
+        return _disproof(structure, cut, str(error), error)
+    return found
+
+
+def _made(exchanged: dict[str, Tensor], instead: dict[int, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Return tensors to exchange, with none left to be made later."""
+    return {name: instead[id(value)]() if id(value) in instead else value for name, value in exchanged.items()}
