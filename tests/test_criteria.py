@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError, criteria, prune_filters
+from lightning_prune import PruningError, prune_filters
+from lightning_prune.algorithms import criteria
 from lightning_prune.pruning.scoring import CRITERIA, by_l2, by_mean, score_units
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS

@@ -20,7 +20,7 @@ from lightning_prune import (
     OneShot,
     PruningError,
 )
-from lightning_prune.callbacks import _reporting
+from lightning_prune.callbacks.engine import reporting
 from lightning_prune.reports import History, draw_run, run_tables
 from lightning_prune.reports.run_page import run_page
 from lightning_prune.reports.summary import main_metric, stages, staying, totals
@@ -195,7 +195,7 @@ def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(_reporting, "write_run", full)
+    monkeypatch.setattr(reporting, "write_run", full)
     with pytest.warns(UserWarning, match=r"CSVLogger: OSError\('no space left'\)"):
         trainer = fit(net(), FilterL1Pruning(0.5), logger=logged(tmp_path))
     assert trainer.state.finished
