@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy, fit
-from lightning_prune import count_flops, prune_filters, prune_filters_obs
+from lightning_prune import count_flops, prune_filters
+from lightning_prune.pruning.filters_obs import prune_filters_obs
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 SCORED = 1024  # training images that criteria look at

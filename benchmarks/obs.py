@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy
-from lightning_prune import prune_filters, prune_filters_obs, prune_obs, prune_weights
+from lightning_prune import prune_filters, prune_obs, prune_weights
 from lightning_prune.algorithms.solvers import SOLVERS, damped, rise
 from lightning_prune.algorithms.solvers.blocked import factor
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import gather_grams
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import call_on
+from lightning_prune.pruning.filters_obs import prune_filters_obs
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 

@@ -1,6 +1,8 @@
 """The floors of the house: imports point downwards, and each big dependency is known in one place."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -73,6 +75,67 @@ def test_every_room_has_a_floor():
 
 
 def test_public_names_exist():
-    """Everything that the package lists can be imported, and is listed in order."""
+    """Everything that the package lists can be imported, is listed in order, and is known to type checkers alike."""
     assert lightning_prune.__all__ == sorted(lightning_prune.__all__)
-    assert all(hasattr(lightning_prune, name) for name in lightning_prune.__all__)
+    for name in lightning_prune.__all__:
+        assert getattr(lightning_prune, name).__name__ == name
+    seen = {
+        node.module.removeprefix("lightning_prune."): tuple(alias.name for alias in node.names)
+        for node in ast.walk(ast.parse((ROOT / "__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("lightning_prune.")
+    }
+    assert seen == lightning_prune._HOMES
+    assert sorted(name for names in seen.values() for name in names) == lightning_prune.__all__
+
+
+def test_public_names_are_few():
+    """Thirty names at most; each is importable, and so is the version."""
+    assert len(lightning_prune.__all__) <= 30
+    assert dir(lightning_prune) == sorted([*lightning_prune.__all__, "__version__"])
+    with pytest.raises(AttributeError, match="module 'lightning_prune' has no attribute 'prune'"):
+        lightning_prune.prune  # noqa: B018
+
+
+IMPORT = """
+import sys
+import lightning_prune
+brought = {name.partition(".")[0] for name in sys.modules}
+assert not brought & {"torch", "numpy", "lightning", "pytorch_lightning", "fvcore", "rich", "matplotlib"}, brought
+"""
+ORDERS = {
+    "lightning after": "import lightning_prune; import lightning.pytorch as pl",
+    "lightning before": "import lightning.pytorch as pl; import lightning_prune",
+    "pytorch_lightning after": "import lightning_prune; import pytorch_lightning as pl",
+    "pytorch_lightning before": "import pytorch_lightning as pl; import lightning_prune",
+    "a submodule first": "import lightning_prune.callbacks.filter_l1; import lightning.pytorch as pl",
+    "looked for first": """
+import importlib.util, lightning_prune
+assert importlib.util.find_spec("pytorch_lightning").loader.is_package("pytorch_lightning")
+import pytorch_lightning as pl
+""",
+}
+KNOWN = """
+import sys
+import lightning.pytorch, pytorch_lightning
+callbacks = sys.modules["lightning_prune.callbacks"]
+for kind in [getattr(callbacks, name) for name in callbacks.__all__]:
+    assert issubclass(kind, lightning.pytorch.Callback) and issubclass(kind, pytorch_lightning.Callback), kind
+assert pl.__spec__.loader is pl.__loader__ and type(pl.__loader__).__name__ == "SourceFileLoader"
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "lightning_prune"]
+"""
+
+
+def run(script):
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_import_brings_in_nothing_else():
+    """``import lightning_prune`` alone imports the standard library and itself."""
+    run(IMPORT)
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_callbacks_are_there_as_soon_as_lightning_is(order):
+    """Whatever is imported first, the callbacks are subclasses of both packages' own, where their CLIs find them."""
+    run(f"{order}\n{KNOWN}")

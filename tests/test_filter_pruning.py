@@ -9,15 +9,8 @@ import torch.nn.functional as F
 import torchmetrics
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_prune import (
-    FilterL1Pruning,
-    FilterPruning,
-    Linear,
-    OneShot,
-    PruningError,
-    TaylorFilterPruning,
-    prune_filters_obs,
-)  # fmt: skip
+from lightning_prune import FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
+from lightning_prune.pruning.filters_obs import prune_filters_obs  # fmt: skip
 from tests.runs import (
     IMAGE,
     WIDTHS,

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightning_prune as lp
+from lightning_prune.pruning.exact import prune_exact
+from lightning_prune.pruning.filters_obs import prune_filters_obs
+from lightning_prune.pruning.fisher import prune_fisher
 from tests.runs import fit, net
 
 X = torch.randn(8, 6)
@@ -33,11 +36,11 @@ CALLS = {
     "filters by gradients": lambda model, x: lp.prune_filters(
         model, x, 0.5, "taylor", batches=[x], loss=loss, progress=False
     ),
-    "filters and repair": lambda model, x: lp.prune_filters_obs(model, x, [x], 0.5, progress=False),
+    "filters and repair": lambda model, x: prune_filters_obs(model, x, [x], 0.5, progress=False),
     "weights": lambda model, x: lp.prune_weights(model, 0.5),
     "weights by second order": lambda model, x: lp.prune_obs(model, [x], 0.5, progress=False),
-    "weights by Fisher": lambda model, x: lp.prune_fisher(model, [x], loss, 0.5, progress=False),
-    "weights one by one": lambda model, x: lp.prune_exact(
+    "weights by Fisher": lambda model, x: prune_fisher(model, [x], loss, 0.5, progress=False),
+    "weights one by one": lambda model, x: prune_exact(
         model, [(x, x[:, :3].clone())], F.mse_loss, 0.02, progress=False
     ),
     "given masks": lambda model, x: lp.apply_masks_(model, masks()),

@@ -10,13 +10,8 @@ from lightning.pytorch.callbacks import (
 )
 
 import lightning_prune
-from lightning_prune import (
-    Geometric,
-    IterativeMagnitudePruning,
-    Linear,
-    OneShot,
-    masks_on,
-)
+from lightning_prune import Geometric, IterativeMagnitudePruning, Linear, OneShot
+from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, TOTAL, Falling, pruning, zeros
 from tests.runs import assert_same_weights, fit, net, weights
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import PruningError, prune_filters, prune_filters_obs
+from lightning_prune import PruningError, prune_filters
 from lightning_prune.algorithms.solvers import best_on_columns, inverse, rise
 from lightning_prune.algorithms.solvers.unit_removal import Reader, unit_rises
+from lightning_prune.pruning.filters_obs import prune_filters_obs
 
 IMAGE = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
 

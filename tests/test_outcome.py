@@ -9,9 +9,9 @@ from torch import nn
 
 import lightning_prune
 from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot, PruningError, prune_filters
-from lightning_prune import prune_filters_obs as prune_and_repair
 from lightning_prune.measure.flops import UntraceableError
 from lightning_prune.pruning import filters
+from lightning_prune.pruning.filters_obs import prune_filters_obs as prune_and_repair
 from lightning_prune.surgery import Disproof
 from tests.runs import IMAGE, Known, fit, net
 

@@ -14,11 +14,11 @@ from lightning_prune import (
     Prunable,
     PruningError,
     load_state_dict_,
-    masks_on,
     prune_filters,
-    prune_filters_obs,
     prune_weights,
 )
+from lightning_prune.pruning.filters_obs import prune_filters_obs
+from lightning_prune.surgery.masks import masks_on
 from tests.runs import (
     IMAGE,
     Attentive,

@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_prune import (
-    FewUnits,
     FilterL1Pruning,
     IterativeMagnitudePruning,
     Linear,
@@ -20,6 +19,7 @@ from lightning_prune import (
     OneShot,
     PruningError,
 )
+from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.callbacks.engine import reporting
 from lightning_prune.reports import History, draw_run, run_tables
 from lightning_prune.reports.run_page import run_page
