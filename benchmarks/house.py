@@ -35,20 +35,20 @@ LITERARY = ("Tell", "Let", "Give", "Take", "Do")
 LIMITS = {
     "floors: rooms on the longest chain of imports": 10,
     "rooms: folders and loose modules at the top": 10,
-    "arrows: pairs of rooms with imports between them": 42,
+    "arrows: pairs of rooms with imports between them": 40,
     "comprehensions": 56,
     "nested comprehensions": 6,
     "ternaries": 28,
     "methods of FilterPruning, inherited ones too": 90,
     "classes of FilterPruning": 4,
-    "super() calls in callbacks": 30,
-    "writes to another object's private attributes": 12,
-    "files that `recalibrate` passes through": 17,
+    "super() calls in callbacks": 31,
+    "writes to another object's private attributes": 5,
+    "files that `recalibrate` passes through": 5,
     "docstrings that begin with Tell, Let, Give, Take, Do": 120,
     "public names": 30,
     "lines": 22_000,
 }
-AT_LEAST = {"comment lines": 2}
+AT_LEAST = {"comment lines": 20}
 IMPORT = """
 import time
 begin = time.perf_counter()

@@ -1,6 +1,7 @@
 """The floors of the house: imports point downwards, and each big dependency is known in one place."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -9,20 +10,11 @@ from pathlib import Path
 import pytest
 
 import lightning_prune
+from benchmarks import house
 
 ROOT = Path(lightning_prune.__file__).parent
-FLOORS = {
-    "model": 0,
-    "algorithms": 1,
-    "structure": 2,
-    "surgery": 3,
-    "measure": 4,
-    "pruning": 5,
-    "analysis": 6,
-    "reports": 7,
-    "callbacks": 8,
-    "cli": 9,
-}
+CONTRIBUTING = (ROOT.parent / "CONTRIBUTING.md").read_text()
+FLOORS = {name: int(floor) for floor, name in re.findall(r"^\| (\d+) \| `(\w+)/` \|", CONTRIBUTING, re.MULTILINE)}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_utilities"}
 
@@ -69,9 +61,62 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_every_room_has_a_floor():
-    """A new file or folder is given its floor here."""
-    rooms = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
-    assert rooms == set(FLOORS)
+    """The table in CONTRIBUTING names every folder of the package, one a floor, from the top to the bottom."""
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(FLOORS)
+    assert list(FLOORS.values()) == list(range(len(FLOORS)))[::-1]
+    assert all((ROOT / name / "__init__.py").exists() for name in FLOORS)
+
+
+def test_recipes_name_files_that_exist():
+    """Whoever follows CONTRIBUTING finds each file and folder that it names."""
+    named = re.findall(r"`((?:lightning_prune|tests|docs|benchmarks)/[\w./-]*)`", CONTRIBUTING)
+    assert len(named) > 15
+    for path in named:
+        assert (ROOT.parent / path).exists(), path
+
+
+def test_the_house_keeps_within_its_limits():
+    """Structure, density and words do not fall back; ``python -m benchmarks.house`` shows them before and now."""
+    found = house.count(ROOT.parent)
+    over = {name: found[name] for name, limit in house.LIMITS.items() if found[name] > limit}
+    under = {name: found[name] for name, limit in house.AT_LEAST.items() if found[name] < limit}
+    assert not over and not under
+
+
+NESTED = """
+def total(rows, table):
+    flat = [x for row in rows for x in row]  # two loops
+    deep = {key: [x for x in row] for key, row in table.items()}
+    # a line of its own
+    other = flat if flat else deep
+    other._cache = self._cache = 1
+    return sum(x for x in flat)
+"""
+
+
+def test_the_house_is_counted_right():
+    """Of seven lines: four comprehensions, two of them nested, one ternary, two comments, one foreign write."""
+    tree = ast.parse(NESTED)
+    assert house.density({"": NESTED}, {"": tree}) == {
+        "comprehensions": 571.4,
+        "nested comprehensions": 285.7,
+        "ternaries": 142.9,
+        "comment lines": 285.7,
+    }
+    assert sum(map(house.writes_private, ast.walk(tree))) == 1
+
+
+def test_floors_and_arrows_are_counted_right():
+    """A chain of three rooms has three floors; two files of one room that import one other make one arrow."""
+    files = {
+        "lightning_prune": "from lightning_prune.c.x import z",
+        "lightning_prune.a.x": "",
+        "lightning_prune.b.x": "from lightning_prune.a.x import y",
+        "lightning_prune.b.y": "from lightning_prune.a.x import y\nfrom lightning_prune.b.x import z",
+        "lightning_prune.c.x": "from lightning_prune.b.y import y",
+    }
+    found = house.structure({name: ast.parse(text) for name, text in files.items()})
+    assert list(found.values()) == [3, 3, 2]
 
 
 def test_public_names_exist():
