@@ -29,7 +29,7 @@ from lightning_prune.callbacks.engine.structured import structured_callbacks
 from lightning_prune.model.bits import pack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import Amount
-from lightning_prune.pruning.filters import count_params
+from lightning_prune.pruning.plan import count_params
 from lightning_prune.pruning.weights import (
     ToPrune,
     WeightCount,

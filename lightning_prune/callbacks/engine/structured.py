@@ -29,7 +29,7 @@ from lightning_prune.callbacks.engine.run import Pruning, pruning_callbacks
 from lightning_prune.callbacks.engine.state import Start, State
 from lightning_prune.callbacks.engine.step import Traced, check_traced, instead_of_forward, refuse_step
 from lightning_prune.measure.flops import FlopCount
-from lightning_prune.measure.footprint import Footprint, count
+from lightning_prune.measure.footprint import count
 from lightning_prune.measure.latency import circumstances, shapes_of
 from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.calls import ExampleInputs, hold_nothing
@@ -45,12 +45,11 @@ from lightning_prune.pruning.arguments import (
     with_ignored,
 )
 from lightning_prune.pruning.budget import Budget, Scope, Scores, Target
-from lightning_prune.pruning.filters import Prepared, count_params, prepare
-from lightning_prune.pruning.outcome import kept_whole_by, outcome_of, reasons_of
+from lightning_prune.pruning.plan import Plan, count_params, plan_filters
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.reports import History, LayerChange, layer_costs
 from lightning_prune.structure import Keep, Structure
-from lightning_prune.surgery import Kept, cut_, find_groups, recipe_of
+from lightning_prune.surgery import Kept, find_groups, recipe_of
 
 __all__ = ["StructuredPruning", "structured_callbacks"]
 
@@ -104,11 +103,9 @@ class StructuredPruning(Pruning):
         """Return one score per unit of every group, ``(width,)``; higher is kept longer."""
         return self._gathering.scores(trainer, pl_module, structure)
 
-    def mended(
-        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
-    ) -> Prepared:
-        """Return a proved cut, its slim tensors changed by what else shall happen at it; by default nothing."""
-        return prepared
+    def mended(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> Plan:
+        """Return the plan, its slim tensors changed by what else shall happen at the cut; by default nothing."""
+        return plan
 
     @property
     def ready(self) -> bool:
@@ -166,9 +163,9 @@ class StructuredPruning(Pruning):
             )
         if self._course.progress < self._course.ceiling:
             scores = score_units(pl_module, structure, "l1")
-            prepared = self._prepare(trainer, pl_module, structure, scores, progress=1.0)
-            state.start.units = state.start.units or sum(width.before - width.after for width in prepared.widths)
-            self._warn_if_short(pl_module, prepared)
+            plan = self._plan(trainer, pl_module, structure, scores, progress=1.0)
+            state.start.units = state.start.units or sum(width.before - width.after for width in plan.widths)
+            self._warn_if_short(plan)
             self._gathering.watch(pl_module, structure)
         return True
 
@@ -178,16 +175,16 @@ class StructuredPruning(Pruning):
         self._refuse_not_finite(pl_module, structure)
         scores = trainer.strategy.broadcast(self.scores(trainer, pl_module, structure))
         self._gathering.rest()
-        prepared = self._prepare(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
-        if prepared.cut.kept:
-            if self.target == "latency":  # measured before the cut, which nothing that fails may follow
-                self._state.latency = self._latency(trainer, pl_module, prepared.structure, prepared.keep)
-            self._cut(trainer, pl_module, self.mended(trainer, pl_module, structure, prepared))
+        plan = self._plan(trainer, pl_module, structure, scores, progress, self._gathering.adding_up)
+        if plan.cut.kept:
+            if plan.latency_kept is not None:
+                self._state.latency = plan.latency_kept
+            self._cut(trainer, pl_module, self.mended(trainer, pl_module, plan))
             recalibrate_(trainer, pl_module, self.recalibrate)
-        self._state.widths |= {width.name: width.after for width in prepared.widths}
-        self._state.pinned = prepared.structure.pinned
+        self._state.widths |= {width.name: width.after for width in plan.widths}
+        self._state.pinned = plan.structure.pinned
         if progress >= 1.0:
-            self._warn_if_short(pl_module, prepared, done=True)
+            self._warn_if_short(plan, done=True)
         if progress < self._course.ceiling:
             self._watch_on(pl_module)
 
@@ -322,7 +319,7 @@ class StructuredPruning(Pruning):
         budget = Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
         return budget_by_group(structure, budget)
 
-    def _prepare(
+    def _plan(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -330,48 +327,42 @@ class StructuredPruning(Pruning):
         scores: Scores,
         progress: float,
         adding_up: bool = False,
-    ) -> Prepared:
-        """Plan and prove a cut."""
+    ) -> Plan:
+        """Plan and verify a cut."""
         state, amount, schedule = self._state, self._start.amount, self.cuts
         due = (
             {name: schedule.sparsity(progress, a) for name, a in amount.items()}
             if isinstance(amount, Mapping)
             else schedule.sparsity(progress, amount)
         )
-        prepared = prepare(
+        plan = plan_filters(
             pl_module,
             self._inputs,
             structure,
             scores,
             due,
             self._budget,
-            dense=self._start.dense.without(state.refused),
-            flops=self._count_flops(pl_module).total,
+            dense=self._start.dense,
+            flops=self._count_flops(pl_module),
             latency=partial(self._latency, trainer, pl_module),
             at_most=schedule.at_most(progress),
             adding_up=adding_up,
+            refused=state.refused,
         )
-        state.refused |= reasons_of(structure, prepared.structure)
-        return prepared
+        state.refused = dict(plan.refused)
+        return plan
 
-    def _warn_if_short(self, pl_module: LightningModule, prepared: Prepared, done: bool = False) -> None:
+    def _warn_if_short(self, plan: Plan, done: bool = False) -> None:
         """Warn once if less leaves than was asked: as soon as that is known of widths, of all else when it is done."""
-        state, start, budget = self._state, self._start, self._budget
-        if state.warned or not (done or self.target == "filters"):
+        if self._state.warned or not plan.outcome.short or not (done or self.target == "filters"):
             return
-        widths = {**start.widths, **state.widths, **{width.name: width.after for width in prepared.widths}}
-        now = Footprint(count_params(pl_module), self._count_flops(pl_module).total) if done else start.dense.footprint
-        free = start.dense.without(name for name in start.widths if name not in prepared.structure.groups)
-        why = {**kept_whole_by(prepared.structure, budget, free, widths), **state.refused}
-        outcome = outcome_of(start.amount, self.target, start.dense, widths, now, state.latency, why)
-        if outcome.short:
-            state.warned = True
-            rank_zero_warn(f"{type(self).__name__}: {outcome.short}")
+        self._state.warned = True
+        rank_zero_warn(f"{type(self).__name__}: {plan.outcome.short}")
 
     def _latency(self, trainer: Trainer, pl_module: LightningModule, structure: Structure, keep: Keep) -> float:
         return latency_of_first(trainer, pl_module, self._inputs, self._start.shapes, structure, keep)
 
-    def _cut(self, trainer: Trainer, pl_module: LightningModule, prepared: Prepared) -> None:
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, plan: Plan) -> None:
         """Make a cut; where processes average gradients, what averages them is made anew for the new shapes."""
         strategy = trainer.strategy
         averaged = isinstance(strategy.model, DistributedDataParallel)
@@ -380,13 +371,13 @@ class StructuredPruning(Pruning):
         recipe_of(pl_module).needed = True
         for guard in guards(trainer):
             guard.before_cut(trainer, pl_module)
-        cut_(pl_module, prepared.cut, prepared.tensors, trainer.optimizers)
-        cut_copies_(trainer, pl_module, prepared.cut)
+        plan.write_(trainer.optimizers)
+        cut_copies_(trainer, pl_module, plan.cut)
         if averaged:
             refuse_apart(type(self).__name__, trainer, pl_module)  # to wrap anew sends the first one's weights to all
             strategy.configure_ddp()  # type: ignore[attr-defined]
         for callback in pruning_callbacks(trainer):
-            callback.follow(prepared.cut.kept)
+            callback.follow(plan.cut.kept)
 
     @property
     def _budget(self) -> Budget:
