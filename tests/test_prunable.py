@@ -62,7 +62,7 @@ def test_the_class_loads_its_own_checkpoints(kind, weights_only, tmp_path):
 def test_a_trainer_without_callbacks_of_ours_tests_it(tmp_path):
     """Shapes are taken where no pruning callback is there, and masks come with them."""
     module = net(Slimming)
-    callbacks = FilterL1Pruning({"first": 0.5}), IterativeMagnitudePruning(0.5, parameters=["head"])
+    callbacks = FilterL1Pruning({"first": 0.5}), IterativeMagnitudePruning(0.5, parameters=["head"], scope="global")
     fit(module, *callbacks).save_checkpoint(tmp_path / "slim.ckpt")
     other = net(Slimming, seed=5)
     trainer().test(other, batches(), ckpt_path=tmp_path / "slim.ckpt", verbose=False)
@@ -190,7 +190,7 @@ def test_a_part_that_was_cut_alone_is_loaded_within_the_whole(load):
 def test_masks_follow_a_plain_cut():
     """A model that carries masks carries them, and tells of them, after filters have left."""
     model, images = plain(Net)
-    prune_weights(model, 0.5)
+    prune_weights(model, 0.5, scope="global")
     before = masks_on(model)
     report = prune_filters(model, images, amount=0.5)
     for name, stays in masks_on(model).items():

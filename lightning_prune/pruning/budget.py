@@ -122,14 +122,14 @@ def select_units(
     left = None if at_most is None else _left_to_take(structure, dense, at_most)
     if isinstance(amount, Mapping) or (budget.target == "filters" and budget.scope == "layer"):
         counts = {
-            name: _share(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
+            name: number_to_prune(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
             - _gone(structure, dense, name)
             for name in structure.groups
         }
         levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=not isinstance(amount, Mapping))
         return walk.keep(levels if left is None else walk.first(levels, left))
     whole, cost = _cost(structure, budget.target, dense, footprint, latency)
-    allowed = whole - _share(amount, whole) if budget.target == "filters" else (1.0 - amount) * whole
+    allowed = whole - number_to_prune(amount, whole) if budget.target == "filters" else (1.0 - amount) * whole
     fewest = cost(walk.keep(walk.after(len(walk.order))))
     if fewest > allowed * (1 + (NEAR if budget.target == "latency" else _ROUNDING)):
         told = rooms_told(what_can_go(structure, budget, dense, footprint))
@@ -243,10 +243,6 @@ def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[
     while len(tried[best := min(tried, key=miss)]) < 3:
         measured(best, times=len(tried[best]) + 1)
     return miss(best), best
-
-
-def _share(amount: float, width: float) -> int:
-    return math.ceil(amount * width - _ROUNDING)  # Li et al. keep int((1 - amount) * width)
 
 
 def _gone(structure: Structure, dense: Dense, name: str) -> int:

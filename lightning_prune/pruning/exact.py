@@ -59,18 +59,19 @@ class SurgeonReport:
 @changes_model
 def prune_exact(
     model: nn.Module,
+    amount: float = 1.0,
+    *,
     batches: Iterable[tuple[Any, Tensor]],
     loss: OutputLoss,
-    amount: float = 1.0,
+    ignore: Parameters = (),
     max_loss: float = float("inf"),
     max_rise: float = float("inf"),
     method: Method = "obs",
     alpha: float = 1e-4,
-    ignore: Sequence[str] = (),
     masks: dict[str, Tensor] | None = None,
     accept: Callable[[nn.Module], bool] | None = None,
     progress: bool = True,
-) -> SurgeonReport:
+) -> WeightReport:
     """Remove weights and biases of a small, trained net one at a time, in place, until one of the limits is met.
 
     Before every removal the Hessian is found anew, in its outer-product form. With ``method="obs"`` all other weights
@@ -108,7 +109,7 @@ def prune_exact(
     _check(amount, method, alpha)
     batches = list(ordinary(batches))
     patient = _Patient.of(model, ignore, masks)
-    least = patient.left.numel() - round(amount * patient.left.numel())
+    least = patient.left.numel() - number_to_prune(amount, patient.left.numel())
     removals: list[Removal] = []
     before = current = _measured(model, batches, loss)
     if not math.isfinite(before):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from lightning_prune.pruning.arguments import (
     Amount,
     MaxAmount,
     MinWidth,
+    Modules,
     amount_by_group,
     budget_by_group,
     check_arguments,
@@ -49,7 +50,7 @@ def prune_filters(
     scope: Scope = "layer",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Modules = (),
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     round_to: int = 1,
     min_width: MinWidth = 1,
@@ -122,7 +123,9 @@ def prune_filters(
     where = "prune_filters"
     by_obs = criterion == "obs"
     repair = by_obs if repair is None else repair
-    check_arguments(where, amount, "l1" if by_obs else criterion, target, scope, round_to, min_width, max_amount)
+    check_arguments(
+        where, amount, "l1" if by_obs else criterion, target, scope, round_to, min_width, max_amount, ignore
+    )
     check_damping(where, damping, "inputs' mean variance")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
@@ -147,8 +150,8 @@ def prune_filters(
         example_inputs,
         structure,
         scores,
-        amount_by_group(structure, amount),
-        budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
+        amount_by_group(model, structure, amount),
+        budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount)),
         flops=flops,
         adding_up=by_obs or adds_up(criterion),
         progress=progress,

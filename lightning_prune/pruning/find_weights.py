@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(
-    model: nn.Module, parameters: Sequence[str] | None = None, ignore: Sequence[str] = (), what: str = "parameters"
+    model: nn.Module, parameters: Parameters | None = None, ignore: Parameters = (), what: str = "parameters"
 ) -> Weights:
     """Find the weights that masks may zero.
 

@@ -55,16 +55,17 @@ class _Part(NamedTuple):
 @changes_model
 def prune_fisher(
     model: nn.Module,
+    amount: float = 0.5,
+    *,
     batches: Iterable[Any],
     loss: Loss,
-    amount: float = 0.5,
+    ignore: Parameters = (),
+    parameters: Parameters | None = None,
     block: int = 50,
     damping: float = 0.01,
-    parameters: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
-) -> FisherReport:
+) -> WeightReport:
     """Set the weights that the loss needs least to zero, in place; their neighbours make up for them.
 
     The loss's Hessian is taken to be the mean over examples of the outer products of their gradients, in blocks of
@@ -72,13 +73,13 @@ def prune_fisher(
 
     Args:
         model: The model; examples run one by one in eval mode.
-        batches: Batches of data with labels, some hundred examples.
-        loss: From model and batch to the mean loss.
-        amount: Fraction, in [0, 1), of the weights that leaves.
+        amount: AMOUNT_W1
+        batches: BATCHES
+        loss: LOSS
+        ignore: IGNORE_W
+        parameters: PARAMETERS
         block: How many neighbours make up for each other.
-        damping: Share of the mean diagonal entry of the whole matrix that is added to its diagonal.
-        parameters: Patterns, as of :func:`prune_weights`; by default all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay dense.
+        damping: DAMPING
         dtype: What the matrix is summed and solved in.
         progress: Whether to show progress bars.
 
@@ -116,7 +117,7 @@ def prune_fisher(
         paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(matrix)) for part, matrix in each_part]
     reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
     leaving = torch.zeros_like(reached, dtype=torch.bool)
-    leaving[torch.argsort(reached, stable=True)[: round(amount * len(reached))]] = True
+    leaving[torch.argsort(reached, stable=True)[: number_to_prune(amount, len(reached))]] = True
     keep = {name: torch.ones_like(values, dtype=torch.bool) for name, values in flat.items()}
     predicted = 0.0
     counts = [int(gone.sum()) for gone in leaving.split([path.rises.numel() for path in paths])]

@@ -242,5 +242,5 @@ def _refuse_spawned(where: str, trainer: Trainer, pl_module: LightningModule, wh
 
 def _claims(callback: ForChannels, pl_module: LightningModule, structure: Structure) -> set[str]:
     structure = with_ignored(pl_module, structure, callback.ignore)
-    amount = amount_by_group(structure, callback.amount)
+    amount = amount_by_group(pl_module, structure, callback.amount)
     return {name for name, a in amount.items() if a} if isinstance(amount, Mapping) else set(structure.groups)

@@ -74,10 +74,8 @@ class StructuredPruning(Pruning):
     ) -> None:
         """Check the arguments and keep them."""
         where = type(self).__name__
-        check_arguments(where, amount, "l1", target, scope, round_to, min_width, max_amount)
+        check_arguments(where, amount, "l1", target, scope, round_to, min_width, max_amount, ignore)
         check_traced(where, traced, example_inputs)
-        if isinstance(ignore, str):
-            raise TypeError(f"{where}(ignore={ignore!r}): pass a list of patterns, [{ignore!r}].")
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise ValueError(f"{where}(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
         super().__init__(schedule)
@@ -152,7 +150,7 @@ class StructuredPruning(Pruning):
                 count_params(pl_module),
                 self._count_flops(pl_module).total,
                 layer_costs(pl_module, self._count_flops(pl_module)),
-                amount_by_group(structure, self.amount),
+                amount_by_group(pl_module, structure, self.amount),
                 self._budget_of(structure),
                 shapes_of(pl_module, structure) if self.target == "latency" else None,
             )
@@ -317,7 +315,7 @@ class StructuredPruning(Pruning):
 
     def _budget_of(self, structure: Structure) -> Budget:
         budget = Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
-        return budget_by_group(structure, budget)
+        return budget_by_group(pl_module, structure, budget)
 
     def _plan(
         self,
