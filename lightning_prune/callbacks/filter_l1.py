@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
-from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 
 __all__ = ["FilterL1Pruning"]
 
 
-class FilterL1Pruning(StructuredPruning):
+class FilterL1Pruning(PruningCallback):
     """Remove the filters, neurons and channels with the smallest L1 norm while the model trains.
 
     Filters leave the model itself, before the first batch of an epoch; optimizer state follows, checkpoints know their
@@ -75,7 +77,8 @@ class FilterL1Pruning(StructuredPruning):
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
-        super().__init__(
-            amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
-            trace, gathering_for("l1"),
-        )  # fmt: skip
+        arguments = FilterArguments(
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+        )
+        strategy = UnitRemoval(arguments, gathering_for("l1"))
+        super().__init__(arguments, OneShot() if schedule is None else schedule, strategy)

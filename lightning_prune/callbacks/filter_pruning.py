@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
-from lightning_prune.callbacks.engine.gathered_scores import DAMPING, gathering_for
-from lightning_prune.callbacks.engine.processes import calibration_of
-from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
+from lightning_prune.callbacks.engine.gathered_scores import gathering_for
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.measure.products import find_products
-from lightning_prune.model.calls import run
+from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.pruning.consumers import only_read
-from lightning_prune.pruning.filters import Prepared
-from lightning_prune.pruning.repair import Repair, repaired
+from lightning_prune.pruning.report import Repair
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterPruning"]
 
 
-class FilterPruning(StructuredPruning):
+class FilterPruning(PruningCallback):
     """Remove the filters, neurons and channels that a criterion of your choice scores lowest while the model trains.
 
     What a criterion looks at comes from the run itself: weights when a cut is due; gradients and activations of the
@@ -38,7 +38,7 @@ class FilterPruning(StructuredPruning):
         criterion: ``l1``, ``l2`` (of a filter's weights), ``bn_scale``, ``random``, ``taylor`` (on weights),
             ``taylor_activations``, ``activation_mean``, ``activation_std``, ``apoz``, ``taylor_second_order``,
             ``output_change`` (needs no labels), ``obd`` (by per-example gradients), ``obd_hutchinson``, ``obs`` (what
-            can best be made up for by ``repair``, see :func:`~lightning_prune.prune_filters_obs`); or a function from a
+            can best be made up for by ``repair``, see :func:`~lightning_prune.prune_filters`); or a function from a
             weight ``(out, ...)`` to one score per filter ``(out,)``, higher is kept longer, or its import path,
             ``my_package.my_module.my_criterion``.
         target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
@@ -58,7 +58,7 @@ class FilterPruning(StructuredPruning):
         batches: Training batches that criteria of second derivatives, ``output_change``, ``obs`` and ``repair`` look at
             when a cut is due.
         repair: Whether weights and biases that read what leaves are refitted at each cut, to give on these batches
-            what they gave with it.
+            what they gave with it. By default where ``criterion="obs"``.
         trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
             or counted by that.
@@ -88,7 +88,7 @@ class FilterPruning(StructuredPruning):
         max_amount: float | dict[str, float] = 1.0,
         recalibrate: int = 0,
         batches: int = 8,
-        repair: bool = False,
+        repair: bool | None = None,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
@@ -96,38 +96,27 @@ class FilterPruning(StructuredPruning):
         gathering = gathering_for(_found(criterion), batches)
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
-        super().__init__(
-            amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
-            trace, gathering,
-        )  # fmt: skip
+        arguments = FilterArguments(
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+        )
+        by_obs = criterion == "obs"
+        repairs = by_obs if repair is None else repair
+        self._repair = ConsumerRepair(batches) if repairs else None
+        strategy = UnitRemoval(arguments, gathering, self._repair, narrow=_scored_by_consumers if by_obs else None)
+        super().__init__(arguments, OneShot() if schedule is None else schedule, strategy)
         self.criterion = criterion
         self.batches = batches
         self.repair = repair
-        self.repairs: tuple[Repair, ...] = ()
 
-    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
-        """Tell whether what reads the units, or BatchNorm, will be looked at on training batches."""
-        return self.repair or self.criterion == "obs" or super().will_run_on_batches(pl_module)
+    @property
+    def repairs(self) -> tuple[Repair, ...]:
+        """What was refitted at the last pruning step, with ``repair``."""
+        return () if self._repair is None else self._repair.repairs
 
-    def mended(
-        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
-    ) -> Prepared:
-        """Let what reads the units that leave make up for them, if asked to."""
-        if not self.repair:
-            return prepared
-        with calibration_of(trainer, pl_module, self.batches) as calibration:
-            products = find_products(pl_module, calibration.batches[0], calibration.forward)
-            tensors, self.repairs, _ = repaired(
-                pl_module, structure, prepared.cut, prepared.tensors, products, calibration, sequential=True,
-                damping=DAMPING,
-            )  # fmt: skip
-        return replace(prepared, tensors=trainer.strategy.broadcast(tensors))
 
-    def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
-        structure = super()._prunable(pl_module, structure)
-        if self.criterion != "obs":
-            return structure
-        return only_read(pl_module, structure, find_products(pl_module, self._inputs, run))
+def _scored_by_consumers(pl_module: LightningModule, structure: Structure, inputs: ExampleInputs) -> Structure:
+    """Return the structure without groups that no weight sums over."""
+    return only_read(pl_module, structure, find_products(pl_module, inputs, run))
 
 
 def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:

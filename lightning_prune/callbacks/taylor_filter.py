@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
-from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
@@ -19,7 +21,7 @@ __all__ = ["TaylorFilterPruning"]
 _CRITERIA = {"weights": "taylor", "activations": "taylor_activations"}
 
 
-class TaylorFilterPruning(StructuredPruning):
+class TaylorFilterPruning(PruningCallback):
     """Remove the filters, neurons and channels that the loss would miss least, to first order, while the model trains.
 
     The gradients are those of the training itself: no extra passes, no labels. Scores gather from one cut to the next.
@@ -79,19 +81,21 @@ class TaylorFilterPruning(StructuredPruning):
             raise ValueError(f"TaylorFilterPruning(form={form!r}): choose 'weights' or 'activations'.")
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
-        super().__init__(
-            amount, target, scope, schedule if schedule is not None else OneShot(at=1), ignore, round_to,
-            example_inputs, min_width, max_amount, recalibrate, trace, gathering_for(_CRITERIA[form]),
-        )  # fmt: skip
+        arguments = FilterArguments(
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+        )
+        gathering = gathering_for(_CRITERIA[form])
+        if flops_penalty:
+            gathering.adding_up = False  # else the same would be weighed twice
+        strategy = UnitRemoval(arguments, gathering, adjust=partial(_penalized, flops_penalty))
+        super().__init__(arguments, OneShot(at=1) if schedule is None else schedule, strategy)
         self.form = form
         self.flops_penalty = flops_penalty
-        if flops_penalty:
-            self._gathering.adding_up = False  # else the same would be weighed twice
 
-    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Return the mean of what was gathered on all processes since the last cut, less the penalty."""
-        found = super().scores(trainer, pl_module, structure)
-        return {name: score - self.flops_penalty * _mega_flops(structure, name) for name, score in found.items()}
+
+def _penalized(flops_penalty: float, structure: Structure, scores: Scores) -> Scores:
+    """Return scores less the penalty for the multiply-adds that are removed with a unit."""
+    return {name: score - flops_penalty * _mega_flops(structure, name) for name, score in scores.items()}
 
 
 def _mega_flops(structure: Structure, name: str) -> float:

@@ -15,7 +15,7 @@ from lightning_prune.analysis.layer_sensitivity import TENTHS, sensitivity
 from lightning_prune.analysis.sensitivity_findings import Mode, Sensitivity
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.engine.example_inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks.engine.run import Pruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.scoring import Criterion
@@ -204,7 +204,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
 
 def _rests(callback: Callback) -> bool:
     """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
-    return isinstance(callback, Pruning) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
+    return isinstance(callback, PruningCallback) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
