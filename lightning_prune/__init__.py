@@ -20,10 +20,10 @@ from lightning_prune.measure.flops import count_flops
 from lightning_prune.model.batch_norm import recalibrate_batch_norm
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.exact import SurgeonReport, prune_exact
-from lightning_prune.pruning.filters import Report, prune_filters
-from lightning_prune.pruning.filters_obs import RepairReport, prune_filters_obs
+from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.pruning.fisher import FisherReport, prune_fisher
 from lightning_prune.pruning.obs import ObsReport, prune_obs
+from lightning_prune.pruning.report import Report
 from lightning_prune.pruning.weights import WeightReport, prune_weights
 from lightning_prune.reports import History
 from lightning_prune.structure import coupling_rule
@@ -49,7 +49,6 @@ __all__ = [
     "OneShot",
     "Prunable",
     "PruningError",
-    "RepairReport",
     "Report",
     "Schedule",
     "Sensitivity",
@@ -69,7 +68,6 @@ __all__ = [
     "masks_on",
     "prune_exact",
     "prune_filters",
-    "prune_filters_obs",
     "prune_fisher",
     "prune_obs",
     "prune_weights",

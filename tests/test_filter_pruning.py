@@ -10,13 +10,13 @@ import torchmetrics
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_prune import (
+    prune_filters,
     FilterL1Pruning,
     FilterPruning,
     Linear,
     OneShot,
     PruningError,
     TaylorFilterPruning,
-    prune_filters_obs,
 )  # fmt: skip
 from tests.runs import (
     IMAGE,
@@ -196,11 +196,13 @@ def test_norms_and_chance():
 
 @pytest.mark.parametrize("criterion, scope", [("obs", "global"), ("l1", "layer")])
 def test_what_reads_the_units_makes_up_for_them(criterion, scope):
-    """With repair, a run leaves the network that prune_filters_obs makes of the first training batches."""
+    """With repair, a run leaves the network that prune_filters makes of the first training batches."""
     module = net(Known, lr=0.0)
     twin = copy.deepcopy(module)
     seen = [x for x, _ in list(batches())[:3]]
-    report = prune_filters_obs(twin, IMAGE, seen, 0.4, criterion, "flops", scope)
+    report = prune_filters(
+        twin, IMAGE, 0.4, criterion=criterion, target="flops", scope=scope, batches=seen, repair=True
+    )
     callback = FilterPruning(0.4, criterion, "flops", scope, batches=3, repair=True)
     fit(module, callback, max_epochs=1)
     assert widths(module) != WIDTHS

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, prune_filters
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.measure.latency import latency_kept, shapes_of
-from lightning_prune.pruning.budget import Budget, Dense, plan
+from lightning_prune.pruning.budget import Budget, Dense, select_units
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft
 from tests.runs import Known, assert_same_weights, fit, net, weights, widths
@@ -122,7 +122,7 @@ def test_a_noisy_clock_is_borne(seed):
         return real(int(keep["0"].sum())) * noise.uniform(0.99, 1.01) * disturbed
 
     amount = noise.uniform(0.1, 0.8)
-    keep = plan(
+    keep = select_units(
         structure, {"0": torch.arange(200.0)}, amount, Budget("latency", "global"), latency=measured,
         dense=Dense({"0": 200}, Footprint(0, 0)), footprint=lambda keep: Footprint(0, 0),
     )  # fmt: skip

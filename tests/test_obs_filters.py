@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import PruningError, prune_filters, prune_filters_obs
+from lightning_prune import PruningError, prune_filters
 from lightning_prune.algorithms.solvers import best_on_columns, inverse, rise
 from lightning_prune.algorithms.solvers.unit_removal import Reader, unit_rises
 

@@ -23,8 +23,8 @@ from lightning_prune.model.calls import ExampleInputs, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.pruning.arguments import check_arguments, check_prunable, with_ignored
-from lightning_prune.pruning.budget import Budget, Dense, Scores, plan
-from lightning_prune.pruning.filters import count_params, prepare
+from lightning_prune.pruning.budget import Budget, Dense, Scores, select_units
+from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.pruning.scoring import Criterion, score_units
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups, temporarily_cut
@@ -198,7 +198,7 @@ def _counts(structure: Structure, scores: Scores, name: str, shares: Iterable[fl
     widths = {group: found.width for group, found in structure.groups.items()}
     gone = set()
     for share in shares:
-        keep = plan(
+        keep = select_units(
             structure, scores, {name: share}, Budget(),
             dense=Dense(widths, Footprint(0, 0)), footprint=lambda keep: Footprint(0, 0),
         )  # fmt: skip
@@ -218,19 +218,12 @@ def _measure(
 ) -> GroupSensitivity | str:
     """Cut one group by several numbers of units; return the metric each time, or why a cut could not be proved."""
     group = structure.groups[name]
-    flops = structure.flops({})
-    dense = Dense(
-        {other: found.width for other, found in structure.groups.items()}, Footprint(count_params(model), flops)
-    )
     values = {}
     for count in gone:
-        prepared = prepare(
-            model, example_inputs, structure, scores, {name: count / group.width}, Budget(), dense=dense,
-            flops=flops,
-        )  # fmt: skip
-        if prepared.refused:
-            return _reason(group, prepared.structure)
-        with temporarily_cut(model, prepared.cut, prepared.tensors):
+        plan = plan_filters(model, example_inputs, structure, scores, {name: count / group.width})
+        if plan.refused:
+            return _reason(group, plan.structure)
+        with temporarily_cut(model, plan.cut, plan.tensors):
             values[count / group.width] = evaluated(model, evaluate)
         advance()
     return GroupSensitivity(name, group.producers, group.width, tuple(values), tuple(values.values()))

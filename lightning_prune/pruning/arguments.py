@@ -24,6 +24,7 @@ __all__ = [
     "budget_by_group",
     "check_amount",
     "check_arguments",
+    "check_damping",
     "check_fraction",
     "check_ignored",
     "check_optimizers",
@@ -117,6 +118,16 @@ def check_fraction(where: str, amount: float) -> None:
     """
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         raise TypeError(f"{where}(amount={amount!r}): it is one fraction of all weights. Keep layers out by ignore=.")
+
+
+def check_damping(where: str, damping: float, of: str) -> None:
+    """Refuse a damping below 0; ``of`` what it is a share.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    if not damping >= 0:
+        raise ValueError(f"{where}(damping={damping!r}): a share of the {of}, from 0; 0.01 is 1 %.")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:

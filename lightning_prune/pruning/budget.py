@@ -18,7 +18,7 @@ from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_
 from lightning_prune.pruning.steps import Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
+__all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "select_units", "what_can_go"]
 
 Target = Literal["filters", "params", "flops", "latency"]
 Scope = Literal["layer", "global"]
@@ -83,7 +83,7 @@ class Dense:
         return Dense({name: width for name, width in self.widths.items() if name not in gone}, self.footprint)
 
 
-def plan(
+def select_units(
     structure: Structure,
     scores: Scores,
     amount: float | Mapping[str, float],
@@ -199,7 +199,9 @@ def _cost(
         return sum(dense.widths.values()), lambda keep: lone + sum(int(stays.sum()) for stays in keep.values())
     if target == "latency":
         if latency is None:
-            raise ValueError("plan(target='latency'): pass latency=, which measures what a choice leaves of it.")
+            raise ValueError(
+                "target='latency': pass latency=, which measures what a choice leaves of it."
+            )
         return 1.0, latency
     return getattr(dense.footprint, target), lambda keep: getattr(footprint(keep), target)
 
