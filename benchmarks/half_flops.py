@@ -77,7 +77,17 @@ def ours(dense: nn.Module, method: Method, batches: Sequence[Batch]) -> nn.Modul
         images = [images for images, _ in batches]
         prune_filters_obs(model, ONE_IMAGE, images, 0.5, criterion, "flops", method.scope, ignore=ignore)
     else:
-        prune_filters(model, ONE_IMAGE, 0.5, criterion=criterion, target="flops", scope=method.scope, ignore=ignore, batches=batches, loss=loss)
+        prune_filters(
+            model,
+            ONE_IMAGE,
+            0.5,
+            criterion=criterion,
+            target="flops",
+            scope=method.scope,
+            ignore=ignore,
+            batches=batches,
+            loss=loss,
+        )
     return model
 
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_prune.callbacks.engine.structured import StructuredPruning
 
 import lightning_prune
 from lightning_prune import Cubic, FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from lightning_prune.callbacks.engine.structured import StructuredPruning
 from tests.runs import (
     IMAGE,
     Depthwise,

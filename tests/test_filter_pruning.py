@@ -10,13 +10,13 @@ import torchmetrics
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_prune import (
-    prune_filters,
     FilterL1Pruning,
     FilterPruning,
     Linear,
     OneShot,
     PruningError,
     TaylorFilterPruning,
+    prune_filters,
 )  # fmt: skip
 from tests.runs import (
     IMAGE,
@@ -167,7 +167,10 @@ def test_named_criteria_are_the_callbacks_of_their_names():
     for one, other in (
         (FilterPruning(0.5, criterion="l1", target="flops"), FilterL1Pruning(0.5, target="flops")),
         (FilterPruning(0.5, criterion="taylor", scope="global"), TaylorFilterPruning(0.5, scope="global")),
-        (FilterPruning(0.5, criterion="taylor_activations", scope="global"), TaylorFilterPruning(0.5, form="activations", scope="global")),
+        (
+            FilterPruning(0.5, criterion="taylor_activations", scope="global"),
+            TaylorFilterPruning(0.5, form="activations", scope="global"),
+        ),
     ):
         modules = [net(), net()]
         for module, callback in zip(modules, (one, other), strict=True):

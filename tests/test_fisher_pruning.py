@@ -54,9 +54,9 @@ def test_one_block_is_pruned_as_by_the_surgeon():
         moved = torch.cat([step.weights[: step.which], step.weights[step.which + 1 :]])
         del left[step.which]
         predicted += step.rise
-    assert report.masks["weight"].flatten().nonzero()[:, 0].tolist() == left
+    assert report.kept["weight"].flatten().nonzero()[:, 0].tolist() == left
     torch.testing.assert_close(model.weight.detach().flatten()[left], moved)
-    assert report.predicted == pytest.approx(predicted, rel=1e-6)
+    assert report.details.predicted == pytest.approx(predicted, rel=1e-6)
 
 
 def test_the_loss_rises_less_than_by_magnitude():
@@ -67,7 +67,7 @@ def test_the_loss_rises_less_than_by_magnitude():
     report = prune_fisher(surgical, batches=data, loss=loss, amount=0.5, block=20)
     prune_weights(small, 0.5, scope="global")
     assert sum(int((model.weight == 0).sum()) for model in (surgical[0], surgical[2])) == (84 + 21) // 2
-    assert all(torch.equal(surgical.get_parameter(name) != 0, mask) for name, mask in report.masks.items())
+    assert all(torch.equal(surgical.get_parameter(name) != 0, mask) for name, mask in report.kept.items())
     risen = [sum(float(loss(model, batch).detach()) for batch in data) for model in (dense, surgical, small)]
     assert risen[1] - risen[0] < 0.8 * (risen[2] - risen[0])
 

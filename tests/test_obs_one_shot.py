@@ -77,7 +77,9 @@ def test_a_killed_run_resumed_ends_where_the_other_ends(tmp_path):
     saves = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
     fit(whole, OBSOneShot(epoch=1, scope="global"), saves, enable_checkpointing=True)
     resumed = net(seed=5, dropout=0.0)
-    trainer(OBSOneShot(epoch=1, scope="global")).fit(resumed, batches(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    trainer(OBSOneShot(epoch=1, scope="global")).fit(
+        resumed, batches(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True
+    )
     assert_same_weights(resumed, weights(whole))
 
 

@@ -123,7 +123,10 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
 
     module, callbacks = (
         net(),
-        (FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global")),
+        (
+            FilterL1Pruning(0.5, schedule=Linear(1, 3)),
+            IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
+        ),
     )
     with pytest.raises(raised):
         fit(
@@ -142,7 +145,10 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
     assert found.layers["first"].now.width == widths(module)["first"] == 6
     assert f"Stopped by {found.stopped}." in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
     assert ("From cut to cut" in capsys.readouterr().out) == (error is KeyboardInterrupt)
-    again = FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global")
+    again = (
+        FilterL1Pruning(0.5, schedule=Linear(1, 3)),
+        IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
+    )
     fit(net(), *again, val=True, max_epochs=4, ckpt_path=tmp_path / "stopped.ckpt", logger=logged(tmp_path))
     assert again[-1].history.stopped == ""
 

@@ -140,7 +140,9 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
 def test_command_line(weights_only, tmp_path, capsys):
     """``lightning-prune export --sparse`` turns a checkpoint into a compact file and prints bytes before and after."""
     module = net()
-    fit(module, IterativeMagnitudePruning(0.9, scope="global")).save_checkpoint(tmp_path / "one.ckpt", weights_only=weights_only)
+    fit(module, IterativeMagnitudePruning(0.9, scope="global")).save_checkpoint(
+        tmp_path / "one.ckpt", weights_only=weights_only
+    )
     out = tmp_path / "one.safetensors"
     main(["export", "--sparse", "--ckpt_path", str(tmp_path / "one.ckpt"), "--out", str(out)])
     told = re.search(r"([\d,]+) bytes before, ([\d,]+) after", capsys.readouterr().out)

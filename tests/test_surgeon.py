@@ -30,9 +30,9 @@ def test_predicted_rises_are_the_measured_ones_on_quadratic_losses():
     """With a quadratic loss every removal raises it by what was predicted, to 1e-6."""
     model, batches = linear()
     report = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.9, alpha=1e-8)
-    losses = [report.loss_before, *(removal.loss for removal in report.removals)]
-    assert len(report.removals) == 13
-    for removal, before, after in zip(report.removals, losses, losses[1:], strict=False):
+    losses = [report.details.loss_before, *(removal.loss for removal in report.details.removals)]
+    assert len(report.details.removals) == 13
+    for removal, before, after in zip(report.details.removals, losses, losses[1:], strict=False):
         assert after - before == pytest.approx(removal.predicted, rel=1e-6, abs=1e-9)
 
 
@@ -75,15 +75,15 @@ def test_limits_stop_the_surgeon():
     """Removal stops before the limit that is met first, and what was tried beyond it is undone."""
     model, batches = linear(1)
     free = prune_exact(copy.deepcopy(model), batches=batches, loss=F.mse_loss)
-    assert (free.left, free.stopped) == (0, "amount reached")
-    third = free.removals[2]
+    assert (free.left, free.details.stopped) == (0, "amount reached")
+    third = free.details.removals[2]
     limit = {"max_loss": 1e-12 + third.loss, "max_rise": 1e-12 + third.predicted}
     for name, value in limit.items():
         slim = copy.deepcopy(model)
         report = prune_exact(slim, batches=batches, loss=F.mse_loss, **{name: value})
-        assert [r.entry for r in report.removals] == [r.entry for r in free.removals[:3]]
+        assert [r.entry for r in report.details.removals] == [r.entry for r in free.details.removals[:3]]
         assert sum(int((p == 0).sum()) for p in slim.parameters()) == 3
-        assert report.removals[-1].loss == pytest.approx(
+        assert report.details.removals[-1].loss == pytest.approx(
             sum(F.mse_loss(slim(x), y).item() * len(x) for x, y in batches) / 60
         )
     refusing = prune_exact(copy.deepcopy(model), batches=batches, loss=F.mse_loss, accept=lambda model: False)
@@ -106,7 +106,9 @@ def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
     assert len(nets) >= 2
     left = {
         method: sum(
-            prune_exact(copy.deepcopy(net), batches=[(XOR, TARGETS)], loss=F.mse_loss, method=method, accept=solves).left
+            prune_exact(
+                copy.deepcopy(net), batches=[(XOR, TARGETS)], loss=F.mse_loss, method=method, accept=solves
+            ).left
             for net in nets
         )
         for method in ("obs", "magnitude")

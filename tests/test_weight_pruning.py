@@ -49,19 +49,19 @@ def test_exactly_as_many_leave_as_asked(amount, scope, seed):
     before = copy.deepcopy(model)
     report = prune_weights(model, amount, scope=scope)
     sizes = {"0.weight": 35, "1.weight": 21}
-    gone = {name: int((~stays).sum()) for name, stays in report.keep.items()}
+    gone = {name: int((~stays).sum()) for name, stays in report.kept.items()}
     if scope == "global":
         assert sum(gone.values()) == int(amount * 56 + 1e-6)
     else:
         assert gone == {name: int(amount * size + 1e-6) for name, size in sizes.items()}
     pools = [list(sizes)] if scope == "global" else [[name] for name in sizes]
     for pool in pools:
-        old = torch.cat([before.get_parameter(name).detach().abs()[report.keep[name]] for name in pool])
-        left = torch.cat([before.get_parameter(name).detach().abs()[~report.keep[name]] for name in pool])
+        old = torch.cat([before.get_parameter(name).detach().abs()[report.kept[name]] for name in pool])
+        left = torch.cat([before.get_parameter(name).detach().abs()[~report.kept[name]] for name in pool])
         assert not len(old) or not len(left) or old.min() >= left.max()
-    for name, stays in report.keep.items():
+    for name, stays in report.kept.items():
         assert torch.equal(model.get_parameter(name), before.get_parameter(name) * stays)
-    assert report.sparsity == pytest.approx(sum(gone.values()) / 56)
+    assert report.reached == pytest.approx(sum(gone.values()) / 56)
 
 
 def test_ties_leave_by_index():
@@ -127,8 +127,8 @@ def test_what_is_tied_to_an_embedding_stays():
     model = Everything()
     model.head.weight = model.embedding.weight
     report = prune_weights(model, 0.5, scope="global")
-    assert report.keep.keys() == WEIGHTS - {"head.weight"}
-    assert report.stay == {"head.weight": "it is tied to an embedding"}
+    assert report.kept.keys() == WEIGHTS - {"head.weight"}
+    assert {pin.tensor: pin.reason for pin in report.pinned} == {"head.weight": "it is tied to an embedding"}
     assert find_weights(model, ["embedding.weight"]).found.keys() == {"embedding.weight"}
 
 
@@ -136,15 +136,15 @@ def test_what_is_made_of_other_parameters_stays():
     """The weight of a parametrized layer stays, and the report says why."""
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     report = prune_weights(model, 0.5, scope="global")
-    assert report.keep.keys() == {"1.weight"}
-    assert report.stay == {"0.weight": "it is made of other parameters"}
+    assert report.kept.keys() == {"1.weight"}
+    assert {pin.tensor: pin.reason for pin in report.pinned} == {"0.weight": "it is made of other parameters"}
 
 
 def test_amounts_by_pattern():
     """Each pattern's amount is of each weight it names; what none names stays; an exact name goes before a pattern."""
     model = mlp(10, 10, 10, 10)
     report = prune_weights(model, {"*": 0.5, "2": 0.9, "1.weight": 0.1})
-    assert [(name, size - stays) for name, size, stays in report.weights] == [
+    assert [(name, size - stays) for name, size, stays in report.groups] == [
         ("0.weight", 50), ("1.weight", 10), ("2.weight", 90),
     ]  # fmt: skip
     model = mlp(10, 10, 10)
@@ -169,7 +169,7 @@ def test_n_of_m(layer, pattern, left):
     after = groups_of_four(layer.weight)
     assert (after.count_nonzero(dim=1) == left).all()
     assert torch.equal(after.abs().sort(dim=1).values[:, -left:], before.sort(dim=1).values[:, -left:])
-    assert report.sparsity == 1 - left / 4
+    assert report.reached == 1 - left / 4
 
 
 def test_n_of_m_of_transposed_convolutions():
@@ -183,8 +183,8 @@ def test_n_of_m_where_groups_do_not_fit():
     """A weight whose inputs are no multiple of M stays dense, and the report says so; if all do, that is refused."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))
     report = prune_weights(model, pattern="2:4")
-    assert report.keep.keys() == {"2.weight"}
-    assert report.stay == {
+    assert report.kept.keys() == {"2.weight"}
+    assert {pin.tensor: pin.reason for pin in report.pinned} == {
         "0.weight": "its 3 inputs are no multiple of 4", "1.weight": "its 1 inputs are no multiple of 4",
     }  # fmt: skip
     vectors = prune_weights(model, pattern="2:4", parameters=["2.*"])

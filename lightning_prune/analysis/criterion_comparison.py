@@ -104,13 +104,13 @@ def compare_criteria(
     """Find out which criterion foretells best, for this model and these data, what removing its units would do.
 
     Args:
-        model: A trained model, left as found.
-        example_inputs: What to trace it on.
-        batches: Batches of data; held in memory.
-        loss: From model and batch to the mean loss.
+        model: The model.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
+        batches: Batches of data, a list or loader that can be read once.
+        loss: A function of model and batch that returns the mean loss.
         criteria: Names of criteria to compare.
-        ignore: Patterns of module paths whose channels are left out.
-        progress: Whether to show a progress bar.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        progress: Whether to show progress bars.
 
     Returns:
         Criterion -> its correlation with the oracle.

@@ -37,6 +37,7 @@ __all__ = [
     "names_module",
     "near",
     "path_of",
+    "shown",
     "with_ignored",
 ]
 
@@ -113,7 +114,7 @@ def check_amount(where: str, amount: Amount) -> None:
             f"{where}(amount={{}}): it names nothing, so nothing would leave. Give patterns, or a fraction."
         )
     for key, fraction in amount.items():
-        _check_fraction(f"{where}(amount={{{_shown(key)}: {fraction!r}}})", fraction)
+        _check_fraction(f"{where}(amount={{{_quoted(key)}: {fraction!r}}})", fraction)
 
 
 def check_choice(where: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -154,7 +155,7 @@ def check_list(where: str, name: str, given: Any) -> None:
         TypeError: Saying so.
     """
     if isinstance(given, str | nn.Module):
-        raise TypeError(f"{where}({name}={_shown(given)}): pass a list of patterns, [{_shown(given)}].")
+        raise TypeError(f"{where}({name}={_quoted(given)}): pass a list of patterns, [{_quoted(given)}].")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -207,9 +208,9 @@ def path_of(model: nn.Module, given: str | nn.Module | tuple[nn.Module, str], wh
         if own is module and path:
             return path
     if module is model:
-        raise ValueError(f"{what}: {_shown(given)} is the whole model. Name parts of it.")
+        raise ValueError(f"{what}: {shown(given)} is the whole model. Name parts of it.")
     raise ValueError(
-        f"{what}: {_shown(given)} is not part of the {type(model).__name__}. Pass one of its own modules (a copy is "
+        f"{what}: {shown(given)} is not part of the {type(model).__name__}. Pass one of its own modules (a copy is "
         "another module), or a path."
     )
 
@@ -350,6 +351,10 @@ def _check_produces(structure: Structure, what: str, pattern: str, named: Sequen
     raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
 
 
+def _quoted(given: Any) -> str:
+    return repr(given) if isinstance(given, str) else shown(given)
+
+
 # Kinds of values
 
 
@@ -380,10 +385,10 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def _shown(given: Any) -> str:
-    """Name what a user gave, a module by its class: printed, it can be pages long."""
+def shown(given: Any) -> str:
+    """Name what a user gave: a pattern as it is, a module by its class, since printed it can be pages long."""
     if isinstance(given, nn.Module):
         return f"this {type(given).__name__}"
     if isinstance(given, tuple):
-        return f"({', '.join(map(_shown, given))})"
-    return repr(given)
+        return f"({', '.join(map(shown, given))})"
+    return given if isinstance(given, str) else repr(given)
