@@ -62,9 +62,8 @@ def main() -> None:
     for amount in (0.5, 0.7, 0.8, 0.9):
         small, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
         prune_weights(small, amount, scope="global")
-        prune_obs(
-            repaired, batches=[x[~test]], amount=amount, progress=False, scope="global"
-        )  # looks at inputs alone: no labels, no training
+        # looks at inputs alone: no labels, no training
+        prune_obs(repaired, amount, scope="global", batches=[x[~test]], progress=False)
         table.add_row(f"{amount:.0%}", f"{accuracy(small):.1%}", f"{accuracy(repaired):.1%}")
     Console().print(table)
 

@@ -33,7 +33,9 @@ CALLS = {
     "filters by gradients": lambda model, x: lp.prune_filters(
         model, x, 0.5, criterion="taylor", batches=[x], loss=loss, progress=False
     ),
-    "filters and repair": lambda model, x: lp.prune_filters_obs(model, x, [x], 0.5, progress=False),
+    "filters and repair": lambda model, x: lp.prune_filters(
+        model, x, 0.5, criterion="obs", batches=[x], progress=False
+    ),
     "weights": lambda model, x: lp.prune_weights(model, 0.5, scope="global"),
     "weights by second order": lambda model, x: lp.prune_obs(
         model, batches=[x], amount=0.5, progress=False, scope="global"

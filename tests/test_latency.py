@@ -194,8 +194,8 @@ def test_a_latency_target_needs_the_shape_of_the_start(clock, tmp_path):
     made = fit(module, FilterL1Pruning(0.3, schedule=Linear(1, 2)))
     made.save_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(PruningError, match="the checkpoint is of a run with another target"):
-        fit(slow_net(clock), FilterL1Pruning(0.5, target="latency", schedule=OneShot(4)), ckpt_path=tmp_path / "other.ckpt",
-            max_epochs=6)  # fmt: skip
+        fit(slow_net(clock), FilterL1Pruning(0.5, target="latency", schedule=OneShot(4)),
+            ckpt_path=tmp_path / "other.ckpt",            max_epochs=6)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -161,7 +161,8 @@ def test_readers_that_cannot_be_seen_are_told():
 
 @pytest.mark.parametrize(
     "asked, error",
-    [({"damping": -1.0}, "mean variance"), ({"amount": 1.2}, "must lie in"), ({"criterion": "x"}, "'l1'"), ({"batches": None}, "pass batches")],
+    [({"damping": -1.0}, "mean variance"), ({"amount": 1.2}, "must lie in"), ({"criterion": "x"}, "'l1'"),
+     ({"batches": None}, "pass batches")],
     ids=str,
 )  # fmt: skip
 def test_bad_arguments_are_refused(asked, error):

@@ -102,7 +102,7 @@ def test_statistics_are_averaged_anew_where_asked():
     """With recalibrate=, BatchNorm's variances are those of the pruned network."""
     plain, averaged = net(), net()
     fit(plain, OBSOneShot(amount=0.8, scope="global"))
-    fit(averaged, OBSOneShot(amount=0.8, recalibrate=True, scope="global"))
+    fit(averaged, OBSOneShot(amount=0.8, recalibrate=8, scope="global"))
     assert torch.equal(plain.first.weight, averaged.first.weight)
     assert not torch.equal(plain.norm.running_var, averaged.norm.running_var)
 

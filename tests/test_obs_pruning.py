@@ -148,7 +148,7 @@ def test_processes_that_see_parts_of_the_data_do_as_one_that_sees_all(sequential
     alone = plan_obs(model, Calibration(batches), asked)
     for plan in plans:
         torch.testing.assert_close(plan.tensors, alone.tensors)
-        assert [fit.left for fit in plan.layers] == [fit.left for fit in alone.report.details]
+        assert [fit.left for fit in plan.layers] == [fit.left for fit in alone.layers]
 
 
 def test_layers_that_matter_less_lose_more():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import PruningError, prune_exact, prune_filters, prune_filters_obs, prune_fisher, prune_obs
+from lightning_prune import PruningError, prune_exact, prune_filters, prune_fisher, prune_obs
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning import filters
 
@@ -34,9 +34,11 @@ CALLS = {
     "batches .*3/3": lambda **shown: prune_filters(
         convolutions(), IMAGES[:1], 0.3, criterion="taylor", batches=BATCHES, loss=loss, **shown
     ),
-    "groups scored .*2/2": lambda **shown: prune_filters_obs(convolutions(), IMAGES[:1], [IMAGES], **shown),
-    "layers refitted .*1/1": lambda **shown: prune_filters_obs(
-        convolutions(), IMAGES[:1], [IMAGES], ignore=["0"], **shown
+    "groups scored .*2/2": lambda **shown: prune_filters(
+        convolutions(), IMAGES[:1], criterion="obs", batches=[IMAGES], **shown
+    ),
+    "layers refitted .*1/1": lambda **shown: prune_filters(
+        convolutions(), IMAGES[:1], criterion="obs", batches=[IMAGES], ignore=["0"], **shown
     ),
     "layers pruned .*100%": lambda **shown: prune_obs(convolutions(), batches=[IMAGES], amount=0.2, **shown),
     "weights .*2/2": lambda **shown: prune_fisher(

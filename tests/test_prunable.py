@@ -16,7 +16,6 @@ from lightning_prune import (
     load_state_dict_,
     masks_on,
     prune_filters,
-    prune_filters_obs,
     prune_weights,
 )
 from tests.runs import (
@@ -132,7 +131,7 @@ def cut(model, images):
 
 
 def cut_and_repair(model, images):
-    prune_filters_obs(model, images, [torch.randn(64, *IMAGE.shape[1:])], amount=0.5, scope="layer")
+    prune_filters(model, images, 0.5, criterion="obs", batches=[torch.randn(64, *IMAGE.shape[1:])])
 
 
 def cut_twice(model, images):

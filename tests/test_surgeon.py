@@ -75,7 +75,7 @@ def test_limits_stop_the_surgeon():
     """Removal stops before the limit that is met first, and what was tried beyond it is undone."""
     model, batches = linear(1)
     free = prune_exact(copy.deepcopy(model), batches=batches, loss=F.mse_loss)
-    assert (free.left, free.details.stopped) == (0, "amount reached")
+    assert (free.params_after, free.details.stopped) == (0, "amount reached")
     third = free.details.removals[2]
     limit = {"max_loss": 1e-12 + third.loss, "max_rise": 1e-12 + third.predicted}
     for name, value in limit.items():
@@ -94,10 +94,10 @@ def test_removal_goes_on_where_masks_left_off():
     """What had left stays out, and counts towards the amount."""
     model, batches = linear()
     first = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.3)
-    second = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.6, masks=first.masks)
+    second = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.6, masks=first.kept)
     assert (len(first.removals), len(second.removals)) == (4, 4)
     assert not {r[:2] for r in first.removals} & {r[:2] for r in second.removals}
-    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in second.masks.items())
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in second.kept.items())
 
 
 def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
@@ -108,7 +108,7 @@ def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
         method: sum(
             prune_exact(
                 copy.deepcopy(net), batches=[(XOR, TARGETS)], loss=F.mse_loss, method=method, accept=solves
-            ).left
+            ).params_after
             for net in nets
         )
         for method in ("obs", "magnitude")

@@ -60,10 +60,10 @@ class FilterPruning(PruningCallback):
             by default where ``criterion="obs"``.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
-        recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
-        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
-            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
-            or counted by that.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.

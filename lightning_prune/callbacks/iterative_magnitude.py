@@ -43,9 +43,7 @@ class IterativeMagnitudePruning(PruningCallback):
             that are pruned; by default the weights of all linear and convolutional layers.
         pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept. See
             :func:`~lightning_prune.prune_weights`.
-        mask_gradients: Whether gradients of masked weights are zeroed before a step, too. ``auto`` does so where it
-            makes a difference to the weights that are left: if gradients are clipped, or for optimizers that look at
-            more than each weight by itself.
+        mask_gradients: Whether gradients of masked weights are zeroed before a step, too.
         rewind_to: Optimizer steps after which training stood where each cut takes it back to; 0 is the initialisation.
             By default training goes on with the weights as they are. Checkpoints hold what was there.
         control: What the last round does instead, to compare: ``reinitialize`` draws the weights anew (with

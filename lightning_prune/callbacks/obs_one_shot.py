@@ -42,13 +42,13 @@ class OBSOneShot(PruningCallback):
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
         pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept.
-        mask_gradients: See :class:`IterativeMagnitudePruning`.
         epoch: The epoch, counted from 0, before which it happens; by default after the training.
         solver: ``exact``, ``admm`` or ``blocked`` (see :func:`~lightning_prune.prune_obs`).
         sequential: Whether each layer is fitted to the inputs that the pruned layers before it give.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
-        recalibrate: Whether BatchNorm's statistics are averaged anew on these batches afterwards. Their means follow
-            what the weights behind them lose in any case.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        mask_gradients: Whether gradients of masked weights are zeroed before a step, too.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict.
@@ -72,12 +72,12 @@ class OBSOneShot(PruningCallback):
         ignore: Sequence[str] = (),
         parameters: Sequence[str] | None = None,
         pattern: str | None = None,
-        mask_gradients: bool | Literal["auto"] = "auto",
         epoch: int | None = None,
         solver: Literal["exact", "admm", "blocked"] = "admm",
         sequential: bool = False,
         damping: float = 0.01,
-        recalibrate: bool = False,
+        recalibrate: int = 0,
+        mask_gradients: bool | Literal["auto"] = "auto",
     ) -> None:
         arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
         # what ignore= names has been taken out of what may be pruned
@@ -89,6 +89,8 @@ class OBSOneShot(PruningCallback):
         super().__init__(arguments, schedule, WeightMasking(arguments, self._surgeon))
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"OBSOneShot(batches={batches!r}): it is a number of training batches, from 1.")
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise ValueError(f"OBSOneShot(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
         asked.check("OBSOneShot")
         self.epoch = epoch
         self.solver: Solver = solver

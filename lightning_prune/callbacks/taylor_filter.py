@@ -44,10 +44,10 @@ class TaylorFilterPruning(PruningCallback):
             module, the smallest that names a layer.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
-        recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
-        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
-            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
-            or counted by that.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
         form: ``weights`` squares the sum of weight times gradient over the weights that read a unit (Molchanov et al.
             2019); ``activations`` averages over examples the absolute sum of activation times gradient, and divides by
             the layer's l2 norm (2016); it takes the training loss to be the mean over the batch.

@@ -51,7 +51,8 @@ def trainer_sensitivity(
         metric: Name under which the module logs the metric in validation.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
             with ``loss`` or ``error`` in them.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
+            ``example_input_array``, else one example of the first validation batch.
         shares: Fractions of a group's units that leave.
         criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
             higher is kept longer.

@@ -25,7 +25,7 @@ class BrainSurgeon(WeightChoice):
 
     reads_batches = True
 
-    def __init__(self, asked: Asked, batches: int, recalibrate: bool) -> None:
+    def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
         self.asked = asked
         self.batches = batches
         self.recalibrate = recalibrate
@@ -62,4 +62,4 @@ class BrainSurgeon(WeightChoice):
         """Write the weights that compensate for the others."""
         write_(run.module, self._planned)
         self._planned = {}
-        recalibrate_(run.trainer, run.module, self.batches if self.recalibrate else 0)
+        recalibrate_(run.trainer, run.module, self.recalibrate)
