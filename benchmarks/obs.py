@@ -34,7 +34,6 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import gather_grams
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import call_on
-from lightning_prune.pruning.filters_obs import prune_filters_obs
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 
@@ -44,7 +43,7 @@ def weights(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     model, calibration, test = _trained(arguments)
     note("dense", 0.0, accuracy=accuracy(model, test))
     ways: dict[str, Callable[[nn.Module, float], Any]] = {
-        "magnitude, one threshold": lambda m, amount: prune_weights(m, amount),
+        "magnitude, one threshold": lambda m, amount: prune_weights(m, amount, scope="global"),
         "magnitude, by layer": lambda m, amount: prune_weights(m, amount, scope="layer"),
     }
     for solver in arguments.solvers:
@@ -66,7 +65,7 @@ def weights(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
 def _by_surgery(
     batches: list[Tensor], solver: str, scope: str, sequential: bool, model: nn.Module, amount: float
 ) -> None:
-    prune_obs(model, batches, amount, solver=solver, scope=scope, sequential=sequential)
+    prune_obs(model, batches=batches, amount=amount, solver=solver, scope=scope, sequential=sequential)
 
 
 def filters(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
@@ -75,14 +74,16 @@ def filters(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     note("dense", 0.0, accuracy=accuracy(model, test))
     one = calibration[0][:1]
     ways: dict[str, Callable[[nn.Module, float], Any]] = {
-        "l1, by layer, as cut": lambda m, amount: prune_filters(m, one, amount, "l1", "flops"),
-        "l1, by layer, repaired": lambda m, amount: prune_filters_obs(
-            m, one, calibration, amount, "l1", "flops", "layer"
+        "l1, by layer, as cut": lambda m, amount: prune_filters(m, one, amount, criterion="l1", target="flops"),
+        "l1, by layer, repaired": lambda m, amount: prune_filters(
+            m, one, amount, target="flops", batches=calibration, repair=True
         ),
-        "obs, by layer, repaired": lambda m, amount: prune_filters_obs(
-            m, one, calibration, amount, "obs", "flops", "layer"
+        "obs, by layer, repaired": lambda m, amount: prune_filters(
+            m, one, amount, criterion="obs", target="flops", batches=calibration
         ),
-        "obs, split, repaired": lambda m, amount: prune_filters_obs(m, one, calibration, amount, "obs", "flops"),
+        "obs, split, repaired": lambda m, amount: prune_filters(
+            m, one, amount, criterion="obs", target="flops", scope="global", batches=calibration
+        ),
     }
     for amount in arguments.amounts:
         for name, prune in ways.items():

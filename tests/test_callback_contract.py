@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
+from lightning_prune.callbacks.engine.structured import StructuredPruning
 
 import lightning_prune
 from lightning_prune import Cubic, FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from lightning_prune.callbacks.engine.structured import StructuredPruning
 from tests.runs import (
     IMAGE,
     Depthwise,
@@ -29,7 +29,7 @@ from tests.runs import (
 CALLBACKS = {
     "filter-l1": FilterL1Pruning,
     "taylor-weights": TaylorFilterPruning,
-    "taylor-activations": partial(TaylorFilterPruning, form="activations"),
+    "taylor-activations": partial(TaylorFilterPruning, form="activations", scope="global"),
     "apoz": partial(FilterPruning, criterion="apoz"),
     "obd": partial(FilterPruning, criterion="obd", batches=1),
     "obs": partial(FilterPruning, criterion="obs", batches=1, repair=True),

@@ -82,9 +82,9 @@ def test_a_loaded_model_keeps_its_zeros(weights_only, tmp_path):
     fit(module, pruning()).save_checkpoint(tmp_path / "one.ckpt", weights_only=weights_only)
     loaded = load_from_checkpoint(Net, tmp_path / "one.ckpt")
     gone = {name: loaded.get_parameter(name) == 0 for name in SIZES}
-    fit(loaded, IterativeMagnitudePruning(0.0))
+    fit(loaded, IterativeMagnitudePruning(0.0, scope="global"))
     assert zeros(loaded) == zeros(module)
-    fit(loaded, IterativeMagnitudePruning(0.9))
+    fit(loaded, IterativeMagnitudePruning(0.9, scope="global"))
     assert sum(zeros(loaded).values()) == int(0.9 * TOTAL)
     assert not any(loaded.get_parameter(name)[where].any() for name, where in gone.items())
 

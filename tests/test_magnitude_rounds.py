@@ -64,7 +64,7 @@ def test_a_round_is_the_training_of_its_ticket():
     fit(module, pruning(schedule=OneShot(2), rewind_to=0), max_epochs=4)
     ticket = net(dropout=0.0)
     lightning_prune.apply_masks_(ticket, masks_on(module))
-    fit(ticket, IterativeMagnitudePruning(0.0), max_epochs=2)
+    fit(ticket, IterativeMagnitudePruning(0.0, scope="global"), max_epochs=2)
     assert_same_weights(ticket, weights(module))
 
 

@@ -69,7 +69,7 @@ def test_amounts_are_rates_for_each_layer():
     assert amounts == pytest.approx({"first.weight": 86 / 144, "second.weight": 172 / 432, "hidden.weight": 0.6,
                                      "head.weight": 0.6})  # fmt: skip
     assert "head.weight" not in found.amounts(drop=0.05)
-    fit(module, IterativeMagnitudePruning(amounts))
+    fit(module, IterativeMagnitudePruning(amounts, scope="global"))
     assert int((module.second.weight == 0).sum()) == 172
 
 
@@ -88,7 +88,7 @@ def test_goes_on_from_what_was_done(tmp_path):
 
     assert weight_sensitivity(model, counted, done=done, progress=False) == whole
     assert len(calls) == 1
-    prune_weights(model, 0.5)
+    prune_weights(model, 0.5, scope="global")
     with pytest.raises(PruningError, match="weight_sensitivity: what is done|sensitivity: what is done"):
         weight_sensitivity(model, evaluate, done=done, progress=False)
 

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_prune.callbacks.engine.run import Pruning
 from torch import Tensor, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.trust.kills import differing
 from benchmarks.trust.runs import CALLBACKS, Batches, Net, outcome, trainer
 from lightning_prune import PruningError
-from lightning_prune.callbacks.engine.run import Pruning
 
 __all__ = ["DDP", "EXTRAS", "OPTIMIZERS", "PRECISIONS", "Cell", "Tried", "across", "alone", "try_cells"]
 
