@@ -61,13 +61,13 @@ def test_one_block_is_pruned_as_by_the_surgeon():
 
 
 def test_the_loss_rises_less_than_by_magnitude():
-    """Of a trained network, exactly half of the weights are gone, and its loss rises less than by magnitude."""
+    """Of a trained network, half of the weights are gone, rounded up, and its loss rises less than by magnitude."""
     data = batches()
     dense = trained(nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 3)).double(), data)
     surgical, small = copy.deepcopy(dense), copy.deepcopy(dense)
     report = prune_fisher(surgical, batches=data, loss=loss, amount=0.5, block=20)
     prune_weights(small, 0.5, scope="global")
-    assert sum(int((model.weight == 0).sum()) for model in (surgical[0], surgical[2])) == (84 + 21) // 2
+    assert sum(int((model.weight == 0).sum()) for model in (surgical[0], surgical[2])) == 53  # of 105
     assert all(torch.equal(surgical.get_parameter(name) != 0, mask) for name, mask in report.kept.items())
     risen = [sum(float(loss(model, batch).detach()) for batch in data) for model in (dense, surgical, small)]
     assert risen[1] - risen[0] < 0.8 * (risen[2] - risen[0])

@@ -42,7 +42,7 @@ def by_magnitude(model, amount):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("asked", [{}, {"scope": "layer"}, {"sequential": True}], ids=str)
+@pytest.mark.parametrize("asked", [{"scope": "global"}, {}, {"scope": "global", "sequential": True}], ids=str)
 def test_outputs_move_less_than_by_magnitude(solver, asked):
     """Exactly half of all weights are zero, and on other data of the kind the outputs move less than by magnitude."""
     dense, model = net(), None
@@ -239,8 +239,8 @@ def test_memory_can_be_bounded(monkeypatch):
     parted = copy.deepcopy(model)
     whole = prune_obs(model, batches=batches, scope="global")
     monkeypatch.setattr("lightning_prune.pruning.layerwise._MEMORY", 1)
-    assert [layer.left for layer in prune_obs(parted, batches=batches, scope="global").layers] == [
-        layer.left for layer in whole.layers
+    assert [layer.left for layer in prune_obs(parted, batches=batches, scope="global").details] == [
+        layer.left for layer in whole.details
     ]
     for a, b in zip(model.parameters(), parted.parameters(), strict=True):
         torch.testing.assert_close(a, b)
@@ -261,7 +261,7 @@ def test_singular_hessians_are_refused_and_the_model_is_left():
         ({"amount": 1.0}, "must lie in"),
         ({"pattern": "4:2"}, "2:4"),
         ({"solver": "exakt"}, "choose one of 'exact'"),
-        ({"scope": "net"}, "'global', 'layer'"),
+        ({"scope": "net"}, "'layer', 'global'"),
         ({"damping": -1}, "mean diagonal"),
         ({"ignore": ["nine"]}, "names no module"),
         ({"amount": {"nine": 0.5}}, "amount='nine' names no module"),

@@ -88,7 +88,7 @@ def test_limits_stop_the_surgeon():
             sum(F.mse_loss(slim(x), y).item() * len(x) for x, y in batches) / 60
         )
     refusing = prune_exact(copy.deepcopy(model), batches=batches, loss=F.mse_loss, accept=lambda model: False)
-    assert not refusing.removals
+    assert not refusing.details.removals
 
 
 def test_removal_goes_on_where_masks_left_off():
@@ -96,8 +96,8 @@ def test_removal_goes_on_where_masks_left_off():
     model, batches = linear()
     first = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.3)
     second = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.6, masks=first.kept)
-    assert (len(first.removals), len(second.removals)) == (4, 4)
-    assert not {r[:2] for r in first.removals} & {r[:2] for r in second.removals}
+    assert (len(first.details.removals), len(second.details.removals)) == (5, 4)  # 0.3 and 0.6 of 14
+    assert not {r[:2] for r in first.details.removals} & {r[:2] for r in second.details.removals}
     assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in second.kept.items())
 
 
@@ -140,7 +140,7 @@ def test_half_precision_leaves_what_double_does():
         prune_exact(net, batches=[(x.to(dtype), y.to(dtype)) for x, y in batches], loss=F.mse_loss, amount=0.3)
         for net, dtype in ((half, torch.bfloat16), (twin, torch.float64))
     ]
-    assert [r[:2] for r in found[0].removals] == [r[:2] for r in found[1].removals]
+    assert [r[:2] for r in found[0].details.removals] == [r[:2] for r in found[1].details.removals]
     assert half.weight.dtype == torch.bfloat16
 
 

@@ -137,13 +137,12 @@ def weight_report(
         amount: Fraction of all that ``keep`` names that was asked for, or fractions by name.
         details: What the method knows besides.
     """
-    own = dict(model.named_parameters())
     groups = tuple(GroupWidth(name, stays.numel(), int(stays.count_nonzero())) for name, stays in keep.items())
     shares = amount if isinstance(amount, Mapping) else {group.name: amount for group in groups}
     size = sum(group.before for group in groups)
     asked = sum(shares[group.name] * group.before for group in groups)
     kept = sum(group.after for group in groups)
-    pinned = tuple(Pinned(name, 0, len(own[name]), len(own[name]), why) for name, why in stay.items() if name in own)
+    pinned = tuple(_pinned(model, name, why) for name, why in stay.items())
     return WeightReport(
         before,
         count_unmasked(model),
@@ -154,6 +153,12 @@ def weight_report(
         1 - kept / max(size, 1),
         details,
     )
+
+
+def _pinned(model: nn.Module, name: str, why: str) -> Pinned:
+    path, _, leaf = name.rpartition(".")
+    rows = len(getattr(model.get_submodule(path), leaf))  # it may be made of other parameters
+    return Pinned(name, 0, rows, rows, why)
 
 
 def count_unmasked(model: nn.Module) -> int:
