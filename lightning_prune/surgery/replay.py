@@ -182,9 +182,11 @@ class Replay(Watch):
             out = out.float()
         left = self._lefts.of(labels)
         along: list[Tensor | None] = [None] * out.dim()
+        full = list(out.shape)
         for dim, own in left.items():
             along[dim] = own.direction(dim, out, self.slim)
-        keep = kept_dim(out.shape, [*left, *labels.dims])
+            full[dim] = own.size
+        keep = kept_dim(full, [*left, *labels.dims])  # the same in both models, whatever is left
         found = fingerprint(out, keep, along)
         if self.slim or keep not in left:
             return found
