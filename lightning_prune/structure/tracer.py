@@ -213,7 +213,8 @@ class _LabelMode(Watch):
             ledger.running = (path, func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
-        if labelled and not blank and outputs and not any(tensor.numel() for tensor, _ in outputs):
+        seen = blank or not outputs or any(tensor.numel() for tensor, _ in outputs)
+        if labelled and not seen and func.overloadpacket not in _PIECES:  # a piece is empty before anything meets in it
             self._pin_unseen(tensors, found)
         for tensor, own in outputs:
             if not all(own.values()):
