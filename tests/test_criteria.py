@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_prune import PruningError, prune_filters
 from lightning_prune.algorithms import criteria
-from lightning_prune.pruning.scoring import CRITERIA, by_l2, by_mean, score_units
+from lightning_prune.pruning.accumulators import by_l2, by_mean
+from lightning_prune.pruning.scoring import CRITERIA, score_units
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS
 

@@ -11,12 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
-from lightning_prune.callbacks.engine.gathered_scores import DAMPING, gathering_for
+from lightning_prune.callbacks.engine.gathered_scores import gathering_for
 from lightning_prune.callbacks.engine.processes import calibration_of
 from lightning_prune.callbacks.engine.structured import StructuredPruning
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import run
-from lightning_prune.pruning.consumers import only_read
+from lightning_prune.pruning.consumers import DAMPING, only_read
 from lightning_prune.pruning.filters import Prepared
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
@@ -136,7 +136,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
     Raises:
         ValueError: If there is no such name, or nothing to call under the path.
     """
-    if not isinstance(criterion, str) or criterion in CRITERIA or criterion == "obs":
+    if not isinstance(criterion, str) or criterion in CRITERIA:
         if callable(criterion) or isinstance(criterion, str):
             return criterion
         raise ValueError(f"FilterPruning(criterion={criterion!r}): pass a name, an import path or a function.")
@@ -149,7 +149,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
         ) from error
     if not callable(found):
         raise ValueError(
-            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, [*CRITERIA, 'obs']))}, the "
+            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, the "
             "import path of a function, or a function."
         )
     return found

@@ -262,19 +262,9 @@ class StructuredPruning(Pruning):
 
     # What the run shows to the criterion
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Do what is due, and look at what follows alone."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._gathering.before_batch()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Gather from the forward passes of one training step."""
-        super().on_train_batch_end(trainer, pl_module)
-        self._gathering.after_batch()
-
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Forget what backward passes outside the training step have left."""
-        self._gathering.before_backward()
+        """Look at a loss before it is differentiated."""
+        self._gathering.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather from one backward pass."""
