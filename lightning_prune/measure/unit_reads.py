@@ -231,10 +231,13 @@ class Reads:
             leaves, far = _leaves(node.next_functions[side.weight][0], names, self._by_parameter)
             known = self._by_parameter[next(iter(leaves))] if leaves else []
             fitting = [read for read in known if leaves <= read.parameters and _fits(node, kind, side, read)]
-            if fitting and far < nearest:
-                nearest = far
-                parts = [[read for read in fitting if read.made is made] for made in (False, True)]
-                best = [(part, side) for part in parts if part]
+            if not fitting or far > nearest:
+                continue
+            parts = [[read for read in fitting if read.made is made] for made in (False, True)]
+            own = [(part, side) for part in parts if part]
+            both = far == nearest and best[0][1].weight == side.weight  # a bilinear product has two sides
+            best = [*best, *own] if both else own
+            nearest = far
         return best
 
 
@@ -255,6 +258,10 @@ def find_reads(model: nn.Module, structure: Structure, by_example: bool = False)
     index = _Index(structure, device)
     origins = _origins(ledger)
     made_by = {id(labels): ran for ran in ledger.ran for labels in ran.made}
+    consumers = {
+        name: {slot.tensor for slot in group.slots if slot.role == "consumer"}
+        for name, group in structure.groups.items()
+    }
     twice = _twice(model, ledger) if by_example else None
     twice_by = {id(labels): ran for ran in twice or () for labels in ran.made}
     found: list[Read] = []
@@ -265,7 +272,7 @@ def find_reads(model: nn.Module, structure: Structure, by_example: bool = False)
         for side in kind.sides if kind is not None else ():
             data, weight = ran.taken[side.data], ran.taken[side.weight]
             along = side.along % len(ran.entering[side.data])
-            reading = () if _depthwise(ran) else index.places(data, along)
+            reading = index.places(data, along)
             if not data.weight and not weight.weight:
                 paired |= {place.group for place in reading}
             if data.weight or id(weight) not in origins:
@@ -274,13 +281,14 @@ def find_reads(model: nn.Module, structure: Structure, by_example: bool = False)
             shape = _lead_of(ran, side, made_by)
             if twice is not None:
                 lead = _examples_of(shape, _lead_of(twice[number], side, twice_by))
-            if reading:
-                size = int(ran.entering[side.data][along])
-                found.append(Read(origins[id(weight)], size, reading, False, lead))
+            sources = origins[id(weight)]
+            summed = tuple(place for place in reading if sources & consumers[place.group])
+            if summed and not _depthwise(ran):
+                found.append(Read(sources, int(ran.entering[side.data][along]), summed, False, lead))
             out = side.out % len(ran.leaving[0])
             making = index.places(ran.made[0], out)
             if making and weight.weight:
-                makers.append(Read(origins[id(weight)], int(ran.leaving[0][out]), making, True, lead))
+                makers.append(Read(sources, int(ran.leaving[0][out]), making, True, lead))
     found.extend(_first_makers(structure, found, makers, paired))
     unseen = structure.groups.keys() - {place.group for read in found for place in read.places}
     if unseen:

@@ -401,7 +401,8 @@ class Compensation(Accumulator):
                     f"obs: {name} is read by no layer that could make up for its channels. Name ignore=[{name!r}], or "
                     "use another criterion."
                 )
-        return score_by_readers(self.model, self.structure, products, calibration, DAMPING)
+        scores = score_by_readers(self.model, self.structure, products, calibration, DAMPING)
+        return {name: _finite(score) for name, score in scores.items()}
 
     def _forward(self, model: nn.Module, batch: Any) -> Any:
         """Return what the model returns, whatever the loss makes of it."""
@@ -409,6 +410,12 @@ class Compensation(Accumulator):
         with outputs_of(model) as seen:
             value = self.loss(model, batch)
         return tuple(seen) or value
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Give the unit that is kept to the last, for which nothing can make up, twice the highest score of the others."""
+    most = torch.where(scores.isfinite(), scores, 0.0).max()
+    return torch.where(scores.isfinite(), scores, 2 * most)
 
 
 def _summed(total: Tensor) -> Tensor:

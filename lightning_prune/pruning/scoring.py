@@ -124,8 +124,11 @@ def _update(accumulator: Accumulator, model: nn.Module, batches: Iterable[Any], 
 @contextmanager
 def _step_by_step(model: nn.Module) -> Iterator[None]:
     """Run recurrent layers one step after another, as fused kernels show nothing of what happens between steps."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
+    enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
+    try:
         yield
-        return
-    with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-        yield
+    finally:
+        for library, before in zip(libraries, enabled, strict=True):
+            library.set_flags(_enabled=before)
