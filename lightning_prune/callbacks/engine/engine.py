@@ -143,18 +143,16 @@ class Engine:
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
                 self._advance(run)
             self._log(run)
-        own.strategy.listener.before_batch()
 
     def end_batch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to go on to the next pruning step where processes part; gather from this batch."""
+        """Refuse to go on to the next pruning step where processes part."""
         first = next((member for member in self.members if member.clock.unfinished), None)
         if first is own:  # one asks for all
             refuse_early_end(own.where, trainer)
-        run, strategy = self._run(own, trainer, pl_module), own.strategy
-        strategy.listener.after_batch()
-        strategy.after_batch(run)
+        run = self._run(own, trainer, pl_module)
+        own.strategy.after_batch(run)
         if trainer.is_last_batch:
-            strategy.after_epoch(run)
+            own.strategy.after_epoch(run)
 
     def _prepare(self, run: Run, batch: Any | None) -> None:
         """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -29,8 +30,7 @@ from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
-from lightning_prune.structure import Structure
-from lightning_prune.surgery import Kept
+from lightning_prune.structure import Keep, Structure
 
 __all__ = ["UnitRemoval"]
 
@@ -157,9 +157,14 @@ class UnitRemoval(Strategy):
         if progress < run.own.clock.ceiling:
             self._watch_on(run.module)
 
-    def after_cut(self, kept: Kept) -> None:
-        """Count anew after a cut, whoever made it."""
+    def after_cut(self, run: Run, plan: Plan) -> None:
+        """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
         self.traced.changed()
+        gathered = self.gathering.gathered()
+        if gathered is not None:  # a cut of another callback: nothing is gathered during our own
+            self.gathering.rest()
+            self.gathering.take_up(_of_kept_units(gathered, plan.keep))
+            self._watch_on(run.module)
 
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""
@@ -244,3 +249,13 @@ class UnitRemoval(Strategy):
         if known and plan.outcome.short and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.outcome.short}")
+
+
+def _of_kept_units(gathered: dict[str, list[Any]], keep: Keep) -> dict[str, list[Any]]:
+    """Return what was gathered, as ``group -> [total, count]`` or ``group/what -> ...``, of the units that are kept."""
+    found = {}
+    for name, (total, count) in gathered.items():
+        kept = keep.get(name.partition("/")[0])
+        fits = kept is not None and total.shape == kept.shape
+        found[name] = [total[torch.from_numpy(kept)] if fits else total, count]
+    return found

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_prune.algorithms.schedules import FewUnits, Schedule
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.clock import share_due
-from lightning_prune.callbacks.engine.gathering import Listener
 from lightning_prune.callbacks.engine.packages import overrides
 from lightning_prune.callbacks.engine.processes import refuse_apart
 from lightning_prune.callbacks.engine.refusals import (
@@ -30,9 +29,9 @@ from lightning_prune.callbacks.engine.weight_arguments import MaskGradients, Wei
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
 from lightning_prune.model.bits import pack_bits
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.plan import count_params
+from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
-from lightning_prune.surgery import Kept, PackedMasks, recipe_of
+from lightning_prune.surgery import PackedMasks, recipe_of
 from lightning_prune.surgery.masks import Masks, unpacked
 
 __all__ = ["WeightMasking"]
@@ -135,10 +134,10 @@ class WeightMasking(Strategy):
         if isinstance(run.trainer.strategy.model, DistributedDataParallel):
             refuse_apart(run.where, run.trainer, run.module)
 
-    def after_cut(self, kept: Kept) -> None:
+    def after_cut(self, run: Run, plan: Plan) -> None:
         """Follow a cut that another callback made."""
         if self.in_run is not None:
-            self.in_run.masks.follow_(kept)
+            self.in_run.masks.follow_(plan.cut.kept)
             self._changed()
 
     def after_epoch_start(self, run: Run) -> None:
@@ -184,11 +183,11 @@ class WeightMasking(Strategy):
         """Remove the hooks from the optimizers."""
         if self.in_run is not None:
             self.in_run.masks.release()
-        self.in_run, self.listener = None, Listener()
+        self.in_run = self.listener = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the run, to which the model belongs."""
-        return {**self.__dict__, "in_run": None, "listener": Listener()}
+        return {**self.__dict__, "in_run": None, "listener": None}
 
     def _changed(self) -> None:
         self._packed = self.own.masks.packed()
@@ -221,11 +220,17 @@ class WeightMasking(Strategy):
             refuse_shared(other.callback, run.own.callback, shared, "the weights between them by parameters=, ignore=")
 
 
-class _GradientMasks(Listener):
+class _GradientMasks:
     """Zeroes the gradients of masked weights before they are clipped."""
 
     def __init__(self, masks: Masks) -> None:
         self._masks = masks
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Look at nothing."""
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Look at nothing: gradients may be accumulated further."""
 
     def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Zero the gradients of what this optimizer trains."""
