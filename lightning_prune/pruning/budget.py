@@ -199,7 +199,9 @@ def _cost(
         return sum(dense.widths.values()), lambda keep: lone + sum(int(stays.sum()) for stays in keep.values())
     if target == "latency":
         if latency is None:
-            raise ValueError("target='latency': pass latency=, which measures what a choice leaves of it.")
+            raise ValueError(
+                "target='latency': pass latency=, which measures what a choice leaves of it."
+            )
         return 1.0, latency
     return getattr(dense.footprint, target), lambda keep: getattr(footprint(keep), target)
 
