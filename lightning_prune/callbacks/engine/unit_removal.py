@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -18,6 +17,7 @@ from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
 from lightning_prune.callbacks.engine.example_inputs import on_device_of
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.kept_sums import of_kept_units
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
@@ -30,7 +30,7 @@ from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
-from lightning_prune.structure import Keep, Structure
+from lightning_prune.structure import Structure
 
 __all__ = ["UnitRemoval"]
 
@@ -163,7 +163,7 @@ class UnitRemoval(Strategy):
         gathered = self.gathering.gathered()
         if gathered is not None:  # a cut of another callback: nothing is gathered during our own
             self.gathering.rest()
-            self.gathering.take_up(_of_kept_units(gathered, plan.keep))
+            self.gathering.take_up(of_kept_units(gathered, plan.keep))
             self._watch_on(run.module)
 
     def after_epoch(self, run: Run) -> None:
@@ -249,13 +249,3 @@ class UnitRemoval(Strategy):
         if known and plan.outcome.short and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.outcome.short}")
-
-
-def _of_kept_units(gathered: dict[str, list[Any]], keep: Keep) -> dict[str, list[Any]]:
-    """Return what was gathered, as ``group -> [total, count]`` or ``group/what -> ...``, of the units that are kept."""
-    found = {}
-    for name, (total, count) in gathered.items():
-        kept = keep.get(name.partition("/")[0])
-        fits = kept is not None and total.shape == kept.shape
-        found[name] = [total[torch.from_numpy(kept)] if fits else total, count]
-    return found
