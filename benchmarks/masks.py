@@ -99,7 +99,7 @@ class Clock(Callback):
         found |= {t.data_ptr(): t.nbytes for t in (*pl_module.parameters(), *pl_module.buffers())}
         for callback in trainer.callbacks:
             if isinstance(callback, IterativeMagnitudePruning):
-                found |= {mask.data_ptr(): mask.nbytes for mask in callback._in_run.masks._masks.values()}
+                found |= {mask.data_ptr(): mask.nbytes for mask in callback.member.strategy.own.masks._masks.values()}
         self.bytes = sum(found.values())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_prune import FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from tests.runs import Net, assert_agrees_with_shapes, assert_same_weights, fit, net, weights, widths
+from tests.runs import Net, assert_agrees_with_shapes, assert_same_weights, fit, net, watch_scores, weights, widths
 
 SLIM = {"first": 4, "second": 3, "hidden": 5}
 
@@ -101,18 +101,13 @@ class Expanded(Two):
 
 def test_units_are_scored_by_the_steps_of_what_reads_them():
     """With several optimizers, a unit's score is the mean over the steps of the optimizer that trains its readers."""
-    seen = []
-
-    class Kept(TaylorFilterPruning):
-        def scores(self, trainer, pl_module, structure):
-            seen.append(super().scores(trainer, pl_module, structure))
-            return seen[-1]
-
-    module = net(Expanded)
-    fit(module, Kept(0.5), max_epochs=2)
+    module, callback = net(Expanded), TaylorFilterPruning(0.5, scope="global")
+    seen = watch_scores(callback)
+    fit(module, callback, max_epochs=2)
+    ((scores, _),) = seen
     assert {name: len(found) for name, found in module.expanded.items()} == {"first": 4, "second": 2, "hidden": 2}
     for name, found in module.expanded.items():
-        torch.testing.assert_close(seen[0][name].double(), torch.stack(found).mean(0), rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(scores[name].double(), torch.stack(found).mean(0), rtol=1e-4, atol=1e-10)
 
 
 class Gathers(Manual):

@@ -114,7 +114,7 @@ def test_runs_remember_why_a_group_was_refused():
     assert f"second lost 0.0% of 50.0% ({REASON})" in told[0]
     taken = FilterL1Pruning(0.5, schedule=Linear(1, 3))
     taken.load_state_dict(callback.state_dict())
-    assert taken._state.refused == {"second": REASON}
+    assert taken.member.strategy.state.refused == {"second": REASON}
     assert REASON in [pin.reason for pin in taken.history.pinned]
 
 

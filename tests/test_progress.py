@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune import PruningError, prune_exact, prune_filters, prune_fisher, prune_obs
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning import filters
+from lightning_prune.pruning import plan
 
 IMAGES = torch.randn(32, 3, 6, 6)
 BATCHES = [(IMAGES, torch.randint(4, (32,)))] * 3
@@ -67,7 +67,7 @@ def shown(call, monkeypatch, terminal=True, **arguments):
 def test_long_calls_show_how_far_they_are(said, call, monkeypatch):
     """In a terminal a bar says what is done; whoever asks for none gets none."""
     torch.manual_seed(0)
-    monkeypatch.setattr(filters, "latency_kept", by_flops)
+    monkeypatch.setattr(plan, "latency_kept", by_flops)
     assert re.search(said, shown(call, monkeypatch))
     assert not shown(call, monkeypatch, progress=False).strip()
 

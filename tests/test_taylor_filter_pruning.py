@@ -15,7 +15,19 @@ from torch.utils.data import ConcatDataset, DataLoader
 from lightning_prune import Cubic, Linear, OneShot, PruningError, TaylorFilterPruning
 from lightning_prune.measure.footprint import measure
 from lightning_prune.structure import find_structure, trace
-from tests.runs import IMAGE, Known, Net, assert_same_weights, batches, fit, net, trainer, weights, widths
+from tests.runs import (
+    IMAGE,
+    Known,
+    Net,
+    assert_same_weights,
+    batches,
+    fit,
+    net,
+    trainer,
+    watch_scores,
+    weights,
+    widths,
+)
 
 FORMS = ["weights", "activations"]
 READERS = {"first": "second", "second": "hidden", "hidden": "head"}
@@ -193,14 +205,9 @@ def _without_step(optimizer, closure):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_that_overflows_does_not_count(form):
     """Scores are finite though one batch's gradients were not."""
-    seen = []
-
-    class Kept(TaylorFilterPruning):
-        def scores(self, trainer, pl_module, structure):
-            seen.append((super().scores(trainer, pl_module, structure), self._gathering.gathered()))
-            return seen[-1][0]
-
-    fit(net(Overflows), Kept(0.4, form=form))
+    callback = TaylorFilterPruning(0.4, form=form, scope="global")
+    seen = watch_scores(callback)
+    fit(net(Overflows), callback)
     ((scores, gathered),) = seen
     assert all(score.isfinite().all() and (score > 0).any() for score in scores.values())
     per_batch = 1 if form == "weights" else 8
@@ -234,11 +241,6 @@ def test_only_training_is_gathered(form):
     """Validation, its sanity check, and backward passes of the user's own elsewhere do not count."""
     seen = []
 
-    class Kept(TaylorFilterPruning):
-        def scores(self, trainer, pl_module, structure):
-            seen.append(self._gathering.gathered())
-            return super().scores(trainer, pl_module, structure)
-
     class Probes(Net):
         def validation_step(self, batch, batch_idx):
             with torch.inference_mode(False), torch.enable_grad():
@@ -247,8 +249,10 @@ def test_only_training_is_gathered(form):
             self.zero_grad()
 
     for kind in (Net, Probes):
-        fit(net(kind), Kept(0.4, form=form), val=True, num_sanity_val_steps=2, inference_mode=kind is Net)
-    plain, probed = seen
+        callback = TaylorFilterPruning(0.4, form=form, scope="global")
+        seen.append(watch_scores(callback))
+        fit(net(kind), callback, val=True, num_sanity_val_steps=2, inference_mode=kind is Net)
+    ((_, plain),), ((_, probed),) = seen
     assert all(count == (4 if form == "weights" else 32) for _, count in plain.values())
     for name, (total, count) in plain.items():
         assert count == probed[name][1]
@@ -278,7 +282,7 @@ def test_hooks_are_on_the_model_only_while_needed(ends):
         fit(module, callback, max_epochs=4)
         assert hooks == [3] * 8 + [0] * 8
     assert not any(part._forward_pre_hooks for part in module.modules())
-    assert callback._gathering.gathered() is None
+    assert callback.member.strategy.gathering.gathered() is None
 
 
 # Resume

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
 from lightning_prune.callbacks.engine.example_inputs import inputs_of
@@ -92,7 +91,7 @@ class Engine:
             self._prune(run, 1.0)
         for guard in guards(trainer):
             guard.judge(trainer, pl_module)
-        self._warn_of_the_rest(run)
+        self.log.warn_unfinished(run)
         if not own.prepared:
             return
         if self._is_last(own):
@@ -114,7 +113,7 @@ class Engine:
     def teardown(self, own: Member, pl_module: LightningModule) -> None:
         """Remove every hook; a model that was cut goes on to say so in its state dicts."""
         own.strategy.release()
-        if own is self.members[0]:
+        if self.members[:1] == (own,):  # the others may have none: a run can end before all are set up
             self._remove_hooks()
         drop_unused_recipe_(pl_module)
 
@@ -181,20 +180,6 @@ class Engine:
         run.own.strategy.prune_to(run, progress)
         run.own.clock.progress = progress
         self.log.changed = True
-
-    def _warn_of_the_rest(self, run: Run) -> None:
-        own, clock = run.own, run.own.clock
-        if clock.unfinished and not run.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            unseen = " Another was due, but nothing finite was seen to score by: are losses NaN?"
-            rank_zero_warn(
-                f"{run.where}: training ended before {clock.schedule} did; {clock.progress:.0%} of its cuts "
-                f"were due and were made.{unseen if own.due_without_scores else ''}"
-            )
-        elif own.prepared and clock.ceiling < 1.0:
-            rank_zero_warn(
-                f"{run.where}: {clock.progress:.0%} of the cuts of {clock.schedule} stand; MetricGuard took "
-                "back what came after."
-            )
 
     def end_validation(self, own: Member, trainer: Trainer) -> None:
         """Write what this validation logged into the history."""

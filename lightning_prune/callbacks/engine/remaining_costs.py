@@ -32,10 +32,10 @@ def describe(run: Run, history: History) -> None:
         history.dense |= masking.own.to_prune.stay
     if removals:
         removal = removals[-1]
-        flops = removal.count_flops(run.module)
+        flops = removal.traced.flops(run.module)
         now, dense = layer_costs(run.module, flops), removal.start.layers
         history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in dense.items()}
-        history.measured = circumstances(run.module, removal.inputs)
+        history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
         history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
 
@@ -55,7 +55,7 @@ def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float
 
 def _left_of_units(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
     start = removals[-1].start
-    flops, params = removals[-1].count_flops(run.module).total, count_params(run.module)
+    flops, params = removals[-1].traced.flops(run.module).total, count_params(run.module)
     dense: dict[str, int] = {}
     left: dict[str, int] = {}
     values: dict[str, float] = {}

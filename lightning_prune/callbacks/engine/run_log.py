@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.engine.remaining_costs import describe, measure
 from lightning_prune.callbacks.engine.reporting import call_of, guarded, new_metrics, report
@@ -49,6 +50,21 @@ class RunLog:
             self.changed = False
             within = any(member.clock.schedule.by == "steps" for member in run.members)
             run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
+
+    def warn_unfinished(self, run: Run) -> None:
+        """Warn if training ended before the schedule did, or a guard ended it."""
+        own, clock = run.own, run.own.clock
+        if clock.unfinished and not run.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            unseen = " Another was due, but nothing finite was seen to score by: are losses NaN?"
+            rank_zero_warn(
+                f"{run.where}: training ended before {clock.schedule} did; {clock.progress:.0%} of its cuts "
+                f"were due and were made.{unseen if own.due_without_scores else ''}"
+            )
+        elif own.prepared and clock.ceiling < 1.0:
+            rank_zero_warn(
+                f"{run.where}: {clock.progress:.0%} of the cuts of {clock.schedule} stand; MetricGuard took "
+                "back what came after."
+            )
 
     def report_end(self, run: Run) -> None:
         """Report what became of the model: in the terminal and to the loggers."""

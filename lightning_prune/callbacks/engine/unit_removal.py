@@ -22,22 +22,20 @@ from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_f
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
-from lightning_prune.measure.flops import FlopCount
-from lightning_prune.measure.footprint import count
-from lightning_prune.model import calls
+from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel
 from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.arguments import check_optimizers, check_prunable, with_ignored
+from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.structure import Structure
-from lightning_prune.surgery import Kept, find_groups, recipe_of
+from lightning_prune.surgery import Kept
 
 __all__ = ["UnitRemoval"]
 
 Adjust = Callable[[Structure, Scores], Scores]
-Narrow = Callable[[LightningModule, Structure, calls.ExampleInputs], Structure]
+"""Changes scores before units are selected."""
 
 
 class UnitRemoval(Strategy):
@@ -63,9 +61,9 @@ class UnitRemoval(Strategy):
         self.gathering = self.listener = gathering
         self.example_inputs = arguments.example_inputs
         self.state = RemovalState()
-        self._repair, self._adjust, self._narrow = repair, adjust, narrow
-        self._inputs: calls.ExampleInputs | None = None  # of this run
-        self._flops: FlopCount | None = None  # of the model as it stands, once counted
+        self.traced = TracedModel(arguments, narrow)
+        self._repair, self._adjust = repair, adjust
+        self._reads_consumers = repair is not None or narrow is not None
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -88,12 +86,6 @@ class UnitRemoval(Strategy):
         assert self.state.start is not None  # set when the model is first traced, before anything is planned
         return self.state.start
 
-    @property
-    def inputs(self) -> calls.ExampleInputs:
-        """What the model is traced on in this run."""
-        assert self._inputs is not None  # found before anything is traced
-        return self._inputs
-
     def check_schedule(self, where: str, schedule: Schedule) -> None:
         """Refuse a first pruning step before what the criterion must see."""
         unseen = self.gathering.looks_at_training
@@ -111,7 +103,7 @@ class UnitRemoval(Strategy):
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether consumer layers, or BatchNorm, will be run on training batches."""
         recalibrates = bool(self.arguments.recalibrate and batch_norms(pl_module))
-        return recalibrates or self._repair is not None or self._narrow is not None
+        return recalibrates or self._reads_consumers
 
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
@@ -120,15 +112,15 @@ class UnitRemoval(Strategy):
         inputs = run.inputs.find(run.module, self.arguments.trace, given, batch)
         if inputs is None:
             return False
-        self._inputs, self._flops = on_device_of(run.trainer, run.module, inputs), None
-        structure = find_groups(run.module, self.inputs)
+        self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
+        structure = self.traced.groups(run.module)
         self._refuse_overlap(run, structure)
-        structure = self._prunable(run.module, structure)
+        structure = self.traced.prunable(run.module, structure, self.state.refused)
         self.state.pinned, self.state.branching = structure.pinned, list(structure.branching)
         if self.state.start is None:
             check_prunable(run.module, structure)
             self._refuse_not_finite(run, structure)
-            self.state.start = Start.of(run.module, structure, self.arguments, self.count_flops(run.module))
+            self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module))
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
                 f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "
@@ -143,7 +135,7 @@ class UnitRemoval(Strategy):
 
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove units up to the sparsity that the schedule asks for at ``progress``."""
-        structure = self._prunable(run.module, find_groups(run.module, self.inputs))
+        structure = self._prunable(run.module)
         self._refuse_not_finite(run, structure)
         scores = self.gathering.scores(run.trainer, run.module, structure)
         if self._adjust is not None:
@@ -167,7 +159,7 @@ class UnitRemoval(Strategy):
 
     def after_cut(self, kept: Kept) -> None:
         """Count anew after a cut, whoever made it."""
-        self._flops = None
+        self.traced.changed()
 
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""
@@ -180,7 +172,7 @@ class UnitRemoval(Strategy):
     def rollback(self, run: Run, state: dict[str, Any]) -> None:
         """Follow a model that is as it was before the last pruning step."""
         self.state.widths, self.state.latency = dict(state["widths"]), state["latency"]
-        self._flops = None
+        self.traced.changed()
         self.gathering.rest()
         if run.own.clock.unfinished:
             self._watch_on(run.module)
@@ -206,12 +198,6 @@ class UnitRemoval(Strategy):
         """Remove every hook from the model."""
         self.gathering.rest()
 
-    def count_flops(self, pl_module: LightningModule) -> FlopCount:
-        """Return the multiply-adds of the model as it stands."""
-        if self._flops is None:
-            self._flops = count(pl_module, self.inputs)
-        return self._flops
-
     def _refuse_overlap(self, run: Run, structure: Structure) -> None:
         own = self.arguments.claims(run.module, structure)
         for other in run.members:
@@ -223,12 +209,8 @@ class UnitRemoval(Strategy):
         written = [slot.tensor for group in structure.groups.values() for slot in group.slots]
         refuse_not_finite(run.where, run.module, written)
 
-    def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
-        recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
-        structure = with_ignored(pl_module, structure, self.arguments.ignore)
-        refused = {name: why for name, why in self.state.refused.items() if name in structure.groups}
-        structure = structure.without_each(refused)
-        return structure if self._narrow is None else self._narrow(pl_module, structure, self.inputs)
+    def _prunable(self, pl_module: LightningModule) -> Structure:
+        return self.traced.prunable(pl_module, self.traced.groups(pl_module), self.state.refused)
 
     def _plan(self, run: Run, structure: Structure, scores: Scores, progress: float, adding_up: bool = False) -> Plan:
         """Select the units to remove, and verify the cut."""
@@ -237,14 +219,14 @@ class UnitRemoval(Strategy):
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
         plan = plan_filters(
             run.module,
-            self.inputs,
+            self.traced.inputs,
             structure,
             scores,
             share_due(start.amount, schedule, progress),
             budget,
             dense=start.dense,
-            flops=self.count_flops(run.module),
-            latency=partial(latency_of_first, run.trainer, run.module, self.inputs, start.shapes),
+            flops=self.traced.flops(run.module),
+            latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs, start.shapes),
             at_most=schedule.at_most(progress),
             adding_up=adding_up,
             refused=self.state.refused,
@@ -254,7 +236,7 @@ class UnitRemoval(Strategy):
 
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self.gathering.looks_at_training:
-            self.gathering.watch(pl_module, self._prunable(pl_module, find_groups(pl_module, self.inputs)))
+            self.gathering.watch(pl_module, self._prunable(pl_module))
 
     def _warn_if_short(self, run: Run, plan: Plan, done: bool = False) -> None:
         """Warn once if less is removed than was asked: at once for widths, for all else when pruning is done."""
