@@ -54,7 +54,7 @@ def weights_of(net: nn.Module) -> list[tuple[nn.Module, str]]:
 
 KINDS: dict[str, Callable[[nn.Module], list[Callback]]] = {
     "bare": lambda net: [],
-    "ours": lambda net: [IterativeMagnitudePruning(0.5, schedule=OneShot(1))],
+    "ours": lambda net: [IterativeMagnitudePruning(0.5, schedule=OneShot(1), scope="global")],
     "bare, again": lambda net: [],
     "ModelPruning": lambda net: [
         ModelPruning(

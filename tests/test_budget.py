@@ -229,7 +229,7 @@ def test_what_is_counted_after_the_cut_is_within_the_budget(stages, amount, targ
     """What is counted anew on the slim model keeps the budget that was planned from the groups."""
     model = build(stages)
     try:
-        report = prune_filters(model, INPUTS, amount, "random", target, "global")
+        report = prune_filters(model, INPUTS, amount, criterion="random", target=target, scope="global")
     except PruningError:  # beyond what can go: see above
         return
     counted = {"params": sum(p.numel() for p in model.parameters()), "flops": count_flops(model, INPUTS).total}
@@ -292,7 +292,7 @@ def test_losses_are_weighed_by_what_they_save(criterion):
     expected = one_by_one(
         structure, scores, 0.6 * cost({}), cost, "global", {"round_to": 1, "min_width": 1, "max_amount": 1}
     )
-    report = prune_filters(model, image, 0.4, criterion, "flops", "global", **data)
+    report = prune_filters(model, image, 0.4, criterion=criterion, target="flops", scope="global", **data)
     kept = {"0": report.kept["0.weight"][0], "2": report.kept["2.weight"][0]}
     assert {name: list(units) for name, units in kept.items()} == {
         name: stays.nonzero()[0].tolist() for name, stays in expected.items()

@@ -28,7 +28,7 @@ from tests.runs import (
 CALLBACKS = {
     "filter-l1": FilterL1Pruning,
     "taylor-weights": TaylorFilterPruning,
-    "taylor-activations": partial(TaylorFilterPruning, form="activations"),
+    "taylor-activations": partial(TaylorFilterPruning, form="activations", scope="global"),
     "apoz": partial(FilterPruning, criterion="apoz"),
     "obd": partial(FilterPruning, criterion="obd", batches=1),
     "obs": partial(FilterPruning, criterion="obs", batches=1, repair=True),

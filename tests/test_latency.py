@@ -167,7 +167,7 @@ def test_latency_in_a_run(clock, tmp_path, capsys):
     """A callback reaches the share of the latency that is due, of the whole model's, logs it, and resumes exactly."""
 
     def pruning():
-        return FilterL1Pruning(0.5, "latency", "global", schedule=Linear(1, 3))
+        return FilterL1Pruning(0.5, target="latency", scope="global", schedule=Linear(1, 3))
 
     class Notes(Callback):
         def __init__(self):
@@ -194,8 +194,8 @@ def test_a_latency_target_needs_the_shape_of_the_start(clock, tmp_path):
     made = fit(module, FilterL1Pruning(0.3, schedule=Linear(1, 2)))
     made.save_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(PruningError, match="the checkpoint is of a run with another target"):
-        fit(slow_net(clock), FilterL1Pruning(0.5, "latency", schedule=OneShot(4)), ckpt_path=tmp_path / "other.ckpt",
-            max_epochs=6)  # fmt: skip
+        fit(slow_net(clock), FilterL1Pruning(0.5, target="latency", schedule=OneShot(4)),
+            ckpt_path=tmp_path / "other.ckpt",            max_epochs=6)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -123,7 +123,10 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
 
     module, callbacks = (
         net(),
-        (FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3))),
+        (
+            FilterL1Pruning(0.5, schedule=Linear(1, 3)),
+            IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
+        ),
     )
     with pytest.raises(raised):
         fit(
@@ -142,7 +145,10 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
     assert found.layers["first"].now.width == widths(module)["first"] == 6
     assert f"Stopped by {found.stopped}." in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
     assert ("From cut to cut" in capsys.readouterr().out) == (error is KeyboardInterrupt)
-    again = FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3))
+    again = (
+        FilterL1Pruning(0.5, schedule=Linear(1, 3)),
+        IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
+    )
     fit(net(), *again, val=True, max_epochs=4, ckpt_path=tmp_path / "stopped.ckpt", logger=logged(tmp_path))
     assert again[-1].history.stopped == ""
 
@@ -229,7 +235,7 @@ def test_code_that_goes_by_numbers_is_named(capsys):
 
 def test_one_report_for_all_callbacks(capsys):
     """Of several callbacks the last keeps the history of all: layers and weights, in one report."""
-    first, last = FilterL1Pruning(0.5), IterativeMagnitudePruning(0.5)
+    first, last = FilterL1Pruning(0.5), IterativeMagnitudePruning(0.5, scope="global")
     fit(net(), first, last)
     assert first.history == last.history and set(last.history.layers) > set(runs.WIDTHS)
     assert {"prune/flops_kept", "prune/nonzero_kept"} <= set(last.history.left)
@@ -274,7 +280,7 @@ def test_a_cut_that_a_guard_takes_back_is_told_as_such():
 
 def test_a_cut_after_the_last_step_is_told_and_logged(tmp_path):
     """Where weights leave after training, report and logger say what is left then."""
-    callback = OBSOneShot(0.5, batches=2)
+    callback = OBSOneShot(0.5, batches=2, scope="global")
     fit(net(), callback, val=True, logger=logged(tmp_path))
     assert [stage.left["prune/weight_sparsity"] for stage in stages(callback.history)] == [0.0, 0.5]
     rows = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()

@@ -119,7 +119,7 @@ RUNS = {
 def test_the_lowest_scores_leave(case, form):
     """What leaves are the units of the lowest scores, whatever the Trainer does with gradients before a step."""
     module = net(Watched)
-    fit(module, TaylorFilterPruning(0.4, form=form), **RUNS[case])
+    fit(module, TaylorFilterPruning(0.4, form=form, scope="global"), **RUNS[case])
     (kept,) = module.kept
     steps = len(module.expanded["first"]) // 3  # of three epochs
     assert kept == module.expected(form, 0.4, last=steps if form == "weights" else 4)
@@ -132,7 +132,7 @@ def test_the_lowest_scores_leave(case, form):
 def test_scores_gather_anew_after_each_cut(form):
     """A later cut looks at what was gathered since the one before it."""
     module = net(Watched)
-    fit(module, TaylorFilterPruning(0.5, form=form, schedule=Linear(1, 3)), max_epochs=5)
+    fit(module, TaylorFilterPruning(0.5, form=form, schedule=Linear(1, 3), scope="global"), max_epochs=5)
     assert len(module.kept) == 3
     first = module.expected(form, 8 / 24 * 0.5, last=4)
     assert module.kept[0] == first
@@ -144,7 +144,7 @@ def test_scores_gather_anew_after_each_cut(form):
 def test_batches_of_other_sizes_count_by_their_examples(form):
     """An example in a short last batch weighs as much as any other, where examples are looked at."""
     module = net(Watched)
-    made = trainer(TaylorFilterPruning(0.4, form=form), max_epochs=2)
+    made = trainer(TaylorFilterPruning(0.4, form=form, scope="global"), max_epochs=2)
     torch.manual_seed(1)
     made.fit(module, batches(26))
     assert module.kept == [module.expected(form, 0.4, last=4)]
@@ -175,7 +175,7 @@ class Frozen(Watched):
 def test_layers_without_gradients_are_named(form):
     """Where no gradient reaches a layer, the cut says which, and how to go on; with it ignored, the rest is cut."""
     with pytest.raises(PruningError, match=r"first: nothing was gathered.*frozen.*ignore=\['first'\]"):
-        fit(net(Frozen), TaylorFilterPruning(0.4, form=form))
+        fit(net(Frozen), TaylorFilterPruning(0.4, form=form, scope="global"))
     module = net(Frozen)
     fit(module, TaylorFilterPruning(0.4, form=form, scope="layer", ignore=["first"]))
     assert widths(module) == {"first": 8, "second": 3, "hidden": 6}
@@ -205,7 +205,7 @@ def _without_step(optimizer, closure):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_that_overflows_does_not_count(form):
     """Scores are finite though one batch's gradients were not."""
-    callback = TaylorFilterPruning(0.4, form=form)
+    callback = TaylorFilterPruning(0.4, form=form, scope="global")
     seen = watch_scores(callback)
     fit(net(Overflows), callback)
     ((scores, gathered),) = seen
@@ -227,7 +227,7 @@ def test_gathering_does_not_change_the_training(form, case):
         def on_train_epoch_end(self, trainer, pl_module):
             states[-1].append((weights(pl_module), torch.get_rng_state()))
 
-    for callbacks in ((), (TaylorFilterPruning(0.5, form=form, schedule=OneShot(3)),)):
+    for callbacks in ((), (TaylorFilterPruning(0.5, form=form, schedule=OneShot(3), scope="global"),)):
         states.append([])
         fit(net(), *callbacks, Ends(), max_epochs=4, val=True, **RUNS[case])
     for (expected, random), (found, drawn) in list(zip(*states, strict=True))[:3]:
@@ -249,7 +249,7 @@ def test_only_training_is_gathered(form):
             self.zero_grad()
 
     for kind in (Net, Probes):
-        callback = TaylorFilterPruning(0.4, form=form)
+        callback = TaylorFilterPruning(0.4, form=form, scope="global")
         seen.append(watch_scores(callback))
         fit(net(kind), callback, val=True, num_sanity_val_steps=2, inference_mode=kind is Net)
     ((_, plain),), ((_, probed),) = seen
@@ -271,7 +271,7 @@ def test_hooks_are_on_the_model_only_while_needed(ends):
                 raise ZeroDivisionError
             return super().training_step(batch, batch_idx)
 
-    module, callback = net(Looks), TaylorFilterPruning(0.5, form="activations", schedule=OneShot(2))
+    module, callback = net(Looks), TaylorFilterPruning(0.5, form="activations", schedule=OneShot(2), scope="global")
     if ends == "exception":
         with pytest.raises(ZeroDivisionError):
             fit(module, callback)
@@ -294,7 +294,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(form, where, tmp_pa
     """What was gathered lies in the checkpoint, which loads with weights_only=True, and the run goes on exactly."""
 
     def pruning():
-        return TaylorFilterPruning(0.5, form=form, schedule=Cubic(1, 3))
+        return TaylorFilterPruning(0.5, form=form, schedule=Cubic(1, 3), scope="global")
 
     every = {"every_n_epochs": 1} if where == "epoch-end" else {"every_n_train_steps": 2}
     keeps = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, **every)
@@ -331,7 +331,7 @@ def test_state_is_a_copy(form):
             torch.save(state, file)
             states.append((state, file))
 
-    pruning = TaylorFilterPruning(0.5, form=form, schedule=OneShot(2))
+    pruning = TaylorFilterPruning(0.5, form=form, schedule=OneShot(2), scope="global")
     fit(net(), pruning, Takes(), max_epochs=3)
     for state, file in states[:8]:
         file.seek(0)
@@ -349,9 +349,9 @@ def test_a_cut_before_any_gradient_is_refused(schedule):
     """A schedule that cuts before epoch 1 is refused at construction."""
     if schedule.progress(0) > 0:
         with pytest.raises(ValueError, match="gradients must be seen before the first cut. Start at epoch 1"):
-            TaylorFilterPruning(schedule=schedule)
+            TaylorFilterPruning(schedule=schedule, scope="global")
     else:
-        TaylorFilterPruning(schedule=schedule)
+        TaylorFilterPruning(schedule=schedule, scope="global")
 
 
 @pytest.mark.parametrize("arguments, told", [
@@ -379,7 +379,7 @@ def test_a_flops_penalty_moves_cuts_to_costlier_layers(form):
     left = []
     for penalty in (0.0, 1e6):
         module = net(Costly)
-        fit(module, TaylorFilterPruning(0.25, form=form, flops_penalty=penalty))
+        fit(module, TaylorFilterPruning(0.25, form=form, flops_penalty=penalty, scope="global"))
         left.append(widths(module))
     assert left[1] == {"first": 2, "second": 6, "hidden": 10}  # a unit of the first costs most by far
     assert left[0] != left[1]
@@ -394,7 +394,7 @@ def test_what_is_lost_is_weighed_by_what_is_saved(penalty):
     names = {name: group.width for name, group in structure.groups.items()}
     whole = cost({}).flops
     saved = {name: whole - cost({name: np.arange(width) > 0}).flops for name, width in names.items()}
-    fit(run := net(Watched), TaylorFilterPruning(0.4, target="flops", flops_penalty=penalty))
+    fit(run := net(Watched), TaylorFilterPruning(0.4, target="flops", flops_penalty=penalty, scope="global"))
     scores = {name: torch.stack(run.expanded[name][:4]).mean(0) / (1 if penalty else saved[name]) for name in LAYERS}
     left = {name: np.ones(width, dtype=bool) for name, width in names.items()}
     order = sorted((float(score), name, unit) for name in LAYERS for unit, score in enumerate(scores[name]))
@@ -414,7 +414,7 @@ class Partly(Watched):
 def test_parameters_that_no_optimizer_steps_do_not_count():
     """Gradients that gather in parameters that no optimizer steps, and so zeroes, are not looked at."""
     module = net(Partly)
-    fit(module, TaylorFilterPruning(0.4))
+    fit(module, TaylorFilterPruning(0.4, scope="global"))
     assert module.kept == [module.expected("weights", 0.4, last=4)]
 
 
@@ -436,7 +436,7 @@ def test_readers_that_cannot_be_watched_are_named_before_training():
     module = net(Bare)
     before = weights(module)
     with pytest.raises(PruningError, match="hidden: mix sums over its channels"):
-        fit(module, TaylorFilterPruning(0.4, form="activations"))
+        fit(module, TaylorFilterPruning(0.4, form="activations", scope="global"))
     assert_same_weights(module, before)
     fit(module, TaylorFilterPruning(0.4, scope="layer"))
     assert widths(module) == {"first": 4, "second": 3, "hidden": 6}
@@ -470,5 +470,5 @@ def test_a_loss_that_is_not_a_number_is_told():
 
     module = net(NoNumber)
     with pytest.warns(UserWarning, match="Another was due, but nothing finite was seen to score by: are losses NaN"):
-        fit(module, TaylorFilterPruning(0.5))
+        fit(module, TaylorFilterPruning(0.5, scope="global"))
     assert widths(module) == {"first": 8, "second": 6, "hidden": 10}

@@ -31,24 +31,23 @@ class IterativeMagnitudePruning(PruningCallback):
     ``prune/sparsity``, which is the first of these unless a callback of the run removes units and speaks of them.
 
     Args:
-        amount: Fraction, in [0, 1), of the weights that shall be zero in the end; or, by pattern of names of modules or
-            parameters, of these: ``{"fc1": 0.92, "fc3": 0.74}`` (what no pattern names stays dense). By default 0.5, or
-            what ``pattern`` says.
-        scope: ``global`` compares weights across layers; ``layer`` takes the same share of every layer.
-        schedule: When how much of it leaves; by default everything before the first batch, as when a trained model is
-            pruned and fine-tuned.
-        parameters: Patterns of modules, whose linear and convolution weights are meant, or of parameters; by default
-            all weights of linear and convolutional layers. Biases, norms and embeddings stay.
-        ignore: Patterns of modules or parameters that stay dense.
-        pattern: ``"N:M"``: of every M neighbours along the input dimension N stay in the end (see
-            :func:`~lightning_prune.prune_weights`).
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
+            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
+            dense. By default 0.5, or what ``pattern`` says.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both.
+        schedule: When how much of ``amount`` is pruned. By default everything before the first batch, as when a trained
+            model is pruned and fine-tuned.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept. See
+            :func:`~lightning_prune.prune_weights`.
+        mask_gradients: Whether gradients of masked weights are zeroed before a step, too.
         rewind_to: Optimizer steps after which training stood where each cut takes it back to; 0 is the initialisation.
             By default training goes on with the weights as they are. Checkpoints hold what was there.
         control: What the last round does instead, to compare: ``reinitialize`` draws the weights anew (with
             ``reset_parameters`` of their modules), ``shuffle`` puts the masks at random places of each weight.
-        mask_gradients: Whether gradients of masked weights are zeroed before a step, too. ``auto`` does so where it
-            makes a difference to the weights that are left: if gradients are clipped, or for optimizers that look at
-            more than each weight by itself.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict.
@@ -70,14 +69,15 @@ class IterativeMagnitudePruning(PruningCallback):
     def __init__(
         self,
         amount: float | dict[str, float] | None = None,
-        scope: Literal["global", "layer"] = "global",
+        *,
+        scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
-        parameters: Sequence[str] | None = None,
         ignore: Sequence[str] = (),
+        parameters: Sequence[str] | None = None,
         pattern: str | None = None,
+        mask_gradients: bool | Literal["auto"] = "auto",
         rewind_to: int | None = None,
         control: Literal["reinitialize", "shuffle"] | None = None,
-        mask_gradients: bool | Literal["auto"] = "auto",
     ) -> None:
         arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
         choice = SmallestWeights(scope, pattern, rewind_to, control)

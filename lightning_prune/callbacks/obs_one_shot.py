@@ -30,22 +30,25 @@ class OBSOneShot(PruningCallback):
     Logged as by :class:`IterativeMagnitudePruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of the weights that shall be zero; or, by pattern of names of modules or
-            parameters, of these (what no pattern names stays dense). By default 0.5, or what ``pattern`` says.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
+            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
+            dense. By default 0.5, or what ``pattern`` says.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both. Across layers, the weights are split so that the model's outputs
+            change least.
+        batches: Number of training batches of each process that are read at a pruning step. Layers keep their outputs
+            on these.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept.
         epoch: The epoch, counted from 0, before which it happens; by default after the training.
-        scope: With one amount for all, ``global`` splits it over the layers so that the model's outputs change least;
-            ``layer`` takes the same share of every layer.
-        pattern: ``"N:M"``: of every M neighbours along the input dimension N stay.
         solver: ``exact``, ``admm`` or ``blocked`` (see :func:`~lightning_prune.prune_obs`).
-        sequential: Let each layer see what the pruned layers before it give.
-        batches: Training batches of each process on which layers keep their outputs.
-        damping: Share of its mean diagonal entry that is added to every Hessian's diagonal.
-        parameters: Patterns of modules, whose linear and convolution weights are meant, or of parameters; by default
-            all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay dense.
-        recalibrate: Whether BatchNorm's statistics are averaged anew on these batches afterwards. Their means follow
-            what the weights behind them lose in any case.
-        mask_gradients: See :class:`IterativeMagnitudePruning`.
+        sequential: Whether each layer is fitted to the inputs that the pruned layers before it give.
+        damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        mask_gradients: Whether gradients of masked weights are zeroed before a step, too.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict.
@@ -63,16 +66,17 @@ class OBSOneShot(PruningCallback):
     def __init__(
         self,
         amount: float | dict[str, float] | None = None,
-        epoch: int | None = None,
-        scope: Literal["global", "layer"] = "global",
+        *,
+        scope: Literal["layer", "global"] = "layer",
+        batches: int = 8,
+        ignore: Sequence[str] = (),
+        parameters: Sequence[str] | None = None,
         pattern: str | None = None,
+        epoch: int | None = None,
         solver: Literal["exact", "admm", "blocked"] = "admm",
         sequential: bool = False,
-        batches: int = 8,
         damping: float = 0.01,
-        parameters: Sequence[str] | None = None,
-        ignore: Sequence[str] = (),
-        recalibrate: bool = False,
+        recalibrate: int = 0,
         mask_gradients: bool | Literal["auto"] = "auto",
     ) -> None:
         arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
@@ -85,6 +89,8 @@ class OBSOneShot(PruningCallback):
         super().__init__(arguments, schedule, WeightMasking(arguments, self._surgeon))
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"OBSOneShot(batches={batches!r}): it is a number of training batches, from 1.")
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise ValueError(f"OBSOneShot(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
         asked.check("OBSOneShot")
         self.epoch = epoch
         self.solver: Solver = solver

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from lightning_prune.pruning.arguments import (
     Amount,
     MaxAmount,
     MinWidth,
+    Modules,
     amount_by_group,
     budget_by_group,
     check_arguments,
@@ -49,7 +50,7 @@ def prune_filters(
     scope: Scope = "layer",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Modules = (),
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     round_to: int = 1,
     min_width: MinWidth = 1,
@@ -66,39 +67,40 @@ def prune_filters(
     loads into a model of the original class by :func:`~lightning_prune.load_state_dict_`.
 
     Args:
-        model: The model; anything that runs on ``example_inputs`` in eval mode.
+        model: The model. Anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        amount: Fraction, in [0, 1), of the target that leaves; or, by pattern of module paths, of the channels that the
-            modules produce (what no pattern names stays whole).
-        criterion: ``"l1"``, ``"l2"``, ``"bn_scale"`` or ``"random"``; with ``batches`` ``"activation_mean"``,
-            ``"activation_std"``, ``"apoz"`` or ``"obs"`` (prunes first what its consumer layers can best compensate);
-            with ``batches`` and ``loss`` ``"taylor"``, ``"taylor_activations"``, ``"taylor_second_order"``,
-            ``"output_change"`` (needs no loss where the model takes batches as they are), ``"obd"`` or
-            ``"obd_hutchinson"``; or a function from a weight ``(out, ...)`` to scores ``(out,)``.
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
-            latency: of one call on the example inputs, in eval mode, measured on this machine and reached within 5 %
-            where single units weigh less.
-        scope: ``"layer"`` takes the same share of every layer; ``"global"`` compares scores across layers; those of
-            ``taylor``, ``taylor_second_order``, ``output_change``, ``obd`` and ``obs`` are losses, and for a target
-            other than filters they are divided by what the unit saves of it (of latency: by its multiply-adds).
-        batches: Batches of data, for criteria that look at activations or gradients and for ``repair``: a list or
-            loader that can be read once.
-        loss: A function of model and batch that returns the mean loss, for criteria that look at gradients.
-        ignore: Patterns of module paths whose channels stay.
-        optimizer: The optimizer or optimizers that train the model.
-        round_to: Widths after the cut, in channels (heads times their width), are multiples of this, rounded up.
-        min_width: Channels that stay of every layer at least; or by pattern of module paths, the largest that names a
-            layer.
-        max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
-            smallest that names a layer. Budgets of the whole model are made up for by other layers.
-        repair: Whether weights and biases that sum over pruned units are refitted to give on ``batches`` the outputs
-            that they gave with them. By default where ``criterion="obs"``, which assumes it: without it, "obs" prunes
-            worse than "random" can.
-        damping: With ``repair`` or ``"obs"``: share of the inputs' mean variance with which weights hold on to what
-            they were.
-        forward: With ``repair`` or ``"obs"``: calls the model on a batch and returns its outputs; by default as on
-            example inputs.
-        progress: Whether to show progress bars: of the batches, and of measuring where latency is the target.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
+            of module paths or by module, of the units that these produce. What no pattern names is kept whole.
+        criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
+            higher is kept longer. Of weights: ``l1``, ``l2``, ``bn_scale``, ``random``; with ``batches``:
+            ``activation_mean``, ``activation_std``, ``apoz``, ``obs`` (prunes first what its consumer layers can best
+            compensate) and ``output_change``; with ``batches`` and ``loss``: ``taylor``, ``taylor_activations``,
+            ``taylor_second_order``, ``obd``, ``obd_hutchinson``.
+        target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
+            of the whole model. Latency is that of one call on the example inputs, in eval mode, measured on this
+            machine and reached within 5 % where single units weigh less.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both. Scores that are losses (``taylor``, ``taylor_second_order``,
+            ``output_change``, ``obd``, ``obs``) are, for a target other than filters, divided by what the unit saves of
+            it (of latency: by its multiply-adds).
+        batches: Batches of data, a list or loader that can be read once. For criteria that look at activations or
+            gradients, and for ``repair``.
+        loss: A function of model and batch that returns the mean loss. For criteria that look at gradients.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        optimizer: The optimizer or optimizers that train the model; their state follows.
+        round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
+        min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
+            largest that names a layer.
+        max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
+            module, the smallest that names a layer. A target of the whole model is met by other layers.
+        repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
+            by default where ``criterion="obs"``. That criterion assumes it: without it, the outputs can move more than
+            if units were pruned at random.
+        damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian. For ``obs`` and
+            ``repair``.
+        forward: Calls the model on a batch and returns its outputs; by default as on example inputs. For ``obs`` and
+            ``repair``.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If an argument is out of range or missing, or a pattern names no module.
@@ -122,7 +124,9 @@ def prune_filters(
     where = "prune_filters"
     by_obs = criterion == "obs"
     repair = by_obs if repair is None else repair
-    check_arguments(where, amount, "l1" if by_obs else criterion, target, scope, round_to, min_width, max_amount)
+    check_arguments(
+        where, amount, "l1" if by_obs else criterion, target, scope, round_to, min_width, max_amount, ignore
+    )
     check_damping(where, damping, "inputs' mean variance")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
@@ -147,8 +151,8 @@ def prune_filters(
         example_inputs,
         structure,
         scores,
-        amount_by_group(structure, amount),
-        budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount)),
+        amount_by_group(model, structure, amount),
+        budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount)),
         flops=flops,
         adding_up=by_obs or adds_up(criterion),
         progress=progress,

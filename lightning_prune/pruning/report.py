@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery import AttributeChange, Constant, Kept
 
-__all__ = ["GroupWidth", "Repair", "Report"]
+__all__ = ["GroupWidth", "Repair", "Report", "WeightReport"]
 
 
 class GroupWidth(NamedTuple):
-    """The width of a channel group before and after pruning."""
+    """The units of a channel group, or the weights of a parameter, before and after pruning."""
 
     name: str
     before: int
@@ -76,3 +78,28 @@ class Report:
     scaled: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightReport:
+    """What pruning weights did; its fields mean what those of :class:`Report` do.
+
+    Attributes:
+        params_before: Parameters of the model before, without those that masks held at zero.
+        params_after: The same after.
+        groups: Name of every parameter that could be pruned, the number of its weights and of those that are kept.
+        kept: Name of each of them -> which weights are kept, as bool of its shape.
+        pinned: What is not prunable, and why.
+        asked: Share of all these weights that was to be zero; for amounts by pattern, of those that patterns name.
+        reached: The share that is zero.
+        details: What the method knows besides: of :func:`~lightning_prune.prune_obs` a fit for each layer.
+    """
+
+    params_before: int
+    params_after: int
+    groups: tuple[GroupWidth, ...]
+    kept: dict[str, Tensor]
+    pinned: tuple[Pinned, ...]
+    asked: float
+    reached: float
+    details: Any = None

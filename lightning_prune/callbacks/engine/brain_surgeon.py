@@ -25,7 +25,7 @@ class BrainSurgeon(WeightChoice):
 
     reads_batches = True
 
-    def __init__(self, asked: Asked, batches: int, recalibrate: bool) -> None:
+    def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
         self.asked = asked
         self.batches = batches
         self.recalibrate = recalibrate
@@ -54,12 +54,12 @@ class BrainSurgeon(WeightChoice):
         )
         with calibration_of(trainer, run.module, self.batches) as calibration:
             plan = plan_obs(run.module, calibration, asked)
-        self.fits = plan.report.layers
+        self.fits = plan.layers
         self._planned = trainer.strategy.broadcast(plan.tensors)
-        return plan.report.masks
+        return plan.masks
 
     def after_masking(self, run: Run, progress: float) -> None:
         """Write the weights that compensate for the others."""
         write_(run.module, self._planned)
         self._planned = {}
-        recalibrate_(run.trainer, run.module, self.batches if self.recalibrate else 0)
+        recalibrate_(run.trainer, run.module, self.recalibrate)

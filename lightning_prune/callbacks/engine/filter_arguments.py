@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_prune.callbacks.engine.step import Traced, check_traced
-from lightning_prune.pruning.arguments import MaxAmount, MinWidth, amount_by_group, check_arguments, with_ignored
+from lightning_prune.pruning.arguments import MaxAmount, MinWidth, amount_by_group, check_arguments, shown, with_ignored
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.structure import Structure
 
@@ -39,11 +39,17 @@ class FilterArguments:
             TypeError: If an argument is of a wrong kind.
         """
         check_arguments(
-            where, self.amount, "l1", self.target, self.scope, self.round_to, self.min_width, self.max_amount
+            where,
+            self.amount,
+            "l1",
+            self.target,
+            self.scope,
+            self.round_to,
+            self.min_width,
+            self.max_amount,
+            self.ignore,
         )
         check_traced(where, self.trace, self.example_inputs)
-        if isinstance(self.ignore, str):
-            raise TypeError(f"{where}(ignore={self.ignore!r}): pass a list of patterns, [{self.ignore!r}].")
         recalibrate = self.recalibrate
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise ValueError(f"{where}(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
@@ -56,13 +62,13 @@ class FilterArguments:
     @property
     def parts(self) -> dict[str, Any]:
         """The arguments that say which channels are pruned."""
-        named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
-        return {"amount": named, "ignore": list(self.ignore)}
+        named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
+        return {"amount": named, "ignore": list(map(shown, self.ignore))}
 
     def claims(self, pl_module: LightningModule, structure: Structure) -> set[str]:
         """Return the groups whose widths these arguments set."""
         structure = with_ignored(pl_module, structure, self.ignore)
-        amount = amount_by_group(structure, self.amount)
+        amount = amount_by_group(pl_module, structure, self.amount)
         if isinstance(amount, Mapping):
             return {name for name, share in amount.items() if share}
         return set(structure.groups)

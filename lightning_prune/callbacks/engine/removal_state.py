@@ -44,8 +44,8 @@ class Start:
             params=count_params(pl_module),
             flops=flops.total,
             layers=layer_costs(pl_module, flops),
-            amount=amount_by_group(structure, arguments.amount),
-            budget=budget_by_group(structure, arguments.budget),
+            amount=amount_by_group(pl_module, structure, arguments.amount),
+            budget=budget_by_group(pl_module, structure, arguments.budget),
             shapes=shapes_of(pl_module, structure) if arguments.target == "latency" else None,
         )
 

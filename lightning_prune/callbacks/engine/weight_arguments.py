@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_prune.pruning.arguments import shown
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -39,6 +40,6 @@ class WeightArguments:
     @property
     def parts(self) -> dict[str, Any]:
         """The arguments that say which weights are pruned."""
-        named = sorted(self.amount) if isinstance(self.amount, Mapping) else []
-        parameters = None if self.parameters is None else list(self.parameters)
-        return {"amount": named, "parameters": parameters, "ignore": list(self.ignore)}
+        named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
+        parameters = None if self.parameters is None else list(map(shown, self.parameters))
+        return {"amount": named, "parameters": parameters, "ignore": list(map(shown, self.ignore))}
