@@ -176,8 +176,10 @@ class Reads:
     def __init__(self, model: nn.Module, structure: Structure, found: list[Read]) -> None:
         self.model = model
         self.found = found
+        parameters = {name for name, _ in model.named_parameters()}
         self.own: dict[str, set[str]] = {
-            name: {slot.tensor for slot in group.slots} for name, group in structure.groups.items()
+            name: parameters.intersection(slot.tensor for slot in group.slots)
+            for name, group in structure.groups.items()
         }
         self._by_parameter: dict[str, list[Read]] = {}
         for read in found:

@@ -284,11 +284,13 @@ def contributions_of(found: Mapping[tuple[str, int], Tensor]) -> dict[str, list[
     Returns:
         Group name -> signed contributions, ``(N, width)``; more than one where examples cannot be matched.
     """
+    fewest = min((rows for _, rows in found), default=1)
     added = {}
     for name in dict.fromkeys(name for name, _ in found):
         seen = [rows for (group, _), rows in found.items() if group == name]
-        examples = min(map(len, seen))
-        if all(len(rows) % examples == 0 for rows in seen):  # windows of images, one image's after another's
+        # an image may be read in windows, one image's after another's, and other layers read it as a whole
+        examples = fewest if all(len(rows) % fewest == 0 for rows in seen) else min(map(len, seen))
+        if all(len(rows) % examples == 0 for rows in seen):
             seen = [torch.stack([rows.reshape(examples, -1, rows.shape[1]).sum(dim=1) for rows in seen]).sum(dim=0)]
         added[name] = seen
     return added
