@@ -21,7 +21,9 @@ from tests.runs import Net, fit, net, widths
 
 
 def pair():
-    return FilterL1Pruning(0.5, schedule=OneShot(1)), IterativeMagnitudePruning(0.5, schedule=OneShot(2))
+    return FilterL1Pruning(0.5, schedule=OneShot(1)), IterativeMagnitudePruning(
+        0.5, schedule=OneShot(2), scope="global"
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -138,7 +140,12 @@ def test_names_with_brackets_are_printed(name, capsys):
 def test_a_refused_run_with_several_callbacks_leaves_nothing():
     """A run that the first callback refuses ends with its error, though the others were never set up."""
     with pytest.raises(PruningError, match="max_epochs"):
-        fit(net(), FilterL1Pruning(0.5, schedule=OneShot(9)), IterativeMagnitudePruning(0.5), MetricGuard("x", 0.1))
+        fit(
+            net(),
+            FilterL1Pruning(0.5, schedule=OneShot(9)),
+            IterativeMagnitudePruning(0.5, scope="global"),
+            MetricGuard("x", 0.1),
+        )
 
 
 def test_callbacks_are_one_level_above_their_base():

@@ -101,7 +101,7 @@ class Expanded(Two):
 
 def test_units_are_scored_by_the_steps_of_what_reads_them():
     """With several optimizers, a unit's score is the mean over the steps of the optimizer that trains its readers."""
-    module, callback = net(Expanded), TaylorFilterPruning(0.5)
+    module, callback = net(Expanded), TaylorFilterPruning(0.5, scope="global")
     seen = watch_scores(callback)
     fit(module, callback, max_epochs=2)
     ((scores, _),) = seen

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune import PruningError, prune_filters, prune_obs
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning import filters
+from lightning_prune.pruning import plan
 from lightning_prune.pruning.exact import prune_exact
 from lightning_prune.pruning.fisher import prune_fisher
 
@@ -69,7 +69,7 @@ def shown(call, monkeypatch, terminal=True, **arguments):
 def test_long_calls_show_how_far_they_are(said, call, monkeypatch):
     """In a terminal a bar says what is done; whoever asks for none gets none."""
     torch.manual_seed(0)
-    monkeypatch.setattr(filters, "latency_kept", by_flops)
+    monkeypatch.setattr(plan, "latency_kept", by_flops)
     assert re.search(said, shown(call, monkeypatch))
     assert not shown(call, monkeypatch, progress=False).strip()
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shares", type=float, nargs="+", default=TENTHS, help="shares that leave (default: 0.1 0.2 ... 0.9)")
     add("--weights", action="store_true", help="zero single weights, layer by layer, instead of cutting channels")
     add(
-        "--criterion", choices=[*(name for name, criterion in CRITERIA.items() if not criterion.needs), "magnitude"],
+        "--criterion", choices=[*(name for name, make in CRITERIA.items() if not make().needs), "magnitude"],
         help="what says which leave first (default: l1; with --weights: magnitude, or random)",
     )  # fmt: skip
 
