@@ -1,6 +1,6 @@
-"""Trains a ResNet for CIFAR-10 while half of its FLOPs leave, guarded by its accuracy, and measures what that saves.
+"""Train a ResNet on CIFAR-10, prune half of its FLOPs with a guard on its accuracy, and measure the latency saved.
 
-python examples/cifar10.py                                             # made-up images, to see it run
+python examples/cifar10.py                                             # synthetic images, to try it
 python examples/cifar10.py --data cifar-10-binary.tar.gz --epochs 40   # the real ones, from www.cs.toronto.edu/~kriz
 """
 
@@ -44,7 +44,7 @@ def dataset(records: Tensor) -> TensorDataset:
 
 
 def made_up(count: int) -> TensorDataset:
-    """Draw stripes, of one direction and colour for each class, under noise."""
+    """Return images of noisy stripes, with one direction and colour per class."""
     labels = torch.arange(count) % 10
     angle, phase = labels * torch.pi / 10, 2 * torch.pi * torch.rand(count)
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
@@ -56,7 +56,7 @@ def made_up(count: int) -> TensorDataset:
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -112,9 +112,9 @@ class ResNet(pl.LightningModule):
 
 
 def main() -> None:
-    """Train, prune on the way, and measure the dense network beside the pruned one."""
+    """Train and prune, then compare the latency of the dense and the pruned network."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="cifar-10-binary.tar.gz; by default made-up images")
+    parser.add_argument("--data", type=Path, help="cifar-10-binary.tar.gz; by default synthetic images")
     parser.add_argument("--examples", type=int, default=2000, help="how many images to make up (default: 2000)")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--width", type=int, default=16)

@@ -1,6 +1,6 @@
-"""Trains a small network on scikit-learn's digits while half of its FLOPs leave, and shows what that cost and saved.
+"""Train a small network on scikit-learn's digits, prune half of its FLOPs, and compare it with the dense network.
 
-python examples/digits.py                        # everything set here
+python examples/digits.py                        # all settings are in this file
 python examples/digits_cli.py fit --config examples/digits.yaml   # the same run from YAML
 """
 
@@ -127,7 +127,7 @@ def latencies(nets: Sequence[nn.Module], images: Tensor, rounds: int = 40) -> li
 
 
 def compare(dense: DigitsNet, pruned: DigitsNet, accuracies: tuple[float, float]) -> Table:
-    """Set the pruned network beside the dense one."""
+    """Print the pruned and the dense network side by side."""
     nets = [dense.eval(), pruned.eval()]
     flops = [count_flops(net, ONE_IMAGE).total for net in nets]
     params = [sum(p.numel() for p in net.parameters()) for net in nets]

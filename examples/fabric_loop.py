@@ -1,4 +1,4 @@
-"""Trains on scikit-learn's digits with Lightning Fabric while filters leave: wrappers and optimizer follow.
+"""Train on scikit-learn's digits with Lightning Fabric and prune filters; wrappers and optimizer follow.
 
 python examples/fabric_loop.py
 """
@@ -18,7 +18,7 @@ from lightning_prune import Cubic, prune_filters
 
 
 def main() -> None:
-    """Train by Fabric, cut before some epochs, and say what is left."""
+    """Train with Fabric, prune before some epochs, and print what is kept."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Trains a small network on scikit-learn's digits, then zeroes most of its weights at once, by size and by surgery.
+"""Train a small network on scikit-learn's digits, then zero most of its weights at once, with and without compensation.
 
 python examples/one_shot.py
 """
@@ -38,7 +38,7 @@ class Perceptron(pl.LightningModule):
 
 
 def main() -> None:
-    """Train, prune, and set the accuracies side by side."""
+    """Train, prune, and print the accuracies side by side."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> None:
     for amount in (0.5, 0.7, 0.8, 0.9):
         small, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
         prune_weights(small, amount, scope="global")
-        # looks at inputs alone: no labels, no training
+        # reads inputs only: no labels, no training
         prune_obs(repaired, amount, scope="global", batches=[x[~test]], progress=False)
         table.add_row(f"{amount:.0%}", f"{accuracy(small):.1%}", f"{accuracy(repaired):.1%}")
     Console().print(table)

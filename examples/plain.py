@@ -1,4 +1,4 @@
-"""Trains on scikit-learn's digits in a plain PyTorch loop while filters leave; the optimizer's state follows.
+"""Train on scikit-learn's digits in a plain PyTorch loop and prune filters; the optimizer's state follows.
 
 python examples/plain.py
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_prune import prune_filters
 
-CUTS = {3: 0.3, 5: 0.5, 7: 0.65}  # epoch -> fraction of the first model's FLOPs that is gone from then on
+CUTS = {3: 0.3, 5: 0.5, 7: 0.65}  # epoch -> fraction of the dense model's FLOPs to remove before it
 
 
 def network() -> nn.Sequential:
@@ -27,7 +27,7 @@ def network() -> nn.Sequential:
 
 
 def main() -> None:
-    """Train, prune three times on the way, and print a line an epoch."""
+    """Train, prune three times, and print a line per epoch."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
         if epoch in CUTS:
             report = prune_filters(
                 model, x[:1],
-                amount=1 - (1 - CUTS[epoch]) / left,  # of what is there now
+                amount=1 - (1 - CUTS[epoch]) / left,  # relative to the model as it is now
                 target="flops", scope="global", criterion="taylor", batches=batches[:8], loss=loss, optimizer=optimizer,
             )  # fmt: skip
             left *= report.flops_after / report.flops_before

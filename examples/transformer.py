@@ -1,4 +1,4 @@
-"""Trains a small character transformer on the Zen of Python while attention heads and hidden units leave it.
+"""Train a small character transformer on the Zen of Python and prune its attention heads and hidden units.
 
 python examples/transformer.py
 """
@@ -31,7 +31,7 @@ def zen() -> str:
 
 
 class Block(nn.Module):
-    """Attention and a hidden layer beside a residual stream, written as most people write them."""
+    """A transformer block, written as most people write it."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class CharacterModel(pl.LightningModule):
-    """Foretells the next character."""
+    """Predicts the next character."""
 
     def __init__(self, characters: int, width: int = 48, num_heads: int = 6, blocks: int = 2) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class CharacterModel(pl.LightningModule):
 
 
 def main() -> None:
-    """Train, prune, and say what is left."""
+    """Train, prune, and print what is kept."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
@@ -96,7 +96,7 @@ def main() -> None:
         target="flops",
         scope="layer",
         schedule=FewUnits(units=40, every=len(data), start=2 * len(data)),
-        ignore=["embed", "place"],  # the residual stream stays as wide as it is
+        ignore=["embed", "place"],  # the residual stream keeps its width
     )
     trainer = pl.Trainer(
         max_epochs=options.epochs, callbacks=[pruning], logger=False, enable_checkpointing=False, accelerator="cpu",
