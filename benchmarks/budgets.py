@@ -42,7 +42,7 @@ def halve(name: str, scope: str, size: int) -> dict:
     """
     model, x = build(name), torch.zeros(1, 3, size, size)
     dense = fvcore(model, x)
-    prune_filters(model, x, AMOUNT, "l1", "flops", scope)
+    prune_filters(model, x, AMOUNT, criterion="l1", target="flops", scope=scope)
     left = fvcore(model, x)
     units = [unit / dense for unit in unit_costs(model, x)]
     return {

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy, fit
-from lightning_prune import count_flops, prune_filters, prune_filters_obs
+from lightning_prune import count_flops, prune_filters
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 SCORED = 1024  # training images that criteria look at
@@ -75,9 +75,29 @@ def ours(dense: nn.Module, method: Method, batches: Sequence[Batch]) -> nn.Modul
     criterion, repaired = method.criterion.removesuffix(", repaired"), method.criterion.endswith(", repaired")
     if repaired:
         images = [images for images, _ in batches]
-        prune_filters_obs(model, ONE_IMAGE, images, 0.5, criterion, "flops", method.scope, ignore=ignore)
+        prune_filters(
+            model,
+            ONE_IMAGE,
+            0.5,
+            criterion=criterion,
+            target="flops",
+            scope=method.scope,
+            batches=images,
+            ignore=ignore,
+            repair=True,
+        )
     else:
-        prune_filters(model, ONE_IMAGE, 0.5, criterion, "flops", method.scope, ignore, batches=batches, loss=loss)
+        prune_filters(
+            model,
+            ONE_IMAGE,
+            0.5,
+            criterion=criterion,
+            target="flops",
+            scope=method.scope,
+            ignore=ignore,
+            batches=batches,
+            loss=loss,
+        )
     return model
 
 

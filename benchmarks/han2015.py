@@ -67,8 +67,10 @@ def pruning(amount: float | dict[str, float], steps: int) -> IterativeMagnitudeP
     """Twenty cuts in the first half of the training, ever smaller ones."""
     schedule = Cubic(start=0, end=steps // 2, every=max(1, steps // 40), by="steps")
     if isinstance(amount, dict):
-        return IterativeMagnitudePruning({f"net.{name}": a for name, a in amount.items()}, "layer", schedule)
-    return IterativeMagnitudePruning(amount, "global", schedule)
+        return IterativeMagnitudePruning(
+            {f"net.{name}": a for name, a in amount.items()}, scope="layer", schedule=schedule
+        )
+    return IterativeMagnitudePruning(amount, scope="global", schedule=schedule)
 
 
 def arms(name: str, compressions: Iterable[float]) -> dict[str, float | dict[str, float] | None]:

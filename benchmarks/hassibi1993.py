@@ -108,18 +108,18 @@ def prune(model: nn.Module, problem: Problem, method: str, mend: Callable[[nn.Mo
     count = sum(p.numel() for p in model.parameters())
     good = partial(_solves, problem)
     while True:
-        report = prune_exact(model, [problem.train], F.mse_loss, method=method, masks=masks, accept=good)
-        masks = report.masks
-        if mend is None or not report.left:
-            return report.left
+        report = prune_exact(model, batches=[problem.train], loss=F.mse_loss, method=method, masks=masks, accept=good)
+        masks = report.kept
+        if mend is None or not report.params_after:
+            return report.params_after
         tried = copy.deepcopy(model)
-        gone = (count - report.left + 1) / count
-        further = prune_exact(tried, [problem.train], F.mse_loss, amount=gone, method=method, masks=masks)
-        mend(tried, further.masks)
+        gone = (count - report.params_after + 1) / count
+        further = prune_exact(tried, batches=[problem.train], loss=F.mse_loss, amount=gone, method=method, masks=masks)
+        mend(tried, further.kept)
         if not good(tried):
-            return report.left
+            return report.params_after
         model.load_state_dict(tried.state_dict())
-        masks = further.masks
+        masks = further.kept
 
 
 def fewest_by_force(model: nn.Module, problem: Problem) -> int:

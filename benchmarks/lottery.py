@@ -95,8 +95,8 @@ def tickets(seed: int, train: Batches, tests: Batches, epochs: int) -> tuple[dic
     last, steps = max(ROUNDS), epochs * len(train)
     curves, keep = Curves(tests, steps), Keep(steps)
     rounds = IterativeMagnitudePruning(
-        {layer: 1 - survives**last for layer, survives in LAYERS.items()}, "layer",
-        Geometric(start=epochs, end=last * epochs, every=epochs), rewind_to=0,
+        {layer: 1 - survives**last for layer, survives in LAYERS.items()}, scope="layer",
+        schedule=Geometric(start=epochs, end=last * epochs, every=epochs), rewind_to=0,
     )  # fmt: skip
     fit(Adam(lenet_300_100()), train, epochs * (last + 1), [rounds, curves, keep])
     return {ROUNDS[n]: curves.rounds[n] for n in ROUNDS}, keep.masks
@@ -108,7 +108,7 @@ def reinitialized(seed: int, masks: dict[str, Tensor], train: Batches, tests: Ba
     module = Adam(lenet_300_100())
     apply_masks_(module, masks)
     curves = Curves(tests, epochs * len(train))
-    fit(module, train, epochs, [IterativeMagnitudePruning(0.0), curves])
+    fit(module, train, epochs, [IterativeMagnitudePruning(0.0, scope="global"), curves])
     return curves.rounds[0]
 
 

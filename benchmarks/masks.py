@@ -54,7 +54,7 @@ def weights_of(net: nn.Module) -> list[tuple[nn.Module, str]]:
 
 KINDS: dict[str, Callable[[nn.Module], list[Callback]]] = {
     "bare": lambda net: [],
-    "ours": lambda net: [IterativeMagnitudePruning(0.5, schedule=OneShot(1))],
+    "ours": lambda net: [IterativeMagnitudePruning(0.5, schedule=OneShot(1), scope="global")],
     "bare, again": lambda net: [],
     "ModelPruning": lambda net: [
         ModelPruning(
@@ -99,7 +99,7 @@ class Clock(Callback):
         found |= {t.data_ptr(): t.nbytes for t in (*pl_module.parameters(), *pl_module.buffers())}
         for callback in trainer.callbacks:
             if isinstance(callback, IterativeMagnitudePruning):
-                found |= {mask.data_ptr(): mask.nbytes for mask in callback._in_run.masks._masks.values()}
+                found |= {mask.data_ptr(): mask.nbytes for mask in callback.member.strategy.own.masks._masks.values()}
         self.bytes = sum(found.values())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy
-from lightning_prune import prune_filters, prune_filters_obs, prune_obs, prune_weights
+from lightning_prune import prune_filters, prune_obs, prune_weights
 from lightning_prune.algorithms.solvers import SOLVERS, damped, rise
 from lightning_prune.algorithms.solvers.blocked import factor
 from lightning_prune.measure.calibration import Calibration
@@ -43,7 +43,7 @@ def weights(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     model, calibration, test = _trained(arguments)
     note("dense", 0.0, accuracy=accuracy(model, test))
     ways: dict[str, Callable[[nn.Module, float], Any]] = {
-        "magnitude, one threshold": lambda m, amount: prune_weights(m, amount),
+        "magnitude, one threshold": lambda m, amount: prune_weights(m, amount, scope="global"),
         "magnitude, by layer": lambda m, amount: prune_weights(m, amount, scope="layer"),
     }
     for solver in arguments.solvers:
@@ -65,7 +65,7 @@ def weights(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
 def _by_surgery(
     batches: list[Tensor], solver: str, scope: str, sequential: bool, model: nn.Module, amount: float
 ) -> None:
-    prune_obs(model, batches, amount, solver=solver, scope=scope, sequential=sequential)
+    prune_obs(model, batches=batches, amount=amount, solver=solver, scope=scope, sequential=sequential)
 
 
 def filters(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
@@ -74,14 +74,16 @@ def filters(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     note("dense", 0.0, accuracy=accuracy(model, test))
     one = calibration[0][:1]
     ways: dict[str, Callable[[nn.Module, float], Any]] = {
-        "l1, by layer, as cut": lambda m, amount: prune_filters(m, one, amount, "l1", "flops"),
-        "l1, by layer, repaired": lambda m, amount: prune_filters_obs(
-            m, one, calibration, amount, "l1", "flops", "layer"
+        "l1, by layer, as cut": lambda m, amount: prune_filters(m, one, amount, criterion="l1", target="flops"),
+        "l1, by layer, repaired": lambda m, amount: prune_filters(
+            m, one, amount, target="flops", batches=calibration, repair=True
         ),
-        "obs, by layer, repaired": lambda m, amount: prune_filters_obs(
-            m, one, calibration, amount, "obs", "flops", "layer"
+        "obs, by layer, repaired": lambda m, amount: prune_filters(
+            m, one, amount, criterion="obs", target="flops", batches=calibration
         ),
-        "obs, split, repaired": lambda m, amount: prune_filters_obs(m, one, calibration, amount, "obs", "flops"),
+        "obs, split, repaired": lambda m, amount: prune_filters(
+            m, one, amount, criterion="obs", target="flops", scope="global", batches=calibration
+        ),
     }
     for amount in arguments.amounts:
         for name, prune in ways.items():

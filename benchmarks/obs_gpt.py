@@ -118,12 +118,20 @@ def main() -> None:
     ways: dict[str, Callable[[nn.Module, float | None, str | None], object]] = {
         "magnitude, by layer": lambda m, a, p: prune_weights(m, a, scope="layer", ignore=["head"], pattern=p),
         "magnitude x activation": lambda m, a, p: by_magnitude_and_activation(m, calibration, "head", p),
-        "blocked, by layer": lambda m, a, p: prune_obs(m, calibration, a, "blocked", "layer", p, ignore=["head"]),
-        "exact, by layer": lambda m, a, p: prune_obs(m, calibration, a, "exact", "layer", p, ignore=["head"]),
-        "admm, by layer": lambda m, a, p: prune_obs(m, calibration, a, "admm", "layer", p, ignore=["head"]),
-        "admm, split": lambda m, a, p: prune_obs(m, calibration, a, "admm", "global", p, ignore=["head"]),
+        "blocked, by layer": lambda m, a, p: prune_obs(
+            m, batches=calibration, amount=a, solver="blocked", scope="layer", pattern=p, ignore=["head"]
+        ),
+        "exact, by layer": lambda m, a, p: prune_obs(
+            m, batches=calibration, amount=a, solver="exact", scope="layer", pattern=p, ignore=["head"]
+        ),
+        "admm, by layer": lambda m, a, p: prune_obs(
+            m, batches=calibration, amount=a, solver="admm", scope="layer", pattern=p, ignore=["head"]
+        ),
+        "admm, split": lambda m, a, p: prune_obs(
+            m, batches=calibration, amount=a, solver="admm", scope="global", pattern=p, ignore=["head"]
+        ),
         "admm, by layer, sequential": lambda m, a, p: prune_obs(
-            m, calibration, a, "admm", "layer", p, sequential=True, ignore=["head"]
+            m, batches=calibration, amount=a, solver="admm", scope="layer", pattern=p, sequential=True, ignore=["head"]
         ),
     }
     for told, (amount, pattern) in asked.items():

@@ -41,7 +41,7 @@ def by_magnitude(scope: str) -> Prune:
 def by_surgery(solver: str, scope: str, sequential: bool = False) -> Prune:
     """Zero weights by second-order surgery, layer by layer."""
     return lambda net, batches, amount: prune_obs(
-        net, batches, amount, solver, scope, sequential=sequential, progress=False
+        net, batches=batches, amount=amount, solver=solver, scope=scope, sequential=sequential, progress=False
     )
 
 
@@ -58,7 +58,7 @@ WAYS: dict[str, Prune] = {
 def retrained(net: nn.Module, batches: Batches, lr: float) -> nn.Module:
     """Train on, what is zero staying zero."""
     net = copy.deepcopy(net)
-    train(net, batches, PASSES, lr, [IterativeMagnitudePruning(0.0)])
+    train(net, batches, PASSES, lr, [IterativeMagnitudePruning(0.0, scope="global")])
     return net
 
 

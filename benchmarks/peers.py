@@ -81,7 +81,7 @@ def tools() -> dict[str, Callable[[], Callback]]:
     """Return what can be compared here."""
     found: dict[str, Callable[[], Callback]] = {
         "FilterL1Pruning": lambda: FilterL1Pruning(0.5, target="flops", schedule=OneShot(CUT_AT)),
-        "IterativeMagnitudePruning": lambda: IterativeMagnitudePruning(0.5, schedule=OneShot(CUT_AT)),
+        "IterativeMagnitudePruning": lambda: IterativeMagnitudePruning(0.5, schedule=OneShot(CUT_AT), scope="global"),
         "ModelPruning": lambda: ModelPruning("l1_unstructured", amount=0.5),
     }
     if importlib.util.find_spec("torch_pruning"):

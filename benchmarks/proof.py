@@ -34,9 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune import PruningError
-from lightning_prune.measure.footprint import Footprint
-from lightning_prune.pruning.budget import Budget, Dense
-from lightning_prune.pruning.filters import count_params, prepare
+from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.surgery import AttributeChange, Cut, Disproof, find_groups, held_number, verify
 from lightning_prune.surgery.attributes import set_attributes_
 from tests import models, sequences
@@ -583,18 +581,14 @@ def tried(subject: Subject, setting: str, seed: int) -> list[dict[str, Any]]:
         scores = {
             name: torch.tensor([r.random() for _ in range(group.width)]) for name, group in structure.groups.items()
         }
-        widths = {name: group.width for name, group in structure.groups.items()}
-        prepared = prepare(
-            model, subject.example, structure, scores, r.choice((0.3, 0.5)), Budget(),
-            dense=Dense(widths, Footprint(count_params(model), 0)), flops=0,
-        )  # fmt: skip
+        plan = plan_filters(model, subject.example, structure, scores, r.choice((0.3, 0.5)))
     except PruningError:
         return []
     except Exception as failure:
         why = f"pruning raised {type(failure).__name__}: {failure}"
         return [row(setting, subject, Planted("the cut itself", "", Cut({}, {}, {}, ())), why, False)]
     # Errors are planted in cuts as they are verified first: without what compensates numbers made from widths.
-    structure, cut = prepared.structure, replace(prepared.cut, scales={})
+    structure, cut = plan.structure, replace(plan.cut, scales={})
     if not cut.kept:
         return []
     reference = Reference(subject, model, cut)

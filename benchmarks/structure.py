@@ -35,7 +35,7 @@ with contextlib.suppress(ImportError):  # where torchvision was built for anothe
 
 from lightning_prune.measure.flops import count_flops
 from lightning_prune.measure.footprint import Footprint, measure
-from lightning_prune.pruning.budget import Budget, Dense, plan
+from lightning_prune.pruning.budget import Budget, Dense, select_units
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.surgery import Disproof, cut_, draft, find_groups, verify
 
@@ -85,7 +85,7 @@ def ours(model: nn.Module, x: Tensor) -> dict[str, float]:
         structure = find_groups(model, x)
     with timed(seconds, "plan"):
         widths = {name: group.width for name, group in structure.groups.items()}
-        keep = plan(
+        keep = select_units(
             structure, score_units(model, structure, "l1"), AMOUNT, Budget(),
             dense=Dense(widths, Footprint(0, 0)), footprint=partial(measure, model, structure),
         )  # fmt: skip

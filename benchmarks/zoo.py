@@ -47,7 +47,8 @@ from benchmarks.zoos import ZOOS, Inputs
 from lightning_prune.measure.flops import count_flops
 from lightning_prune.model.calls import run, tensors_in
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.filters import count_params, prune_filters
+from lightning_prune.pruning.filters import prune_filters
+from lightning_prune.pruning.plan import count_params
 from lightning_prune.surgery import find_groups
 
 HERE = Path(__file__).parent
@@ -82,7 +83,7 @@ def ours(model: nn.Module, inputs: Inputs) -> Found:
         counting += time.process_time() - start
         return found
 
-    with mock.patch("lightning_prune.pruning.filters.count_flops", counted):
+    with mock.patch("lightning_prune.pruning.plan.count_flops", counted):
         start = time.process_time()
         report = prune_filters(model, inputs, AMOUNT)
         seconds = time.process_time() - start - counting

@@ -61,8 +61,9 @@ def main() -> None:
     table = Table("weights zeroed", "by magnitude", "by second-order surgery", title=f"dense: {accuracy(dense):.1%}")
     for amount in (0.5, 0.7, 0.8, 0.9):
         small, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
-        prune_weights(small, amount)
-        prune_obs(repaired, [x[~test]], amount, progress=False)  # looks at inputs alone: no labels, no training
+        prune_weights(small, amount, scope="global")
+        # looks at inputs alone: no labels, no training
+        prune_obs(repaired, amount, scope="global", batches=[x[~test]], progress=False)
         table.add_row(f"{amount:.0%}", f"{accuracy(small):.1%}", f"{accuracy(repaired):.1%}")
     Console().print(table)
 

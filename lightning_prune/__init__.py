@@ -19,12 +19,12 @@ from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_we
 from lightning_prune.measure.flops import count_flops
 from lightning_prune.model.batch_norm import recalibrate_batch_norm
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.exact import SurgeonReport, prune_exact
-from lightning_prune.pruning.filters import Report, prune_filters
-from lightning_prune.pruning.filters_obs import RepairReport, prune_filters_obs
-from lightning_prune.pruning.fisher import FisherReport, prune_fisher
-from lightning_prune.pruning.obs import ObsReport, prune_obs
-from lightning_prune.pruning.weights import WeightReport, prune_weights
+from lightning_prune.pruning.exact import prune_exact
+from lightning_prune.pruning.filters import prune_filters
+from lightning_prune.pruning.fisher import prune_fisher
+from lightning_prune.pruning.obs import prune_obs
+from lightning_prune.pruning.report import Report, WeightReport
+from lightning_prune.pruning.weights import prune_weights
 from lightning_prune.reports import History
 from lightning_prune.structure import coupling_rule
 from lightning_prune.surgery.masks import apply_masks_, hold_masks, masks_on
@@ -36,7 +36,6 @@ __all__ = [
     "FewUnits",
     "FilterL1Pruning",
     "FilterPruning",
-    "FisherReport",
     "Geometric",
     "History",
     "IterativeMagnitudePruning",
@@ -44,16 +43,13 @@ __all__ = [
     "Linear",
     "MetricGuard",
     "OBSOneShot",
-    "ObsReport",
     "OneCycle",
     "OneShot",
     "Prunable",
     "PruningError",
-    "RepairReport",
     "Report",
     "Schedule",
     "Sensitivity",
-    "SurgeonReport",
     "TaylorFilterPruning",
     "WeightReport",
     "apply_masks_",
@@ -69,7 +65,6 @@ __all__ = [
     "masks_on",
     "prune_exact",
     "prune_filters",
-    "prune_filters_obs",
     "prune_fisher",
     "prune_obs",
     "prune_weights",

@@ -1,5 +1,7 @@
 """Zeros of the networks of :mod:`tests.runs`: how many there are, counted wherever somebody may look."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
@@ -16,8 +18,13 @@ SIZES = {"first.weight": 144, "second.weight": 432, "hidden.weight": 60, "head.w
 TOTAL = sum(SIZES.values())
 
 
+def gone_of(share, size=TOTAL):
+    """As many weights as are at least the share."""
+    return math.ceil(share * size - 1e-9)
+
+
 def pruning(**arguments):
-    return IterativeMagnitudePruning(**{"amount": 0.8, "schedule": Linear(0, 1), **arguments})
+    return IterativeMagnitudePruning(**{"amount": 0.8, "scope": "global", "schedule": Linear(0, 1), **arguments})
 
 
 def zeros(module):

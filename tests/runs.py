@@ -187,3 +187,16 @@ def assert_agrees_with_shapes(module: nn.Module) -> None:
             assert part.num_features == len(part.weight) == len(part.running_mean)
         if isinstance(part, nn.LayerNorm):
             assert tuple(part.normalized_shape) == tuple(part.weight.shape)
+
+
+def watch_scores(callback) -> list[tuple[dict, dict]]:
+    """Return a list that fills with the scores of every pruning step, and with what was gathered for them."""
+    gathering, seen = callback.member.strategy.gathering, []
+    compute = gathering.scores
+
+    def scores(*args):
+        seen.append((compute(*args), gathering.gathered()))
+        return seen[-1][0]
+
+    gathering.scores = scores
+    return seen

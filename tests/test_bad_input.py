@@ -61,7 +61,7 @@ def assert_refused(error, match, inputs=IMAGE, model=None, **arguments):
 @pytest.mark.parametrize(
     "amount, match",
     [
-        (30, r"amount=30.*must lie in \[0, 1\)\. Write 0\.3 to remove 30 %"),
+        (30, r"amount=30.*must lie in .* Write 0\.3 to remove 30 %"),
         (1, r"amount=1\).*must lie in \[0, 1\)"),
         (1.0, r"amount=1\.0\).*must lie in \[0, 1\)"),
         (-0.1, r"amount=-0\.1\).*must lie in \[0, 1\)"),
@@ -91,7 +91,6 @@ def test_amounts_of_other_types_are_refused(amount):
         ({"round_to": 0}, r"round_to=0\)"),
         ({"round_to": 2.0}, r"round_to=2\.0\)"),
         ({"amount": {"0": 0.5}, "target": "flops"}, "amounts by pattern are fractions of each layer's filters"),
-        ({"amount": {"0": 0.5}, "scope": "global"}, "amounts by pattern are fractions of each layer's filters"),
     ],
     ids=str,
 )

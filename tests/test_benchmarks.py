@@ -81,7 +81,7 @@ def test_lenets_are_those_of_han(make, name, weights, kept):
     """LeNet-300-100 has 267K and LeNet-5 431K weights, of which the paper's rates leave 22K and 36K."""
     net = make()
     assert sum(p.numel() for p in net.parameters() if p.dim() > 1) == weights
-    prune_weights(net, {layer: 1 - share for layer, share in KEPT[name].items()})
+    prune_weights(net, {layer: 1 - share for layer, share in KEPT[name].items()}, scope="global")
     assert left(net) == pytest.approx(kept / weights, rel=1e-4)
 
 

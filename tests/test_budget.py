@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune import PruningError, count_flops, prune_filters
 from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
-from lightning_prune.pruning.budget import Budget, Dense, per_saving, plan
+from lightning_prune.pruning.budget import Budget, Dense, per_saving, select_units
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.structure import find_structure, trace
 from tests.architectures import INPUTS, architectures, build
@@ -25,7 +25,7 @@ DENSE = Dense({"0": 8, "2": 12}, measure(MODEL, STRUCTURE, {}))
 
 
 def planned(amount, target="filters", scope="layer", round_to=1, scores=SCORES, dense=DENSE, **limits):
-    return plan(
+    return select_units(
         STRUCTURE, scores, amount, Budget(target, scope, round_to, **limits), dense=dense,
         footprint=lambda keep: measure(MODEL, STRUCTURE, keep),
     )  # fmt: skip
@@ -193,9 +193,9 @@ def test_plans_are_those_of_one_unit_after_another(stages, amount, target, scope
     tensors = {name: torch.from_numpy(score) for name, score in scores.items()}
     if expected is None:
         with pytest.raises(PruningError, match="cannot go"):
-            plan(structure, tensors, amount, Budget(target, scope, **limits), **arguments)
+            select_units(structure, tensors, amount, Budget(target, scope, **limits), **arguments)
     else:
-        keep = plan(structure, tensors, amount, Budget(target, scope, **limits), **arguments)
+        keep = select_units(structure, tensors, amount, Budget(target, scope, **limits), **arguments)
         assert {name: stays.tolist() for name, stays in keep.items()} == {
             name: stays.tolist() for name, stays in expected.items()
         }
@@ -229,7 +229,7 @@ def test_what_is_counted_after_the_cut_is_within_the_budget(stages, amount, targ
     """What is counted anew on the slim model keeps the budget that was planned from the groups."""
     model = build(stages)
     try:
-        report = prune_filters(model, INPUTS, amount, "random", target, "global")
+        report = prune_filters(model, INPUTS, amount, criterion="random", target=target, scope="global")
     except PruningError:  # beyond what can go: see above
         return
     counted = {"params": sum(p.numel() for p in model.parameters()), "flops": count_flops(model, INPUTS).total}
@@ -292,7 +292,7 @@ def test_losses_are_weighed_by_what_they_save(criterion):
     expected = one_by_one(
         structure, scores, 0.6 * cost({}), cost, "global", {"round_to": 1, "min_width": 1, "max_amount": 1}
     )
-    report = prune_filters(model, image, 0.4, criterion, "flops", "global", **data)
+    report = prune_filters(model, image, 0.4, criterion=criterion, target="flops", scope="global", **data)
     kept = {"0": report.kept["0.weight"][0], "2": report.kept["2.weight"][0]}
     assert {name: list(units) for name, units in kept.items()} == {
         name: stays.nonzero()[0].tolist() for name, stays in expected.items()

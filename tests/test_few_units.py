@@ -63,7 +63,7 @@ def test_a_few_units_at_a_time(kind, scope):
 def test_towards_a_budget(target):
     """Towards a budget of the whole model, too, few leave at once, and the budget is reached in the end."""
     steps = Steps()
-    made = fit(net(), FilterL1Pruning(0.5, target, "global", schedule=FewUnits(units=2, every=1)), steps)
+    made = fit(net(), FilterL1Pruning(0.5, target=target, scope="global", schedule=FewUnits(units=2, every=1)), steps)
     left = list(steps.units.values())
     assert all(before - after <= 2 for before, after in zip([24, *left], left, strict=False))
     assert made.callback_metrics[f"prune/{target}_kept"] <= 0.5

@@ -16,7 +16,7 @@ from lightning_prune import (
     OneShot,
     PruningError,
     TaylorFilterPruning,
-    prune_filters_obs,
+    prune_filters,
 )  # fmt: skip
 from tests.runs import (
     IMAGE,
@@ -104,7 +104,7 @@ MOMENTS = {
 def test_activations_of_the_training_steps(criterion, accumulate):
     """Criteria of activations look at every forward pass of the training, and at nothing else: no validation."""
     module, look = net(Noted), Look(1)
-    fit(module, FilterPruning(0.5, criterion), look, val=True, num_sanity_val_steps=2,
+    fit(module, FilterPruning(0.5, criterion=criterion), look, val=True, num_sanity_val_steps=2,
         accumulate_grad_batches=accumulate)  # fmt: skip
     expected = {name: highest(MOMENTS[criterion](torch.cat(seen, dim=1))) for name, seen in module.seen.items()}
     assert left(module, look) == {name: expected[name] for name in ("second", "hidden")}
@@ -129,7 +129,7 @@ def test_second_derivatives_of_training_batches():
     before = {name: getattr(module, name).bias.detach().clone() for name in ("second", "hidden")}
     module.train()
     look = Look(0)
-    fit(module, FilterPruning(0.5, "obd", batches=2), look, max_epochs=1)
+    fit(module, FilterPruning(0.5, criterion="obd", batches=2), look, max_epochs=1)
     module.before = before
     assert left(module, look) == {"second": highest(scores[1]), "hidden": highest(scores[0])}
 
@@ -152,7 +152,7 @@ class Measured(Net):
 def test_looking_at_losses_does_not_count(criterion):
     """Steps taken to look at their loss log nothing, count in no metric and draw nothing from the training."""
     seen = []
-    for callbacks in ((), (FilterPruning(0.0, criterion, schedule=Linear(1, 2)),)):
+    for callbacks in ((), (FilterPruning(0.0, criterion=criterion, schedule=Linear(1, 2)),)):
         module = net(Measured)
         made = fit(module, *callbacks, max_epochs=3)
         values = {name: float(v) for name, v in made.callback_metrics.items() if not name.startswith("prune/")}
@@ -165,9 +165,12 @@ def test_looking_at_losses_does_not_count(criterion):
 def test_named_criteria_are_the_callbacks_of_their_names():
     """l1 and taylor prune what FilterL1Pruning and TaylorFilterPruning prune."""
     for one, other in (
-        (FilterPruning(0.5, "l1", target="flops"), FilterL1Pruning(0.5, target="flops")),
-        (FilterPruning(0.5, "taylor", scope="global"), TaylorFilterPruning(0.5)),
-        (FilterPruning(0.5, "taylor_activations", scope="global"), TaylorFilterPruning(0.5, form="activations")),
+        (FilterPruning(0.5, criterion="l1", target="flops"), FilterL1Pruning(0.5, target="flops")),
+        (FilterPruning(0.5, criterion="taylor", scope="global"), TaylorFilterPruning(0.5, scope="global")),
+        (
+            FilterPruning(0.5, criterion="taylor_activations", scope="global"),
+            TaylorFilterPruning(0.5, form="activations", scope="global"),
+        ),
     ):
         modules = [net(), net()]
         for module, callback in zip(modules, (one, other), strict=True):
@@ -180,28 +183,30 @@ def test_norms_and_chance():
     module = net(Known, lr=0.0)
     torch.nn.init.uniform_(module.norm.weight)
     before = weights(module)
-    fit(module, FilterPruning(0.5, "l2"), max_epochs=1)
+    fit(module, FilterPruning(0.5, criterion="l2"), max_epochs=1)
     assert torch.equal(
         module.second.bias, before["second.bias"][highest(before["second.weight"].square().flatten(1).sum(1))]
     )
     module = net(Known, lr=0.0)
     module.load_state_dict(before)
-    fit(module, FilterPruning(0.5, "bn_scale", ignore=["second", "hidden"]), max_epochs=1)
+    fit(module, FilterPruning(0.5, criterion="bn_scale", ignore=["second", "hidden"]), max_epochs=1)
     assert torch.equal(module.norm.weight, before["norm.weight"][highest(before["norm.weight"])])
     one, two = net(), net()
     for module in (one, two):
-        fit(module, FilterPruning(0.5, "random"))
+        fit(module, FilterPruning(0.5, criterion="random"))
     assert_same_weights(one, weights(two))
 
 
 @pytest.mark.parametrize("criterion, scope", [("obs", "global"), ("l1", "layer")])
 def test_what_reads_the_units_makes_up_for_them(criterion, scope):
-    """With repair, a run leaves the network that prune_filters_obs makes of the first training batches."""
+    """With repair, a run leaves the network that prune_filters makes of the first training batches."""
     module = net(Known, lr=0.0)
     twin = copy.deepcopy(module)
     seen = [x for x, _ in list(batches())[:3]]
-    report = prune_filters_obs(twin, IMAGE, seen, 0.4, criterion, "flops", scope)
-    callback = FilterPruning(0.4, criterion, "flops", scope, batches=3, repair=True)
+    report = prune_filters(
+        twin, IMAGE, 0.4, criterion=criterion, target="flops", scope=scope, batches=seen, repair=True
+    )
+    callback = FilterPruning(0.4, criterion=criterion, target="flops", scope=scope, batches=3, repair=True)
     fit(module, callback, max_epochs=1)
     assert widths(module) != WIDTHS
     assert callback.repairs == report.repairs
@@ -215,7 +220,7 @@ def test_a_criterion_of_ones_own(criterion):
     """A function of a weight is a criterion, given as such or by its import path."""
     module = net(Known, lr=0.0)
     before = weights(module)
-    fit(module, FilterPruning(0.5, criterion), max_epochs=1)
+    fit(module, FilterPruning(0.5, criterion=criterion), max_epochs=1)
     assert torch.equal(module.second.bias, before["second.bias"][highest(largest_weight(before["second.weight"]))])
 
 
@@ -250,7 +255,7 @@ class Silent(Net):
 def test_a_step_without_a_loss_is_named():
     """Criteria of the loss need a training step that returns one."""
     with pytest.raises(PruningError, match="Silent.training_step returned None"):
-        fit(net(Silent), FilterPruning(0.5, "obd"))
+        fit(net(Silent), FilterPruning(0.5, criterion="obd"))
 
 
 class Numbers(Net):
@@ -264,7 +269,7 @@ def test_a_training_step_names_its_arguments_as_it_likes():
     """Criteria of the loss call the training step with what Lightning calls it with, whatever its arguments' names."""
     usual, own = net(dropout=0.0), net(Numbers, dropout=0.0)
     for model in (usual, own):
-        fit(model, FilterPruning(0.5, "obd"))
+        fit(model, FilterPruning(0.5, criterion="obd"))
     assert_same_weights(own, weights(usual))
 
 
@@ -273,7 +278,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(criterion, tmp_path
     """What was gathered goes on after a resume, and what is read anew is the same."""
 
     def pruning():
-        return FilterPruning(0.5, criterion, schedule=Linear(2, 4, every=2), batches=2)
+        return FilterPruning(0.5, criterion=criterion, schedule=Linear(2, 4, every=2), batches=2)
 
     saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
     whole = net(dropout=0.0)
@@ -288,5 +293,5 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(criterion, tmp_path
 def test_gathering_leaves_nothing_on_the_model():
     """The hooks that watch activations are gone with the last cut."""
     module = net()
-    fit(module, FilterPruning(0.5, "apoz"))
+    fit(module, FilterPruning(0.5, criterion="apoz"))
     assert not any(part._forward_pre_hooks for part in module.modules())

@@ -31,14 +31,18 @@ lp.prune_filters(SLIM, X, 0.5, progress=False)
 CALLS = {
     "filters": lambda model, x: lp.prune_filters(model, x, 0.5, progress=False),
     "filters by gradients": lambda model, x: lp.prune_filters(
-        model, x, 0.5, "taylor", batches=[x], loss=loss, progress=False
+        model, x, 0.5, criterion="taylor", batches=[x], loss=loss, progress=False
     ),
-    "filters and repair": lambda model, x: lp.prune_filters_obs(model, x, [x], 0.5, progress=False),
-    "weights": lambda model, x: lp.prune_weights(model, 0.5),
-    "weights by second order": lambda model, x: lp.prune_obs(model, [x], 0.5, progress=False),
-    "weights by Fisher": lambda model, x: lp.prune_fisher(model, [x], loss, 0.5, progress=False),
+    "filters and repair": lambda model, x: lp.prune_filters(
+        model, x, 0.5, criterion="obs", batches=[x], progress=False
+    ),
+    "weights": lambda model, x: lp.prune_weights(model, 0.5, scope="global"),
+    "weights by second order": lambda model, x: lp.prune_obs(
+        model, batches=[x], amount=0.5, progress=False, scope="global"
+    ),
+    "weights by Fisher": lambda model, x: lp.prune_fisher(model, batches=[x], loss=loss, amount=0.5, progress=False),
     "weights one by one": lambda model, x: lp.prune_exact(
-        model, [(x, x[:, :3].clone())], F.mse_loss, 0.02, progress=False
+        model, batches=[(x, x[:, :3].clone())], loss=F.mse_loss, amount=0.02, progress=False
     ),
     "given masks": lambda model, x: lp.apply_masks_(model, masks()),
     "statistics": lambda model, x: lp.recalibrate_batch_norm(model, [x]),
@@ -82,7 +86,10 @@ def test_models_made_in_inference_mode_are_refused_untouched(call):
     call(model, X)
 
 
-@pytest.mark.parametrize("callback", [lp.FilterL1Pruning(0.5), lp.IterativeMagnitudePruning(0.5), lp.OBSOneShot(0.5)])
+@pytest.mark.parametrize(
+    "callback",
+    [lp.FilterL1Pruning(0.5), lp.IterativeMagnitudePruning(0.5, scope="global"), lp.OBSOneShot(0.5, scope="global")],
+)
 def test_runs_of_models_made_in_inference_mode_are_refused(callback):
     """Callbacks refuse such a model before training starts."""
     with torch.inference_mode():

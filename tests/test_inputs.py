@@ -151,7 +151,7 @@ def test_parameters_stay_the_same_objects():
     [
         lambda model: count_flops(model, torch.zeros(2, 4)),
         lambda model: prune_filters(model, torch.zeros(2, 4)),
-        lambda model: prune_obs(model, [torch.zeros(2, 4)]),
+        lambda model: prune_obs(model, batches=[torch.zeros(2, 4)], scope="global"),
         prune_weights,
     ],
     ids=["count_flops", "prune_filters", "prune_obs", "prune_weights"],

@@ -25,7 +25,7 @@ from lightning_prune import (
     masks_on,
     prune_weights,
 )
-from tests.magnitude import SIZES, TOTAL, Two, WithAdam, Zeros, pruning, zeros
+from tests.magnitude import SIZES, TOTAL, Two, WithAdam, Zeros, gone_of, pruning, zeros
 from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import arguments_of, global_hooks, hooks_of
 
@@ -51,7 +51,7 @@ def test_zeros_for_everyone(kind, others, arguments, tmp_path):
     callbacks = [first, *(make() for make in others), pruning(schedule=Linear(1, 2), **own), last]
     saver = ModelCheckpoint(tmp_path, save_top_k=-1)
     fit(module, *callbacks, saver, val=True, max_epochs=4, enable_checkpointing=True, **arguments)
-    gone = [0, int(0.4 * TOTAL), int(0.8 * TOTAL), int(0.8 * TOTAL)]
+    gone = [0, gone_of(0.4), gone_of(0.8), gone_of(0.8)]
     for callback in (first, last):
         assert len(callback.seen) > 40
         assert all(count == gone[min(epoch, 3)] for epoch, count in callback.seen if epoch)
@@ -84,8 +84,8 @@ def test_sparsity_is_absolute(scope, schedule, shares):
     fit(module, pruning(schedule=schedule, scope=scope), Note(), max_epochs=4)
     params = sum(p.numel() for p in module.parameters())
     for (counts, values), share in zip(seen, shares, strict=True):
-        layers = {name: int(size * share + 1e-6) for name, size in SIZES.items()}
-        assert counts == layers if scope == "layer" else sum(counts.values()) == int(TOTAL * share + 1e-6)
+        layers = {name: gone_of(share, size) for name, size in SIZES.items()}
+        assert counts == layers if scope == "layer" else sum(counts.values()) == gone_of(share)
         gone = sum(counts.values())
         assert values == pytest.approx(
             {
@@ -185,7 +185,7 @@ def test_clipping_sees_what_is_left():
             return _Forward(module)
 
     start = net(dropout=0.0)
-    keep = prune_weights(start, 0.8).keep
+    keep = prune_weights(start, 0.8, scope="global").keep
     clipped, twin = net(dropout=0.0), net(Twin, dropout=0.0)
     twin.held = {name: stays.float() for name, stays in keep.items()}
     fit(clipped, pruning(schedule=None), gradient_clip_val=0.05)
@@ -297,7 +297,7 @@ def test_a_run_that_fails_leaves_no_hooks():
         made.fit(module, batches())
     assert not made.optimizers[0]._optimizer_step_post_hooks
     assert [(path, name) for path, name, _ in hooks_of(module)] == [("", "_state_dict_hooks")]
-    assert sum(zeros(module).values()) == int(0.8 * TOTAL)
+    assert sum(zeros(module).values()) == gone_of(0.8)
 
 
 def test_amount_0_changes_nothing():

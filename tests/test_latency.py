@@ -14,7 +14,7 @@ from torch import nn
 from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, prune_filters
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.measure.latency import latency_kept, shapes_of
-from lightning_prune.pruning.budget import Budget, Dense, plan
+from lightning_prune.pruning.budget import Budget, Dense, select_units
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft
 from tests.runs import Known, assert_same_weights, fit, net, weights, widths
@@ -122,7 +122,7 @@ def test_a_noisy_clock_is_borne(seed):
         return real(int(keep["0"].sum())) * noise.uniform(0.99, 1.01) * disturbed
 
     amount = noise.uniform(0.1, 0.8)
-    keep = plan(
+    keep = select_units(
         structure, {"0": torch.arange(200.0)}, amount, Budget("latency", "global"), latency=measured,
         dense=Dense({"0": 200}, Footprint(0, 0)), footprint=lambda keep: Footprint(0, 0),
     )  # fmt: skip
@@ -167,7 +167,7 @@ def test_latency_in_a_run(clock, tmp_path, capsys):
     """A callback reaches the share of the latency that is due, of the whole model's, logs it, and resumes exactly."""
 
     def pruning():
-        return FilterL1Pruning(0.5, "latency", "global", schedule=Linear(1, 3))
+        return FilterL1Pruning(0.5, target="latency", scope="global", schedule=Linear(1, 3))
 
     class Notes(Callback):
         def __init__(self):
@@ -194,8 +194,8 @@ def test_a_latency_target_needs_the_shape_of_the_start(clock, tmp_path):
     made = fit(module, FilterL1Pruning(0.3, schedule=Linear(1, 2)))
     made.save_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(PruningError, match="the checkpoint is of a run with another target"):
-        fit(slow_net(clock), FilterL1Pruning(0.5, "latency", schedule=OneShot(4)), ckpt_path=tmp_path / "other.ckpt",
-            max_epochs=6)  # fmt: skip
+        fit(slow_net(clock), FilterL1Pruning(0.5, target="latency", schedule=OneShot(4)),
+            ckpt_path=tmp_path / "other.ckpt",            max_epochs=6)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from tests.runs import fit, net
 
 CALLBACKS = {
     "filters": lambda: FilterL1Pruning(0.5, schedule=Linear(1, 2)),
-    "by-steps": lambda: TaylorFilterPruning(0.5, schedule=FewUnits(6, every=2, start=2)),
-    "masks": lambda: IterativeMagnitudePruning(0.5, schedule=Linear(1, 2)),
-    "after-training": lambda: OBSOneShot(0.5, batches=2),
+    "by-steps": lambda: TaylorFilterPruning(0.5, schedule=FewUnits(6, every=2, start=2), scope="global"),
+    "masks": lambda: IterativeMagnitudePruning(0.5, schedule=Linear(1, 2), scope="global"),
+    "after-training": lambda: OBSOneShot(0.5, batches=2, scope="global"),
 }
 
 pytestmark = pytest.mark.parametrize("kind", CALLBACKS.values(), ids=CALLBACKS)

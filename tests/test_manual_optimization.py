@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_prune import FilterL1Pruning, FilterPruning, Linear, OneShot, PruningError, TaylorFilterPruning
-from tests.runs import Net, assert_agrees_with_shapes, assert_same_weights, fit, net, weights, widths
+from tests.runs import Net, assert_agrees_with_shapes, assert_same_weights, fit, net, watch_scores, weights, widths
 
 SLIM = {"first": 4, "second": 3, "hidden": 5}
 
@@ -49,8 +49,8 @@ class Two(Manual):
     lambda: FilterL1Pruning(0.5, schedule=Linear(1, 2)),
     lambda: TaylorFilterPruning(0.5, scope="layer", schedule=Linear(1, 2)),
     lambda: TaylorFilterPruning(0.5, scope="layer", schedule=Linear(1, 2), form="activations"),
-    lambda: FilterPruning(0.5, "apoz", schedule=Linear(1, 2)),
-    lambda: FilterPruning(0.5, "l2", schedule=Linear(3, 9, by="steps")),
+    lambda: FilterPruning(0.5, criterion="apoz", schedule=Linear(1, 2)),
+    lambda: FilterPruning(0.5, criterion="l2", schedule=Linear(3, 9, by="steps")),
 ], ids=["l1", "taylor", "activations", "apoz", "steps"])  # fmt: skip
 def test_by_hand_as_by_itself(callback):
     """A module that does by hand what Lightning does by itself ends at the same weights."""
@@ -101,18 +101,13 @@ class Expanded(Two):
 
 def test_units_are_scored_by_the_steps_of_what_reads_them():
     """With several optimizers, a unit's score is the mean over the steps of the optimizer that trains its readers."""
-    seen = []
-
-    class Kept(TaylorFilterPruning):
-        def scores(self, trainer, pl_module, structure):
-            seen.append(super().scores(trainer, pl_module, structure))
-            return seen[-1]
-
-    module = net(Expanded)
-    fit(module, Kept(0.5), max_epochs=2)
+    module, callback = net(Expanded), TaylorFilterPruning(0.5, scope="global")
+    seen = watch_scores(callback)
+    fit(module, callback, max_epochs=2)
+    ((scores, _),) = seen
     assert {name: len(found) for name, found in module.expanded.items()} == {"first": 4, "second": 2, "hidden": 2}
     for name, found in module.expanded.items():
-        torch.testing.assert_close(seen[0][name].double(), torch.stack(found).mean(0), rtol=1e-4, atol=1e-10)
+        torch.testing.assert_close(scores[name].double(), torch.stack(found).mean(0), rtol=1e-4, atol=1e-10)
 
 
 class Gathers(Manual):
@@ -168,7 +163,7 @@ class Unseen(Manual):
 def test_gradients_that_no_callback_is_told_of(form):
     """Where a step tells callbacks nothing, criteria of gradients say so after the first epoch; others work."""
     with pytest.raises(PruningError, match="of their gradients nothing was seen.*manual_backward"):
-        fit(net(Unseen), TaylorFilterPruning(0.5, form=form))
+        fit(net(Unseen), TaylorFilterPruning(0.5, form=form, scope="global"))
     module = net(Unseen)
     fit(module, FilterL1Pruning(0.5, schedule=Linear(1, 2)))
     assert widths(module) == SLIM
@@ -184,4 +179,4 @@ def test_gradients_that_gather_for_longer_than_an_epoch():
 def test_losses_of_manual_steps_are_not_to_be_had():
     """Second derivatives need the loss that a training step returns, which a manual one does not."""
     with pytest.raises(PruningError, match="Manual optimizes manually: its training step returns no loss"):
-        fit(net(Manual), FilterPruning(0.5, "obd"))
+        fit(net(Manual), FilterPruning(0.5, criterion="obd"))

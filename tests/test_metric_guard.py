@@ -133,7 +133,7 @@ def test_the_last_cut_is_judged_when_training_ends():
     [
         FilterL1Pruning,
         TaylorFilterPruning,
-        partial(TaylorFilterPruning, form="activations"),
+        partial(TaylorFilterPruning, form="activations", scope="global"),
         partial(FilterPruning, criterion="apoz"),
         partial(FilterPruning, criterion="obd"),
         partial(FilterPruning, criterion="random"),

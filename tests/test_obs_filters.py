@@ -1,4 +1,4 @@
-"""prune_filters_obs: filters leave, and what read them becomes the best fit to what it gave with them."""
+"""prune_filters with repair: filters leave, and what read them becomes the best fit to what it gave with them."""
 
 import copy
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import PruningError, prune_filters, prune_filters_obs
+from lightning_prune import PruningError, prune_filters
 from lightning_prune.algorithms.solvers import best_on_columns, inverse, rise
 from lightning_prune.algorithms.solvers.unit_removal import Reader, unit_rises
 
@@ -49,18 +49,15 @@ def moved(model, other, batches):
         return float(sum((model(x) - other(x)).square().sum() for x in batches))
 
 
-@pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("criterion", ["l1", "obs"])
-def test_repair_keeps_outputs_nearer(criterion, sequential):
+def test_repair_keeps_outputs_nearer(criterion):
     """The same filters cut, outputs on other data move clearly less when what read them is refitted."""
     dense = residual()
     plain, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = prune_filters_obs(
-        repaired, IMAGE, images(), 0.25, criterion, scope="layer", sequential=sequential, damping=1e-4
-    )
-    assert report.cut.params_after < report.cut.params_before
+    report = prune_filters(repaired, IMAGE, 0.25, criterion=criterion, batches=images(), repair=True, damping=1e-4)
+    assert report.params_after < report.params_before
     assert not report.skipped
-    kept = {name: dims for name, dims in report.cut.kept.items() if name in dict(plain.named_parameters())}
+    kept = {name: dims for name, dims in report.kept.items() if name in dict(plain.named_parameters())}
     with torch.no_grad():  # silence what left where it was read, which is what the cut alone does
         for name in ("wide", "back", "other", "head"):
             weight = plain.get_parameter(f"{name}.weight")
@@ -71,13 +68,12 @@ def test_repair_keeps_outputs_nearer(criterion, sequential):
     assert all(repair.after <= repair.before for repair in report.repairs)
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_a_reader_becomes_the_least_squares_fit(sequential):
+def test_a_reader_becomes_the_least_squares_fit():
     """Without damping, weight and bias behind the cut are those of least squares for the old outputs, to 1e-8."""
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
     x = torch.randn(200, 6, dtype=torch.float64)
     before = model(x).detach()
-    report = prune_filters_obs(model, x[:1], [x[:90], x[90:]], 0.5, damping=0.0, sequential=sequential)
+    report = prune_filters(model, x[:1], 0.5, criterion="obs", batches=[x[:90], x[90:]], damping=0.0)
     seen = torch.cat([model[1](model[0](x)), torch.ones(200, 1, dtype=torch.float64)], dim=1).detach()
     best = torch.linalg.lstsq(seen, before).solution
     torch.testing.assert_close(model[2].weight.detach(), best[:6].T, rtol=1e-8, atol=1e-10)
@@ -96,7 +92,7 @@ def test_filters_that_others_make_up_for_leave_first():
         model[2].weight[:, 3] = 5.0
     x = torch.randn(100, 5, dtype=torch.float64)
     before = model(x).detach()
-    prune_filters_obs(model, x[:1], [x], 0.25, damping=1e-9)
+    prune_filters(model, x[:1], 0.25, criterion="obs", batches=[x], damping=1e-9)
     assert model[0].out_features == 3
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-5, atol=1e-5)
 
@@ -138,9 +134,9 @@ def test_units_leave_in_the_order_of_brute_force(units, taps, seed):
 def test_the_target_is_reached():
     """A share of the FLOPs is asked for, and that much is gone, proved as any cut is."""
     model = residual()
-    report = prune_filters_obs(model, IMAGE, images(2), 0.4, target="flops")
-    assert report.cut.flops_after <= 0.6 * report.cut.flops_before
-    assert report.cut.proof.startswith("2 groups cut; 18 operators ran")
+    report = prune_filters(model, IMAGE, 0.4, criterion="obs", target="flops", scope="global", batches=images(2))
+    assert report.flops_after <= 0.6 * report.flops_before
+    assert report.proof.startswith("2 groups cut; 18 operators ran")
 
 
 def test_readers_that_cannot_be_seen_are_told():
@@ -156,22 +152,23 @@ def test_readers_that_cannot_be_seen_are_told():
 
     x = torch.randn(60, 4)
     model = Squares()
-    report = prune_filters_obs(model, x[:1], [x], 0.34)
+    report = prune_filters(model, x[:1], 0.34, criterion="obs", scope="global", batches=[x])
     assert model.first.out_features == 6
-    assert any("cannot be seen" in pin.reason for pin in report.cut.pinned)
-    report = prune_filters_obs(Squares(), x[:1], [x], 0.34, "l1")
+    assert any("cannot be seen" in pin.reason for pin in report.pinned)
+    report = prune_filters(Squares(), x[:1], 0.34, scope="global", batches=[x], repair=True)
     assert set(report.skipped) == {"second.weight"}
 
 
 @pytest.mark.parametrize(
     "asked, error",
-    [({"damping": -1.0}, "mean variance"), ({"amount": 1.2}, "must lie in"), ({"criterion": "x"}, "'l1'")],
+    [({"damping": -1.0}, "mean variance"), ({"amount": 1.2}, "must lie in"), ({"criterion": "x"}, "'l1'"),
+     ({"batches": None}, "pass batches")],
     ids=str,
 )  # fmt: skip
 def test_bad_arguments_are_refused(asked, error):
     """What no model could make sense of is refused with what is allowed."""
     with pytest.raises(ValueError, match=error):
-        prune_filters_obs(residual(), IMAGE, images(1), **asked)
+        prune_filters(residual(), IMAGE, **{"criterion": "obs", "batches": images(1), **asked})
 
 
 @pytest.mark.parametrize("dead", [-9.0, 0.7])
@@ -183,7 +180,7 @@ def test_inputs_that_never_vary_are_no_reason_to_refuse(dead):
         model[0].bias.fill_(dead)
     batches = [torch.randn(64, 6) for _ in range(2)]
     before = model(batches[0]).detach()
-    prune_filters_obs(model, batches[0][:1], batches, 0.5, "l1", ignore=["2"])
+    prune_filters(model, batches[0][:1], 0.5, scope="global", batches=batches, repair=True, ignore=["2"])
     assert model[0].out_features == 4
     torch.testing.assert_close(model(batches[0]), before, atol=1e-4, rtol=1e-4)
 
@@ -193,7 +190,9 @@ def test_a_refused_cut_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2)).double()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PruningError, match="singular"):
-        prune_filters_obs(model, torch.zeros(1, 4).double(), [torch.randn(3, 4).double()], 0.3, damping=0.0)
+        prune_filters(
+            model, torch.zeros(1, 4).double(), 0.3, criterion="obs", batches=[torch.randn(3, 4).double()], damping=0.0
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     prune_filters(model, torch.zeros(1, 4).double(), 0.3)
     assert model[0].out_features == 7
@@ -204,7 +203,7 @@ def test_heads_leave_and_are_made_up_for():
     layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True).double()
     model = nn.Sequential(nn.Linear(5, 16).double(), layer, nn.Linear(16, 3).double()).eval()
     tokens = torch.randn(48, 7, 5, dtype=torch.float64)
-    report = prune_filters_obs(model, tokens[:1], [tokens], {"1.self_attn*": 0.5}, "l1", scope="layer")
+    report = prune_filters(model, tokens[:1], {"1.self_attn*": 0.5}, batches=[tokens], repair=True)
     assert layer.self_attn.num_heads == 2
     repairs = {repair.name: repair for repair in report.repairs}
     assert not report.skipped

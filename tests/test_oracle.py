@@ -124,7 +124,7 @@ def test_criteria_side_by_side():
     model, batches = trained()
     before = copy.deepcopy(model)
     names = ["taylor_activations", "taylor", "l1", "random"]
-    found = compare_criteria(model, IMAGE, batches, cross_entropy, criteria=names, progress=False)
+    found = compare_criteria(model, IMAGE, batches=batches, loss=cross_entropy, criteria=names, progress=False)
     assert list(found) == names
     assert found["taylor_activations"].all_layers_l2 > 0.6 > 0.5 > abs(found["random"].all_layers_l2)
     assert found["taylor_activations"].per_layer > found["random"].per_layer
@@ -137,7 +137,9 @@ def test_criteria_side_by_side():
 def test_what_cannot_be_compared_is_refused_before_units_are_silenced(batches, names, told):
     """Unknown criteria and missing data are refused before the oracle runs over the batches."""
     with pytest.raises((ValueError, PruningError), match=told):
-        compare_criteria(nn.Linear(2, 2), torch.zeros(1, 2), batches, cross_entropy, criteria=names, progress=False)
+        compare_criteria(
+            nn.Linear(2, 2), torch.zeros(1, 2), batches=batches, loss=cross_entropy, criteria=names, progress=False
+        )
 
 
 def test_ignored_layers_are_left_out():
@@ -149,12 +151,16 @@ def test_ignored_layers_are_left_out():
         calls.append(None)
         return cross_entropy(model, batch)
 
-    compare_criteria(model, IMAGE, batches[:1], counted, criteria=["l1"], ignore=["first", "hidden"], progress=False)
+    compare_criteria(
+        model, IMAGE, batches=batches[:1], loss=counted, criteria=["l1"], ignore=["first", "hidden"], progress=False
+    )
     assert len(calls) == 1 + 6
     with pytest.raises(PruningError, match="Nothing is left to prune"):
-        compare_criteria(model, IMAGE, batches, cross_entropy, ignore=["first", "second", "hidden"], progress=False)
+        compare_criteria(
+            model, IMAGE, batches=batches, loss=cross_entropy, ignore=["first", "second", "hidden"], progress=False
+        )
     with pytest.raises(ValueError, match="names no module"):
-        compare_criteria(model, IMAGE, batches, cross_entropy, ignore=["third"], progress=False)
+        compare_criteria(model, IMAGE, batches=batches, loss=cross_entropy, ignore=["third"], progress=False)
 
 
 def test_a_unit_without_readers_is_silenced_where_it_is_made():

@@ -9,9 +9,8 @@ from torch import nn
 
 import lightning_prune
 from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot, PruningError, prune_filters
-from lightning_prune import prune_filters_obs as prune_and_repair
 from lightning_prune.measure.flops import UntraceableError
-from lightning_prune.pruning import filters
+from lightning_prune.pruning import plan
 from lightning_prune.surgery import Disproof
 from tests.runs import IMAGE, Known, fit, net
 
@@ -89,10 +88,10 @@ REASON = "a reason of its own"
 @pytest.fixture
 def second_refuses(monkeypatch):
     """No cut of the group ``second`` can be proved."""
-    own = filters.verify
+    own = plan.verify
     failed = Disproof(REASON, "second")
-    monkeypatch.setattr(filters, "verify", lambda m, s, cut, t: failed if "second" in cut.keep else own(m, s, cut, t))
-    monkeypatch.setattr(filters, "_at_fault", lambda *_: {"second": REASON})
+    monkeypatch.setattr(plan, "verify", lambda m, s, cut, t: failed if "second" in cut.keep else own(m, s, cut, t))
+    monkeypatch.setattr(plan, "_at_fault", lambda *_: {"second": REASON})
 
 
 @pytest.mark.usefixtures("second_refuses")
@@ -115,7 +114,7 @@ def test_runs_remember_why_a_group_was_refused():
     assert f"second lost 0.0% of 50.0% ({REASON})" in told[0]
     taken = FilterL1Pruning(0.5, schedule=Linear(1, 3))
     taken.load_state_dict(callback.state_dict())
-    assert taken._state.refused == {"second": REASON}
+    assert taken.member.strategy.state.refused == {"second": REASON}
     assert REASON in [pin.reason for pin in taken.history.pinned]
 
 
@@ -136,8 +135,8 @@ def test_what_the_counter_cannot_trace_is_counted_by_the_structure(target):
 
 def test_repair_counts_what_the_counter_cannot_trace():
     """The same where what is left is refitted."""
-    report = prune_and_repair(Force(), X, [torch.randn(64, 6)], 0.5, criterion="l1", progress=False)
-    assert "torch.jit cannot trace" in report.cut.counted
+    report = prune_filters(Force(), X, 0.5, batches=[torch.randn(64, 6)], repair=True, progress=False)
+    assert "torch.jit cannot trace" in report.counted
 
 
 @pytest.mark.parametrize("fails", ["count", "memory"])
@@ -148,7 +147,7 @@ def test_what_fails_after_the_cut_does_not_fail_the_call(monkeypatch, fails):
     def broken(*_):
         raise torch.OutOfMemoryError("no memory") if fails == "memory" else PruningError("no count")
 
-    monkeypatch.setattr(filters, "count_flops", broken)
+    monkeypatch.setattr(plan, "count_flops", broken)
     model = mlp()
     report = prune_filters(model, X, 0.5, progress=False)
     assert model[0].out_features == 8

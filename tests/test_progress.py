@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import PruningError, prune_exact, prune_filters, prune_filters_obs, prune_fisher, prune_obs
+from lightning_prune import PruningError, prune_exact, prune_filters, prune_fisher, prune_obs
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning import filters
+from lightning_prune.pruning import plan
 
 IMAGES = torch.randn(32, 3, 6, 6)
 BATCHES = [(IMAGES, torch.randint(4, (32,)))] * 3
@@ -32,18 +32,20 @@ def loss(model, batch):
 CALLS = {
     r"latency \d+% .*\d+/\?": lambda **shown: prune_filters(convolutions(), IMAGES, 0.3, target="latency", **shown),
     "batches .*3/3": lambda **shown: prune_filters(
-        convolutions(), IMAGES[:1], 0.3, "taylor", batches=BATCHES, loss=loss, **shown
+        convolutions(), IMAGES[:1], 0.3, criterion="taylor", batches=BATCHES, loss=loss, **shown
     ),
-    "groups scored .*2/2": lambda **shown: prune_filters_obs(convolutions(), IMAGES[:1], [IMAGES], **shown),
-    "layers refitted .*1/1": lambda **shown: prune_filters_obs(
-        convolutions(), IMAGES[:1], [IMAGES], ignore=["0"], **shown
+    "groups scored .*2/2": lambda **shown: prune_filters(
+        convolutions(), IMAGES[:1], criterion="obs", batches=[IMAGES], **shown
     ),
-    "layers pruned .*100%": lambda **shown: prune_obs(convolutions(), [IMAGES], 0.2, **shown),
+    "layers refitted .*1/1": lambda **shown: prune_filters(
+        convolutions(), IMAGES[:1], criterion="obs", batches=[IMAGES], ignore=["0"], **shown
+    ),
+    "layers pruned .*100%": lambda **shown: prune_obs(convolutions(), batches=[IMAGES], amount=0.2, **shown),
     "weights .*2/2": lambda **shown: prune_fisher(
-        nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), BATCHES, loss, **shown
+        nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), batches=BATCHES, loss=loss, **shown
     ),
     r"weights \(loss [\d.]+\) .*10/10": lambda **shown: prune_exact(
-        nn.Linear(6, 3), POINTS, F.mse_loss, 10 / 21, **shown
+        nn.Linear(6, 3), batches=POINTS, loss=F.mse_loss, amount=10 / 21, **shown
     ),
 }
 LAST = list(CALLS.values())[-1]
@@ -65,7 +67,7 @@ def shown(call, monkeypatch, terminal=True, **arguments):
 def test_long_calls_show_how_far_they_are(said, call, monkeypatch):
     """In a terminal a bar says what is done; whoever asks for none gets none."""
     torch.manual_seed(0)
-    monkeypatch.setattr(filters, "latency_kept", by_flops)
+    monkeypatch.setattr(plan, "latency_kept", by_flops)
     assert re.search(said, shown(call, monkeypatch))
     assert not shown(call, monkeypatch, progress=False).strip()
 
@@ -83,7 +85,7 @@ def test_a_bar_goes_when_something_fails(monkeypatch):
 
     monkeypatch.setattr(rich, "_console", Console(file=io.StringIO(), force_terminal=True, width=100))
     with pytest.raises(PruningError, match="of the loss") as held:
-        prune_filters(convolutions(), IMAGES[:1], 0.2, "taylor", batches=BATCHES, loss=failing)
+        prune_filters(convolutions(), IMAGES[:1], 0.2, criterion="taylor", batches=BATCHES, loss=failing)
     assert rich.get_console()._live_stack == [] and held.value.__traceback__ is not None
     with counted("more", 2, True) as advance:
         advance()

@@ -16,7 +16,6 @@ from lightning_prune import (
     load_state_dict_,
     masks_on,
     prune_filters,
-    prune_filters_obs,
     prune_weights,
 )
 from tests.runs import (
@@ -62,7 +61,7 @@ def test_the_class_loads_its_own_checkpoints(kind, weights_only, tmp_path):
 def test_a_trainer_without_callbacks_of_ours_tests_it(tmp_path):
     """Shapes are taken where no pruning callback is there, and masks come with them."""
     module = net(Slimming)
-    callbacks = FilterL1Pruning({"first": 0.5}), IterativeMagnitudePruning(0.5, parameters=["head"])
+    callbacks = FilterL1Pruning({"first": 0.5}), IterativeMagnitudePruning(0.5, parameters=["head"], scope="global")
     fit(module, *callbacks).save_checkpoint(tmp_path / "slim.ckpt")
     other = net(Slimming, seed=5)
     trainer().test(other, batches(), ckpt_path=tmp_path / "slim.ckpt", verbose=False)
@@ -132,7 +131,7 @@ def cut(model, images):
 
 
 def cut_and_repair(model, images):
-    prune_filters_obs(model, images, [torch.randn(64, *IMAGE.shape[1:])], amount=0.5, scope="layer")
+    prune_filters(model, images, 0.5, criterion="obs", batches=[torch.randn(64, *IMAGE.shape[1:])])
 
 
 def cut_twice(model, images):
@@ -190,7 +189,7 @@ def test_a_part_that_was_cut_alone_is_loaded_within_the_whole(load):
 def test_masks_follow_a_plain_cut():
     """A model that carries masks carries them, and tells of them, after filters have left."""
     model, images = plain(Net)
-    prune_weights(model, 0.5)
+    prune_weights(model, 0.5, scope="global")
     before = masks_on(model)
     report = prune_filters(model, images, amount=0.5)
     for name, stays in masks_on(model).items():

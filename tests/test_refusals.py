@@ -163,7 +163,7 @@ def test_overlapping_callbacks(one, two, kind, refused):
     [
         (FilterL1Pruning(0.5), FilterL1Pruning(0.5)),
         (FilterL1Pruning(0.3), FilterL1Pruning(0.5, target="flops", schedule=OneShot(1))),
-        (IterativeMagnitudePruning(0.3), IterativeMagnitudePruning(0.5)),
+        (IterativeMagnitudePruning(0.3, scope="global"), IterativeMagnitudePruning(0.5, scope="global")),
     ],
     ids=["equal", "phases", "weights"],
 )
@@ -180,9 +180,9 @@ def test_two_about_the_same(one, two, refused):
     "callback, name",
     [
         (FilterL1Pruning(0.5), "second.weight"),
-        (TaylorFilterPruning(0.5), "head.weight"),
-        (IterativeMagnitudePruning(0.5), "head.weight"),
-        (OBSOneShot(0.5), "first.weight"),
+        (TaylorFilterPruning(0.5, scope="global"), "head.weight"),
+        (IterativeMagnitudePruning(0.5, scope="global"), "head.weight"),
+        (OBSOneShot(0.5, scope="global"), "first.weight"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -122,7 +122,10 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
 
     module, callbacks = (
         net(),
-        (FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3))),
+        (
+            FilterL1Pruning(0.5, schedule=Linear(1, 3)),
+            IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
+        ),
     )
     with pytest.raises(raised):
         fit(
@@ -141,7 +144,10 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
     assert found.layers["first"].now.width == widths(module)["first"] == 6
     assert f"Stopped by {found.stopped}." in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
     assert ("Pruning steps" in capsys.readouterr().out) == (error is KeyboardInterrupt)
-    again = FilterL1Pruning(0.5, schedule=Linear(1, 3)), IterativeMagnitudePruning(0.5, schedule=OneShot(3))
+    again = (
+        FilterL1Pruning(0.5, schedule=Linear(1, 3)),
+        IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
+    )
     fit(net(), *again, val=True, max_epochs=4, ckpt_path=tmp_path / "stopped.ckpt", logger=logged(tmp_path))
     assert again[-1].history.stopped == ""
 
@@ -229,9 +235,9 @@ def test_code_that_goes_by_numbers_is_named(capsys, monkeypatch):
 
 def test_one_report_for_all_callbacks(capsys):
     """Of several callbacks the last keeps the history of all: layers and weights, in one report."""
-    first, last = FilterL1Pruning(0.5), IterativeMagnitudePruning(0.5)
+    first, last = FilterL1Pruning(0.5), IterativeMagnitudePruning(0.5, scope="global")
     fit(net(), first, last)
-    assert first.history.moments == [] and set(last.history.layers) > set(runs.WIDTHS)
+    assert first.history == last.history and set(last.history.layers) > set(runs.WIDTHS)
     assert {"prune/flops_kept", "prune/nonzero_kept"} <= set(last.history.left)
     assert len(last.history.weights) == 4 and capsys.readouterr().out.count("Kept:") == 2
 
@@ -274,7 +280,7 @@ def test_a_cut_that_a_guard_takes_back_is_told_as_such():
 
 def test_a_cut_after_the_last_step_is_told_and_logged(tmp_path):
     """Where weights leave after training, report and logger say what is left then."""
-    callback = OBSOneShot(0.5, batches=2)
+    callback = OBSOneShot(0.5, batches=2, scope="global")
     fit(net(), callback, val=True, logger=logged(tmp_path))
     assert [stage.left["prune/weight_sparsity"] for stage in stages(callback.history)] == [0.0, 0.5]
     rows = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
@@ -326,10 +332,10 @@ def test_many_cuts_fit_into_a_terminal():
     """Of many stages a dozen are shown, the first and the last among them, and the table says so."""
     callback = FilterL1Pruning(0.7, schedule=FewUnits(1), example_inputs=runs.IMAGE)
     fit(net(), callback, val=True, max_epochs=10)
-    assert len(stages(callback.history)) == callback.units > 12
+    assert len(stages(callback.history)) == callback.member.strategy.units > 12
     (table,) = [table for table in run_tables(callback.history) if str(table.title) == "Pruning steps"]
     assert run_tables(callback.history, whole=True)[1].row_count == len(stages(callback.history))
-    assert table.row_count == 12 and f"12 of {callback.units} are shown" in str(table.caption)
+    assert table.row_count == 12 and f"12 of {callback.member.strategy.units} are shown" in str(str(table.caption))
     assert next(table.columns[1].cells) == "0"
 
 

@@ -73,7 +73,7 @@ def test_gathered_scores_resume(form, every, kind, tmp_path):
     """What a callback has gathered for its scores goes on, too: cuts that are rare fall on the same units."""
 
     def gathering():
-        return TaylorFilterPruning(0.5, target="flops", schedule=Linear(2, 5, every=3), form=form)
+        return TaylorFilterPruning(0.5, target="flops", schedule=Linear(2, 5, every=3), form=form, scope="global")
 
     whole, paths = saved_run(tmp_path, kind, callback=gathering(), **every)
     for path in list(paths.values())[:-1]:

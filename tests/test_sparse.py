@@ -47,7 +47,7 @@ def assert_bit_equal(found, expected):
 def test_lenet_300_100_at_90_percent(tmp_path):
     """With 90 % of its weights gone LeNet-300-100 takes at most a fifth of its dense bytes, and comes back."""
     model, path = lenet(), tmp_path / "model.safetensors"
-    keep = prune_weights(model, 0.9).keep
+    keep = prune_weights(model, 0.9, scope="global").keep
     report = save_sparse(model, path)
     assert report.bytes_before == 4 * sum(p.numel() for p in model.parameters())
     assert report.bytes_after == path.stat().st_size <= report.bytes_before / 5
@@ -101,7 +101,7 @@ def test_tied_tensors_are_stored_once(tmp_path):
 def test_no_code_is_in_the_file(tmp_path):
     """The file is plain safetensors: tensors that anyone can read, and JSON."""
     model = lenet()
-    prune_weights(model, 0.9)
+    prune_weights(model, 0.9, scope="global")
     save_sparse(model, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert {"0.weight//values", "0.weight//columns", "0.weight//begins", "0.bias//values"} <= set(file.keys())
@@ -111,7 +111,7 @@ def test_no_code_is_in_the_file(tmp_path):
 def test_a_model_that_was_cut_and_masked(tmp_path):
     """Shapes, numbers on modules and masks of a pruned module come back in one of the original class."""
     module = net(Depthwise)
-    masking = IterativeMagnitudePruning(0.7, schedule=OneShot(1))
+    masking = IterativeMagnitudePruning(0.7, schedule=OneShot(1), scope="global")
     fit(module, masking, FilterL1Pruning(0.5, schedule=OneShot(2)))
     save_sparse(module, tmp_path / "slim.safetensors")
     other = net(Depthwise, seed=3)
@@ -140,7 +140,9 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
 def test_command_line(weights_only, tmp_path, capsys):
     """``lightning-prune export`` turns a checkpoint into a compact file and prints bytes before and after."""
     module = net()
-    fit(module, IterativeMagnitudePruning(0.9)).save_checkpoint(tmp_path / "one.ckpt", weights_only=weights_only)
+    fit(module, IterativeMagnitudePruning(0.9, scope="global")).save_checkpoint(
+        tmp_path / "one.ckpt", weights_only=weights_only
+    )
     out = tmp_path / "one.safetensors"
     main(["export", "--ckpt_path", str(tmp_path / "one.ckpt"), "--out", str(out)])
     told = re.search(r"([\d,]+) bytes before, ([\d,]+) after", capsys.readouterr().out)

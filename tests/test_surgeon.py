@@ -29,10 +29,10 @@ def linear(outputs=2):
 def test_predicted_rises_are_the_measured_ones_on_quadratic_losses():
     """With a quadratic loss every removal raises it by what was predicted, to 1e-6."""
     model, batches = linear()
-    report = prune_exact(model, batches, F.mse_loss, amount=0.9, alpha=1e-8)
-    losses = [report.loss_before, *(removal.loss for removal in report.removals)]
-    assert len(report.removals) == 13
-    for removal, before, after in zip(report.removals, losses, losses[1:], strict=False):
+    report = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.9, alpha=1e-8)
+    losses = [report.details.loss_before, *(removal.loss for removal in report.details.removals)]
+    assert len(report.details.removals) == 13
+    for removal, before, after in zip(report.details.removals, losses, losses[1:], strict=False):
         assert after - before == pytest.approx(removal.predicted, rel=1e-6, abs=1e-9)
 
 
@@ -74,30 +74,30 @@ def solves(model):
 def test_limits_stop_the_surgeon():
     """Removal stops before the limit that is met first, and what was tried beyond it is undone."""
     model, batches = linear(1)
-    free = prune_exact(copy.deepcopy(model), batches, F.mse_loss)
-    assert (free.left, free.stopped) == (0, "amount reached")
-    third = free.removals[2]
+    free = prune_exact(copy.deepcopy(model), batches=batches, loss=F.mse_loss)
+    assert (free.params_after, free.details.stopped) == (0, "amount reached")
+    third = free.details.removals[2]
     limit = {"max_loss": 1e-12 + third.loss, "max_rise": 1e-12 + third.predicted}
     for name, value in limit.items():
         slim = copy.deepcopy(model)
-        report = prune_exact(slim, batches, F.mse_loss, **{name: value})
-        assert [r.entry for r in report.removals] == [r.entry for r in free.removals[:3]]
+        report = prune_exact(slim, batches=batches, loss=F.mse_loss, **{name: value})
+        assert [r.entry for r in report.details.removals] == [r.entry for r in free.details.removals[:3]]
         assert sum(int((p == 0).sum()) for p in slim.parameters()) == 3
-        assert report.removals[-1].loss == pytest.approx(
+        assert report.details.removals[-1].loss == pytest.approx(
             sum(F.mse_loss(slim(x), y).item() * len(x) for x, y in batches) / 60
         )
-    refusing = prune_exact(copy.deepcopy(model), batches, F.mse_loss, accept=lambda model: False)
-    assert not refusing.removals
+    refusing = prune_exact(copy.deepcopy(model), batches=batches, loss=F.mse_loss, accept=lambda model: False)
+    assert not refusing.details.removals
 
 
 def test_removal_goes_on_where_masks_left_off():
     """What had left stays out, and counts towards the amount."""
     model, batches = linear()
-    first = prune_exact(model, batches, F.mse_loss, amount=0.3)
-    second = prune_exact(model, batches, F.mse_loss, amount=0.6, masks=first.masks)
-    assert (len(first.removals), len(second.removals)) == (4, 4)
-    assert not {r[:2] for r in first.removals} & {r[:2] for r in second.removals}
-    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in second.masks.items())
+    first = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.3)
+    second = prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.6, masks=first.kept)
+    assert (len(first.details.removals), len(second.details.removals)) == (5, 4)  # 0.3 and 0.6 of 14
+    assert not {r[:2] for r in first.details.removals} & {r[:2] for r in second.details.removals}
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in second.kept.items())
 
 
 def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
@@ -106,7 +106,9 @@ def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
     assert len(nets) >= 2
     left = {
         method: sum(
-            prune_exact(copy.deepcopy(net), [(XOR, TARGETS)], F.mse_loss, method=method, accept=solves).left
+            prune_exact(
+                copy.deepcopy(net), batches=[(XOR, TARGETS)], loss=F.mse_loss, method=method, accept=solves
+            ).params_after
             for net in nets
         )
         for method in ("obs", "magnitude")
@@ -119,13 +121,13 @@ def test_bad_arguments_are_refused(asked):
     """Arguments out of range are refused by name."""
     model, batches = linear()
     with pytest.raises(ValueError, match=next(iter(asked))):
-        prune_exact(model, batches, F.mse_loss, **asked)
+        prune_exact(model, batches=batches, loss=F.mse_loss, **asked)
 
 
 def test_nets_too_large_are_refused():
     """A Hessian of all weights that would not fit into memory is refused, with the way out."""
     with pytest.raises(PruningError, match="prune_obs"):
-        prune_exact(nn.Linear(200, 200), [], F.mse_loss)
+        prune_exact(nn.Linear(200, 200), batches=[], loss=F.mse_loss)
 
 
 def test_half_precision_leaves_what_double_does():
@@ -134,10 +136,10 @@ def test_half_precision_leaves_what_double_does():
     half = copy.deepcopy(model).to(torch.bfloat16)
     twin = copy.deepcopy(half).double()  # the same rounded weights
     found = [
-        prune_exact(net, [(x.to(dtype), y.to(dtype)) for x, y in batches], F.mse_loss, amount=0.3)
+        prune_exact(net, batches=[(x.to(dtype), y.to(dtype)) for x, y in batches], loss=F.mse_loss, amount=0.3)
         for net, dtype in ((half, torch.bfloat16), (twin, torch.float64))
     ]
-    assert [r[:2] for r in found[0].removals] == [r[:2] for r in found[1].removals]
+    assert [r[:2] for r in found[0].details.removals] == [r[:2] for r in found[1].details.removals]
     assert half.weight.dtype == torch.bfloat16
 
 
@@ -147,5 +149,5 @@ def test_a_loss_that_is_no_number_is_refused():
     batches[0][0][0, 0] = float("nan")
     before = model.weight.detach().clone()
     with pytest.raises(PruningError, match="the loss on the batches is nan"):
-        prune_exact(model, batches, F.mse_loss, amount=0.3)
+        prune_exact(model, batches=batches, loss=F.mse_loss, amount=0.3)
     assert torch.equal(model.weight, before)

@@ -15,7 +15,19 @@ from torch.utils.data import ConcatDataset, DataLoader
 from lightning_prune import Cubic, Linear, OneShot, PruningError, TaylorFilterPruning
 from lightning_prune.measure.footprint import measure
 from lightning_prune.structure import find_structure, trace
-from tests.runs import IMAGE, Known, Net, assert_same_weights, batches, fit, net, trainer, weights, widths
+from tests.runs import (
+    IMAGE,
+    Known,
+    Net,
+    assert_same_weights,
+    batches,
+    fit,
+    net,
+    trainer,
+    watch_scores,
+    weights,
+    widths,
+)
 
 FORMS = ["weights", "activations"]
 READERS = {"first": "second", "second": "hidden", "hidden": "head"}
@@ -107,7 +119,7 @@ RUNS = {
 def test_the_lowest_scores_leave(case, form):
     """What leaves are the units of the lowest scores, whatever the Trainer does with gradients before a step."""
     module = net(Watched)
-    fit(module, TaylorFilterPruning(0.4, form=form), **RUNS[case])
+    fit(module, TaylorFilterPruning(0.4, form=form, scope="global"), **RUNS[case])
     (kept,) = module.kept
     steps = len(module.expanded["first"]) // 3  # of three epochs
     assert kept == module.expected(form, 0.4, last=steps if form == "weights" else 4)
@@ -120,7 +132,7 @@ def test_the_lowest_scores_leave(case, form):
 def test_scores_gather_anew_after_each_cut(form):
     """A later cut looks at what was gathered since the one before it."""
     module = net(Watched)
-    fit(module, TaylorFilterPruning(0.5, form=form, schedule=Linear(1, 3)), max_epochs=5)
+    fit(module, TaylorFilterPruning(0.5, form=form, schedule=Linear(1, 3), scope="global"), max_epochs=5)
     assert len(module.kept) == 3
     first = module.expected(form, 8 / 24 * 0.5, last=4)
     assert module.kept[0] == first
@@ -132,7 +144,7 @@ def test_scores_gather_anew_after_each_cut(form):
 def test_batches_of_other_sizes_count_by_their_examples(form):
     """An example in a short last batch weighs as much as any other, where examples are looked at."""
     module = net(Watched)
-    made = trainer(TaylorFilterPruning(0.4, form=form), max_epochs=2)
+    made = trainer(TaylorFilterPruning(0.4, form=form, scope="global"), max_epochs=2)
     torch.manual_seed(1)
     made.fit(module, batches(26))
     assert module.kept == [module.expected(form, 0.4, last=4)]
@@ -163,7 +175,7 @@ class Frozen(Watched):
 def test_layers_without_gradients_are_named(form):
     """Where no gradient reaches a layer, the cut says which, and how to go on; with it ignored, the rest is cut."""
     with pytest.raises(PruningError, match=r"first: nothing was gathered.*frozen.*ignore=\['first'\]"):
-        fit(net(Frozen), TaylorFilterPruning(0.4, form=form))
+        fit(net(Frozen), TaylorFilterPruning(0.4, form=form, scope="global"))
     module = net(Frozen)
     fit(module, TaylorFilterPruning(0.4, form=form, scope="layer", ignore=["first"]))
     assert widths(module) == {"first": 8, "second": 3, "hidden": 6}
@@ -193,14 +205,9 @@ def _without_step(optimizer, closure):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_that_overflows_does_not_count(form):
     """Scores are finite though one batch's gradients were not."""
-    seen = []
-
-    class Kept(TaylorFilterPruning):
-        def scores(self, trainer, pl_module, structure):
-            seen.append((super().scores(trainer, pl_module, structure), self._gathering.gathered()))
-            return seen[-1][0]
-
-    fit(net(Overflows), Kept(0.4, form=form))
+    callback = TaylorFilterPruning(0.4, form=form, scope="global")
+    seen = watch_scores(callback)
+    fit(net(Overflows), callback)
     ((scores, gathered),) = seen
     assert all(score.isfinite().all() and (score > 0).any() for score in scores.values())
     per_batch = 1 if form == "weights" else 8
@@ -220,7 +227,7 @@ def test_gathering_does_not_change_the_training(form, case):
         def on_train_epoch_end(self, trainer, pl_module):
             states[-1].append((weights(pl_module), torch.get_rng_state()))
 
-    for callbacks in ((), (TaylorFilterPruning(0.5, form=form, schedule=OneShot(3)),)):
+    for callbacks in ((), (TaylorFilterPruning(0.5, form=form, schedule=OneShot(3), scope="global"),)):
         states.append([])
         fit(net(), *callbacks, Ends(), max_epochs=4, val=True, **RUNS[case])
     for (expected, random), (found, drawn) in list(zip(*states, strict=True))[:3]:
@@ -234,11 +241,6 @@ def test_only_training_is_gathered(form):
     """Validation, its sanity check, and backward passes of the user's own elsewhere do not count."""
     seen = []
 
-    class Kept(TaylorFilterPruning):
-        def scores(self, trainer, pl_module, structure):
-            seen.append(self._gathering.gathered())
-            return super().scores(trainer, pl_module, structure)
-
     class Probes(Net):
         def validation_step(self, batch, batch_idx):
             with torch.inference_mode(False), torch.enable_grad():
@@ -247,8 +249,10 @@ def test_only_training_is_gathered(form):
             self.zero_grad()
 
     for kind in (Net, Probes):
-        fit(net(kind), Kept(0.4, form=form), val=True, num_sanity_val_steps=2, inference_mode=kind is Net)
-    plain, probed = seen
+        callback = TaylorFilterPruning(0.4, form=form, scope="global")
+        seen.append(watch_scores(callback))
+        fit(net(kind), callback, val=True, num_sanity_val_steps=2, inference_mode=kind is Net)
+    ((_, plain),), ((_, probed),) = seen
     assert all(count == (4 if form == "weights" else 32) for _, count in plain.values())
     for name, (total, count) in plain.items():
         assert count == probed[name][1]
@@ -256,29 +260,29 @@ def test_only_training_is_gathered(form):
 
 
 @pytest.mark.parametrize("ends", ["schedule", "exception", "stop"])
-def test_hooks_are_on_the_model_only_while_needed(ends):
-    """Gathering ends with the last cut, with an exception and with the run; nothing hangs on the model then."""
-    hooks = []
+def test_nothing_hangs_on_the_model(ends):
+    """Gathering puts no hook on any module, and ends with the last cut, with an exception and with the run."""
+    seen = []
 
     class Looks(Net):
         def training_step(self, batch, batch_idx):
-            hooks.append(sum(len(part._forward_pre_hooks) for part in self.modules()))
+            hooks = [len(part._forward_pre_hooks) + len(part._backward_hooks) for part in self.modules()]
+            seen.append((sum(hooks), callback.member.strategy.gathering.gathered() is not None))
             if ends == "exception" and self.global_step == 5:
                 raise ZeroDivisionError
             return super().training_step(batch, batch_idx)
 
-    module, callback = net(Looks), TaylorFilterPruning(0.5, form="activations", schedule=OneShot(2))
+    module, callback = net(Looks), TaylorFilterPruning(0.5, form="activations", schedule=OneShot(2), scope="global")
     if ends == "exception":
         with pytest.raises(ZeroDivisionError):
             fit(module, callback)
     elif ends == "stop":
         fit(module, callback, max_steps=9, max_epochs=-1)
-        assert hooks == [3] * 8 + [0]
+        assert seen == [(0, True)] * 8 + [(0, False)]
     else:
         fit(module, callback, max_epochs=4)
-        assert hooks == [3] * 8 + [0] * 8
-    assert not any(part._forward_pre_hooks for part in module.modules())
-    assert callback._gathering.gathered() is None
+        assert seen == [(0, True)] * 8 + [(0, False)] * 8
+    assert callback.member.strategy.gathering.gathered() is None
 
 
 # Resume
@@ -290,7 +294,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(form, where, tmp_pa
     """What was gathered lies in the checkpoint, which loads with weights_only=True, and the run goes on exactly."""
 
     def pruning():
-        return TaylorFilterPruning(0.5, form=form, schedule=Cubic(1, 3))
+        return TaylorFilterPruning(0.5, form=form, schedule=Cubic(1, 3), scope="global")
 
     every = {"every_n_epochs": 1} if where == "epoch-end" else {"every_n_train_steps": 2}
     keeps = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, **every)
@@ -327,7 +331,7 @@ def test_state_is_a_copy(form):
             torch.save(state, file)
             states.append((state, file))
 
-    pruning = TaylorFilterPruning(0.5, form=form, schedule=OneShot(2))
+    pruning = TaylorFilterPruning(0.5, form=form, schedule=OneShot(2), scope="global")
     fit(net(), pruning, Takes(), max_epochs=3)
     for state, file in states[:8]:
         file.seek(0)
@@ -345,9 +349,9 @@ def test_a_cut_before_any_gradient_is_refused(schedule):
     """A schedule that cuts before epoch 1 is refused at construction."""
     if schedule.progress(0) > 0:
         with pytest.raises(ValueError, match="gradients must be seen before the first cut. Start at epoch 1"):
-            TaylorFilterPruning(schedule=schedule)
+            TaylorFilterPruning(schedule=schedule, scope="global")
     else:
-        TaylorFilterPruning(schedule=schedule)
+        TaylorFilterPruning(schedule=schedule, scope="global")
 
 
 @pytest.mark.parametrize("arguments, told", [
@@ -375,7 +379,7 @@ def test_a_flops_penalty_moves_cuts_to_costlier_layers(form):
     left = []
     for penalty in (0.0, 1e6):
         module = net(Costly)
-        fit(module, TaylorFilterPruning(0.25, form=form, flops_penalty=penalty))
+        fit(module, TaylorFilterPruning(0.25, form=form, flops_penalty=penalty, scope="global"))
         left.append(widths(module))
     assert left[1] == {"first": 2, "second": 6, "hidden": 10}  # a unit of the first costs most by far
     assert left[0] != left[1]
@@ -390,7 +394,7 @@ def test_what_is_lost_is_weighed_by_what_is_saved(penalty):
     names = {name: group.width for name, group in structure.groups.items()}
     whole = cost({}).flops
     saved = {name: whole - cost({name: np.arange(width) > 0}).flops for name, width in names.items()}
-    fit(run := net(Watched), TaylorFilterPruning(0.4, target="flops", flops_penalty=penalty))
+    fit(run := net(Watched), TaylorFilterPruning(0.4, target="flops", flops_penalty=penalty, scope="global"))
     scores = {name: torch.stack(run.expanded[name][:4]).mean(0) / (1 if penalty else saved[name]) for name in LAYERS}
     left = {name: np.ones(width, dtype=bool) for name, width in names.items()}
     order = sorted((float(score), name, unit) for name in LAYERS for unit, score in enumerate(scores[name]))
@@ -410,12 +414,12 @@ class Partly(Watched):
 def test_parameters_that_no_optimizer_steps_do_not_count():
     """Gradients that gather in parameters that no optimizer steps, and so zeroes, are not looked at."""
     module = net(Partly)
-    fit(module, TaylorFilterPruning(0.4))
+    fit(module, TaylorFilterPruning(0.4, scope="global"))
     assert module.kept == [module.expected("weights", 0.4, last=4)]
 
 
 class Bare(Net):
-    """What the hidden layer makes is read by a parameter of no layer, whose input cannot be watched."""
+    """What the hidden layer makes is read by a parameter of no layer."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -427,15 +431,41 @@ class Bare(Net):
         return self.head(F.linear(F.relu(self.hidden(x)), self.mix).tanh())
 
 
-def test_readers_that_cannot_be_watched_are_named_before_training():
-    """Activations that cannot be watched stop the run at its first batch; the form on weights needs no watching."""
+@pytest.mark.parametrize("form", FORMS)
+def test_units_that_a_bare_parameter_reads(form):
+    """What reads a unit need be no layer."""
     module = net(Bare)
-    before = weights(module)
-    with pytest.raises(PruningError, match="hidden: mix sums over its channels"):
-        fit(module, TaylorFilterPruning(0.4, form="activations"))
-    assert_same_weights(module, before)
-    fit(module, TaylorFilterPruning(0.4, scope="layer"))
+    fit(module, TaylorFilterPruning(0.4, scope="layer", form=form))
     assert widths(module) == {"first": 4, "second": 3, "hidden": 6}
+
+
+class SideBranch(Net):
+    """A layer whose outputs the loss does not need."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.side, self.last = nn.Linear(10, 4), nn.Linear(4, 2)
+
+    def forward(self, images):
+        x = F.relu(self.second(F.relu(self.norm(self.first(images))))).mean(dim=(2, 3))
+        x = F.relu(self.hidden(x))
+        self.aside = self.last(F.relu(self.side(x)))
+        return self.head(x), self.aside
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0])[0], batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_units_that_the_loss_does_not_need_leave_first(form):
+    """A branch without gradients is worth nothing: it loses all but one of its units, and the run goes on."""
+    module = net(SideBranch)
+    fit(module, TaylorFilterPruning(0.2, form=form))
+    assert len(module.side.weight) == 1
+    assert sum(widths(module).values()) == 24 - math.ceil(0.2 * 28 - 1e-9) + 3
 
 
 def test_amounts_scopes_and_targets_are_reached():
@@ -466,5 +496,5 @@ def test_a_loss_that_is_not_a_number_is_told():
 
     module = net(NoNumber)
     with pytest.warns(UserWarning, match="Another was due, but nothing finite was seen to score by: are losses NaN"):
-        fit(module, TaylorFilterPruning(0.5))
+        fit(module, TaylorFilterPruning(0.5, scope="global"))
     assert widths(module) == {"first": 8, "second": 6, "hidden": 10}

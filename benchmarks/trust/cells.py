@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.trust.kills import differing
 from benchmarks.trust.runs import CALLBACKS, Batches, Net, outcome, trainer
 from lightning_prune import PruningError
-from lightning_prune.callbacks.engine.run import Pruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 
 __all__ = ["DDP", "EXTRAS", "OPTIMIZERS", "PRECISIONS", "Cell", "Tried", "across", "alone", "try_cells"]
 
@@ -231,7 +231,8 @@ def _unfit(cell: Cell, module: CellNet, made: pl.Trainer) -> str:
     if not all(value.isfinite().all() for value in module.state_dict().values()):
         return "numbers that are not finite"
     for callback in made.callbacks:
-        if isinstance(callback, Pruning) and cell.callback != "guard" and callback.state_dict()["progress"] != 1.0:
+        prunes = isinstance(callback, PruningCallback) and cell.callback != "guard"
+        if prunes and callback.state_dict()["progress"] != 1.0:
             return f"only {callback.state_dict()['progress']:.0%} of the cuts were made"
     for optimizer in made.optimizers:
         for parameter, state in optimizer.state.items():

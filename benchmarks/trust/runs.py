@@ -33,13 +33,13 @@ IMAGE = (2, 6, 6)
 
 CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
     "none": list,
-    "l1": lambda: [FilterL1Pruning(0.5, "flops", schedule=Linear(1, 3))],
-    "taylor": lambda: [TaylorFilterPruning(0.5, schedule=Linear(1, 3))],
-    "taylor activations": lambda: [TaylorFilterPruning(0.5, schedule=Linear(1, 3), form="activations")],
-    "apoz": lambda: [FilterPruning(0.5, "apoz", schedule=Linear(1, 3), recalibrate=2)],
-    "magnitude": lambda: [IterativeMagnitudePruning(0.8, schedule=Geometric(1, 3))],
-    "lottery": lambda: [IterativeMagnitudePruning(0.8, schedule=Geometric(1, 3), rewind_to=2)],
-    "obs": lambda: [OBSOneShot(0.5, epoch=2, batches=2)],
+    "l1": lambda: [FilterL1Pruning(0.5, target="flops", schedule=Linear(1, 3))],
+    "taylor": lambda: [TaylorFilterPruning(0.5, schedule=Linear(1, 3), scope="global")],
+    "taylor activations": lambda: [TaylorFilterPruning(0.5, schedule=Linear(1, 3), form="activations", scope="global")],
+    "apoz": lambda: [FilterPruning(0.5, criterion="apoz", schedule=Linear(1, 3), recalibrate=2)],
+    "magnitude": lambda: [IterativeMagnitudePruning(0.8, schedule=Geometric(1, 3), scope="global")],
+    "lottery": lambda: [IterativeMagnitudePruning(0.8, schedule=Geometric(1, 3), rewind_to=2, scope="global")],
+    "obs": lambda: [OBSOneShot(0.5, epoch=2, batches=2, scope="global")],
     # a loss that never may rise: some cuts come back, and some do not
     "guard": lambda: [
         MetricGuard("val_loss", 0.01, "min", then="halve"),
@@ -48,7 +48,7 @@ CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
     "all at once": lambda: [
         EMAWeightAveraging(decay=0.8),
         FilterL1Pruning({"first": 0.5}, schedule=Linear(1, 3)),
-        IterativeMagnitudePruning(0.7, schedule=Linear(1, 3), ignore=["head"]),
+        IterativeMagnitudePruning(0.7, schedule=Linear(1, 3), ignore=["head"], scope="global"),
     ],
 }
 

@@ -22,7 +22,7 @@ __all__ = ["CASES", "Watch", "left_behind", "soak"]
 SPARE = 8  # units that stay
 CASES = {
     "cuts": lambda times: FilterL1Pruning(times / (times + SPARE), schedule=FewUnits(units=1)),
-    "masks": lambda times: IterativeMagnitudePruning(0.9, schedule=Linear(0, times - 1, by="steps")),
+    "masks": lambda times: IterativeMagnitudePruning(0.9, schedule=Linear(0, times - 1, by="steps"), scope="global"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from functools import reduce
@@ -9,7 +10,26 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-__all__ = ["keep_best_of_all", "keep_highest", "keep_n_of_m", "parse_pattern"]
+__all__ = ["keep_best_of_all", "keep_highest", "keep_n_of_m", "number_to_prune", "parse_pattern"]
+
+
+def number_to_prune(amount: float, size: int) -> int:
+    """Return how many of ``size`` units, weights, parameters or multiply-adds an amount means.
+
+    The fewest that are at least the fraction. A fraction below 1 never means all.
+
+    Args:
+        amount: Fraction, in [0, 1].
+        size: How many there are.
+
+    Examples:
+        >>> number_to_prune(0.5, 35), number_to_prune(0.07, 100), number_to_prune(0.99, 10)
+        (18, 7, 9)
+    """
+    asked = amount * size
+    slack = max(1e-9, 1e-12 * asked)  # 0.07 * 100 is a little more than 7 in binary fractions
+    most = size if amount >= 1 else max(size - 1, 0)
+    return min(math.ceil(asked - slack), most)
 
 
 def keep_highest(scores: Tensor, count: int) -> Tensor:

@@ -17,8 +17,9 @@ from lightning_prune.model.calls import ExampleInputs, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import seen
-from lightning_prune.pruning.arguments import check_prunable, with_ignored
-from lightning_prune.pruning.scoring import CRITERIA, by_l2
+from lightning_prune.pruning.accumulators import by_l2
+from lightning_prune.pruning.arguments import Modules, check_prunable, with_ignored
+from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups
 
@@ -94,23 +95,23 @@ def correlate(scores: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Corr
 def compare_criteria(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    batches: Iterable[Any],
-    loss: Loss,
     *,
     criteria: Sequence[str] = tuple(CRITERIA),
-    ignore: Sequence[str] = (),
+    batches: Iterable[Any],
+    loss: Loss,
+    ignore: Modules = (),
     progress: bool = True,
 ) -> dict[str, Correlation]:
     """Find out which criterion foretells best, for this model and these data, what removing its units would do.
 
     Args:
-        model: A trained model, left as found.
-        example_inputs: What to trace it on.
-        batches: Batches of data; held in memory.
-        loss: From model and batch to the mean loss.
+        model: The model.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
         criteria: Names of criteria to compare.
-        ignore: Patterns of module paths whose channels are left out.
-        progress: Whether to show a progress bar.
+        batches: Batches of data, a list or loader that can be read once.
+        loss: A function of model and batch that returns the mean loss.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        progress: Whether to show progress bars.
 
     Returns:
         Criterion -> its correlation with the oracle.
@@ -131,7 +132,11 @@ def compare_criteria(
     check_prunable(model, structure)
     truth = oracle(model, structure, batches, loss, progress=progress)
     shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)
-    return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in shown}
+    found = {}
+    for name in shown:
+        scores = accumulate(accumulator_for(name), model, structure, batches, loss)
+        found[name] = correlate(scores, truth)
+    return found
 
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:

@@ -22,9 +22,9 @@ from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.calls import ExampleInputs, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.pruning.arguments import check_arguments, check_prunable, with_ignored
-from lightning_prune.pruning.budget import Budget, Dense, Scores, plan
-from lightning_prune.pruning.filters import count_params, prepare
+from lightning_prune.pruning.arguments import Modules, check_arguments, check_prunable, with_ignored
+from lightning_prune.pruning.budget import Budget, Dense, Scores, select_units
+from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.pruning.scoring import Criterion, score_units
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups, temporarily_cut
@@ -53,7 +53,7 @@ def sensitivity(
     metric: str = "metric",
     mode: Mode = "max",
     criterion: Criterion = "l1",
-    ignore: Sequence[str] = (),
+    ignore: Modules = (),
     done: Sensitivity | None = None,
     path: str | Path | None = None,
     progress: bool = True,
@@ -64,17 +64,18 @@ def sensitivity(
     found. Each evaluation runs in eval mode, without gradients and from the same random state.
 
     Args:
-        model: The model; anything that runs on ``example_inputs`` in eval mode.
+        model: The model. Anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
         evaluate: From the model to the metric. It may change the mode; it leaves the model on its device.
         shares: Fractions, in (0, 1), of a group's units that leave; rounded up to whole units, and one unit stays.
         metric: What the metric is called in files and pictures.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is.
-        criterion: What says which units leave first: a criterion of weights alone, by name or as a function.
-        ignore: Patterns of module paths whose channels stay.
+        criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
+            higher is kept longer. It looks at weights alone.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
         done: What an earlier call returned or wrote before it was stopped; groups in it are not measured again.
         path: A JSON file, written anew after each group.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Returns:
         The metric of every group at every share, and the groups skipped because their cut could not be proved.
@@ -95,7 +96,7 @@ def sensitivity(
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, fig. 2 (arXiv:1608.08710).
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015 (arXiv:1506.02626).
     """
-    check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1)
+    check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1, ignore=ignore)
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
     found = begin("sensitivity", model, evaluate, shares, metric, mode, criterion, done)
@@ -198,7 +199,7 @@ def _counts(structure: Structure, scores: Scores, name: str, shares: Iterable[fl
     widths = {group: found.width for group, found in structure.groups.items()}
     gone = set()
     for share in shares:
-        keep = plan(
+        keep = select_units(
             structure, scores, {name: share}, Budget(),
             dense=Dense(widths, Footprint(0, 0)), footprint=lambda keep: Footprint(0, 0),
         )  # fmt: skip
@@ -218,19 +219,12 @@ def _measure(
 ) -> GroupSensitivity | str:
     """Cut one group by several numbers of units; return the metric each time, or why a cut could not be proved."""
     group = structure.groups[name]
-    flops = structure.flops({})
-    dense = Dense(
-        {other: found.width for other, found in structure.groups.items()}, Footprint(count_params(model), flops)
-    )
     values = {}
     for count in gone:
-        prepared = prepare(
-            model, example_inputs, structure, scores, {name: count / group.width}, Budget(), dense=dense,
-            flops=flops,
-        )  # fmt: skip
-        if prepared.refused:
-            return _reason(group, prepared.structure)
-        with temporarily_cut(model, prepared.cut, prepared.tensors):
+        plan = plan_filters(model, example_inputs, structure, scores, {name: count / group.width})
+        if plan.refused:
+            return _reason(group, plan.structure)
+        with temporarily_cut(model, plan.cut, plan.tensors):
             values[count / group.width] = evaluated(model, evaluate)
         advance()
     return GroupSensitivity(name, group.producers, group.width, tuple(values), tuple(values.values()))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.algorithms.selection import keep_highest
+from lightning_prune.algorithms.selection import keep_highest, number_to_prune
 from lightning_prune.analysis.layer_sensitivity import TENTHS, begin, evaluated, measure_each
 from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Mode, Sensitivity
 from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.pruning.arguments import Parameters
 from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.weights import WeightCriterion, check_weight_arguments, score_weights
 
@@ -29,8 +30,8 @@ def weight_sensitivity(
     metric: str = "metric",
     mode: Mode = "max",
     criterion: WeightCriterion = "magnitude",
-    parameters: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Parameters = (),
+    parameters: Parameters | None = None,
     done: Sensitivity | None = None,
     path: str | Path | None = None,
     progress: bool = True,
@@ -43,16 +44,17 @@ def weight_sensitivity(
     Args:
         model: The model.
         evaluate: From the model to the metric. It may change the mode; it leaves the model on its device.
-        shares: Fractions, in (0, 1), of a weight's entries that are zeroed; the whole part of them.
+        shares: Fractions, in (0, 1), of a weight's entries that are zeroed; rounded up, and one stays.
         metric: What the metric is called in files and pictures.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is.
-        criterion: What says which entries go first: ``"magnitude"``, ``"random"`` or a function from a weight to one
-            score for each entry.
-        parameters: Patterns of modules or parameters; by default all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay.
+        criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
+            longer. ``magnitude`` or ``random``.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
         done: What an earlier call returned or wrote before it was stopped; weights in it are not measured again.
         path: A JSON file, written anew after each weight.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Returns:
         The metric of every weight at every share; its groups are weights, and its units their entries.
@@ -78,7 +80,9 @@ def weight_sensitivity(
     weights = find_weights(model, parameters, ignore).found
     found = begin("weight_sensitivity", model, evaluate, shares, metric, mode, criterion, done)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
-    gone = {name: sorted({int(share * size + 1e-6) for share in found.asked} - {0}) for name, size in sizes.items()}
+    gone = {}
+    for name, size in sizes.items():
+        gone[name] = sorted({number_to_prune(share, size) for share in found.asked} - {0})
 
     def measure(name: str, advance: Callable[[], Any]) -> GroupSensitivity:
         scores, values = score_weights({name: weights[name]}, criterion)[name], []

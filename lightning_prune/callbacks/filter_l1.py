@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
-from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 
 __all__ = ["FilterL1Pruning"]
 
 
-class FilterL1Pruning(StructuredPruning):
+class FilterL1Pruning(PruningCallback):
     """Remove the filters, neurons and channels with the smallest L1 norm while the model trains.
 
     Filters leave the model itself, before the first batch of an epoch; optimizer state follows, checkpoints know their
@@ -21,32 +23,30 @@ class FilterL1Pruning(StructuredPruning):
     of the dense model) and ``prune/sparsity`` (share of the filters that could leave and have left).
 
     Args:
-        amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
-            fractions by pattern of module paths, ``{"layer1.*.conv1": 0.6}``: of the channels that these modules
-            produce (what no pattern names stays whole).
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
-            latency. That is the time of one call on the example inputs, in eval mode, measured on this machine (on the
-            first process) whenever a cut is due, and reached within 5 % where single units weigh less; it is logged as
-            ``prune/latency_kept``. Pass ``example_inputs`` of the batch that counts; widths often run fastest in
-            multiples of 8 or so, see ``round_to``.
-        scope: ``layer`` takes the same share of every layer; ``global`` compares norms, divided by their layer's mean,
-            across layers.
-        schedule: When how much of it leaves; by default everything before the first batch, as when a trained model is
-            pruned and fine-tuned.
-        ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after a cut, in channels (heads times their width), are multiples of this, rounded up.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
-            the module's ``example_input_array``, else one example of the first training batch.
-        min_width: Channels that stay of every layer at least; or by pattern of module paths, the largest that names a
-            layer.
-        max_amount: Largest fraction, in [0, 1], of any layer that may leave; or by pattern of module paths, the
-            smallest that names a layer. What layers may not give towards the whole model's budget, others do; an
-            ``amount`` of each layer's own filters stops there.
-        recalibrate: Training batches over which BatchNorm's means and variances are averaged anew after each cut; by
-            default they follow as training goes on.
-        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
-            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
-            or counted by that.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
+            of module paths or by module, of the units that these produce. What no pattern names is kept whole.
+        target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
+            of the whole model. What ``amount`` is a fraction of: the filters that can leave, or the whole model's
+            parameters, FLOPs or latency. That is the time of one call on the example inputs, in eval mode, measured on
+            this machine (on the first process) whenever a cut is due, and reached within 5 % where single units weigh
+            less; it is logged as ``prune/latency_kept``. Pass ``example_inputs`` of the batch that counts; widths often
+            run fastest in multiples of 8 or so, see ``round_to``.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both. Norms are divided by their layer's mean.
+        schedule: When how much of ``amount`` is pruned. By default everything before the first batch, as when a trained
+            model is pruned and fine-tuned.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
+        min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
+            largest that names a layer.
+        max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
+            module, the smallest that names a layer. A target of the whole model is met by other layers.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
+            ``example_input_array``, else one example of the first training batch.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -64,18 +64,20 @@ class FilterL1Pruning(StructuredPruning):
     def __init__(
         self,
         amount: float | dict[str, float] = 0.3,
+        *,
         target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
         ignore: Sequence[str] = (),
         round_to: int = 1,
-        example_inputs: Any = None,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
-        super().__init__(
-            amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
-            trace, gathering_for("l1"),
-        )  # fmt: skip
+        arguments = FilterArguments(
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+        )
+        strategy = UnitRemoval(arguments, gathering_for("l1"))
+        super().__init__(arguments, OneShot() if schedule is None else schedule, strategy)

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
-from lightning_prune.callbacks.engine.gathered_scores import DAMPING, gathering_for
-from lightning_prune.callbacks.engine.processes import calibration_of
-from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
+from lightning_prune.callbacks.engine.gathered_scores import gathering_for
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.measure.products import find_products
-from lightning_prune.model.calls import run
+from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.pruning.consumers import only_read
-from lightning_prune.pruning.filters import Prepared
-from lightning_prune.pruning.repair import Repair, repaired
+from lightning_prune.pruning.report import Repair
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterPruning"]
 
 
-class FilterPruning(StructuredPruning):
+class FilterPruning(PruningCallback):
     """Remove the filters, neurons and channels that a criterion of your choice scores lowest while the model trains.
 
     What a criterion looks at comes from the run itself: weights when a cut is due; gradients and activations of the
@@ -33,35 +33,37 @@ class FilterPruning(StructuredPruning):
     training. For what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
-            fractions by pattern of module paths, of the channels that these modules produce.
-        criterion: ``l1``, ``l2`` (of a filter's weights), ``bn_scale``, ``random``, ``taylor`` (on weights),
-            ``taylor_activations``, ``activation_mean``, ``activation_std``, ``apoz``, ``taylor_second_order``,
-            ``output_change`` (needs no labels), ``obd`` (by per-example gradients), ``obd_hutchinson``, ``obs`` (what
-            can best be made up for by ``repair``, see :func:`~lightning_prune.prune_filters_obs`); or a function from a
-            weight ``(out, ...)`` to one score per filter ``(out,)``, higher is kept longer, or its import path,
-            ``my_package.my_module.my_criterion``.
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
-            latency.
-        scope: ``layer`` takes the same share of every layer; ``global`` compares scores across layers; those of
-            ``taylor``, ``taylor_second_order``, ``output_change``, ``obd`` and ``obs`` are losses, and for a target
-            other than filters they are divided by what the unit saves of it.
-        schedule: When how much of it leaves; by default everything before the first batch, or before epoch 1 where
-            training must be seen first.
-        ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after a cut, in channels (heads times their width), are multiples of this, rounded up.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
-            the module's ``example_input_array``, else one example of the first training batch.
-        min_width: Channels that stay of every layer at least, or by pattern of module paths.
-        max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
-        recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
-        batches: Training batches that criteria of second derivatives, ``output_change``, ``obs`` and ``repair`` look at
-            when a cut is due.
-        repair: Whether weights and biases that read what leaves are refitted at each cut, to give on these batches
-            what they gave with it.
-        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
-            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
-            or counted by that.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
+            of module paths or by module, of the units that these produce.
+        criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
+            higher is kept longer. ``l1``, ``l2``, ``bn_scale``, ``random``, ``taylor``, ``taylor_activations``,
+            ``activation_mean``, ``activation_std``, ``apoz``, ``taylor_second_order``, ``output_change`` (needs no
+            labels), ``obd`` (by per-example gradients), ``obd_hutchinson``, ``obs`` (prunes first what ``repair`` can
+            best compensate), or the import path of a function, ``my_package.my_module.my_criterion``.
+        target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
+            of the whole model.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both. Scores that are losses (``taylor``, ``taylor_second_order``,
+            ``output_change``, ``obd``, ``obs``) are, for a target other than filters, divided by what the unit saves of
+            it.
+        schedule: When how much of ``amount`` is pruned. By default everything before the first batch, or before epoch 1
+            where training must be seen first.
+        batches: Number of training batches of each process that are read at a pruning step. For criteria of second
+            derivatives, ``output_change``, ``obs`` and ``repair``.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
+        min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
+            largest that names a layer.
+        max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
+            module, the smallest that names a layer.
+        repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
+            by default where ``criterion="obs"``.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
+            ``example_input_array``, else one example of the first training batch.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
@@ -77,18 +79,19 @@ class FilterPruning(StructuredPruning):
     def __init__(
         self,
         amount: float | dict[str, float] = 0.3,
-        criterion: str | Callable[[Tensor], Tensor] = "l2",
+        *,
+        criterion: str | Callable[[Tensor], Tensor] = "l1",
         target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
+        batches: int = 8,
         ignore: Sequence[str] = (),
         round_to: int = 1,
-        example_inputs: Any = None,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        repair: bool | None = None,
+        example_inputs: Any = None,
         recalibrate: int = 0,
-        batches: int = 8,
-        repair: bool = False,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
@@ -96,38 +99,27 @@ class FilterPruning(StructuredPruning):
         gathering = gathering_for(_found(criterion), batches)
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
-        super().__init__(
-            amount, target, scope, schedule, ignore, round_to, example_inputs, min_width, max_amount, recalibrate,
-            trace, gathering,
-        )  # fmt: skip
+        arguments = FilterArguments(
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+        )
+        by_obs = criterion == "obs"
+        repairs = by_obs if repair is None else repair
+        self._repair = ConsumerRepair(batches) if repairs else None
+        strategy = UnitRemoval(arguments, gathering, self._repair, narrow=_scored_by_consumers if by_obs else None)
+        super().__init__(arguments, OneShot() if schedule is None else schedule, strategy)
         self.criterion = criterion
         self.batches = batches
         self.repair = repair
-        self.repairs: tuple[Repair, ...] = ()
 
-    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
-        """Tell whether what reads the units, or BatchNorm, will be looked at on training batches."""
-        return self.repair or self.criterion == "obs" or super().will_run_on_batches(pl_module)
+    @property
+    def repairs(self) -> tuple[Repair, ...]:
+        """What was refitted at the last pruning step, with ``repair``."""
+        return () if self._repair is None else self._repair.repairs
 
-    def mended(
-        self, trainer: Trainer, pl_module: LightningModule, structure: Structure, prepared: Prepared
-    ) -> Prepared:
-        """Let what reads the units that leave make up for them, if asked to."""
-        if not self.repair:
-            return prepared
-        with calibration_of(trainer, pl_module, self.batches) as calibration:
-            products = find_products(pl_module, calibration.batches[0], calibration.forward)
-            tensors, self.repairs, _ = repaired(
-                pl_module, structure, prepared.cut, prepared.tensors, products, calibration, sequential=True,
-                damping=DAMPING,
-            )  # fmt: skip
-        return replace(prepared, tensors=trainer.strategy.broadcast(tensors))
 
-    def _prunable(self, pl_module: LightningModule, structure: Structure) -> Structure:
-        structure = super()._prunable(pl_module, structure)
-        if self.criterion != "obs":
-            return structure
-        return only_read(pl_module, structure, find_products(pl_module, self._inputs, run))
+def _scored_by_consumers(pl_module: LightningModule, structure: Structure, inputs: ExampleInputs) -> Structure:
+    """Return the structure without groups that no weight sums over."""
+    return only_read(pl_module, structure, find_products(pl_module, inputs, run))
 
 
 def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
@@ -136,7 +128,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
     Raises:
         ValueError: If there is no such name, or nothing to call under the path.
     """
-    if not isinstance(criterion, str) or criterion in CRITERIA or criterion == "obs":
+    if not isinstance(criterion, str) or criterion in CRITERIA:
         if callable(criterion) or isinstance(criterion, str):
             return criterion
         raise ValueError(f"FilterPruning(criterion={criterion!r}): pass a name, an import path or a function.")
@@ -149,7 +141,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
         ) from error
     if not callable(found):
         raise ValueError(
-            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, [*CRITERIA, 'obs']))}, the "
+            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, the "
             "import path of a function, or a function."
         )
     return found

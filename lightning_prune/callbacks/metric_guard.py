@@ -11,8 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies
-from lightning_prune.callbacks.engine.probation import Guard
-from lightning_prune.callbacks.engine.run import pruning_callbacks
+from lightning_prune.callbacks.engine.guard import Guard
+from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import restore_, take_snapshot
 
@@ -95,7 +95,7 @@ class MetricGuard(Guard):
             **take_snapshot(pl_module, trainer.optimizers),
             "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
             "step": trainer.global_step,
-            "pruning": [callback.progress() for callback in pruning_callbacks(trainer)],
+            "pruning": engine_of(trainer).rollback_states(),
         }
         self._state.validations = 0
 
@@ -154,8 +154,7 @@ class MetricGuard(Guard):
             restore_(copy, (), own)
         if averaged:
             strategy.configure_ddp()  # type: ignore[attr-defined]
-        for callback, progress in zip(pruning_callbacks(trainer), before["pruning"], strict=True):
-            callback.go_back(pl_module, progress, halve=self.then == "halve")
+        engine_of(trainer).rollback(trainer, pl_module, before["pruning"], halve=self.then == "halve")
         rank_zero_info(
             f"MetricGuard: {self.monitor} was {self._state.last:g}, more than {self.drop:g} behind its best "
             f"{self._state.best:g}; the last cut was taken back."

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
-from lightning_prune.algorithms.schedules import Moments, OneShot, Schedule
-from lightning_prune.callbacks.engine.masked import MaskedPruning
-from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
-from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.arguments import Amount
-from lightning_prune.pruning.obs import Asked, LayerFit, Solver, plan_obs, refuse_beyond_reach, write_
+from lightning_prune.algorithms.schedules import OneShot
+from lightning_prune.callbacks.engine.brain_surgeon import BrainSurgeon
+from lightning_prune.callbacks.engine.clock import AfterTraining
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
+from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.pruning.obs import Asked, LayerFit, Solver
 
 __all__ = ["OBSOneShot"]
 
 
-@dataclass(frozen=True)
-class _AfterTraining(Schedule):
-    """No moment of the training itself."""
-
-    by: Moments = "epochs"
-
-    def progress(self, moment: int) -> float:
-        """Return that nothing is due."""
-        return 0.0
-
-    def sparsity(self, progress: float, amount: float) -> float:
-        """Return the share of the amount that the share of the cuts is."""
-        return progress * amount
-
-    @property
-    def last(self) -> int:
-        """No training is too short."""
-        return 0
-
-
-class OBSOneShot(MaskedPruning):
+class OBSOneShot(PruningCallback):
     """Set weights to zero once, and let the others of each layer make up for them, so that no retraining is needed.
 
     Every layer goes on to give, on some batches of the training data, what it gave before, as well as it can with what
@@ -51,22 +30,25 @@ class OBSOneShot(MaskedPruning):
     Logged as by :class:`IterativeMagnitudePruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of the weights that shall be zero; or, by pattern of names of modules or
-            parameters, of these (what no pattern names stays dense). By default 0.5, or what ``pattern`` says.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
+            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
+            dense. By default 0.5, or what ``pattern`` says.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both. Across layers, the weights are split so that the model's outputs
+            change least.
+        batches: Number of training batches of each process that are read at a pruning step. Layers keep their outputs
+            on these.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept.
         epoch: The epoch, counted from 0, before which it happens; by default after the training.
-        scope: With one amount for all, ``global`` splits it over the layers so that the model's outputs change least;
-            ``layer`` takes the same share of every layer.
-        pattern: ``"N:M"``: of every M neighbours along the input dimension N stay.
         solver: ``exact``, ``admm`` or ``blocked`` (see :func:`~lightning_prune.prune_obs`).
-        sequential: Let each layer see what the pruned layers before it give.
-        batches: Training batches of each process on which layers keep their outputs.
-        damping: Share of its mean diagonal entry that is added to every Hessian's diagonal.
-        parameters: Patterns of modules, whose linear and convolution weights are meant, or of parameters; by default
-            all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay dense.
-        recalibrate: Whether BatchNorm's statistics are averaged anew on these batches afterwards. Their means follow
-            what the weights behind them lose in any case.
-        mask_gradients: See :class:`IterativeMagnitudePruning`.
+        sequential: Whether each layer is fitted to the inputs that the pruned layers before it give.
+        damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        mask_gradients: Whether gradients of masked weights are zeroed before a step, too.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict.
@@ -84,87 +66,44 @@ class OBSOneShot(MaskedPruning):
     def __init__(
         self,
         amount: float | dict[str, float] | None = None,
-        epoch: int | None = None,
-        scope: Literal["global", "layer"] = "global",
+        *,
+        scope: Literal["layer", "global"] = "layer",
+        batches: int = 8,
+        ignore: Sequence[str] = (),
+        parameters: Sequence[str] | None = None,
         pattern: str | None = None,
+        epoch: int | None = None,
         solver: Literal["exact", "admm", "blocked"] = "admm",
         sequential: bool = False,
-        batches: int = 8,
         damping: float = 0.01,
-        parameters: Sequence[str] | None = None,
-        ignore: Sequence[str] = (),
-        recalibrate: bool = False,
+        recalibrate: int = 0,
         mask_gradients: bool | Literal["auto"] = "auto",
     ) -> None:
-        schedule = _AfterTraining() if epoch is None else OneShot(at=epoch)
-        super().__init__(amount, scope, schedule, parameters, ignore, pattern, mask_gradients)
+        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
+        # what ignore= names has been taken out of what may be pruned
+        asked = Asked(
+            None if pattern is not None else amount, solver, scope, pattern, sequential, damping, (), False, None
+        )
+        self._surgeon = BrainSurgeon(asked, batches, recalibrate)
+        schedule = AfterTraining() if epoch is None else OneShot(at=epoch)
+        super().__init__(arguments, schedule, WeightMasking(arguments, self._surgeon))
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"OBSOneShot(batches={batches!r}): it is a number of training batches, from 1.")
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise ValueError(f"OBSOneShot(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
+        asked.check("OBSOneShot")
         self.epoch = epoch
         self.solver: Solver = solver
         self.sequential = sequential
         self.batches = batches
         self.damping = damping
         self.recalibrate = recalibrate
-        self.fits: tuple[LayerFit, ...] = ()
-        self._asked(amount).check("OBSOneShot")
-        self._planned: dict[str, Tensor] = {}  # between the choice of what stays and its writing
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> bool:
-        """Begin to mask; refuse shares that no split over the layers gives."""
-        super().begin(trainer, pl_module, batch)
-        if self.due:
-            weights = self._in_run.to_prune.weights
-            refuse_beyond_reach({name: w.parameter.numel() for name, w in weights.items()}, self._asked(self.amount))
-        return True
-
-    def will_run_on_batches(self, pl_module: LightningModule) -> bool:
-        """Tell that layers will be looked at on training batches."""
-        return True
-
-    def choose(self, pl_module: LightningModule, due: Amount, progress: float) -> dict[str, Tensor]:
-        """Return what stays, and work out what it becomes."""
-        to_prune = self._in_run.to_prune
-        if self._masks:
-            raise PruningError(
-                "OBSOneShot: some of the weights are masked already, and what is masked would move. Prune once, or "
-                "name other weights by parameters= or ignore=."
-            )
-        asked = self._asked(to_prune.amount, list(to_prune.weights), pl_module.trainer)
-        with calibration_of(pl_module.trainer, pl_module, self.batches) as calibration:
-            plan = plan_obs(pl_module, calibration, asked)
-        self.fits = plan.report.layers
-        self._planned = pl_module.trainer.strategy.broadcast(plan.tensors)
-        return plan.report.masks
-
-    def after_masking(self, trainer: Trainer, pl_module: LightningModule, progress: float) -> None:
-        """Let the weights that stay make up for the others."""
-        write_(pl_module, self._planned)
-        self._planned = {}
-        recalibrate_(trainer, pl_module, self.batches if self.recalibrate else 0)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune, if it is to be after the training, and print what became of the weights."""
-        if self.epoch is None and self._course.begun:
-            self._finish(trainer, pl_module)
-        super().on_train_end(trainer, pl_module)
+    @property
+    def fits(self) -> tuple[LayerFit, ...]:
+        """How well each layer's outputs were kept."""
+        return self._surgeon.fits
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune where there was nothing left to train: a checkpoint that has had all its epochs."""
-        if self.epoch is None and not self._course.begun:
-            self._course.begun = self.begin(trainer, pl_module, None)
-            self._finish(trainer, pl_module)
-            super().on_train_end(trainer, pl_module)
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.due:
-            self.reach(trainer, pl_module, 1.0)
-            self._course.progress = 1.0
-
-    def _asked(self, amount: Any, only: Sequence[str] | None = None, trainer: Trainer | None = None) -> Asked:
-        shows = trainer is not None and trainer.is_global_zero and trainer.progress_bar_callback is not None
-        amount = None if self.pattern is not None else amount
-        # what ignore= names has been taken out of what may be pruned
-        return Asked(
-            amount, self.solver, self.scope, self.pattern, self.sequential, self.damping, (), shows, only,
-        )  # fmt: skip
+        self.engine.end_fit(self.member, trainer, pl_module)

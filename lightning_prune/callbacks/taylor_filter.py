@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
-from lightning_prune.callbacks.engine.structured import StructuredPruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
@@ -19,36 +21,39 @@ __all__ = ["TaylorFilterPruning"]
 _CRITERIA = {"weights": "taylor", "activations": "taylor_activations"}
 
 
-class TaylorFilterPruning(StructuredPruning):
+class TaylorFilterPruning(PruningCallback):
     """Remove the filters, neurons and channels that the loss would miss least, to first order, while the model trains.
 
     The gradients are those of the training itself: no extra passes, no labels. Scores gather from one cut to the next.
     For the rest, what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of the target that shall be gone at the end, of what was there at the start; or
-            fractions by pattern of module paths, of the channels that these modules produce.
-        target: What ``amount`` is a fraction of: the filters that can leave, or the whole model's parameters, FLOPs or
-            latency.
-        scope: ``global`` compares scores across layers; ``layer`` takes the same share of every layer.
-        schedule: When how much of it leaves, not before epoch 1, since gradients must be seen first; by default
-            everything before epoch 1.
-        ignore: Patterns of module paths whose channels stay.
-        round_to: Widths after a cut, in channels (heads times their width), are multiples of this, rounded up.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of ``forward``; by default
-            the module's ``example_input_array``, else one example of the first training batch.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
+            of module paths or by module, of the units that these produce.
+        target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
+            of the whole model.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both.
+        schedule: When how much of ``amount`` is pruned. Not before epoch 1, since gradients must be seen first; by
+            default everything before epoch 1.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
+        min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
+            largest that names a layer.
+        max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
+            module, the smallest that names a layer.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
+            ``example_input_array``, else one example of the first training batch.
+        recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
+            step; 0 averages nothing.
+        trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
+            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
         form: ``weights`` squares the sum of weight times gradient over the weights that read a unit (Molchanov et al.
             2019); ``activations`` averages over examples the absolute sum of activation times gradient, and divides by
             the layer's l2 norm (2016); it takes the training loss to be the mean over the batch.
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
             0.001. Without one, ``weights`` under a global target of parameters, FLOPs or latency takes first what the
             loss would miss least for what it saves.
-        min_width: Channels that stay of every layer at least, or by pattern of module paths.
-        max_amount: Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths.
-        recalibrate: Training batches over which BatchNorm's statistics are averaged anew after each cut.
-        trace: What of the module is traced, counted and proved: its ``forward``, or, where it trains otherwise, what
-            ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode; nothing is logged
-            or counted by that.
 
     Raises:
         ValueError: If an argument is out of range, or the schedule cuts before epoch 1.
@@ -62,36 +67,39 @@ class TaylorFilterPruning(StructuredPruning):
     def __init__(
         self,
         amount: float | dict[str, float] = 0.3,
+        *,
         target: Literal["filters", "params", "flops", "latency"] = "filters",
-        scope: Literal["layer", "global"] = "global",
+        scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
         ignore: Sequence[str] = (),
         round_to: int = 1,
-        example_inputs: Any = None,
-        form: Literal["weights", "activations"] = "weights",
-        flops_penalty: float = 0.0,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        form: Literal["weights", "activations"] = "weights",
+        flops_penalty: float = 0.0,
     ) -> None:
         if form not in _CRITERIA:
             raise ValueError(f"TaylorFilterPruning(form={form!r}): choose 'weights' or 'activations'.")
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
-        super().__init__(
-            amount, target, scope, schedule if schedule is not None else OneShot(at=1), ignore, round_to,
-            example_inputs, min_width, max_amount, recalibrate, trace, gathering_for(_CRITERIA[form]),
-        )  # fmt: skip
+        arguments = FilterArguments(
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+        )
+        gathering = gathering_for(_CRITERIA[form])
+        if flops_penalty:
+            gathering.adding_up = False  # else the same would be weighed twice
+        strategy = UnitRemoval(arguments, gathering, adjust=partial(_penalized, flops_penalty))
+        super().__init__(arguments, OneShot(at=1) if schedule is None else schedule, strategy)
         self.form = form
         self.flops_penalty = flops_penalty
-        if flops_penalty:
-            self._gathering.adding_up = False  # else the same would be weighed twice
 
-    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Return the mean of what was gathered on all processes since the last cut, less the penalty."""
-        found = super().scores(trainer, pl_module, structure)
-        return {name: score - self.flops_penalty * _mega_flops(structure, name) for name, score in found.items()}
+
+def _penalized(flops_penalty: float, structure: Structure, scores: Scores) -> Scores:
+    """Return scores less the penalty for the multiply-adds that are removed with a unit."""
+    return {name: score - flops_penalty * _mega_flops(structure, name) for name, score in scores.items()}
 
 
 def _mega_flops(structure: Structure, name: str) -> float:

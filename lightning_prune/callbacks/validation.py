@@ -15,9 +15,10 @@ from lightning_prune.analysis.layer_sensitivity import TENTHS, sensitivity
 from lightning_prune.analysis.sensitivity_findings import Mode, Sensitivity
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.engine.example_inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks.engine.run import Pruning
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import Modules, Parameters
 from lightning_prune.pruning.scoring import Criterion
 from lightning_prune.pruning.weights import WeightCriterion
 
@@ -34,7 +35,7 @@ def trainer_sensitivity(
     example_inputs: ExampleInputs | None = None,
     shares: Sequence[float] = TENTHS,
     criterion: Criterion = "l1",
-    ignore: Sequence[str] = (),
+    ignore: Modules = (),
     done: Sensitivity | None = None,
     path: str | Path | None = None,
     progress: bool = True,
@@ -45,19 +46,20 @@ def trainer_sensitivity(
 
     Args:
         trainer: What validates.
-        model: The module, with the weights to be judged.
+        model: The model.
         data: A datamodule, or what else ``trainer.validate`` takes, unless the module has its own.
         metric: Name under which the module logs the metric in validation.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
             with ``loss`` or ``error`` in them.
-        example_inputs: Inputs of ``forward``; by default the module's ``example_input_array``, else one example of the
-            first validation batch.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
+            ``example_input_array``, else one example of the first validation batch.
         shares: Fractions of a group's units that leave.
-        criterion: What says which units leave first.
-        ignore: Patterns of module paths whose channels stay.
+        criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
+            higher is kept longer.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
         done: What an earlier call returned or wrote.
         path: A JSON file, written anew after each group.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Raises:
         PruningError: If validation logs no such metric, or as :func:`~lightning_prune.sensitivity` does.
@@ -90,8 +92,8 @@ def trainer_weight_sensitivity(
     mode: Mode | None = None,
     shares: Sequence[float] = TENTHS,
     criterion: WeightCriterion = "magnitude",
-    parameters: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Parameters = (),
+    parameters: Parameters | None = None,
     done: Sensitivity | None = None,
     path: str | Path | None = None,
     progress: bool = True,
@@ -102,18 +104,20 @@ def trainer_weight_sensitivity(
 
     Args:
         trainer: What validates.
-        model: The module, with the weights to be judged.
+        model: The model.
         data: A datamodule, or what else ``trainer.validate`` takes, unless the module has its own.
         metric: Name under which the module logs the metric in validation.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
             with ``loss`` or ``error`` in them.
         shares: Fractions of a weight's entries that are zeroed.
-        criterion: What says which entries go first.
-        parameters: Patterns of modules or parameters; by default all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay.
+        criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
+            longer.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
         done: What an earlier call returned or wrote.
         path: A JSON file, written anew after each weight.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Raises:
         PruningError: If validation logs no such metric, or as :func:`~lightning_prune.weight_sensitivity` does.
@@ -204,7 +208,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
 
 def _rests(callback: Callback) -> bool:
     """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
-    return isinstance(callback, Pruning) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
+    return isinstance(callback, PruningCallback) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

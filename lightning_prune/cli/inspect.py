@@ -58,7 +58,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         console.out(_block(structure), highlight=False)
         return
     console.print(group_table(structure, group_costs(model, structure)))
-    console.print(room_table(model, structure, budget_by_group(structure, limits)))
+    console.print(room_table(model, structure, budget_by_group(model, structure, limits)))
     if structure.pinned:
         console.print(pinned_table(structure))
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drop", type=float, default=0.01, help="how much worse the metric may become (default: 0.01)")
     add("--shares", type=float, nargs="+", default=TENTHS, help="fractions to prune (default: 0.1 0.2 ... 0.9)")
     add("--weights", action="store_true", help="zero single weights, layer by layer, instead of pruning channels")
-    names = [name for name, criterion in CRITERIA.items() if not criterion.needs]
+    names = [name for name, make in CRITERIA.items() if not make().needs]
     criteria = "criterion that ranks units (default: l1); with --weights: magnitude (the default) or random"
     add("--criterion", choices=[*names, "magnitude"], help=criteria)
 

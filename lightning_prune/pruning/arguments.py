@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -20,27 +20,39 @@ __all__ = [
     "Amount",
     "MaxAmount",
     "MinWidth",
+    "Modules",
+    "Parameters",
     "amount_by_group",
     "budget_by_group",
+    "by_path",
     "check_amount",
     "check_arguments",
+    "check_choice",
+    "check_damping",
     "check_fraction",
     "check_ignored",
+    "check_list",
     "check_optimizers",
     "check_prunable",
     "names_module",
     "near",
+    "path_of",
+    "shown",
     "with_ignored",
 ]
 
-Amount = float | Mapping[str, float]
-"""A fraction in [0, 1), or fractions by pattern of module paths."""
-MinWidth = int | Mapping[str, int]
-"""Channels that stay at least of every layer, or by pattern of module paths."""
-MaxAmount = float | Mapping[str, float]
-"""Largest fraction, in [0, 1], of any layer that may leave, or by pattern of module paths."""
+Modules = Sequence[str | nn.Module]
+"""Patterns of module paths, or modules of the model."""
+Parameters = Sequence[str | nn.Module | tuple[nn.Module, str]]
+"""Patterns of paths of modules or parameters, modules of the model, or modules with the name of a parameter."""
+Amount = float | Mapping[Any, float]
+"""A fraction in [0, 1), or fractions by pattern of module paths or by module."""
+MinWidth = int | Mapping[Any, int]
+"""Channels that are kept of every layer at least, or by pattern of module paths or by module."""
+MaxAmount = float | Mapping[Any, float]
+"""Largest fraction, in [0, 1], of any layer that is pruned, or by pattern of module paths or by module."""
 
-_Limit = TypeVar("_Limit", int, float)
+_Value = TypeVar("_Value", int, float)
 
 
 def check_arguments(
@@ -52,6 +64,7 @@ def check_arguments(
     round_to: int,
     min_width: MinWidth = 1,
     max_amount: MaxAmount = 1.0,
+    ignore: Modules = (),
 ) -> None:
     """Refuse arguments that no model could make sense of.
 
@@ -60,33 +73,30 @@ def check_arguments(
         TypeError: If an argument is of a wrong kind.
     """
     check_amount(where, amount)
-    if isinstance(amount, Mapping) and (target != "filters" or scope != "layer"):
+    check_choice(where, "target", target, get_args(Target))
+    check_choice(where, "scope", scope, get_args(Scope))
+    if isinstance(amount, Mapping) and target != "filters":
         raise ValueError(
-            f"{where}(target={target!r}, scope={scope!r}): amounts by pattern are fractions of each layer's filters; "
-            "use target='filters', scope='layer', or one amount for the whole model."
+            f"{where}(target={target!r}): amounts by pattern are fractions of each layer's filters. Use "
+            "target='filters', or one amount for the whole model."
         )
-    for name, value, allowed in (("target", target, get_args(Target)), ("scope", scope, get_args(Scope))):
-        if value not in allowed:
-            raise ValueError(f"{where}({name}={value!r}): choose one of {', '.join(map(repr, allowed))}.")
-    known = list(CRITERIA)
-    if isinstance(criterion, str) and criterion not in known:
+    if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(
-            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, known))}, or pass a function."
+            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, or pass a function."
         )
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+    if not _is_whole(round_to):
         raise ValueError(f"{where}(round_to={round_to!r}): widths are rounded to multiples of a whole number from 1.")
-    for number in min_width.values() if isinstance(min_width, Mapping) else [min_width]:
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(
-                f"{where}(min_width={min_width!r}): it is the number of channels that stay of a layer at least, a "
-                "whole number from 1, or such numbers by pattern of module paths."
-            )
-    for fraction in max_amount.values() if isinstance(max_amount, Mapping) else [max_amount]:
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
-            raise ValueError(
-                f"{where}(max_amount={max_amount!r}): it is the largest fraction of a layer that may leave, in "
-                "[0, 1], or such fractions by pattern of module paths."
-            )
+    if not all(_is_whole(number) for number in _values(min_width)):
+        raise ValueError(
+            f"{where}(min_width={min_width!r}): it is the number of channels that stay of a layer at least, a "
+            "whole number from 1, or such numbers by pattern of module paths."
+        )
+    if not all(_is_number(share) and 0 <= share <= 1 for share in _values(max_amount)):
+        raise ValueError(
+            f"{where}(max_amount={max_amount!r}): it is the largest fraction of a layer that may leave, in "
+            "[0, 1], or such fractions by pattern of module paths."
+        )
+    check_list(where, "ignore", ignore)
 
 
 def check_amount(where: str, amount: Amount) -> None:
@@ -96,17 +106,36 @@ def check_amount(where: str, amount: Amount) -> None:
         ValueError: If one is out of range.
         TypeError: If one is no number.
     """
-    if isinstance(amount, Mapping) and not amount:
+    if not isinstance(amount, Mapping):
+        _check_fraction(f"{where}(amount={amount!r})", amount)
+        return
+    if not amount:
         raise ValueError(
             f"{where}(amount={{}}): it names nothing, so nothing would leave. Give patterns, or a fraction."
         )
-    for name, fraction in amount.items() if isinstance(amount, Mapping) else [("", amount)]:
-        told = f"{where}(amount={{{name!r}: {fraction!r}}})" if name else f"{where}(amount={fraction!r})"
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
-        if not 0 <= fraction < 1:
-            hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
-            raise ValueError(f"{told}: amount is the fraction that leaves and must lie in [0, 1).{hint}")
+    for key, fraction in amount.items():
+        _check_fraction(f"{where}(amount={{{_quoted(key)}: {fraction!r}}})", fraction)
+
+
+def check_choice(where: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Refuse a value that is not among those allowed.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    known = list(allowed)
+    if value not in known:
+        raise ValueError(f"{where}({name}={value!r}): choose one of {', '.join(map(repr, known))}.")
+
+
+def check_damping(where: str, damping: float, of: str) -> None:
+    """Refuse a damping below 0; ``of`` what it is a share.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    if not damping >= 0:
+        raise ValueError(f"{where}(damping={damping!r}): a share of the {of}, from 0; 0.01 is 1 %.")
 
 
 def check_fraction(where: str, amount: float) -> None:
@@ -115,8 +144,18 @@ def check_fraction(where: str, amount: float) -> None:
     Raises:
         TypeError: Saying so.
     """
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
+    if not _is_number(amount):
         raise TypeError(f"{where}(amount={amount!r}): it is one fraction of all weights. Keep layers out by ignore=.")
+
+
+def check_list(where: str, name: str, given: Any) -> None:
+    """Refuse one pattern or module where a list is expected: iterating over it would give letters or its children.
+
+    Raises:
+        TypeError: Saying so.
+    """
+    if isinstance(given, str | nn.Module):
+        raise TypeError(f"{where}({name}={_quoted(given)}): pass a list of patterns, [{_quoted(given)}].")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -132,33 +171,6 @@ def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
         )
 
 
-def with_ignored(model: nn.Module, structure: Structure, ignore: Sequence[str]) -> Structure:
-    """Return the structure with the channels that the named modules produce pinned.
-
-    Raises:
-        ValueError: If a pattern names no module.
-    """
-    check_ignored(model, ignore)
-    ignored = [
-        name
-        for name, group in structure.groups.items()
-        if any(names_module(pattern, producer) for pattern in ignore for producer in group.producers)
-    ]
-    return structure.without(ignored, "named in ignore=")
-
-
-def check_ignored(model: nn.Module, ignore: Iterable[str], what: str = "ignore") -> None:
-    """Refuse patterns that name no module; ``what`` argument they were given by.
-
-    Raises:
-        ValueError: If a pattern names no module.
-    """
-    paths = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
-    for pattern in ignore:
-        if not any(names_module(pattern, path) for path in paths):
-            raise ValueError(f"{what}={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
-
-
 def check_prunable(model: nn.Module, structure: Structure) -> None:
     """Refuse a model of which nothing can be cut.
 
@@ -170,67 +182,46 @@ def check_prunable(model: nn.Module, structure: Structure) -> None:
         raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every channel stays ({why}).")
 
 
-def amount_by_group(structure: Structure, amount: Amount) -> Amount:
-    """Turn amounts by pattern of module paths into amounts by group name; a plain fraction passes.
+# From what the user names to paths of modules
+
+
+def path_of(model: nn.Module, given: str | nn.Module | tuple[nn.Module, str], what: str) -> str:
+    """Return the path of a module, or of a parameter given as module and name; patterns are returned as they are.
+
+    Args:
+        model: The model.
+        given: A pattern, a module, or a module and the name of one of its parameters.
+        what: The argument it was given by, for errors.
 
     Raises:
-        ValueError: If a pattern names no module that produces channels, or two give one group different amounts.
-        PruningError: If every channel that a pattern names is pinned.
+        ValueError: If the module is not part of the model, or is the whole model.
+        TypeError: If it is none of these.
     """
-    if not isinstance(amount, Mapping):
-        return amount
-    amounts: dict[str, float] = {}
-    chosen_by: dict[str, str] = {}
-    pinned = {pin.tensor.rpartition(".")[0]: pin.reason for pin in structure.pinned}
-    for pattern, fraction in amount.items():
-        named = _named(structure, "amount", pattern)
-        if not named:
-            stays = next(f"{path}: {reason}" for path, reason in pinned.items() if names_module(pattern, path))
-            raise PruningError(f"amount[{pattern!r}]: all the channels it names stay ({stays}). Leave the pattern out.")
-        for name in named:
-            if amounts.setdefault(name, fraction) != fraction:
-                raise ValueError(
-                    f"amount: {chosen_by[name]!r} asks for {amounts[name]:g} and {pattern!r} for {fraction:g} of the "
-                    f"same channels, those of {name} (made by {', '.join(structure.groups[name].producers)}). "
-                    "Give them one amount."
-                )
-            chosen_by.setdefault(name, pattern)
-    return amounts
+    if isinstance(given, str):
+        return given
+    module, name = given if isinstance(given, tuple) and len(given) == 2 else (given, "")
+    if not isinstance(module, nn.Module) or not isinstance(name, str):
+        raise TypeError(f"{what}: {given!r} is no pattern and no module of the model.")
+    for path, own in model.named_modules():
+        if own is module and name:
+            return f"{path}.{name}".lstrip(".")
+        if own is module and path:
+            return path
+    if module is model:
+        raise ValueError(f"{what}: {shown(given)} is the whole model. Name parts of it.")
+    raise ValueError(
+        f"{what}: {shown(given)} is not part of the {type(model).__name__}. Pass one of its own modules (a copy is "
+        "another module), or a path."
+    )
 
 
-def budget_by_group(structure: Structure, budget: Budget) -> Budget:
-    """Turn limits by pattern of module paths into limits by group name; where several name a group, the strictest.
+def by_path(model: nn.Module, values: Mapping[Any, _Value], what: str) -> dict[str, _Value]:
+    """Return values by pattern of paths, given those by pattern or by module.
 
     Raises:
-        ValueError: If a pattern names no module that produces channels.
+        ValueError: If a module is not part of the model.
     """
-    min_width, max_amount = budget.min_width, budget.max_amount
-    if isinstance(min_width, Mapping):
-        min_width = _strictest(structure, "min_width", min_width, max)
-    if isinstance(max_amount, Mapping):
-        max_amount = _strictest(structure, "max_amount", max_amount, min)
-    return replace(budget, min_width=min_width, max_amount=max_amount)
-
-
-def _strictest(
-    structure: Structure, what: str, limits: Mapping[str, _Limit], strictest: Callable[[_Limit, _Limit], _Limit]
-) -> dict[str, _Limit]:
-    found: dict[str, _Limit] = {}
-    for pattern, limit in limits.items():
-        for name in _named(structure, what, pattern):
-            found[name] = strictest(found.get(name, limit), limit)
-    return found
-
-
-def _named(structure: Structure, what: str, pattern: str) -> list[str]:
-    """Return the groups of which a pattern names a producer: none, where all channels that it names stay anyway."""
-    named = [n for n, group in structure.groups.items() if any(names_module(pattern, p) for p in group.producers)]
-    paths = [p for group in structure.groups.values() for p in group.producers]
-    pinned = [pin.tensor.rpartition(".")[0] for pin in structure.pinned]
-    if not named and not any(names_module(pattern, path) for path in pinned):
-        paths = [*dict.fromkeys(paths), *pinned]
-        raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
-    return named
+    return {path_of(model, key, what): value for key, value in values.items()}
 
 
 def names_module(pattern: str, path: str) -> bool:
@@ -242,3 +233,162 @@ def near(pattern: str, paths: Iterable[str]) -> str:
     """Name the paths that a mistaken pattern may have meant, as a sentence."""
     meant = difflib.get_close_matches(pattern, list(paths), n=3, cutoff=0.4)
     return f" Near it: {', '.join(meant)}." if meant else ""
+
+
+def check_ignored(model: nn.Module, ignore: Iterable[Any], what: str = "ignore") -> list[str]:
+    """Return patterns of paths, given patterns and modules; ``what`` argument they were given by.
+
+    Raises:
+        ValueError: If a pattern names nothing, or a module is not part of the model.
+    """
+    patterns = [path_of(model, given, what) for given in ignore]
+    paths = [name for name, _ in model.named_modules() if name]
+    paths += [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(names_module(pattern, path) for path in paths):
+            raise ValueError(f"{what}={pattern!r} names no module of {type(model).__name__}.{near(pattern, paths)}")
+    return patterns
+
+
+# From paths of modules to channel groups
+
+
+def with_ignored(model: nn.Module, structure: Structure, ignore: Modules) -> Structure:
+    """Return the structure with the channels that the named modules produce pinned.
+
+    Raises:
+        ValueError: If a pattern names no module, or a module is not part of the model.
+    """
+    patterns = check_ignored(model, ignore)
+    ignored = []
+    for pattern in patterns:
+        ignored += _groups_named(structure, pattern)
+    return structure.without(dict.fromkeys(ignored), "named in ignore=")
+
+
+def amount_by_group(model: nn.Module, structure: Structure, amount: Amount) -> Amount:
+    """Turn amounts by pattern of module paths into amounts by group name; a plain fraction passes.
+
+    Raises:
+        ValueError: If a pattern names no module that produces channels, or two give one group different amounts.
+        PruningError: If every channel that a pattern names is pinned.
+    """
+    if not isinstance(amount, Mapping):
+        return amount
+    amounts: dict[str, float] = {}
+    chosen_by: dict[str, str] = {}
+    for pattern, fraction in by_path(model, amount, "amount").items():
+        for name in _groups_to_prune(structure, pattern):
+            if amounts.setdefault(name, fraction) != fraction:
+                raise ValueError(
+                    f"amount: {chosen_by[name]!r} asks for {amounts[name]:g} and {pattern!r} for {fraction:g} of the "
+                    f"same channels, those of {name} (made by {', '.join(structure.groups[name].producers)}). "
+                    "Give them one amount."
+                )
+            chosen_by.setdefault(name, pattern)
+    return amounts
+
+
+def budget_by_group(model: nn.Module, structure: Structure, budget: Budget) -> Budget:
+    """Turn limits by pattern of module paths into limits by group name; where several name a group, the strictest.
+
+    Raises:
+        ValueError: If a pattern names no module that produces channels.
+    """
+    min_width, max_amount = budget.min_width, budget.max_amount
+    if isinstance(min_width, Mapping):
+        min_width = _strictest(structure, "min_width", by_path(model, min_width, "min_width"), max)
+    if isinstance(max_amount, Mapping):
+        max_amount = _strictest(structure, "max_amount", by_path(model, max_amount, "max_amount"), min)
+    return replace(budget, min_width=min_width, max_amount=max_amount)
+
+
+def _strictest(
+    structure: Structure, what: str, limits: Mapping[str, _Value], strictest: Callable[[_Value, _Value], _Value]
+) -> dict[str, _Value]:
+    found: dict[str, _Value] = {}
+    for pattern, limit in limits.items():
+        named = _groups_named(structure, pattern)
+        _check_produces(structure, what, pattern, named)
+        for name in named:
+            found[name] = strictest(found.get(name, limit), limit)
+    return found
+
+
+def _groups_to_prune(structure: Structure, pattern: str) -> list[str]:
+    """Return the groups of which an amount's pattern names a producer, one at least."""
+    named = _groups_named(structure, pattern)
+    _check_produces(structure, "amount", pattern, named)
+    if named:
+        return named
+    for pin in structure.pinned:
+        path = _owner(pin.tensor)
+        if names_module(pattern, path):
+            raise PruningError(
+                f"amount[{pattern!r}]: all the channels it names stay ({path}: {pin.reason}). Leave the pattern out."
+            )
+    raise AssertionError("checked above: a pattern that names no group names a pinned tensor")
+
+
+def _groups_named(structure: Structure, pattern: str) -> list[str]:
+    """Return the groups of which a pattern names a producer."""
+    named = []
+    for name, group in structure.groups.items():
+        if any(names_module(pattern, producer) for producer in group.producers):
+            named.append(name)
+    return named
+
+
+def _check_produces(structure: Structure, what: str, pattern: str, named: Sequence[str]) -> None:
+    """Refuse a pattern that names neither a group nor channels that are pinned."""
+    pinned = [_owner(pin.tensor) for pin in structure.pinned]
+    if named or any(names_module(pattern, path) for path in pinned):
+        return
+    paths: list[str] = []
+    for group in structure.groups.values():
+        paths += group.producers
+    paths = [*dict.fromkeys(paths), *pinned]
+    raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
+
+
+def _quoted(given: Any) -> str:
+    return repr(given) if isinstance(given, str) else shown(given)
+
+
+# Kinds of values
+
+
+def _check_fraction(told: str, fraction: Any) -> None:
+    if not _is_number(fraction):
+        raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
+    if 0 <= fraction < 1:
+        return
+    hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
+    raise ValueError(
+        f"{told}: amount is the fraction that leaves and must lie in [0, 1); it is no number of units or weights.{hint}"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _values(limit: Any) -> list[Any]:
+    return list(limit.values()) if isinstance(limit, Mapping) else [limit]
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def shown(given: Any) -> str:
+    """Name what a user gave: a pattern as it is, a module by its class, since printed it can be pages long."""
+    if isinstance(given, nn.Module):
+        return f"this {type(given).__name__}"
+    if isinstance(given, tuple):
+        return f"({', '.join(map(shown, given))})"
+    return given if isinstance(given, str) else repr(given)

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_widths, rooms_told
 from lightning_prune.pruning.steps import Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "plan", "what_can_go"]
+__all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "select_units", "what_can_go"]
 
 Target = Literal["filters", "params", "flops", "latency"]
 Scope = Literal["layer", "global"]
@@ -83,7 +84,7 @@ class Dense:
         return Dense({name: width for name, width in self.widths.items() if name not in gone}, self.footprint)
 
 
-def plan(
+def select_units(
     structure: Structure,
     scores: Scores,
     amount: float | Mapping[str, float],
@@ -122,14 +123,14 @@ def plan(
     left = None if at_most is None else _left_to_take(structure, dense, at_most)
     if isinstance(amount, Mapping) or (budget.target == "filters" and budget.scope == "layer"):
         counts = {
-            name: _share(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
+            name: number_to_prune(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
             - _gone(structure, dense, name)
             for name in structure.groups
         }
         levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=not isinstance(amount, Mapping))
         return walk.keep(levels if left is None else walk.first(levels, left))
     whole, cost = _cost(structure, budget.target, dense, footprint, latency)
-    allowed = whole - _share(amount, whole) if budget.target == "filters" else (1.0 - amount) * whole
+    allowed = whole - number_to_prune(amount, int(whole)) if budget.target == "filters" else (1.0 - amount) * whole
     fewest = cost(walk.keep(walk.after(len(walk.order))))
     if fewest > allowed * (1 + (NEAR if budget.target == "latency" else _ROUNDING)):
         told = rooms_told(what_can_go(structure, budget, dense, footprint))
@@ -199,7 +200,7 @@ def _cost(
         return sum(dense.widths.values()), lambda keep: lone + sum(int(stays.sum()) for stays in keep.values())
     if target == "latency":
         if latency is None:
-            raise ValueError("plan(target='latency'): pass latency=, which measures what a choice leaves of it.")
+            raise ValueError("target='latency': pass latency=, which measures what a choice leaves of it.")
         return 1.0, latency
     return getattr(dense.footprint, target), lambda keep: getattr(footprint(keep), target)
 
@@ -241,10 +242,6 @@ def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[
     while len(tried[best := min(tried, key=miss)]) < 3:
         measured(best, times=len(tried[best]) + 1)
     return miss(best), best
-
-
-def _share(amount: float, width: float) -> int:
-    return math.ceil(amount * width - _ROUNDING)  # Li et al. keep int((1 - amount) * width)
 
 
 def _gone(structure: Structure, dense: Dense, name: str) -> int:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.algorithms.solvers.brain_surgeon import Step, damage, inverse_of_outer_products, magnitude, surgeon
 from lightning_prune.measure.curvature import OutputLoss, outer_product_rows
 from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning.arguments import check_fraction, check_ignored, names_module
+from lightning_prune.pruning.arguments import Parameters, check_choice, check_fraction, check_ignored, names_module
+from lightning_prune.pruning.report import WeightReport
+from lightning_prune.pruning.weights import count_unmasked, weight_report
 from lightning_prune.surgery.masks import apply_masks_
 
-__all__ = ["Removal", "SurgeonReport", "prune_exact"]
+__all__ = ["Removal", "Removals", "prune_exact"]
 
 Method = Literal["obs", "obd", "magnitude"]
 _MOST = 20_000  # weights: an inverse Hessian of 3 GB
@@ -34,61 +37,50 @@ class Removal(NamedTuple):
     loss: float
 
 
-@dataclass(frozen=True, eq=False)
-class SurgeonReport:
-    """What was removed, in order.
-
-    Attributes:
-        removals: One by one.
-        loss_before: The loss before the first.
-        masks: By parameter name, True for each weight that stays; the model carries them.
-        stopped: Why no more was removed.
-    """
+class Removals(NamedTuple):
+    """What was removed one by one, the loss before the first, and why no more was removed."""
 
     removals: tuple[Removal, ...]
     loss_before: float
-    masks: dict[str, Tensor]
     stopped: str
-
-    @property
-    def left(self) -> int:
-        """How many weights are left."""
-        return int(sum(mask.sum() for mask in self.masks.values()))
 
 
 @changes_model
 def prune_exact(
     model: nn.Module,
+    amount: float = 1.0,
+    *,
     batches: Iterable[tuple[Any, Tensor]],
     loss: OutputLoss,
-    amount: float = 1.0,
+    ignore: Parameters = (),
     max_loss: float = float("inf"),
     max_rise: float = float("inf"),
     method: Method = "obs",
     alpha: float = 1e-4,
-    ignore: Sequence[str] = (),
     masks: dict[str, Tensor] | None = None,
     accept: Callable[[nn.Module], bool] | None = None,
     progress: bool = True,
-) -> SurgeonReport:
+) -> WeightReport:
     """Remove weights and biases of a small, trained net one at a time, in place, until one of the limits is met.
 
     Before every removal the Hessian is found anew, in its outer-product form. With ``method="obs"`` all other weights
     move to make up for the one that leaves.
 
     Args:
-        model: The model; some thousand parameters at most.
-        batches: Inputs and targets of the training set.
-        loss: From outputs and targets to the mean loss, such as ``F.mse_loss`` or ``F.cross_entropy``.
-        amount: Fraction of the weights, in [0, 1], after which it stops, counting those that ``masks`` had taken.
+        model: The model. Some thousand parameters at most.
+        amount: Fraction, in [0, 1], of the weights that are set to zero, relative to the dense model. Those that
+            ``masks`` hide count.
+        batches: Batches of data, a list or loader that can be read once. Inputs and targets of the training set.
+        loss: A function of outputs and targets that returns the mean loss, such as ``F.mse_loss`` or
+            ``F.cross_entropy``.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         max_loss: Stop before the loss on the batches, measured, comes above this.
         max_rise: Stop before a removal of which a larger rise of the loss is predicted.
         method: ``"obs"``; ``"obd"``, which looks at the Hessian's diagonal and moves nothing; or ``"magnitude"``.
         alpha: What the Hessian's diagonal starts from.
-        ignore: Patterns of module paths whose weights stay.
         masks: True for each weight that had not left before, by parameter name; to go on after some training.
         accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -97,8 +89,10 @@ def prune_exact(
     Examples:
         >>> model, x = nn.Linear(3, 1, bias=False), torch.eye(3)
         >>> _ = model.weight.data.copy_(torch.tensor([[3.0, 1.0, 2.0]]))
-        >>> report = prune_exact(model, [(x, x @ model.weight.detach().T)], nn.functional.mse_loss, amount=0.67)
-        >>> [removal.entry for removal in report.removals], report.left
+        >>> report = prune_exact(
+        ...     model, 0.66, batches=[(x, x @ model.weight.detach().T)], loss=nn.functional.mse_loss, progress=False
+        ... )
+        >>> [removal.entry for removal in report.details.removals], report.params_after
         ([1, 2], 1)
 
     References:
@@ -108,7 +102,7 @@ def prune_exact(
     _check(amount, method, alpha)
     batches = list(ordinary(batches))
     patient = _Patient.of(model, ignore, masks)
-    least = patient.left.numel() - round(amount * patient.left.numel())
+    least = patient.left.numel() - number_to_prune(amount, patient.left.numel())
     removals: list[Removal] = []
     before = current = _measured(model, batches, loss)
     if not math.isfinite(before):
@@ -129,8 +123,10 @@ def prune_exact(
                 break
             removals.append(Removal(*patient.place(at), step.rise, current))
             advance(f"(loss {current:.3g})")
+    unmasked = count_unmasked(model)
     apply_masks_(model, patient.masks())
-    return SurgeonReport(tuple(removals), before, patient.masks(), stopped)
+    details = Removals(tuple(removals), before, stopped)
+    return weight_report(model, unmasked, patient.masks(), {}, amount, details)
 
 
 @dataclass(eq=False)
@@ -142,8 +138,8 @@ class _Patient:
     left: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, ignore: Sequence[str], masks: dict[str, Tensor] | None) -> _Patient:
-        check_ignored(model, ignore)
+    def of(cls, model: nn.Module, given: Parameters, masks: dict[str, Tensor] | None) -> _Patient:
+        ignore = check_ignored(model, given)
         parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
@@ -235,7 +231,6 @@ def _check(amount: float, method: str, alpha: float) -> None:
     check_fraction("prune_exact", amount)
     if not 0 <= amount <= 1:
         raise ValueError(f"prune_exact(amount={amount!r}): the fraction of weights that leaves, in [0, 1].")
-    if method not in get_args(Method):
-        raise ValueError(f"prune_exact(method={method!r}): choose one of {', '.join(map(repr, get_args(Method)))}.")
+    check_choice("prune_exact", "method", method, get_args(Method))
     if not alpha > 0:
         raise ValueError(f"prune_exact(alpha={alpha!r}): the Hessian starts at alpha times the identity; above 0.")

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.model.calls import refuse_shapeless
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.arguments import names_module, near
+from lightning_prune.pruning.arguments import Parameters, names_module, near, path_of
 
 __all__ = ["Weight", "Weights", "amount_by_weight", "find_weights"]
 
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(
-    model: nn.Module, parameters: Sequence[str] | None = None, ignore: Sequence[str] = (), what: str = "parameters"
+    model: nn.Module, parameters: Parameters | None = None, ignore: Parameters = (), what: str = "parameters"
 ) -> Weights:
     """Find the weights that masks may zero.
 
@@ -69,27 +69,48 @@ def find_weights(
         PruningError: If there is nothing to prune, or a weight has no shape yet.
     """
     refuse_shapeless(model)
-    usual, own = _usual(model), dict(model.named_parameters())
-    paths = [path for path, _ in model.named_modules() if path]
-    found = dict(usual.found) if parameters is None else {}
-    for pattern in parameters or ():
-        if any(names_module(pattern, path) for path in paths):
-            found |= {name: weight for name, weight in usual.found.items() if names_module(pattern, name)}
-        elif chosen := {name: Weight(own[name], 1) for name in own if names_module(pattern, name)}:
-            found |= {name: usual.found.get(name, weight) for name, weight in chosen.items()}
-        else:
-            raise ValueError(f"{what}: {pattern!r} names no module or parameter.{near(pattern, (*paths, *own))}")
-    for pattern in ignore:
-        if not any(names_module(pattern, path) for path in (*paths, *own)):
-            raise ValueError(f"ignore={pattern!r} names no module or parameter.{near(pattern, (*paths, *own))}")
-    found = {name: weight for name, weight in found.items() if not any(names_module(p, name) for p in ignore)}
+    usual = _usual(model)
+    ignored = _patterns(model, ignore, "ignore")
+    found = dict(usual.found)
+    if parameters is not None:
+        found = {}
+        for pattern in _patterns(model, parameters, what):
+            found |= _weights_named(model, pattern, usual)
+    found = {name: weight for name, weight in found.items() if not _is_named(name, ignored)}
     if not found:
         why = "; ".join(f"{name}: {reason}" for name, reason in usual.stay.items()) or "ignore= names all there are"
         raise PruningError(
             f"Nothing is left to prune in {type(model).__name__}: none of the weights of its linear and convolutional "
             f"layers ({why}). Name others by parameters=."
         )
-    return Weights(found, {name: reason for name, reason in usual.stay.items() if name not in found})
+    stay = {name: reason for name, reason in usual.stay.items() if name not in found}
+    return Weights(found, stay)
+
+
+def _patterns(model: nn.Module, named: Parameters, what: str) -> list[str]:
+    """Return patterns, given patterns, modules and parameters; each names something."""
+    paths = [path for path, _ in model.named_modules() if path]
+    paths += [name for name, _ in model.named_parameters()]
+    patterns = [path_of(model, given, what) for given in named]
+    for pattern in patterns:
+        if not any(names_module(pattern, path) for path in paths):
+            raise ValueError(f"{what}: {pattern!r} names no module or parameter.{near(pattern, paths)}")
+    return patterns
+
+
+def _weights_named(model: nn.Module, pattern: str, usual: Weights) -> dict[str, Weight]:
+    """Return the usual weights of modules that a pattern names, or else the parameters that it names."""
+    if any(names_module(pattern, path) for path, _ in model.named_modules() if path):
+        return {name: weight for name, weight in usual.found.items() if names_module(pattern, name)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if names_module(pattern, name):
+            found[name] = usual.found.get(name, Weight(parameter, 1))
+    return found
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return any(names_module(pattern, name) for pattern in patterns)
 
 
 def amount_by_weight(weights: Iterable[str], amount: Mapping[str, float]) -> dict[str, float]:
@@ -107,14 +128,18 @@ def amount_by_weight(weights: Iterable[str], amount: Mapping[str, float]) -> dic
     found = {}
     for name in names:
         naming = [pattern for pattern in amount if names_module(pattern, name)]
-        exact = [pattern for pattern in naming if pattern in (name, name.rpartition(".")[0])] or naming
-        if len({amount[pattern] for pattern in exact}) > 1:
-            raise ValueError(
-                f"amount: {exact[0]!r} asks for {amount[exact[0]]:g} and {exact[1]!r} for {amount[exact[1]]:g} of "
-                f"{name}. Give it one amount, by its own name."
-            )
-        if exact:
-            found[name] = amount[exact[0]]
+        own_paths = name, name.rpartition(".")[0]
+        exact = [pattern for pattern in naming if pattern in own_paths]
+        patterns = exact or naming
+        if not patterns:
+            continue
+        for other in patterns[1:]:
+            if amount[other] != amount[patterns[0]]:
+                raise ValueError(
+                    f"amount: {patterns[0]!r} asks for {amount[patterns[0]]:g} and {other!r} for {amount[other]:g} of "
+                    f"{name}. Give it one amount, by its own name."
+                )
+        found[name] = amount[patterns[0]]
     return found
 
 
@@ -124,13 +149,25 @@ def _usual(model: nn.Module) -> Weights:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = Weights({}, {})
     for path, module in model.named_modules():
-        for leaf in next((leaves for kind, leaves in _LEAVES.items() if isinstance(module, kind)), ()):
-            parameter, name = module._parameters.get(leaf), f"{path}.{leaf}".lstrip(".")
+        input_dim = 0 if getattr(module, "transposed", False) else 1
+        for leaf in _leaves(module):
+            name = f"{path}.{leaf}".lstrip(".")
             if leaf not in module._parameters:
                 weights.stay[name] = "it is made of other parameters"
-            elif parameter is not None and id(parameter) in embeddings:
+                continue
+            parameter = module._parameters[leaf]
+            if parameter is None:  # attention has either one input projection or three
+                continue
+            if id(parameter) in embeddings:
                 weights.stay[name] = "it is tied to an embedding"
-            elif parameter is not None:
-                transposed = getattr(module, "transposed", False)
-                weights.found[names[id(parameter)]] = Weight(parameter, 0 if transposed else 1)
+            else:
+                weights.found[names[id(parameter)]] = Weight(parameter, input_dim)
     return weights
+
+
+def _leaves(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights that a module of this kind has."""
+    for kind, leaves in _LEAVES.items():
+        if isinstance(module, kind):
+            return leaves
+    return ()

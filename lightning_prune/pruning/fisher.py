@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.algorithms.solvers import best_on_support, greedy_paths, inverse, keep_along
 from lightning_prune.measure.gradients import Loss, example_gradients
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
-from lightning_prune.pruning.arguments import check_amount, check_fraction
+from lightning_prune.pruning.arguments import Parameters, check_amount, check_damping, check_fraction
 from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.obs import write_
+from lightning_prune.pruning.report import WeightReport
+from lightning_prune.pruning.weights import count_unmasked, weight_report
 from lightning_prune.surgery.masks import apply_masks_
 
-__all__ = ["FisherReport", "block_fisher", "prune_fisher"]
+__all__ = ["FisherFit", "block_fisher", "prune_fisher"]
 
 
-@dataclass(frozen=True, eq=False)
-class FisherReport:
-    """What a pruning by the Fisher matrix did.
+class FisherFit(NamedTuple):
+    """By this matrix, what the loss rises by; and what was added to the matrix's diagonal."""
 
-    Attributes:
-        masks: By parameter name, True for each weight that stays; the model carries them.
-        predicted: What the loss rises by, by this matrix.
-        skipped: By parameter name, why its weights stay.
-        damping: What was added to the matrix's diagonal.
-    """
-
-    masks: dict[str, Tensor]
     predicted: float
-    skipped: dict[str, str]
     damping: float
 
 
@@ -55,30 +47,32 @@ class _Part(NamedTuple):
 @changes_model
 def prune_fisher(
     model: nn.Module,
+    amount: float = 0.5,
+    *,
     batches: Iterable[Any],
     loss: Loss,
-    amount: float = 0.5,
+    ignore: Parameters = (),
+    parameters: Parameters | None = None,
     block: int = 50,
     damping: float = 0.01,
-    parameters: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
-) -> FisherReport:
+) -> WeightReport:
     """Set the weights that the loss needs least to zero, in place; their neighbours make up for them.
 
     The loss's Hessian is taken to be the mean over examples of the outer products of their gradients, in blocks of
     neighbouring weights. What leaves is compared across all layers, by the rise of the loss itself.
 
     Args:
-        model: The model; examples run one by one in eval mode.
-        batches: Batches of data with labels, some hundred examples.
-        loss: From model and batch to the mean loss.
-        amount: Fraction, in [0, 1), of the weights that leaves.
+        model: The model. Examples run one by one in eval mode.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model.
+        batches: Batches of data, a list or loader that can be read once. With labels; some hundred examples.
+        loss: A function of model and batch that returns the mean loss.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
         block: How many neighbours make up for each other.
-        damping: Share of the mean diagonal entry of the whole matrix that is added to its diagonal.
-        parameters: Patterns, as of :func:`prune_weights`; by default all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay dense.
+        damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
         dtype: What the matrix is summed and solved in.
         progress: Whether to show progress bars.
 
@@ -90,7 +84,7 @@ def prune_fisher(
         >>> model = nn.Linear(8, 2)
         >>> batch = torch.randn(64, 8), torch.randint(2, (64,))
         >>> loss = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
-        >>> report = prune_fisher(model, [batch], loss, amount=0.5)
+        >>> report = prune_fisher(model, 0.5, batches=[batch], loss=loss)
         >>> int((model.weight == 0).sum())
         8
 
@@ -100,8 +94,7 @@ def prune_fisher(
     """
     check_fraction("prune_fisher", amount)
     check_amount("prune_fisher", amount)
-    if not damping >= 0:
-        raise ValueError(f"prune_fisher(damping={damping!r}): a share of the mean diagonal entry, from 0; 0.01 is 1 %.")
+    check_damping("prune_fisher", damping, "mean diagonal entry")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"prune_fisher(block={block!r}): it is a number of weights, from 1.")
     found = find_weights(model, parameters, ignore)
@@ -116,7 +109,7 @@ def prune_fisher(
         paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(matrix)) for part, matrix in each_part]
     reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
     leaving = torch.zeros_like(reached, dtype=torch.bool)
-    leaving[torch.argsort(reached, stable=True)[: round(amount * len(reached))]] = True
+    leaving[torch.argsort(reached, stable=True)[: number_to_prune(amount, len(reached))]] = True
     keep = {name: torch.ones_like(values, dtype=torch.bool) for name, values in flat.items()}
     predicted = 0.0
     counts = [int(gone.sum()) for gone in leaving.split([path.rises.numel() for path in paths])]
@@ -131,8 +124,9 @@ def prune_fisher(
     shapes = {name: weight.parameter.shape for name, weight in found.found.items()}
     write_(model, {name: values.view(shapes[name]) for name, values in flat.items()})
     masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
+    before = count_unmasked(model)
     apply_masks_(model, masks)
-    return FisherReport(masks, predicted, found.stay, added)
+    return weight_report(model, before, masks, found.stay, amount, FisherFit(predicted, added))
 
 
 def block_fisher(

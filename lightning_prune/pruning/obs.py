@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.algorithms.selection import parse_pattern
+from lightning_prune.algorithms.selection import number_to_prune, parse_pattern
 from lightning_prune.algorithms.solvers import SOLVERS, Pattern, split
 from lightning_prune.measure.calibration import Calibration, Run
 from lightning_prune.measure.products import Products, find_products
@@ -17,7 +17,15 @@ from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
-from lightning_prune.pruning.arguments import check_ignored, names_module
+from lightning_prune.pruning.arguments import (
+    Amount,
+    Parameters,
+    by_path,
+    check_choice,
+    check_damping,
+    check_ignored,
+    names_module,
+)
 from lightning_prune.pruning.layerwise import (
     Leaving,
     Surgery,
@@ -26,12 +34,13 @@ from lightning_prune.pruning.layerwise import (
     most_that_leaves,
     one_by_one,
 )
-from lightning_prune.pruning.weights import check_weight_arguments
+from lightning_prune.pruning.report import WeightReport
+from lightning_prune.pruning.weights import check_weight_arguments, count_unmasked, weight_report
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.masks import apply_masks_
 
 __all__ = [
-    "Asked", "LayerFit", "ObsPlan", "ObsReport", "Solver", "Split", "plan_obs", "prune_obs", "refuse_beyond_reach",
+    "Asked", "LayerFit", "ObsPlan", "Solver", "Split", "plan_obs", "prune_obs", "refuse_beyond_reach",
     "write_",
 ]  # fmt: skip
 
@@ -49,43 +58,23 @@ class LayerFit(NamedTuple):
     error: float
 
 
-@dataclass(frozen=True, eq=False)
-class ObsReport:
-    """What a second-order pruning did.
-
-    Attributes:
-        masks: By parameter name, True for each weight that stays.
-        layers: What became of each layer, in the order in which they run.
-        skipped: By parameter name, why its weights stay.
-        damping: Share of the mean diagonal entry that was added to every Hessian.
-    """
-
-    masks: dict[str, Tensor]
-    layers: tuple[LayerFit, ...]
-    skipped: dict[str, str]
-    damping: float
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the weights of all pruned layers that is gone."""
-        return 1 - sum(layer.left for layer in self.layers) / max(1, sum(layer.weights for layer in self.layers))
-
-
 @changes_model
 def prune_obs(
     model: nn.Module,
+    amount: Amount | None = None,
+    *,
+    scope: Split = "layer",
     batches: Iterable[Any],
-    amount: float | Mapping[str, float] | None = None,
-    solver: Solver = "admm",
-    scope: Split = "global",
+    ignore: Parameters = (),
+    parameters: Parameters | None = None,
     pattern: str | None = None,
+    solver: Solver = "admm",
     sequential: bool = False,
     damping: float = 0.01,
-    ignore: Sequence[str] = (),
     forward: Run = call_on,
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
-) -> ObsReport:
+) -> WeightReport:
     """Set the least needed weights of a trained model to zero, in place; the others of each layer make up for it.
 
     No labels, no loss and no training: every layer keeps its outputs on the batches as well as it can. Weights of
@@ -93,22 +82,27 @@ def prune_obs(
     pruned. What does more than that, such as a weight shared with an embedding, stays; the report says so.
 
     Args:
-        model: The model; the batches run in eval mode.
-        batches: Batches of data: a few hundred examples like those trained on.
-        amount: Fraction, in [0, 1), of the weights that leaves; or, by pattern of module paths, of each layer's (what
-            no pattern names stays whole). By default 0.5, or what ``pattern`` says.
-        solver: ``"exact"`` removes greedily, one weight at a time; ``"admm"`` negotiates over a whole layer, most often
-            with less error, and in wide layers in less time; ``"blocked"`` sweeps once, for layers thousands wide.
-        scope: With one fraction for all, ``"layer"`` takes it of every layer; ``"global"`` splits the weights to be
-            removed over the layers so that the model's outputs change least.
-        pattern: ``"N:M"``: of every M neighbours along the input dimension, at one place of a kernel, N stay.
-        sequential: Let each layer see the inputs that the pruned layers before it give, and aim at the outputs of the
-            whole model. Takes one more run over the batches per layer.
-        damping: Share of its mean diagonal entry that is added to every Hessian's diagonal.
-        ignore: Patterns of module paths whose weights stay.
+        model: The model. The batches run in eval mode.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
+            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
+            dense. By default 0.5, or what ``pattern`` says.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both. Across layers, the weights are split so that the model's outputs
+            change least.
+        batches: Batches of data, a list or loader that can be read once. A few hundred examples like those trained on.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers. Here also whatever else is
+            multiplied with inputs.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept.
+        solver: ``exact`` removes greedily, one weight at a time; ``admm`` negotiates over a whole layer, most often
+            with less error, and in wide layers in less time; ``blocked`` sweeps once, for layers thousands wide.
+        sequential: Whether each layer is fitted to the inputs that the pruned layers before it give. They aim at the
+            outputs of the whole model. Takes one more run over the batches per layer.
+        damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
         forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
         dtype: What Hessians are summed and solved in.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars.
 
     Returns:
         What was done, with the masks, which the model carries: :func:`~lightning_prune.hold_masks` holds the zeros in
@@ -120,50 +114,50 @@ def prune_obs(
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
-        >>> report = prune_obs(model, [torch.randn(64, 8)], amount=0.5, progress=False)
-        >>> report.sparsity, int((model[0].weight == 0).sum() + (model[2].weight == 0).sum())
+        >>> report = prune_obs(model, 0.5, batches=[torch.randn(64, 8)], progress=False)
+        >>> report.reached, int((model[0].weight == 0).sum() + (model[2].weight == 0).sum())
         (0.5, 80)
 
     References:
         Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; Frantar and Alistarh, Optimal Brain
         Compression, NeurIPS 2022 (arXiv:2208.11580); Meng et al., ALPS, NeurIPS 2024 (arXiv:2406.07831).
     """
-    asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, progress)
+    asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, progress, parameters=parameters)
     asked.check("prune_obs")
     plan = plan_obs(model, Calibration(list(ordinary(batches)), forward, dtype), asked)
+    before = count_unmasked(model)
     write_(model, plan.tensors)
-    apply_masks_(model, plan.report.masks)
-    return plan.report
+    apply_masks_(model, plan.masks)
+    return weight_report(model, before, plan.masks, plan.skipped, plan.asked, plan.layers)
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
     """What :func:`prune_obs` is asked for; ``only``, names of the parameters that may be pruned, by default all."""
 
-    amount: float | Mapping[str, float] | None
+    amount: Amount | None
     solver: Solver
     scope: Split
     pattern: str | None
     sequential: bool
     damping: float
-    ignore: Sequence[str]
+    ignore: Parameters
     progress: bool
     only: Collection[str] | None = None
+    parameters: Parameters | None = None
 
     def check(self, where: str) -> None:
         """Refuse what no model could make sense of; ``where`` it was asked."""
-        check_weight_arguments(where, self.amount, self.scope, "magnitude", None, self.ignore, self.pattern)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"{where}(solver={self.solver!r}): choose one of {', '.join(map(repr, SOLVERS))}.")
-        if not self.damping >= 0:
-            raise ValueError(
-                f"{where}(damping={self.damping!r}): a share of the mean diagonal entry, from 0; 0.01 is 1 %."
-            )
+        check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
+        check_choice(where, "solver", self.solver, SOLVERS)
+        check_damping(where, self.damping, "mean diagonal entry")
 
     @property
     def share(self) -> Share:
-        """What leaves, in one."""
-        return self.pattern if self.pattern is not None else 0.5 if self.amount is None else self.amount
+        """What is pruned: a pattern, one fraction or fractions by pattern."""
+        if self.pattern is not None:
+            return self.pattern
+        return 0.5 if self.amount is None else self.amount
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,31 +166,45 @@ class ObsPlan:
 
     Attributes:
         tensors: New values of weights, biases and running means, by name.
-        report: What it comes to.
+        masks: Name of a parameter -> which weights are kept.
+        layers: How well each layer's outputs are kept, in the order in which they run.
+        skipped: Name of a parameter -> why all of its weights are kept.
+        asked: Fraction of each parameter that was to be zero.
     """
 
     tensors: dict[str, Tensor]
-    report: ObsReport
+    masks: dict[str, Tensor]
+    layers: tuple[LayerFit, ...]
+    skipped: dict[str, str]
+    asked: Amount
 
 
 def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPlan:
     """Work out what :func:`prune_obs` does; the model is left as found."""
+    if isinstance(asked.amount, Mapping):
+        asked = replace(asked, amount=by_path(model, asked.amount, "amount"))
     products = find_products(model, calibration.batches[0], calibration.forward)
     names, skipped = _prunable(model, products, asked)
     solver = SOLVERS[asked.solver]
     surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model))
-    leaving = _leaving(surgery, names, asked)
-    solved = (one_by_one if asked.sequential else all_together)(surgery, leaving, asked.progress)
+    solve = one_by_one if asked.sequential else all_together
+    solved = solve(surgery, _leaving(surgery, names, asked), asked.progress)
     tensors = {name: layer.weight for name, layer in solved.items()}
-    for layer in solved.values():
+    masks = {name: layer.keep for name, layer in solved.items()}
+    fits = []
+    for name, layer in solved.items():
         tensors |= layer.others
-    report = ObsReport(
-        {name: layer.keep for name, layer in solved.items()},
-        tuple(LayerFit(n, s.keep.numel(), int(s.keep.sum()), s.error) for n, s in solved.items()),
-        skipped,
-        asked.damping,
-    )
-    return ObsPlan(tensors, report)
+        fits.append(LayerFit(name, layer.keep.numel(), int(layer.keep.sum()), layer.error))
+    return ObsPlan(tensors, masks, tuple(fits), skipped, _amount_of_each(asked.share, names))
+
+
+def _amount_of_each(share: Share, names: Iterable[str]) -> Amount:
+    if isinstance(share, str):
+        n, m = parse_pattern(share)
+        return 1 - n / m
+    if isinstance(share, Mapping):
+        return {name: _share(share, name) for name in names}
+    return share
 
 
 def write_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -209,15 +217,18 @@ def write_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[str], dict[str, str]]:
     """Part the weights into those to prune, in the order in which they run, and those that stay, with the reason."""
-    ignore, amount, only = asked.ignore, asked.share, asked.only
-    check_ignored(model, ignore)
+    amount, only = asked.share, asked.only
+    ignore = check_ignored(model, asked.ignore)
     check_ignored(model, amount if isinstance(amount, Mapping) else (), what="amount")
+    wanted = None if asked.parameters is None else check_ignored(model, asked.parameters, what="parameters")
     skipped = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or (only is not None and name not in only):
             continue
         if any(_names(pattern, name) for pattern in ignore):
             skipped[name] = "named in ignore="
+        elif wanted is not None and not any(_names(pattern, name) for pattern in wanted):
+            skipped[name] = "not named in parameters="
         elif name not in products.readings:
             skipped[name] = products.otherwise.get(name, "nothing was seen to be multiplied by it")
         elif name in products.otherwise:
@@ -240,15 +251,10 @@ def _leaving(surgery: Surgery, names: Sequence[str], asked: Asked) -> Leaving:
         return {name: _pattern(amount, surgery.products.readings[name]) for name in names}
     sizes = {name: surgery.tensors[name].numel() for name in names}
     if isinstance(amount, Mapping):
-        return {name: round(_share(amount, name) * size) for name, size in sizes.items()}
-    total = round(amount * sum(sizes.values()))
+        return {name: number_to_prune(_share(amount, name), size) for name, size in sizes.items()}
+    total = number_to_prune(amount, sum(sizes.values()))
     if asked.scope == "layer" or len(names) == 1 or not total:
-        done = 0
-        counts = {}
-        for name, size in sizes.items():
-            counts[name] = round(amount * (done + size)) - round(amount * done)
-            done += size
-        return counts
+        return {name: number_to_prune(amount, size) for name, size in sizes.items()}
     refuse_beyond_reach(sizes, asked)
     return split(error_curves(surgery, names, amount, asked.progress), total)
 
@@ -267,7 +273,7 @@ def refuse_beyond_reach(sizes: Mapping[str, int], asked: Asked) -> None:
     if isinstance(amount, str | Mapping) or asked.scope == "layer" or len(sizes) == 1:
         return
     total, reach = sum(sizes.values()), sum(map(most_that_leaves, sizes.values()))
-    if round(amount * total) > reach:
+    if number_to_prune(amount, total) > reach:
         raise PruningError(
             f"amount={amount:g}: split over the layers, at most {reach / total:.1%} can leave. Ask for less, or for "
             "the same share of every layer by scope='layer'."

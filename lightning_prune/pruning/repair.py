@@ -4,67 +4,58 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.algorithms.solvers.least_squares import refit
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.measure.grams import Pair, gather_grams, gather_pair
+from lightning_prune.measure.grams import Pair, gather_pair
 from lightning_prune.measure.products import Products, find_products
 from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.progress_bars import each
 from lightning_prune.pruning.layerwise import told_of
-from lightning_prune.structure import Structure, named_tensors
+from lightning_prune.pruning.plan import Plan
+from lightning_prune.pruning.report import Repair
+from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, temporarily_cut
 from lightning_prune.surgery.resize import narrowed
 
-__all__ = ["Repair", "repaired"]
+__all__ = ["DAMPING", "repaired"]
 
-
-class Repair(NamedTuple):
-    """A weight that reads units which leave: the share of its outputs' energy lost with it as it was, and refitted."""
-
-    name: str
-    before: float
-    after: float
+DAMPING = 0.01  # share of the inputs' mean variance
 
 
 def repaired(
-    model: nn.Module,
-    structure: Structure,
-    cut: Cut,
-    tensors: dict[str, Tensor],
+    plan: Plan,
     products: Products,
     calibration: Calibration,
-    sequential: bool,
-    damping: float,
+    damping: float = DAMPING,
     progress: bool = False,
-) -> tuple[dict[str, Tensor], tuple[Repair, ...], dict[str, str]]:
-    """Fit all weights, and their biases, that read units which leave, to the outputs of the whole model.
+) -> Plan:
+    """Refit all weights that sum over pruned units, and their biases, to the outputs of the whole model.
+
+    Each is fitted to the inputs that the slim model gives it, its earlier layers refitted. This takes two runs over the
+    data for each weight.
 
     Args:
-        model: The whole model; it is left as found.
-        structure: Its channel groups.
-        cut: What leaves.
-        tensors: The slim values of everything that the cut changes.
+        plan: The verified cut. Its model is left as found.
         products: Which weights multiply what.
         calibration: The data on which outputs are kept.
-        sequential: Fit to the inputs that the slim model gives, its earlier layers refitted, rather than to those of
-            the whole model without what leaves.
         damping: Share of the inputs' mean variance with which weights hold on to what they were.
         progress: Whether to show a progress bar.
 
     Returns:
-        ``tensors`` with refitted weights and biases; what was refitted, in the order in which it runs; and by parameter
-        name, why others that read units were not.
+        The plan with refitted weights and biases; what was refitted, in the order in which it runs; and by name, why
+        other weights that sum over pruned units were not.
     """
-    readers = {slot.tensor for name in cut.keep for slot in structure.groups[name].slots if slot.role == "consumer"}
-    with temporarily_cut(model, cut, tensors):
+    model, cut = plan.model, plan.cut
+    slots = [slot for name in cut.keep for slot in plan.structure.groups[name].slots]
+    readers = {slot.tensor for slot in slots if slot.role == "consumer"}
+    with temporarily_cut(model, cut, plan.tensors):
         slim = find_products(model, calibration.batches[0], calibration.forward)
     skipped = {name: products.otherwise.get(name, "its inputs are not seen") for name in sorted(readers)}
-    tensors, repairs = dict(tensors), []
+    tensors, repairs = dict(plan.tensors), []
     fitting = [name for name in products.readings if name in readers and name not in products.otherwise]
     with each(fitting, "layers refitted", progress) as names:
         for name in names:
@@ -73,16 +64,13 @@ def repaired(
                 skipped[name] = "its groups are not those of before"
                 continue
             skipped.pop(name)
-            if sequential:
-                change = partial(temporarily_cut, model, cut, dict(tensors))
-                pair = gather_pair(model, products, name, calibration, change, place.groups)
-            else:
-                pair = gather_grams(model, products, [name], calibration)[name].without(place.groups, place.columns)
+            change = partial(temporarily_cut, model, cut, dict(tensors))
+            pair = gather_pair(model, products, name, calibration, change, place.groups)
             with told_of(name):
                 new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
             tensors |= new
             repairs.append(repair)
-    return tensors, tuple(repairs), skipped
+    return replace(plan, tensors=tensors, repairs=tuple(repairs), skipped=skipped)
 
 
 @dataclass(frozen=True, eq=False)

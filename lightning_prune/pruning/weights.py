@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.algorithms.criteria import magnitude
-from lightning_prune.algorithms.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
+from lightning_prune.algorithms.selection import (
+    keep_best_of_all,
+    keep_highest,
+    keep_n_of_m,
+    number_to_prune,
+    parse_pattern,
+)
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.pruning.arguments import Amount, check_amount
+from lightning_prune.pruning.arguments import Amount, Parameters, by_path, check_amount, check_choice, check_list
 from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights
+from lightning_prune.pruning.report import GroupWidth, WeightReport
+from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, masks_on
 
 __all__ = [
     "ToPrune",
     "WeightCount",
     "WeightCriterion",
-    "WeightReport",
     "WeightScope",
     "check_weight_arguments",
     "choose_weights",
+    "count_unmasked",
     "prune_weights",
     "score_weights",
     "shuffled",
     "weight_count",
+    "weight_report",
     "weights_to_prune",
 ]
 
 WeightCriterion = str | Callable[[Tensor], Tensor]
 """The name of a criterion, or a function from a weight to one score for each of its entries."""
 
-WeightScope = Literal["global", "layer"]
+WeightScope = Literal["layer", "global"]
 """Whether scores are compared across weights, or every weight loses the same share."""
 
 
@@ -50,36 +58,17 @@ class WeightCount(NamedTuple):
     stays: int
 
 
-@dataclass(frozen=True, eq=False)
-class WeightReport:
-    """What a pruning of weights did.
-
-    Attributes:
-        weights: Name, size and what stays, of every weight that could be pruned.
-        keep: Name of a weight -> what of it stays, as bool of its shape.
-        stay: Name of a weight that stays dense -> why.
-    """
-
-    weights: tuple[WeightCount, ...]
-    keep: dict[str, Tensor]
-    stay: dict[str, str]
-
-    @property
-    def sparsity(self) -> float:
-        """Share of all these weights that is gone."""
-        return 1 - sum(weight.stays for weight in self.weights) / sum(weight.size for weight in self.weights)
-
-
 @changes_model
 def prune_weights(
     model: nn.Module,
     amount: Amount | None = None,
-    scope: WeightScope = "global",
+    *,
     criterion: WeightCriterion = "magnitude",
-    parameters: Sequence[str] | None = None,
-    ignore: Sequence[str] = (),
-    pattern: str | None = None,
+    scope: WeightScope = "layer",
+    ignore: Parameters = (),
+    parameters: Parameters | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    pattern: str | None = None,
 ) -> WeightReport:
     """Set weights of a model to zero, in place.
 
@@ -89,18 +78,20 @@ def prune_weights(
 
     Args:
         model: The model.
-        amount: Fraction, in [0, 1), of the weights that shall be zero; or, by pattern of names of modules or
-            parameters, of these (what no pattern names stays dense). By default 0.5, or what ``pattern`` says.
-        scope: ``"global"`` compares scores across layers; ``"layer"`` takes the same share of every layer.
-        criterion: ``"magnitude"``, ``"random"``, or a function from a weight to one score for each of its entries;
-            higher is kept.
-        parameters: Patterns of modules, whose linear and convolution weights are meant, or of parameters; by default
-            all weights of linear and convolutional layers.
-        ignore: Patterns of modules or parameters that stay dense.
-        pattern: ``"N:M"``: of every M neighbours along the input dimension N stay. Weights whose input dimension is no
-            multiple of M stay dense, and the report says so. Each position of a convolution's kernel has its own groups
-            of input channels, as NVIDIA's sparse tensor cores read a convolution: (out, height, width, in).
-        optimizer: The optimizer or optimizers that train the model.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
+            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
+            dense. By default 0.5, or what ``pattern`` says.
+        criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
+            longer. ``magnitude`` or ``random``.
+        scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
+            pattern are of each layer under both.
+        ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
+        parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
+            that are pruned; by default the weights of all linear and convolutional layers.
+        optimizer: The optimizer or optimizers that train the model; their state follows.
+        pattern: ``"N:M"``: of every M neighbours along the input dimension N are kept. Weights whose input dimension is
+            no multiple of M stay dense, and the report says so. Each position of a convolution's kernel has its own
+            groups of input channels, as NVIDIA's sparse tensor cores read a convolution: (out, height, width, in).
 
     Raises:
         ValueError: If an argument is out of range, or a pattern names nothing.
@@ -110,7 +101,7 @@ def prune_weights(
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 10), nn.ReLU(), nn.Linear(10, 2))
         >>> report = prune_weights(model, amount=0.9)
-        >>> int(model[0].weight.count_nonzero() + model[2].weight.count_nonzero()), round(report.sparsity, 3)
+        >>> int(model[0].weight.count_nonzero() + model[2].weight.count_nonzero()), round(report.reached, 3)
         (6, 0.9)
 
     References:
@@ -123,9 +114,60 @@ def prune_weights(
         found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
     )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    before = count_unmasked(model)
     Masks(model).let_fall_(keep, optimizers)
-    counts = (weight_count(name, weight.parameter, keep[name]) for name, weight in found.weights.items())
-    return WeightReport(tuple(counts), keep, found.stay)
+    return weight_report(model, before, keep, found.stay, found.amount)
+
+
+def weight_report(
+    model: nn.Module,
+    before: int,
+    keep: Mapping[str, Tensor],
+    stay: Mapping[str, str],
+    amount: Amount,
+    details: Any = None,
+) -> WeightReport:
+    """Report a pruning of weights that was done.
+
+    Args:
+        model: The pruned model.
+        before: Parameters that were not masked before.
+        keep: Name of a parameter that could be pruned -> which weights are kept, of its shape.
+        stay: Name of a parameter that could not be pruned -> why.
+        amount: Fraction of all that ``keep`` names that was asked for, or fractions by name.
+        details: What the method knows besides.
+    """
+    groups = tuple(GroupWidth(name, stays.numel(), int(stays.count_nonzero())) for name, stays in keep.items())
+    shares = amount if isinstance(amount, Mapping) else {group.name: amount for group in groups}
+    size = sum(group.before for group in groups)
+    asked = sum(shares[group.name] * group.before for group in groups)
+    kept = sum(group.after for group in groups)
+    pinned = tuple(_pinned(model, name, why) for name, why in stay.items())
+    return WeightReport(
+        before,
+        count_unmasked(model),
+        groups,
+        dict(keep),
+        pinned,
+        asked / max(size, 1),
+        1 - kept / max(size, 1),
+        details,
+    )
+
+
+def _pinned(model: nn.Module, name: str, why: str) -> Pinned:
+    path, _, leaf = name.rpartition(".")
+    rows = len(getattr(model.get_submodule(path), leaf))  # it may be made of other parameters
+    return Pinned(name, 0, rows, rows, why)
+
+
+def count_unmasked(model: nn.Module) -> int:
+    """Count the parameters of a model that its masks do not hold at zero."""
+    masks = masks_on(model)
+    total = 0
+    for name, parameter in model.named_parameters():
+        total += weight_count(name, parameter, masks.get(name)).stays
+    return total
 
 
 class ToPrune(NamedTuple):
@@ -139,8 +181,8 @@ class ToPrune(NamedTuple):
 def weights_to_prune(
     model: nn.Module,
     amount: Amount | None,
-    parameters: Sequence[str] | None,
-    ignore: Sequence[str],
+    parameters: Parameters | None,
+    ignore: Parameters,
     pattern: str | None,
 ) -> ToPrune:
     """Find the weights that the arguments of :func:`prune_weights` mean, and the amounts asked for.
@@ -150,6 +192,7 @@ def weights_to_prune(
         PruningError: If nothing is left to prune.
     """
     if isinstance(amount, Mapping):
+        amount = by_path(model, amount, "amount")
         weights, stay = find_weights(model, list(amount), ignore, what="amount")
     else:
         weights, stay = find_weights(model, parameters, ignore)
@@ -237,8 +280,8 @@ def check_weight_arguments(
     amount: Amount | None,
     scope: str,
     criterion: WeightCriterion,
-    parameters: Sequence[str] | None,
-    ignore: Sequence[str],
+    parameters: Parameters | None,
+    ignore: Parameters,
     pattern: str | None,
 ) -> None:
     """Refuse arguments that no model could make sense of.
@@ -258,13 +301,11 @@ def check_weight_arguments(
             raise ValueError(
                 f"{where}(amount={amount!r}, pattern={pattern!r}): the pattern says how much leaves. Give one of both."
             )
+    for name, given in (("parameters", parameters), ("ignore", ignore)):
+        check_list(where, name, given)
     if isinstance(amount, Mapping) and parameters is not None:
         raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
-    for name, given in (("parameters", parameters), ("ignore", ignore)):
-        if isinstance(given, str):
-            raise TypeError(f"{where}({name}={given!r}): pass a list of patterns, [{given!r}].")
-    if scope not in get_args(WeightScope):
-        raise ValueError(f"{where}(scope={scope!r}): choose one of {', '.join(map(repr, get_args(WeightScope)))}.")
+    check_choice(where, "scope", scope, get_args(WeightScope))
     if isinstance(criterion, str) and criterion not in _CRITERIA:
         raise ValueError(
             f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, _CRITERIA))}, or pass a function."
@@ -272,8 +313,7 @@ def check_weight_arguments(
 
 
 def _stays(size: int, amount: float) -> int:
-    """Return how many of ``size`` stay; a small excess of binary fractions does not cost one."""
-    return size - math.floor(size * amount + 1e-6)
+    return size - number_to_prune(amount, size)
 
 
 def _below(scores: Tensor, alive: Tensor | None) -> Tensor:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -14,28 +13,12 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.loading import Prunable
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.arguments import amount_by_group, with_ignored
-from lightning_prune.structure import Structure, named_tensors
+from lightning_prune.structure import named_tensors
 
 __all__ = [
-    "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_overlap",
-    "refuse_removal", "refuse_run", "refuse_short", "refuse_twins", "refuse_unmaskable",
+    "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_removal",
+    "refuse_run", "refuse_shared", "refuse_short", "refuse_twins", "refuse_unmaskable",
 ]  # fmt: skip
-
-
-class AboutParts(Protocol):
-    """A callback that is about some parts of a model."""
-
-    @property
-    def about(self) -> str:
-        """The class, and the parts."""
-
-
-class ForChannels(Protocol):
-    """A callback that sets the widths of some channels."""
-
-    amount: Any
-    ignore: list[str]
 
 
 def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,14 +48,14 @@ def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule) -> No
     _refuse_model_pruning(where, trainer, "masks")
 
 
-def refuse_twins(mine: AboutParts, others: Iterable[AboutParts]) -> None:
-    """Refuse two callbacks of one class that are about the same parts of a model: a checkpoint knows one of them.
+def refuse_twins(mine: Callback, others: Iterable[Callback]) -> None:
+    """Refuse two callbacks of one class that prune the same parts of a model: a checkpoint knows one of them.
 
     Raises:
         PruningError: Naming both.
     """
     for other in others:
-        if other is not mine and other.about == mine.about:
+        if other is not mine and other.state_key == mine.state_key:
             raise PruningError(
                 f"{other!r} and {mine!r} are about the same parts of the model, so the amount of one contradicts the "
                 "other's. Use one callback, with one schedule, or part the model between them by ignore= or "
@@ -200,21 +183,17 @@ def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: 
         )
 
 
-def refuse_overlap(
-    mine: ForChannels, others: Iterable[ForChannels], pl_module: LightningModule, structure: Structure
-) -> None:
-    """Refuse two callbacks that would each set the width of the same channels.
+def refuse_shared(mine: Callback, other: Callback, shared: Collection[str], parted: str) -> None:
+    """Refuse two callbacks that would each prune the same parts of a model.
 
     Raises:
-        PruningError: Naming both and the channels.
+        PruningError: Naming both, and the first part.
     """
-    for other in others:
-        shared = set() if other is mine else _claims(mine, pl_module, structure) & _claims(other, pl_module, structure)
-        if shared:
-            raise PruningError(
-                f"{mine!r} and {other!r} both prune {min(shared)}, so the amount of one contradicts the other's. "
-                "Use one callback, or part the modules between them by ignore= or amount={pattern: ...}."
-            )
+    if shared:
+        raise PruningError(
+            f"{mine!r} and {other!r} both prune {min(shared)}, so the amount of one contradicts the other's. "
+            f"Use one callback, or part {parted} or amount={{pattern: ...}}."
+        )
 
 
 def _refuse_shards(where: str, trainer: Trainer, why: str, then: str = "") -> None:
@@ -238,9 +217,3 @@ def _refuse_spawned(where: str, trainer: Trainer, pl_module: LightningModule, wh
             f"strategy='ddp', from a script, or let {kind} take back what was cut: class {kind}(Prunable, "
             "LightningModule), with lightning_prune.Prunable."
         )
-
-
-def _claims(callback: ForChannels, pl_module: LightningModule, structure: Structure) -> set[str]:
-    structure = with_ignored(pl_module, structure, callback.ignore)
-    amount = amount_by_group(structure, callback.amount)
-    return {name for name, a in amount.items() if a} if isinstance(amount, Mapping) else set(structure.groups)

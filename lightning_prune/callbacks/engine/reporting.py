@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,16 @@ from rich.console import Console
 
 from lightning_prune.reports import History, draw_run, run_tables, write_run
 
-__all__ = ["call_of", "new_metrics", "report"]
+__all__ = ["call_of", "guarded", "new_metrics", "report"]
+
+
+@contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """Warn of what fails in the body and go on: a run that has ended shall not be lost for its report."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"{what} failed: {error!r}")
 
 
 def new_metrics(trainer: Trainer, before: Mapping[str, Any]) -> dict[str, float]:
@@ -42,17 +52,15 @@ def report(trainer: Trainer, history: History, unlogged: bool, tables: bool = Tr
 
     What is left is logged, too, where the last log does not say it. Above an error of the user's no tables are printed.
     """
-    console = Console()
-    for table in run_tables(history) if tables else ():
-        console.print(table)
+    console = Console(markup=False)  # names of modules and metrics may hold brackets
+    with guarded("Printing the tables of the pruning"):
+        for table in run_tables(history) if tables else ():
+            console.print(table)
     for logger in trainer.loggers:
-        try:
+        with guarded(f"Handing the report of the pruning to {type(logger).__name__}"):  # by a full disk, for example
             if unlogged:
                 logger.log_metrics(history.left, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
             written = _way_of(logger)(logger, history)
-        except Exception as error:  # a full disk or a lost connection shall not cost the run that has just ended
-            rank_zero_warn(f"The report of the pruning could not be handed to {type(logger).__name__}: {error!r}")
-        else:
             if written:
                 console.print(f"Report of the pruning: {written}", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""What a callback must offer so that cuts are made on probation."""
+"""Knows what a callback must offer to judge pruning steps; knows no metric."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["Guard", "guards"]
 
 
 class Guard(AnyCallback, ABC):
-    """Base of the callbacks that decide whether a cut stays."""
+    """Base of the callbacks that decide whether a pruning step is kept."""
 
     @abstractmethod
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember what the cut is about to change."""
+        """Save what the pruning step is about to change."""
 
     @abstractmethod
     def judge(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Take the last cut back if it did harm; return whether it is still on probation."""
+        """Roll the last pruning step back if it did harm; return whether it is still on probation."""
 
 
 def guards(trainer: Trainer) -> list[Guard]:

@@ -1,0 +1,65 @@
+"""Chooses the weights that the others of their layer can best compensate, and updates these; sets no mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
+from lightning_prune.callbacks.engine.strategy import Run
+from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.obs import Asked, LayerFit, plan_obs, refuse_beyond_reach, write_
+
+__all__ = ["BrainSurgeon"]
+
+
+class BrainSurgeon(WeightChoice):
+    """The choice of :class:`~lightning_prune.OBSOneShot`, which documents the arguments.
+
+    Attributes:
+        fits: How well each layer's outputs were kept.
+    """
+
+    reads_batches = True
+
+    def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
+        self.asked = asked
+        self.batches = batches
+        self.recalibrate = recalibrate
+        self.fits: tuple[LayerFit, ...] = ()
+        self._planned: dict[str, Tensor] = {}  # between the choice of what is kept and its writing
+
+    def prepare(self, run: Run, own: MaskedWeights) -> None:
+        """Refuse shares that no split over the layers gives."""
+        if run.own.clock.unfinished:
+            sizes = {name: weight.parameter.numel() for name, weight in own.to_prune.weights.items()}
+            refuse_beyond_reach(sizes, self.asked)
+
+    def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
+        """Return what is kept, and work out what it becomes."""
+        if own.masks.keep:
+            raise PruningError(
+                f"{run.where}: some of the weights are masked already, and what is masked would move. Prune once, or "
+                "name other weights by parameters= or ignore=."
+            )
+        trainer, to_prune = run.trainer, own.to_prune
+        asked = replace(
+            self.asked,
+            amount=None if self.asked.pattern is not None else to_prune.amount,
+            progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            only=list(to_prune.weights),
+        )
+        with calibration_of(trainer, run.module, self.batches) as calibration:
+            plan = plan_obs(run.module, calibration, asked)
+        self.fits = plan.layers
+        self._planned = trainer.strategy.broadcast(plan.tensors)
+        return plan.masks
+
+    def after_masking(self, run: Run, progress: float) -> None:
+        """Write the weights that compensate for the others."""
+        write_(run.module, self._planned)
+        self._planned = {}
+        recalibrate_(run.trainer, run.module, self.recalibrate)

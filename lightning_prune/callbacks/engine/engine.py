@@ -1,0 +1,234 @@
+"""Drives all pruning callbacks of a Trainer: when to prune, what to log, what checkpoints hold; knows no criterion."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks.engine.checkpoint_state import restore_, state_to_save
+from lightning_prune.callbacks.engine.example_inputs import inputs_of
+from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
+from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
+from lightning_prune.callbacks.engine.run_inputs import RunInputs
+from lightning_prune.callbacks.engine.run_log import RunLog
+from lightning_prune.callbacks.engine.strategy import Member, Run
+from lightning_prune.model.inference_mode import refuse_inference_tensors
+from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """The run of a Trainer, shared by all of its pruning callbacks.
+
+    Every callback passes its hooks on, so that each acts at its own place among the Trainer's callbacks.
+
+    Args:
+        members: The pruning callbacks' parts, in the order of the callbacks.
+        pl_module: The module that they prune.
+        earlier: The engine of an earlier run of this module, if there was one.
+    """
+
+    def __init__(
+        self,
+        members: tuple[Member, ...] = (),
+        pl_module: LightningModule | None = None,
+        earlier: Engine | None = None,
+    ) -> None:
+        self.members = members
+        self.log = RunLog()
+        self.inputs = RunInputs()
+        if earlier is not None:
+            self.log.history = copy.deepcopy(earlier.log.history)
+            self.inputs.example = earlier.inputs.example
+        self._module = None if pl_module is None else weakref.ref(pl_module)
+        self._hooks: list[Any] = []  # on the module and its averaged copies
+
+    def is_of(self, pl_module: LightningModule) -> bool:
+        """Return whether this is the engine of a run of the module."""
+        return self._module is not None and self._module() is pl_module
+
+    # The beginning and the end of a run
+
+    def setup(self, own: Member, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and have the model take the shapes of any checkpoint that is loaded."""
+        run = self._run(own, trainer, pl_module)
+        if stage == "fit":
+            refuse_twins(own.callback, [member.callback for member in self.members])
+            refuse_inference_tensors(run.where, pl_module)
+            own.strategy.refuse(run)
+            refuse_order(run.where, trainer.callbacks, own.callback)  # type: ignore[attr-defined]
+            refuse_run(run.where, own.clock.schedule, trainer)
+        own.start_run(pl_module)
+        recipe_of(pl_module)
+        if own is self.members[0]:
+            self.log.start_run()
+            self._remove_hooks()
+            follow = let_copies_follow(trainer, pl_module)
+            self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_), *follow]
+
+    def start_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the model, and refuse a training that ends before the schedule does."""
+        run = self._run(own, trainer, pl_module)
+        refuse_short(run.where, own.clock.schedule, trainer)
+        if own is self.members[0]:
+            refuse_misfits(run.where, trainer, pl_module)
+            refuse_uneven(run.where, trainer)
+        self.log.history.stopped = ""
+        self._prepare(run, None)
+
+    def end_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what is due after training, warn of what was left undone, and report for all callbacks."""
+        run, clock = self._run(own, trainer, pl_module), own.clock
+        if clock.prunes_after_training and own.prepared and clock.unfinished:
+            self._prune(run, 1.0)
+        for guard in guards(trainer):
+            guard.judge(trainer, pl_module)
+        self.log.warn_unfinished(run)
+        if not own.prepared:
+            return
+        if self._is_last(own):
+            self.log.report_end(run)
+        own.strategy.after_training(run)
+
+    def end_fit(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune where there was nothing left to train: a checkpoint that has had all its epochs."""
+        if own.clock.prunes_after_training and not own.prepared:
+            self._prepare(self._run(own, trainer, pl_module), None)
+            self.end_training(own, trainer, pl_module)
+
+    def stop(self, own: Member, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as after a run that ended well, and report what was pruned until then."""
+        self.teardown(own, pl_module)
+        if own.prepared and self._is_last(own):
+            self.log.report_stop(self._run(own, trainer, pl_module), exception)
+
+    def teardown(self, own: Member, pl_module: LightningModule) -> None:
+        """Remove every hook; a model that was cut goes on to say so in its state dicts."""
+        own.strategy.release()
+        if self.members[:1] == (own,):  # the others may have none: a run can end before all are set up
+            self._remove_hooks()
+        drop_unused_recipe_(pl_module)
+
+    # When to prune
+
+    def start_epoch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
+        if own.prepared:
+            run = self._run(own, trainer, pl_module)
+            self._advance(run)
+            if all(member.clock.schedule.by == "epochs" for member in self.members):
+                self._log(run)
+            own.strategy.after_epoch_start(run)
+
+    def start_batch(self, own: Member, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Do what is due before this step; catch up where the epoch's start was not seen or came too early.
+
+        The count of steps moves after an optimizer's step alone, so nothing falls into a window of accumulation.
+        """
+        run, clock = self._run(own, trainer, pl_module), own.clock
+        if not own.prepared:
+            self._prepare(run, batch)
+        if own.prepared:
+            if not own.inputs_verified and clock.unfinished and own.strategy.reads_batches(pl_module):
+                next(inputs_of(pl_module, [batch]))  # refuses what forward does not take before steps are spent on it
+                own.inputs_verified = True
+            if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
+                self._advance(run)
+            self._log(run)
+
+    def end_batch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to go on to the next pruning step where processes part."""
+        first = next((member for member in self.members if member.clock.unfinished), None)
+        if first is own:  # one asks for all
+            refuse_early_end(own.where, trainer)
+        run = self._run(own, trainer, pl_module)
+        own.strategy.after_batch(run)
+        if trainer.is_last_batch:
+            own.strategy.after_epoch(run)
+
+    def _prepare(self, run: Run, batch: Any | None) -> None:
+        """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""
+        own = run.own
+        own.prepared = own.strategy.prepare(run, batch)
+        if own.prepared and own.schedule is not own.clock.schedule:
+            refuse_run(run.where, own.schedule, run.trainer)
+            refuse_short(run.where, own.schedule, run.trainer)
+
+    def _advance(self, run: Run) -> None:
+        """Do what is due, unless a guard still waits to see what the last pruning step did."""
+        own, trainer = run.own, run.trainer
+        on_probation = [guard.judge(trainer, run.module) for guard in guards(trainer)]
+        progress = own.clock.due(own.schedule, trainer.current_epoch, trainer.global_step)
+        own.due_without_scores = progress is not None and not own.strategy.ready
+        if progress is not None and own.strategy.ready and not any(on_probation):
+            self._prune(run, progress)
+        if own.clock.epoch != trainer.current_epoch:
+            own.clock.epoch = trainer.current_epoch
+            self.log.changed = True
+
+    def _prune(self, run: Run, progress: float) -> None:
+        run.own.strategy.prune_to(run, progress)
+        run.own.clock.progress = progress
+        self.log.changed = True
+
+    def end_validation(self, own: Member, trainer: Trainer) -> None:
+        """Write what this validation logged into the history."""
+        if own is self.members[-1]:  # for all
+            self.log.end_validation(trainer)
+
+    def _log(self, run: Run) -> None:
+        """Log what is left, once for all callbacks: values logged twice would be averaged."""
+        if run.own is self.members[-1] and all(member.prepared for member in self.members):
+            self.log.log(run)
+
+    # For guards
+
+    def rollback_states(self) -> list[dict[str, Any]]:
+        """Return what the next pruning step changes of the callbacks' state, for :meth:`rollback`."""
+        return [{**m.clock.state_dict(), "own": m.strategy.rollback_state()} for m in self.members]
+
+    def rollback(self, trainer: Trainer, pl_module: LightningModule, states: list[dict[str, Any]], halve: bool) -> None:
+        """Follow a model that is as it was before the last pruning step; go on with half the step, or no further."""
+        for member, state in zip(self.members, states, strict=True):
+            member.clock.rollback(state["progress"], halve)
+            member.strategy.rollback(self._run(member, trainer, pl_module), state["own"])
+        self.log.changed = True
+
+    # Checkpoints
+
+    def save(self, own: Member, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Complete a checkpoint: shapes of averaged weights, and what all processes have gathered."""
+        keep_metadata_(checkpoint)
+        state = checkpoint["callbacks"][own.callback.state_key]
+        own.strategy.before_save(self._run(own, trainer, pl_module), state)
+
+    def state_dict(self, own: Member) -> dict[str, Any]:
+        """Return the state to save."""
+        return state_to_save(own, self.log, self.inputs)
+
+    def load_state_dict(self, own: Member, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
+        restore_(own, self.log, self.inputs, state)
+
+    def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
+        return Run(trainer, pl_module, self.members, own, self.inputs)
+
+    def _is_last(self, own: Member) -> bool:
+        """Return whether a callback is the last that could prepare: it reports for all."""
+        return [member for member in self.members if member.prepared][-1:] == [own]
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model and the other callbacks, which another run brings."""
+        return {**self.__dict__, "members": (), "_module": None, "_hooks": []}

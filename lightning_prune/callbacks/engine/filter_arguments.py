@@ -1,0 +1,74 @@
+"""Knows the arguments that all callbacks share that remove units; prunes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_prune.callbacks.engine.step import Traced, check_traced
+from lightning_prune.pruning.arguments import MaxAmount, MinWidth, amount_by_group, check_arguments, shown, with_ignored
+from lightning_prune.pruning.budget import Budget, Scope, Target
+from lightning_prune.structure import Structure
+
+__all__ = ["FilterArguments"]
+
+
+@dataclass(frozen=True, eq=False)
+class FilterArguments:
+    """What, how much and within which limits; :class:`~lightning_prune.FilterL1Pruning` documents each."""
+
+    amount: float | dict[str, float]
+    target: Target
+    scope: Scope
+    ignore: Sequence[str]
+    round_to: int
+    example_inputs: Any
+    min_width: MinWidth
+    max_amount: MaxAmount
+    recalibrate: int
+    trace: Traced
+
+    def check(self, where: str) -> None:
+        """Refuse arguments that no model could make sense of.
+
+        Raises:
+            ValueError: If an argument is out of range or unknown.
+            TypeError: If an argument is of a wrong kind.
+        """
+        check_arguments(
+            where,
+            self.amount,
+            "l1",
+            self.target,
+            self.scope,
+            self.round_to,
+            self.min_width,
+            self.max_amount,
+            self.ignore,
+        )
+        check_traced(where, self.trace, self.example_inputs)
+        recalibrate = self.recalibrate
+        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
+            raise ValueError(f"{where}(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
+
+    @property
+    def budget(self) -> Budget:
+        """What ``amount`` is a fraction of, and the limits of each layer."""
+        return Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arguments that say which channels are pruned."""
+        named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
+        return {"amount": named, "ignore": list(map(shown, self.ignore))}
+
+    def claims(self, pl_module: LightningModule, structure: Structure) -> set[str]:
+        """Return the groups whose widths these arguments set."""
+        structure = with_ignored(pl_module, structure, self.ignore)
+        amount = amount_by_group(pl_module, structure, self.amount)
+        if isinstance(amount, Mapping):
+            return {name for name, share in amount.items() if share}
+        return set(structure.groups)

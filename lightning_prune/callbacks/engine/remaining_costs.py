@@ -1,0 +1,76 @@
+"""Measures what is left of a model, for the log and the history of a run; changes nothing."""
+
+from __future__ import annotations
+
+from lightning_prune.callbacks.engine.strategy import Run
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
+from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.measure.latency import circumstances
+from lightning_prune.pruning.plan import count_params
+from lightning_prune.reports import History, LayerChange, layer_costs
+
+__all__ = ["describe", "measure"]
+
+
+def measure(run: Run) -> dict[str, float]:
+    """Return what is left of the model, of all callbacks together, by the names under which it is logged."""
+    values: dict[str, float] = {}
+    maskings, removals = run.strategies(WeightMasking), run.strategies(UnitRemoval)
+    if maskings:
+        values |= _left_of_weights(run, maskings)
+    if removals:
+        values |= _left_of_units(run, removals)  # whose sparsity is logged where both are at work
+    return values
+
+
+def describe(run: Run, history: History) -> None:
+    """Write into a history how every layer and weight stands."""
+    maskings, removals = run.strategies(WeightMasking), run.strategies(UnitRemoval)
+    history.weights = [count for masking in maskings for count in masking.own.counts]
+    history.dense = {}
+    for masking in maskings:
+        history.dense |= masking.own.to_prune.stay
+    if removals:
+        removal = removals[-1]
+        flops = removal.traced.flops(run.module)
+        now, dense = layer_costs(run.module, flops), removal.start.layers
+        history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in dense.items()}
+        history.measured = circumstances(run.module, removal.traced.inputs)
+        history.counted = flops.counted
+        history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
+
+
+def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float]:
+    counts = [count for masking in maskings for count in masking.own.counts]
+    size = sum(count.size for count in counts)
+    pruned = sum(count.size - count.stays for count in counts)
+    nonzero = count_params(run.module) - pruned
+    return {
+        "prune/weight_sparsity": pruned / size,
+        "prune/nonzero": float(nonzero),
+        "prune/nonzero_kept": nonzero / maskings[-1].params,
+        "prune/sparsity": pruned / size,
+    }
+
+
+def _left_of_units(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
+    start = removals[-1].start
+    flops, params = removals[-1].traced.flops(run.module).total, count_params(run.module)
+    dense: dict[str, int] = {}
+    left: dict[str, int] = {}
+    values: dict[str, float] = {}
+    for removal in removals:
+        widths = removal.state.widths
+        for name, width in removal.start.widths.items():
+            dense[name] = max(dense.get(name, 0), width)
+            left[name] = min(left.get(name, width), widths.get(name, width))
+        if removal.start.shapes is not None:
+            values["prune/latency_kept"] = removal.state.latency
+    return {
+        "prune/params": float(params),
+        "prune/flops": float(flops),
+        "prune/params_kept": params / max(start.params, 1),
+        "prune/flops_kept": flops / max(start.flops, 1),
+        "prune/sparsity": 1 - sum(left.values()) / max(sum(dense.values()), 1),
+        **values,
+    }

@@ -1,0 +1,113 @@
+"""Knows the state of a callback that removes units, and its form in checkpoints; changes no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
+from lightning_prune.measure.flops import FlopCount
+from lightning_prune.measure.footprint import Footprint
+from lightning_prune.measure.latency import Shapes, shapes_of
+from lightning_prune.pruning.arguments import Amount, amount_by_group, budget_by_group
+from lightning_prune.pruning.budget import Budget, Dense
+from lightning_prune.pruning.plan import count_params
+from lightning_prune.reports import LayerCost, layer_costs
+from lightning_prune.structure import Pinned, Structure
+
+__all__ = ["RemovalState", "Start"]
+
+
+@dataclass
+class Start:
+    """The model when pruning began, which amounts are relative to, and the amount of every group."""
+
+    widths: dict[str, int]
+    params: int
+    flops: int
+    layers: dict[str, LayerCost]
+    amount: Amount
+    budget: Budget
+    shapes: Shapes | None  # where the latency is a target: of the model that it is measured against
+    units: int = 0  # that are removed in all, as the rehearsal found
+
+    @classmethod
+    def of(
+        cls, pl_module: LightningModule, structure: Structure, arguments: FilterArguments, flops: FlopCount
+    ) -> Start:
+        """Return what is there now."""
+        return cls(
+            widths={name: group.width for name, group in structure.groups.items()},
+            params=count_params(pl_module),
+            flops=flops.total,
+            layers=layer_costs(pl_module, flops),
+            amount=amount_by_group(pl_module, structure, arguments.amount),
+            budget=budget_by_group(pl_module, structure, arguments.budget),
+            shapes=shapes_of(pl_module, structure) if arguments.target == "latency" else None,
+        )
+
+    @property
+    def dense(self) -> Dense:
+        """The same, as plans want it."""
+        return Dense(self.widths, Footprint(self.params, self.flops))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the same as dicts, lists, strings and numbers."""
+        return {
+            "widths": dict(self.widths),
+            "params": self.params,
+            "flops": self.flops,
+            "layers": {path: list(cost) for path, cost in self.layers.items()},
+            "amount": dict(self.amount) if isinstance(self.amount, Mapping) else self.amount,
+            "budget": asdict(self.budget),
+            "shapes": None if self.shapes is None else asdict(self.shapes),
+            "units": self.units,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Start:
+        """Return what :meth:`to_plain` made plain."""
+        layers = {path: LayerCost(*cost) for path, cost in plain["layers"].items()}
+        shapes = None if plain["shapes"] is None else Shapes(**plain["shapes"])
+        return cls(**{**plain, "layers": layers, "budget": Budget(**plain["budget"]), "shapes": shapes})
+
+
+@dataclass
+class RemovalState:
+    """Everything that changes in the life of a callback that removes units.
+
+    Attributes:
+        start: The dense model, once it was traced.
+        widths: Group name -> units left after the last pruning step.
+        latency: Share of the latency that was left then, where it is a target.
+        refused: Groups whose cut could not be verified, and why.
+        pinned: Channels that are not prunable, as the last trace found.
+        branching: Modules whose code goes by numbers of its input, likewise.
+        warned: Whether it was said that less is removed than was asked.
+    """
+
+    start: Start | None = None
+    widths: dict[str, int] = field(default_factory=dict)
+    latency: float = 1.0
+    refused: dict[str, str] = field(default_factory=dict)
+    pinned: list[Pinned] = field(default_factory=list)
+    branching: list[str] = field(default_factory=list)
+    warned: bool = False
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the state to save."""
+        return {
+            "widths": dict(self.widths),
+            "refused": dict(self.refused),
+            "latency": self.latency,
+            "start": None if self.start is None else self.start.to_plain(),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RemovalState:
+        """Return a saved state."""
+        start = None if plain["start"] is None else Start.from_plain(plain["start"])
+        return cls(start, dict(plain["widths"]), plain["latency"], dict(plain["refused"]))

@@ -1,0 +1,97 @@
+"""Owns the log, the history and the report of a run; decides nothing about pruning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prune.callbacks.engine.remaining_costs import describe, measure
+from lightning_prune.callbacks.engine.reporting import call_of, guarded, new_metrics, report
+from lightning_prune.callbacks.engine.strategy import Run
+from lightning_prune.reports import History
+
+__all__ = ["RunLog"]
+
+
+class RunLog:
+    """What is logged, kept and shown of a run, for all of its pruning callbacks together.
+
+    Attributes:
+        history: What became of the model so far.
+        changed: Whether something changed since the last log.
+    """
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.changed = False
+        self._reported = False
+        self._before: dict[str, Any] = {}  # what was logged before the validation that runs
+
+    def start_run(self) -> None:
+        """Expect another report."""
+        self._reported = False
+
+    def start_validation(self, trainer: Trainer) -> None:
+        """Note what was logged before."""
+        self._before = dict(trainer.callback_metrics)
+
+    def end_validation(self, trainer: Trainer) -> None:
+        """Write what this validation logged into the history."""
+        before, self._before = self._before, {}
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.history.note_metrics(trainer.current_epoch, trainer.global_step, new_metrics(trainer, before))
+
+    def log(self, run: Run) -> None:
+        """Log what is left of the model, if something changed: at each step if steps can change it, else by epochs."""
+        if self.changed:
+            self.changed = False
+            within = any(member.clock.schedule.by == "steps" for member in run.members)
+            run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
+
+    def warn_unfinished(self, run: Run) -> None:
+        """Warn if training ended before the schedule did, or a guard ended it."""
+        own, clock = run.own, run.own.clock
+        if clock.unfinished and not run.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            unseen = " Another was due, but nothing finite was seen to score by: are losses NaN?"
+            rank_zero_warn(
+                f"{run.where}: training ended before {clock.schedule} did; {clock.progress:.0%} of its cuts "
+                f"were due and were made.{unseen if own.due_without_scores else ''}"
+            )
+        elif own.prepared and clock.ceiling < 1.0:
+            rank_zero_warn(
+                f"{run.where}: {clock.progress:.0%} of the cuts of {clock.schedule} stand; MetricGuard took "
+                "back what came after."
+            )
+
+    def report_end(self, run: Run) -> None:
+        """Report what became of the model: in the terminal and to the loggers."""
+        self._reported = True
+        with guarded("The report of the pruning"):
+            logged = self.history.left
+            unlogged = self._note(run) != logged  # by a pruning step after the last batch, or one rolled back
+            if run.trainer.is_global_zero:
+                report(run.trainer, self.history, unlogged)
+
+    def report_stop(self, run: Run, exception: BaseException) -> None:
+        """Report what was pruned until an exception; tables are for those who stopped the run, not for errors."""
+        if self._reported or not self.history.moments:
+            return
+        self._reported = True
+        name, epoch, step = type(exception).__name__, run.trainer.current_epoch, run.trainer.global_step
+        self.history.stopped = f"{name} in epoch {epoch}, after step {step}"
+        if run.trainer.is_global_zero:
+            with guarded("The report of the pruning"):
+                report(run.trainer, self.history, unlogged=False, tables=isinstance(exception, KeyboardInterrupt))
+
+    def _note(self, run: Run) -> dict[str, float]:
+        """Write into the history how the model stands; return what is left of it."""
+        prepared = replace(run, members=tuple(member for member in run.members if member.prepared))
+        values, history = measure(prepared), self.history
+        history.model = type(run.module).__name__
+        history.callbacks = [call_of(member.callback) for member in run.members]
+        history.note_left(run.trainer.current_epoch, run.trainer.global_step, values)
+        describe(prepared, history)
+        return values

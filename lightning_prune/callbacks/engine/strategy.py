@@ -1,0 +1,214 @@
+"""Knows what a run asks of each way of pruning; decides neither when to prune nor what is logged."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.callbacks.engine.clock import Clock
+from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.run_inputs import RunInputs
+from lightning_prune.pruning.plan import Plan
+
+__all__ = ["Member", "Run", "RunEvents", "StepListener", "Strategy"]
+
+_Strategy = TypeVar("_Strategy", bound="Strategy")
+
+
+class StepListener(Protocol):
+    """What looks at a training step."""
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Look at a loss before it is differentiated."""
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Look at what one backward pass has left."""
+
+    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients that an optimizer is about to step by, before they are clipped."""
+
+
+class RunEvents:
+    """What happens in a run, for those who wait for it; each event is of interest to some."""
+
+    def after_cut(self, run: Run, plan: Plan) -> None:
+        """Follow a cut of the model, whoever made it."""
+
+    def after_epoch_start(self, run: Run) -> None:
+        """Do what belongs to the start of an epoch, after any pruning."""
+
+    def after_batch(self, run: Run) -> None:
+        """Do what belongs to the end of a training batch."""
+
+    def after_epoch(self, run: Run) -> None:
+        """Do what belongs to the end of a training epoch."""
+
+    def after_training(self, run: Run) -> None:
+        """Do what belongs to the end of training."""
+
+    def before_save(self, run: Run, state: dict[str, Any]) -> None:
+        """Change a state to save, which is this process's, into one that all processes can restore."""
+
+
+class Strategy(RunEvents, ABC):
+    """Base of the ways of pruning: what to do, while the engine says when.
+
+    A strategy lives as long as its callback. What it knows of one run alone is dropped by :meth:`release`.
+    """
+
+    listener: StepListener | None = None
+    """Looks at each training step, where something is to be seen or changed in it."""
+    example_inputs: Any = None
+    """Inputs of forward that the user gave, if any."""
+
+    @abstractmethod
+    def check_schedule(self, where: str, schedule: Schedule) -> None:
+        """Refuse schedules that this way of pruning cannot follow, when the callback is made."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> dict[str, Any]:
+        """The arguments that say which parts of a model are pruned: a key of the state in checkpoints."""
+
+    @abstractmethod
+    def refuse(self, run: Run) -> None:
+        """Refuse a run in which this way of pruning cannot work, before anything is set up."""
+
+    @abstractmethod
+    def prepare(self, run: Run, batch: Any | None) -> bool:
+        """Find what can be pruned, and refuse amounts out of reach, before epochs are spent on them.
+
+        Called without a batch when training starts; while that returns False, with every batch.
+        """
+
+    @abstractmethod
+    def prune_to(self, run: Run, progress: float) -> None:
+        """Prune up to the sparsity that the schedule asks for at ``progress``."""
+
+    @abstractmethod
+    def rollback_state(self) -> dict[str, Any]:
+        """Return what the next pruning step changes of this strategy's own state."""
+
+    @abstractmethod
+    def rollback(self, run: Run, state: dict[str, Any]) -> None:
+        """Follow a model that is as it was before the last pruning step."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state to save, as plain numbers and tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Start anew, for another model."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Remove every hook from the model and its optimizers."""
+
+    # What a strategy may leave as it is
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was seen to decide by."""
+        return True
+
+    @property
+    def units(self) -> int:
+        """How many units are removed in all, for schedules that count them."""
+        return 0
+
+    def reads_batches(self, pl_module: LightningModule) -> bool:
+        """Return whether forward will be run on training batches beside the training."""
+        return False
+
+
+@dataclass(eq=False)
+class Member:
+    """One pruning callback's part in a run.
+
+    Attributes:
+        callback: The callback, for messages.
+        strategy: What it does.
+        clock: When.
+        module: The module that its state is of.
+        prepared: Whether :meth:`Strategy.prepare` was done in this run.
+        inputs_verified: Whether forward took a training batch, of those that it will be run on.
+        due_without_scores: Whether a pruning step is due and nothing was seen to decide by.
+    """
+
+    callback: Callback
+    strategy: Strategy
+    clock: Clock
+    module: weakref.ref[LightningModule] | None = None
+    prepared: bool = False
+    inputs_verified: bool = False
+    due_without_scores: bool = False
+
+    @property
+    def where(self) -> str:
+        """The name of the callback, for messages."""
+        return type(self.callback).__name__
+
+    def start_run(self, pl_module: LightningModule) -> None:
+        """Forget what belongs to the last run, and everything where that was of another module."""
+        if self.module is None or self.module() is not pl_module:
+            self.clock.reset()
+            self.strategy.reset()
+            self.module = weakref.ref(pl_module)
+        self.strategy.release()
+        self.clock.epoch = -1
+        self.prepared = self.inputs_verified = self.due_without_scores = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model."""
+        return {**self.__dict__, "module": None}
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule, once it is known how many units are removed in all."""
+        return self.clock.schedule.over(self.strategy.units)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a strategy sees of the run that it is part of.
+
+    Attributes:
+        trainer: The Trainer.
+        module: The module that it trains.
+        members: All pruning callbacks, in their order.
+        own: The one whose strategy is called.
+        inputs: The run's example inputs.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    members: tuple[Member, ...]
+    own: Member
+    inputs: RunInputs
+
+    @property
+    def where(self) -> str:
+        """The name of the callback, for messages."""
+        return self.own.where
+
+    def strategies(self, kind: type[_Strategy]) -> list[_Strategy]:
+        """Return the strategies of a kind, in the order of their callbacks."""
+        return [member.strategy for member in self.members if isinstance(member.strategy, kind)]
+
+    def before_step(self) -> None:
+        """Tell the guards that the model is about to change."""
+        for guard in guards(self.trainer):
+            guard.before_cut(self.trainer, self.module)

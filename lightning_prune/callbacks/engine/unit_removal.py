@@ -1,0 +1,251 @@
+"""Removes units of a model in a run: scores, plan and cut; neither logs nor says when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.callbacks.engine.apply_plan import apply_plan_
+from lightning_prune.callbacks.engine.clock import share_due
+from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
+from lightning_prune.callbacks.engine.example_inputs import on_device_of
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
+from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.kept_sums import of_kept_units
+from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
+from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
+from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
+from lightning_prune.callbacks.engine.step import refuse_step
+from lightning_prune.callbacks.engine.strategy import Run, Strategy
+from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel
+from lightning_prune.model.batch_norm import batch_norms
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import check_optimizers, check_prunable
+from lightning_prune.pruning.budget import Scores
+from lightning_prune.pruning.plan import Plan, plan_filters
+from lightning_prune.pruning.scoring import score_units
+from lightning_prune.structure import Structure
+
+__all__ = ["UnitRemoval"]
+
+Adjust = Callable[[Structure, Scores], Scores]
+"""Changes scores before units are selected."""
+
+
+class UnitRemoval(Strategy):
+    """The strategy of the callbacks that remove filters, neurons and channels.
+
+    Args:
+        arguments: What the user asked for.
+        gathering: Where scores come from.
+        repair: Compensates for pruned units, if asked for.
+        adjust: Changes scores before units are selected.
+        narrow: Leaves out groups that the criterion cannot score.
+    """
+
+    def __init__(
+        self,
+        arguments: FilterArguments,
+        gathering: Gathering,
+        repair: ConsumerRepair | None = None,
+        adjust: Adjust | None = None,
+        narrow: Narrow | None = None,
+    ) -> None:
+        self.arguments = arguments
+        self.gathering = self.listener = gathering
+        self.example_inputs = arguments.example_inputs
+        self.state = RemovalState()
+        self.traced = TracedModel(arguments, narrow)
+        self._repair, self._adjust = repair, adjust
+        self._reads_consumers = repair is not None or narrow is not None
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arguments that say which channels are pruned."""
+        return self.arguments.parts
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough was gathered to score by."""
+        return self.gathering.ready
+
+    @property
+    def units(self) -> int:
+        """How many units are removed in all, as the rehearsal found."""
+        return 0 if self.state.start is None else self.state.start.units
+
+    @property
+    def start(self) -> Start:
+        """The dense model."""
+        assert self.state.start is not None  # set when the model is first traced, before anything is planned
+        return self.state.start
+
+    def check_schedule(self, where: str, schedule: Schedule) -> None:
+        """Refuse a first pruning step before what the criterion must see."""
+        unseen = self.gathering.looks_at_training
+        if unseen and schedule.progress(0) > 0:
+            raise ValueError(
+                f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut. Start at "
+                f"{schedule.by[:-1]} 1."
+            )
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a run in which no unit can be removed."""
+        refuse_removal(run.where, run.trainer, run.module)
+        refuse_step(run.where, self.arguments.trace, run.module)
+
+    def reads_batches(self, pl_module: LightningModule) -> bool:
+        """Return whether consumer layers, or BatchNorm, will be run on training batches."""
+        recalibrates = bool(self.arguments.recalibrate and batch_norms(pl_module))
+        return recalibrates or self._reads_consumers
+
+    def prepare(self, run: Run, batch: Any | None) -> bool:
+        """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
+        check_optimizers(run.where, run.trainer.optimizers)
+        given = [self.example_inputs, *(member.strategy.example_inputs for member in run.members)]
+        inputs = run.inputs.find(run.module, self.arguments.trace, given, batch)
+        if inputs is None:
+            return False
+        self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
+        structure = self.traced.groups(run.module)
+        self._refuse_overlap(run, structure)
+        structure = self.traced.prunable(run.module, structure, self.state.refused)
+        self.state.pinned, self.state.branching = structure.pinned, list(structure.branching)
+        if self.state.start is None:
+            check_prunable(run.module, structure)
+            self._refuse_not_finite(run, structure)
+            self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module))
+        if self.arguments.target == "latency" and self.start.shapes is None:
+            raise PruningError(
+                f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "
+                "tell the shape that the whole model had. Go on with that target, or start anew."
+            )
+        if run.own.clock.unfinished:
+            plan = self._plan(run, structure, score_units(run.module, structure, "l1"), progress=1.0)
+            self.start.units = self.start.units or sum(width.before - width.after for width in plan.widths)
+            self._warn_if_short(run, plan)
+            self.gathering.watch(run.module, structure)
+        return True
+
+    def prune_to(self, run: Run, progress: float) -> None:
+        """Remove units up to the sparsity that the schedule asks for at ``progress``."""
+        structure = self._prunable(run.module)
+        self._refuse_not_finite(run, structure)
+        scores = self.gathering.scores(run.trainer, run.module, structure)
+        if self._adjust is not None:
+            scores = self._adjust(structure, scores)
+        scores = run.trainer.strategy.broadcast(scores)
+        self.gathering.rest()
+        plan = self._plan(run, structure, scores, progress, self.gathering.adding_up)
+        if plan.cut.kept:
+            if plan.latency_kept is not None:
+                self.state.latency = plan.latency_kept
+            if self._repair is not None:
+                plan = self._repair.repair(run, plan)
+            apply_plan_(run, plan)
+            recalibrate_(run.trainer, run.module, self.arguments.recalibrate)
+        self.state.widths |= {width.name: width.after for width in plan.widths}
+        self.state.pinned = plan.structure.pinned
+        if progress >= 1.0:
+            self._warn_if_short(run, plan, done=True)
+        if progress < run.own.clock.ceiling:
+            self._watch_on(run.module)
+
+    def after_cut(self, run: Run, plan: Plan) -> None:
+        """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
+        self.traced.changed()
+        gathered = self.gathering.gathered()
+        if gathered is not None:  # a cut of another callback: nothing is gathered during our own
+            self.gathering.rest()
+            self.gathering.take_up(of_kept_units(gathered, plan.keep))
+            self._watch_on(run.module)
+
+    def after_epoch(self, run: Run) -> None:
+        """Refuse to wait for what an epoch did not show."""
+        refuse_blind(run.where, self.gathering, run.trainer, run.module)
+
+    def rollback_state(self) -> dict[str, Any]:
+        """Return the widths and the latency."""
+        return {"widths": dict(self.state.widths), "latency": self.state.latency}
+
+    def rollback(self, run: Run, state: dict[str, Any]) -> None:
+        """Follow a model that is as it was before the last pruning step."""
+        self.state.widths, self.state.latency = dict(state["widths"]), state["latency"]
+        self.traced.changed()
+        self.gathering.rest()
+        if run.own.clock.unfinished:
+            self._watch_on(run.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the dense model, what was removed, and what was gathered since."""
+        return {**self.state.to_plain(), "gathered": self.gathering.gathered()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
+        self.state = RemovalState.from_plain(state)
+        self.gathering.take_up(state["gathered"])
+
+    def before_save(self, run: Run, state: dict[str, Any]) -> None:
+        """Replace what was gathered by what all processes have."""
+        self.gathering.amend(run.trainer, state["gathered"])
+
+    def reset(self) -> None:
+        """Start anew, for another model."""
+        self.state = RemovalState()
+
+    def release(self) -> None:
+        """Remove every hook from the model."""
+        self.gathering.rest()
+
+    def _refuse_overlap(self, run: Run, structure: Structure) -> None:
+        own = self.arguments.claims(run.module, structure)
+        for other in run.members:
+            if other is not run.own and isinstance(other.strategy, UnitRemoval):
+                shared = own & other.strategy.arguments.claims(run.module, structure)
+                refuse_shared(run.own.callback, other.callback, shared, "the modules between them by ignore=")
+
+    def _refuse_not_finite(self, run: Run, structure: Structure) -> None:
+        written = [slot.tensor for group in structure.groups.values() for slot in group.slots]
+        refuse_not_finite(run.where, run.module, written)
+
+    def _prunable(self, pl_module: LightningModule) -> Structure:
+        return self.traced.prunable(pl_module, self.traced.groups(pl_module), self.state.refused)
+
+    def _plan(self, run: Run, structure: Structure, scores: Scores, progress: float, adding_up: bool = False) -> Plan:
+        """Select the units to remove, and verify the cut."""
+        start, schedule = self.start, run.own.schedule
+        asked = self.arguments.budget  # limits are those of the dense model's layers
+        budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
+        plan = plan_filters(
+            run.module,
+            self.traced.inputs,
+            structure,
+            scores,
+            share_due(start.amount, schedule, progress),
+            budget,
+            dense=start.dense,
+            flops=self.traced.flops(run.module),
+            latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs, start.shapes),
+            at_most=schedule.at_most(progress),
+            adding_up=adding_up,
+            refused=self.state.refused,
+        )
+        self.state.refused = dict(plan.refused)
+        return plan
+
+    def _watch_on(self, pl_module: LightningModule) -> None:
+        if self.gathering.looks_at_training:
+            self.gathering.watch(pl_module, self._prunable(pl_module))
+
+    def _warn_if_short(self, run: Run, plan: Plan, done: bool = False) -> None:
+        """Warn once if less is removed than was asked: at once for widths, for all else when pruning is done."""
+        known = done or self.arguments.target == "filters"
+        if known and plan.outcome.short and not self.state.warned:
+            self.state.warned = True
+            rank_zero_warn(f"{run.where}: {plan.outcome.short}")

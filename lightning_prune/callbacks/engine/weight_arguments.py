@@ -1,0 +1,45 @@
+"""Knows the arguments that all callbacks share that mask weights; prunes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_prune.pruning.arguments import shown
+from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
+
+__all__ = ["MaskGradients", "WeightArguments"]
+
+MaskGradients = bool | Literal["auto"]
+"""Whether gradients of masked weights are zeroed; ``auto`` where it changes steps of the others."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightArguments:
+    """Which weights, and how many; :class:`~lightning_prune.IterativeMagnitudePruning` documents each."""
+
+    amount: float | dict[str, float] | None
+    scope: WeightScope
+    parameters: Sequence[str] | None
+    ignore: Sequence[str]
+    pattern: str | None
+    mask_gradients: MaskGradients
+
+    def check(self, where: str) -> None:
+        """Refuse arguments that no model could make sense of.
+
+        Raises:
+            ValueError: If an argument is out of range, or two contradict.
+            TypeError: If an argument is of a wrong kind.
+        """
+        check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
+        if self.mask_gradients not in (True, False, "auto"):
+            raise ValueError(f"{where}(mask_gradients={self.mask_gradients!r}): choose True, False or 'auto'.")
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arguments that say which weights are pruned."""
+        named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
+        parameters = None if self.parameters is None else list(map(shown, self.parameters))
+        return {"amount": named, "parameters": parameters, "ignore": list(map(shown, self.ignore))}

@@ -1,0 +1,222 @@
+"""Masks weights of a model in a run, and keeps them at zero; which, another object chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_prune.algorithms.schedules import FewUnits, Schedule
+from lightning_prune.callbacks.engine.averaging import averaged_copies
+from lightning_prune.callbacks.engine.clock import share_due
+from lightning_prune.callbacks.engine.gradient_masks import GradientMasks, masks_gradients
+from lightning_prune.callbacks.engine.processes import refuse_apart
+from lightning_prune.callbacks.engine.refusals import (
+    refuse_foreign,
+    refuse_masks,
+    refuse_not_finite,
+    refuse_shared,
+    refuse_unmaskable,
+)
+from lightning_prune.callbacks.engine.strategy import Run, Strategy
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
+from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
+from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
+from lightning_prune.model.bits import pack_bits
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.plan import Plan, count_params
+from lightning_prune.pruning.weights import weight_count, weights_to_prune
+from lightning_prune.surgery import PackedMasks, recipe_of
+from lightning_prune.surgery.masks import Masks, unpacked
+
+__all__ = ["WeightMasking"]
+
+
+class WeightMasking(Strategy):
+    """The strategy of the callbacks that set weights to zero and keep them there.
+
+    Args:
+        arguments: What the user asked for.
+        choice: Chooses the weights, and does what else belongs to a pruning step.
+    """
+
+    def __init__(self, arguments: WeightArguments, choice: WeightChoice) -> None:
+        self.arguments = arguments
+        self.choice = choice
+        self.params = 0  # of the dense model
+        self.in_run: MaskedWeights | None = None
+        self._packed: PackedMasks = {}  # as checkpoints hold them; in a run, its masks say the same
+
+    @property
+    def own(self) -> MaskedWeights:
+        """The weights in this run."""
+        assert self.in_run is not None  # set when training begins
+        return self.in_run
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arguments that say which weights are pruned."""
+        return self.arguments.parts
+
+    def check_schedule(self, where: str, schedule: Schedule) -> None:
+        """Refuse schedules that count units."""
+        if isinstance(schedule, FewUnits):
+            raise ValueError(
+                f"{where}(schedule={schedule!r}): it counts filters and neurons, and weights leave here. "
+                "Use Linear or another with by='steps'."
+            )
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a run in which masks cannot hold."""
+        refuse_masks(run.where, run.trainer, run.module)
+        removing = [member for member in run.members if isinstance(member.strategy, UnitRemoval)]
+        if self.arguments.pattern is not None and removing:
+            raise PruningError(
+                f"{run.where}(pattern={self.arguments.pattern!r}) and {removing[0].where} contradict: when "
+                "channels leave, what is left of their groups no longer keeps to the pattern. Remove the channels in a "
+                "run before."
+            )
+        self.choice.refuse(run)
+
+    def reads_batches(self, pl_module: LightningModule) -> bool:
+        """Return whether weights are chosen on training batches."""
+        return self.choice.reads_batches
+
+    def prepare(self, run: Run, batch: Any | None) -> bool:
+        """Find the weights, restore the masks that the model carries, and hold them from now on."""
+        arguments, module, optimizers = self.arguments, run.module, run.trainer.optimizers
+        refuse_unmaskable(run.where, optimizers)
+        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern)
+        refuse_not_finite(run.where, module, to_prune.weights)
+        self.in_run = MaskedWeights(to_prune, Masks(module))
+        self._refuse_overlap(run)
+        for name, reason in to_prune.stay.items() if run.own.clock.progress == 0 else ():
+            rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
+        self._packed = {**self._carried(run), **self._packed}
+        keep = unpacked(self._packed)
+        refuse_foreign(run.where, module, keep)
+        self.own.masks.let_fall_(keep)
+        self.own.masks.hold(optimizers)
+        if masks_gradients(arguments.mask_gradients, run.trainer, module):
+            self.listener = GradientMasks(self.own.masks)
+        self._count()
+        self.params = self.params or count_params(module)
+        self.choice.prepare(run, self.own)
+        return True
+
+    def prune_to(self, run: Run, progress: float) -> None:
+        """Mask weights up to the sparsity that the schedule asks for at ``progress``."""
+        own = self.own
+        refuse_not_finite(run.where, run.module, own.to_prune.weights)
+        due = share_due(own.to_prune.amount, run.own.clock.schedule, progress)
+        keep = _agreed(run.trainer, self.choice.choose(run, own, due, progress))
+        run.before_step()
+        own.masks.let_fall_(keep, run.trainer.optimizers)
+        self._changed()
+        for name in (count.name for count in own.counts if not count.stays):
+            rank_zero_warn(
+                f"{run.where}: nothing is left of {name}, so nothing passes it. Ask for less, keep it "
+                "out by ignore=, or take the same share of every layer by scope='layer'."
+            )
+        self.choice.after_masking(run, progress)
+        for copy in averaged_copies(run.trainer):
+            own.masks.apply_(copy)
+        if isinstance(run.trainer.strategy.model, DistributedDataParallel):
+            refuse_apart(run.where, run.trainer, run.module)
+
+    def after_cut(self, run: Run, plan: Plan) -> None:
+        """Follow a cut that another callback made."""
+        if self.in_run is not None:
+            self.in_run.masks.follow_(plan.cut.kept)
+            self._changed()
+
+    def after_epoch_start(self, run: Run) -> None:
+        """Hold the masks after the steps of optimizers that were added since, too."""
+        if self.in_run is not None:
+            self.in_run.masks.hold(run.trainer.optimizers)
+
+    def after_batch(self, run: Run) -> None:
+        """Do what the choice needs at the end of a training batch."""
+        self.choice.after_batch(run)
+
+    def after_training(self, run: Run) -> None:
+        """Take the sign off zeros."""
+        for model in (run.module, *averaged_copies(run.trainer)):
+            self.own.masks.apply_(model)
+
+    def rollback_state(self) -> dict[str, Any]:
+        """Return the masks."""
+        return {"masks": dict(self._packed)}
+
+    def rollback(self, run: Run, state: dict[str, Any]) -> None:
+        """Follow a model that is as it was before the last pruning step."""
+        self.own.masks.lift()
+        self.own.masks.let_fall_(unpacked(state["masks"]))
+        self._changed()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks, packed to bits, and what the choice saves."""
+        return {"masks": dict(self._packed), "params": self.params, **self.choice.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
+        self._packed = {name: [packed, list(shape)] for name, (packed, shape) in state["masks"].items()}
+        self.params = state["params"]
+        self.choice.load_state_dict(state)
+
+    def reset(self) -> None:
+        """Start anew, for another model."""
+        self._packed, self.params = {}, 0
+        self.choice.reset()
+
+    def release(self) -> None:
+        """Remove the hooks from the optimizers."""
+        if self.in_run is not None:
+            self.in_run.masks.release()
+        self.in_run = self.listener = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the run, to which the model belongs."""
+        return {**self.__dict__, "in_run": None, "listener": None}
+
+    def _changed(self) -> None:
+        self._packed = self.own.masks.packed()
+        self._count()
+
+    def _count(self) -> None:
+        """Count what is kept of each weight; without a mask all of it is."""
+        keep, weights = self.own.masks.keep, self.own.to_prune.weights
+        counts = [weight_count(name, weight.parameter, keep.get(name)) for name, weight in weights.items()]
+        self.own.counts = tuple(counts)
+
+    def _carried(self, run: Run) -> PackedMasks:
+        """Return the masks that the model carries: on our weights, or on those of no callback."""
+        ours = self.own.to_prune.weights
+        theirs: set[str] = set()
+        maskings = run.strategies(WeightMasking)
+        for masking in maskings:
+            if masking.in_run is not None:
+                theirs |= masking.in_run.to_prune.weights.keys()
+        adopts = maskings[-1] is self  # all others have begun
+        masks = recipe_of(run.module).masks
+        return {name: mask for name, mask in masks.items() if name in ours or (adopts and name not in theirs)}
+
+    def _refuse_overlap(self, run: Run) -> None:
+        ours = self.own.to_prune.weights.keys()
+        for other in run.members:
+            if other is run.own or not isinstance(other.strategy, WeightMasking) or other.strategy.in_run is None:
+                continue
+            shared = ours & other.strategy.in_run.to_prune.weights.keys()
+            refuse_shared(other.callback, run.own.callback, shared, "the weights between them by parameters=, ignore=")
+
+
+def _agreed(trainer: Trainer, keep: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the first process's choice on all processes."""
+    if trainer.world_size == 1:
+        return keep
+    packed: PackedMasks = {name: [pack_bits(kept), list(kept.shape)] for name, kept in keep.items()}
+    return unpacked(trainer.strategy.broadcast(packed))

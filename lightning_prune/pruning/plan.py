@@ -1,0 +1,366 @@
+"""The one way from scores to a slim model: select units, verify the cut, make it; computes no scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.measure.flops import FlopCount, count_flops
+from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
+from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
+from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.progress_bars import counted
+from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, select_units
+from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
+from lightning_prune.pruning.report import GroupWidth, Repair, Report
+from lightning_prune.structure import Keep, Structure
+from lightning_prune.surgery import Cut, Disproof, Proof, compensated, cut_, draft, recipe_of, verify
+from lightning_prune.surgery.expected_outputs import Lefts
+from lightning_prune.surgery.masks import follow_cut_
+
+__all__ = ["Latency", "Plan", "count_params", "plan_filters"]
+
+Latency = Callable[[Structure, Keep], float]
+"""Measures the share of the dense model's latency that a choice of units keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A cut that is verified and not yet made.
+
+    Attributes:
+        model: The model, as it stands until :meth:`apply_`.
+        example_inputs: What it was traced on.
+        amount: What was asked for, relative to ``dense``.
+        budget: What ``amount`` is a fraction of, and the limits of each layer.
+        dense: The model that amounts are relative to.
+        flops: Multiply-adds of the model as it stands.
+        structure: Its channel groups, without those that were refused.
+        keep: For every group which units are kept.
+        cut: What changes in the model.
+        tensors: The slim values of everything that changes.
+        refused: Group name -> why its cut could not be verified. It is kept whole.
+        widths: Every group that can be pruned, before and after.
+        proof: What was verified of the cut.
+        latency_kept: Share of the latency that is left, as measured, where that is the target.
+        outcome: What was asked and what the cut will reach, as predicted.
+        repairs: Weights that were refitted.
+        skipped: By name, why a weight that sums over pruned units was not refitted.
+    """
+
+    model: nn.Module
+    example_inputs: ExampleInputs
+    amount: Amount
+    budget: Budget
+    dense: Dense
+    flops: FlopCount
+    structure: Structure
+    keep: Keep
+    cut: Cut
+    tensors: dict[str, Tensor]
+    refused: Mapping[str, str]
+    widths: tuple[GroupWidth, ...]
+    proof: Proof
+    latency_kept: float | None
+    outcome: Outcome
+    repairs: tuple[Repair, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> float:
+        """Share of the target that is to be removed."""
+        return self.outcome.asked
+
+    @property
+    def reached(self) -> float:
+        """Share of the target that the cut will have removed, as predicted."""
+        return self.outcome.reached
+
+    def apply_(self, optimizers: Iterable[Optimizer] = ()) -> Report:
+        """Make the cut and count what it reached.
+
+        Args:
+            optimizers: The optimizers that train the model; their state follows.
+
+        Raises:
+            PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
+        """
+        params_before = count_params(self.model)
+        self.write_(optimizers)
+        flops, by = self._count_after()
+        now = Footprint(count_params(self.model), flops)
+        outcome = _outcome(self, now)
+        return Report(
+            params_before=params_before,
+            params_after=now.params,
+            flops_before=self.flops.total,
+            flops_after=now.flops,
+            groups=self.widths,
+            kept=self.cut.kept,
+            attributes=self.cut.attributes,
+            pinned=tuple(self.structure.pinned),
+            proved=not self.structure.ledger.untrained and not self.proof.unseen,
+            proof=_in_words(self),
+            branching=self.structure.branching,
+            latency_kept=self.latency_kept,
+            measured="" if self.latency_kept is None else circumstances(self.model, self.example_inputs),
+            asked=outcome.asked,
+            reached=outcome.reached,
+            counted=by,
+            constants=self.proof.constants,
+            scaled=self.proof.scaled,
+            repairs=self.repairs,
+            skipped=self.skipped,
+        )
+
+    def write_(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Make the cut, without a report; weight masks and the metadata in state dicts follow.
+
+        Raises:
+            PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
+        """
+        if not self.cut.kept:
+            return
+        cut_(self.model, self.cut, self.tensors, optimizers)
+        follow_cut_(self.model, self.cut.kept)
+        recipe = recipe_of(self.model)
+        recipe.note((attribute.module, attribute.name) for attribute in self.structure.ledger.attributes)
+        recipe.needed = True
+
+    def _count_after(self) -> tuple[int, str]:
+        """Count the slim model as the whole one was counted, or else predict; return the count and what counted."""
+        predicted = _flops_after(self.structure, self.keep, self.flops)
+        if self.flops.counted != FlopCount.counted:
+            return predicted, self.flops.counted
+        try:
+            return count_flops(self.model, self.example_inputs).total, self.flops.counted
+        except Exception as error:  # the cut is made and verified: a count that fails must not say otherwise
+            failed = f"and after it as planned, since the count failed: {error!r}"
+            return predicted, f"{self.flops.counted} before the cut, {failed}"
+
+
+def plan_filters(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    scores: Scores,
+    amount: Amount,
+    budget: Budget | None = None,
+    *,
+    dense: Dense | None = None,
+    flops: FlopCount | None = None,
+    latency: Latency | None = None,
+    at_most: int | None = None,
+    adding_up: bool = False,
+    refused: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Plan:
+    """Select the units to prune so that the amount is met, and verify their cut; the model is not changed.
+
+    Groups whose cut cannot be verified are kept whole, and others are selected anew without them.
+
+    Args:
+        model: The model that ``structure`` was traced from.
+        example_inputs: What it was traced on.
+        structure: The channel groups that may be pruned.
+        scores: One score per unit of every group.
+        amount: Fraction, in [0, 1), of the target, relative to ``dense``; or fractions by group name.
+        budget: What ``amount`` is a fraction of, and the limits of each layer. By default filters, without limits.
+        dense: The model that amounts are relative to. By default the model as it stands.
+        flops: Multiply-adds of the model as it stands. By default as its trace counts them.
+        latency: Measures the share of the latency that is kept, for ``target="latency"``. By default against the model
+            as it stands.
+        at_most: Units that may be gone after the cut, relative to ``dense``, though more were asked for.
+        adding_up: Whether scores are losses that add up over units. Under ``scope="global"`` they are then divided by
+            what a unit saves of the target.
+        refused: Groups of ``dense`` whose cut could not be verified earlier, with the reason; none are in
+            ``structure``.
+        progress: Whether to show how often a latency was measured.
+
+    Raises:
+        PruningError: If the amount cannot be reached.
+    """
+    if flops is None:
+        flops = FlopCount(structure.flops({}), {}, {}, {}, "by the trace of the structure")
+    if dense is None:
+        widths = {name: group.width for name, group in structure.groups.items()}
+        dense = Dense(widths, Footprint(count_params(model), flops.total))
+    budget = budget or Budget()
+    ask = _Ask(model, example_inputs, amount, budget, dense, flops, at_most, adding_up)
+    earlier = refused or {}
+    if budget.target != "latency" or latency is not None:
+        return _verified(ask, structure, scores, earlier, latency)
+    shapes = shapes_of(model, structure)
+    with counted("latency", None, progress) as advance:
+
+        def measured(structure: Structure, keep: Keep) -> float:
+            share = latency_kept(model, example_inputs, structure, keep, shapes)
+            advance(f"{share:.0%}")
+            return share
+
+        return _verified(ask, structure, scores, earlier, measured)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ask:
+    """The arguments of :func:`plan_filters` that stay the same while groups are refused."""
+
+    model: nn.Module
+    example_inputs: ExampleInputs
+    amount: Amount
+    budget: Budget
+    dense: Dense
+    flops: FlopCount
+    at_most: int | None
+    adding_up: bool
+
+
+def _verified(
+    ask: _Ask, structure: Structure, scores: Scores, earlier: Mapping[str, str], latency: Latency | None
+) -> Plan:
+    """Select and verify until the cut of all groups that are left is right."""
+    model, first = ask.model, structure
+    refused = dict(earlier)
+    while True:
+        stopped: CutDoesNotRunError | None = None
+        try:
+            keep = _selected(ask, structure, scores, refused, latency)
+        except CutDoesNotRunError as error:  # the verification below says which group is at fault
+            keep, stopped = error.keep, error
+        except PruningError as error:
+            raise PruningError(f"{error}{told_of(reasons_of(first, structure))}") from None
+        cut = draft(model, structure, keep)
+        tensors = cache(partial(cut.tensors, model))
+        proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
+        if isinstance(proof, Proof):
+            break
+        structure = structure.without_each(_at_fault(model, structure, keep, proof))
+        refused = {**earlier, **reasons_of(first, structure)}
+    if stopped is not None:
+        raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
+    if proof.constants:
+        cut, proof = compensated(model, structure, cut, proof)
+        tensors = cache(partial(cut.tensors, model))
+    kept = latency(structure, keep) if ask.budget.target == "latency" and latency is not None else None
+    widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
+    plan = Plan(
+        model, ask.example_inputs, ask.amount, ask.budget, ask.dense, ask.flops, structure, keep, cut, tensors(),
+        refused, widths, proof, kept, Outcome(0.0, 0.0, ""),
+    )  # fmt: skip
+    now = measure(model, structure, keep, uncounted=_uncounted(structure, ask.flops))
+    return replace(plan, outcome=_outcome(plan, now))
+
+
+def _selected(
+    ask: _Ask, structure: Structure, scores: Scores, refused: Mapping[str, str], latency: Latency | None
+) -> Keep:
+    """Select the units that are kept."""
+    budget = ask.budget
+    if ask.adding_up and budget.scope == "global":
+        scores = per_saving(scores, saved_by_one_unit(ask.model, structure), budget.target)
+    return select_units(
+        structure,
+        scores,
+        ask.amount,
+        budget,
+        dense=ask.dense.without(refused),
+        footprint=partial(measure, ask.model, structure, uncounted=_uncounted(structure, ask.flops)),
+        latency=None if latency is None else partial(latency, structure),
+        at_most=ask.at_most,
+    )
+
+
+def _outcome(plan: Plan, now: Footprint) -> Outcome:
+    """Compare what was asked with what is reached at a cost of ``now``."""
+    widths = {width.name: width.after for width in plan.widths}
+    # A group that an earlier cut left one unit of is no group any more.
+    lone = [name for name in plan.dense.widths if name not in widths and name not in plan.refused]
+    widths |= dict.fromkeys(lone, 1)
+    free = plan.dense.without(name for name in plan.dense.widths if name not in plan.structure.groups)
+    why = {**kept_whole_by(plan.structure, plan.budget, free, widths), **plan.refused}
+    return outcome_of(plan.amount, plan.budget.target, plan.dense, widths, now, plan.latency_kept, why)
+
+
+def _uncounted(structure: Structure, flops: FlopCount) -> int:
+    """Return the multiply-adds that only the counter knows of; no cut changes them."""
+    return flops.total - structure.flops({})
+
+
+def _flops_after(structure: Structure, keep: Keep, flops: FlopCount) -> int:
+    return structure.flops(keep) + _uncounted(structure, flops)
+
+
+def count_params(model: nn.Module) -> int:
+    """Count the parameters of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _at_fault(model: nn.Module, structure: Structure, keep: Keep, failure: Disproof) -> dict[str, str]:
+    """Return the groups that must be kept whole so that the cut of the others can be verified, with the reason.
+
+    Blocks of a network that repeat fail alike: groups at the same place in modules of the same class are judged
+    together.
+    """
+    groups = set(failure.groups)
+    if failure.kind is not None:
+        lefts = Lefts(structure, keep)
+        for ran in structure.ledger.ran:
+            if ran.kind == failure.kind:
+                groups |= lefts.groups(*ran.taken, *ran.made)
+    if groups:
+        return dict.fromkeys(sorted(groups), failure.reason)
+    return _culprits(model, structure, keep)
+
+
+def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> dict[str, str]:
+    """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
+    reasons: dict[str, str] = {}
+
+    def search(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        cut = draft(model, structure, {name: keep[name] for link in accepted + links for name in link})
+        failure = verify(model, structure, cut, cache(partial(cut.tensors, model)))
+        if isinstance(failure, Proof):
+            return links
+        if len(links) == 1:
+            reasons.update(dict.fromkeys(links[0], failure.reason))
+            return []
+        half = len(links) // 2
+        left = search(links[:half], accepted)
+        return left + search(links[half:], accepted + left)
+
+    linked = [link for link in structure.links if not keep[link[0]].all()]
+    single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
+    search([*single, *linked], [])
+    return reasons
+
+
+def _in_words(plan: Plan) -> str:
+    """Describe what was verified."""
+    if not plan.cut.keep:
+        return "nothing was cut"
+    proof = plan.proof
+    told = [f"{len(plan.cut.keep)} groups cut"]
+    told.append(f"{proof.operators} operators ran, {proof.compared} outputs compared on {proof.values}")
+    if proof.skipped:
+        told.append(f"not compared: {_first_three([f'{what} ({times})' for what, times in proof.skipped.items()])}")
+    if proof.scaled:
+        told.append(f"scaled to compensate numbers made from widths: {_first_three(proof.scaled)}")
+    if proof.constants:
+        changed = _first_three([str(constant) for constant in proof.constants], "; ")
+        told.append(f"numbers made from widths change: {changed}")
+    if plan.structure.ledger.untrained:
+        told.append(f"train mode does not run on the example inputs ({plan.structure.ledger.untrained})")
+    return "; ".join(told)
+
+
+def _first_three(named: Sequence[str], between: str = ", ") -> str:
+    shown = list(named[:3])
+    if len(named) > 3:
+        shown.append("...")
+    return between.join(shown)

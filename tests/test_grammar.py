@@ -1,0 +1,282 @@
+"""One grammar of arguments: the table in the documentation holds for every function and callback that prunes."""
+
+import ast
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import (
+    FilterL1Pruning,
+    FilterPruning,
+    IterativeMagnitudePruning,
+    OBSOneShot,
+    OneShot,
+    TaylorFilterPruning,
+    prune_filters,
+    prune_obs,
+    prune_weights,
+    sensitivity,
+    weight_sensitivity,
+)
+from lightning_prune.analysis.criterion_comparison import compare_criteria
+from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
+from lightning_prune.pruning.exact import prune_exact
+from lightning_prune.pruning.fisher import prune_fisher
+from lightning_prune.pruning.report import Report, WeightReport
+from tests.runs import IMAGE, Known, fit, net
+
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "arguments.md"
+UNITS = [
+    prune_filters,
+    sensitivity,
+    trainer_sensitivity,
+    compare_criteria,
+    FilterL1Pruning,
+    FilterPruning,
+    TaylorFilterPruning,
+]
+WEIGHTS = [
+    prune_weights,
+    prune_obs,
+    prune_fisher,
+    prune_exact,
+    weight_sensitivity,
+    trainer_weight_sensitivity,
+    IterativeMagnitudePruning,
+    OBSOneShot,
+]
+EVERYTHING = [*UNITS, *WEIGHTS]
+# One small net, pruned to the end: there is no layer by itself, and 1.0 means until a limit is met.
+OF_THEIR_OWN = {(prune_exact, "amount"), (prune_exact, "loss"), (prune_fisher, "amount")}
+BY_POSITION = {"model", "example_inputs", "amount"}
+
+
+def table():
+    """Read the rows of the page: argument, where it counts, default and meaning."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (?:`(.+?)`)? ?\| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    return [(name, where, default, meaning.replace("`", "")) for name, where, default, meaning in rows]
+
+
+TABLE = table()
+
+
+def rows_of(subject):
+    """Return the rows that hold for a function or callback, by argument."""
+    kinds = {
+        "all",
+        "units" if subject in UNITS else "weights",
+        "callbacks" if inspect.isclass(subject) else "functions",
+    }
+    return {name: (default, meaning) for name, where, default, meaning in TABLE if where in kinds}
+
+
+def documented(subject):
+    """Return what the docstring says of each argument, on one line."""
+    lines = inspect.getdoc(subject).split("\nArgs:\n")[1].split("\n\n")[0].splitlines()
+    found, name = {}, ""
+    for line in lines:
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name, line = start.groups()
+        found[name] = f"{found.get(name, '')} {line.strip()}".strip().replace("`", "")
+    return found
+
+
+@pytest.mark.parametrize("subject", EVERYTHING, ids=lambda subject: subject.__name__)
+def test_arguments_stand_in_one_order(subject):
+    """Every shared argument is where the table has it, and by keyword only behind model, inputs and amount."""
+    parameters = inspect.signature(subject).parameters
+    order = list(rows_of(subject))
+    shared = [name for name in parameters if name in order]
+    assert shared == sorted(shared, key=order.index)
+    for name in shared:
+        kind = parameters[name].kind
+        if name not in BY_POSITION:
+            assert kind is inspect.Parameter.KEYWORD_ONLY, name
+
+
+@pytest.mark.parametrize("subject", EVERYTHING, ids=lambda subject: subject.__name__)
+def test_arguments_have_one_default_and_one_meaning(subject):
+    """Defaults are those of the table, unless required, and docstrings begin with its sentences."""
+    said = documented(subject)
+    for name, parameter in inspect.signature(subject).parameters.items():
+        if name not in rows_of(subject) or (subject, name) in OF_THEIR_OWN:
+            continue
+        default, meaning = rows_of(subject)[name]
+        if default and parameter.default is not inspect.Parameter.empty and name != "example_inputs":
+            assert parameter.default == ast.literal_eval(default), name
+        assert said[name].startswith(meaning), name
+
+
+def test_every_argument_of_several_is_in_the_table():
+    """What two functions or callbacks share is in the table, but for what measuring sensitivity is about."""
+    of_sensitivity = {"evaluate", "shares", "metric", "mode", "done", "path", "trainer", "data", "dtype", "solver"}
+    counts = {}
+    for subject in EVERYTHING:
+        for name in inspect.signature(subject).parameters:
+            counts[name] = counts.get(name, 0) + 1
+    several = {name for name, count in counts.items() if count > 1} - of_sensitivity
+    assert several == {name for name, *_ in TABLE if counts[name] > 1}
+
+
+def test_reports_share_their_fields():
+    """A report of weights has the fields of a report of units, and one more for what only its method knows."""
+    assert {field.name for field in fields(WeightReport)} - {"details"} <= {field.name for field in fields(Report)}
+
+
+# One rounding rule
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(5, 35), nn.ReLU(), nn.Linear(35, 7, bias=False), nn.ReLU(), nn.Linear(7, 1))
+
+
+X = torch.randn(40, 5)
+
+
+def loss(model, batch):
+    return model(batch).square().mean()
+
+
+def zeros(model, path):
+    return int((model.get_submodule(path).weight == 0).sum())
+
+
+@pytest.mark.parametrize("amount", [0.5, {"0": 0.5}, {"0": 0.5, "2": 0.0}], ids=str)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_half_of_35_units_are_18(amount, scope):
+    """Of 35 neurons half are 18, layer by layer under any scope, by weights or by obs."""
+    if amount == 0.5 and scope == "global":
+        return
+    for more in ({}, {"criterion": "obs", "batches": [X]}):
+        model = mlp()
+        prune_filters(model, X[:1], amount, scope=scope, progress=False, **more)
+        assert model[0].out_features == 35 - 18
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_half_of_245_weights_are_123(scope):
+    """Of 245 weights half are 123, whichever function zeroes them, layer by layer under any scope."""
+    calls = {
+        "magnitude": lambda model, amount: prune_weights(model, amount, scope=scope),
+        "obs": lambda model, amount: prune_obs(model, amount, scope=scope, batches=[X], progress=False),
+    }
+    for call in calls.values():
+        model = mlp()
+        call(model, {"2": 0.5})
+        assert (zeros(model, "2"), zeros(model, "0")) == (123, 0)
+    for call in calls.values():
+        model = mlp()
+        call(model, 0.5)
+        whole = [zeros(model, path) for path in ("0", "2", "4")]
+        assert sum(whole) == (88 + 123 + 4 if scope == "layer" else 214)  # of 175, 245 and 7, or of 427
+    model = mlp()
+    prune_fisher(model, 0.5, batches=[X], loss=loss, parameters=["2"], progress=False)
+    assert zeros(model, "2") == 123
+
+
+@pytest.mark.parametrize("amount", [0.5, {"hidden": 0.5}], ids=str)
+def test_callbacks_round_alike(amount):
+    """In a run the numbers are those of the functions: half of 5 neurons are 3, half of 5 * 12 weights 30."""
+    module = net(Known)
+    width = module.hidden.out_features
+    fit(module, FilterL1Pruning(amount, schedule=OneShot(0)), max_epochs=1)
+    assert module.hidden.out_features == width - -(-width // 2)
+    for callback in (IterativeMagnitudePruning(amount), OBSOneShot(amount)):
+        module = net(Known)
+        size = module.hidden.weight.numel()
+        fit(module, callback, max_epochs=1)
+        assert zeros(module, "hidden") == -(-size // 2)
+
+
+def test_a_fraction_never_removes_all():
+    """One weight of a layer is kept under every fraction below 1."""
+    model = nn.Linear(2, 2)
+    prune_weights(model, 0.99)
+    assert zeros(nn.Sequential(model), "0") == 3
+
+
+@pytest.mark.parametrize("amount", [1, 30, 2.0])
+def test_absolute_amounts_are_refused_alike(amount):
+    """No function or callback takes a number of units or weights for a fraction."""
+    calls = [
+        lambda: prune_filters(mlp(), X, amount),
+        lambda: prune_weights(mlp(), amount),
+        lambda: prune_obs(mlp(), amount, batches=[X]),
+        lambda: prune_fisher(mlp(), amount, batches=[X], loss=loss),
+        lambda: FilterL1Pruning(amount),
+        lambda: FilterPruning(amount),
+        lambda: TaylorFilterPruning(amount),
+        lambda: IterativeMagnitudePruning(amount),
+        lambda: OBSOneShot(amount),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\); it is no number of units or weights"):
+            call()
+
+
+# Modules instead of paths
+
+
+def test_modules_are_named_by_themselves():
+    """A module of the model does what its path does, in every argument that names parts of the model."""
+    one, two = mlp(), mlp()
+    two.load_state_dict(one.state_dict())
+    found = [
+        prune_filters(one, X, {one[0]: 0.5, one[2]: 0.3}, min_width={one[0]: 20}, max_amount={one[2]: 0.2}),
+        prune_filters(two, X, {"0": 0.5, "2": 0.3}, min_width={"0": 20}, max_amount={"2": 0.2}),
+    ]
+    assert found[0].groups == found[1].groups
+    prune_filters(one, X, 0.5, ignore=[one[0]])
+    prune_filters(two, X, 0.5, ignore=["0"])
+    prune_weights(one, 0.5, parameters=[(one[0], "bias"), one[2]])
+    prune_weights(two, 0.5, parameters=["0.bias", "2"])
+    prune_weights(one, {one[4]: 0.5}, ignore=[one[0]])
+    prune_weights(two, {"4": 0.5}, ignore=["0"])
+    prune_obs(one, 0.7, batches=[X], ignore=[one[2]], parameters=[one[0], one[2]], progress=False)
+    prune_obs(two, 0.7, batches=[X], ignore=["2"], parameters=["0", "2"], progress=False)
+    assert all(torch.equal(one.state_dict()[name], value) for name, value in two.state_dict().items() if "." in name)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ({"ignore": [nn.Linear(2, 2)]}, "ignore: this Linear is not part of the Sequential"),
+        ({"min_width": {nn.Linear(2, 2): 3}}, "min_width: this Linear is not part of"),
+        ({"amount": {nn.Linear(2, 2): 0.5}}, "amount: this Linear is not part of"),
+    ],
+)
+def test_foreign_modules_are_refused(given, told):
+    """A module that is not part of the model, such as one of its copies, is refused."""
+    with pytest.raises(ValueError, match=told):
+        prune_filters(mlp(), X, **given)
+    model = mlp()
+    with pytest.raises(ValueError, match="ignore: this Sequential is the whole model"):
+        prune_filters(model, X, ignore=[model])
+
+
+def test_one_module_is_no_list():
+    """A single pattern or module where a list is expected is refused: its letters, or children, are not meant."""
+    model = mlp()
+    for ignore in ("0", model):
+        with pytest.raises(TypeError, match="pass a list of patterns"):
+            prune_filters(model, X, ignore=ignore)
+        with pytest.raises(TypeError, match="pass a list of patterns"):
+            prune_weights(model, ignore=ignore)
+
+
+def test_callbacks_take_modules():
+    """Callbacks find modules inside the LightningModule that they prune."""
+    module = net(Known)
+    width = module.second.out_channels
+    fit(module, FilterL1Pruning({module.first: 0.5}, ignore=[module.second], example_inputs=IMAGE), max_epochs=1)
+    assert module.second.out_channels == width
+    module = net(Known)
+    fit(module, IterativeMagnitudePruning(parameters=[(module.hidden, "weight")]), max_epochs=1)
+    assert zeros(module, "hidden") == -(-module.hidden.weight.numel() // 2)
+    assert zeros(module, "second") == 0
