@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_prune import (
-    Cubic,
-    FewUnits,
-    FilterL1Pruning,
-    Linear,
-    MetricGuard,
-    OneShot,
-    PruningError,
-    TaylorFilterPruning,
-)
+from lightning_prune import Cubic, FilterL1Pruning, Linear, MetricGuard, OneShot, PruningError, TaylorFilterPruning
+from lightning_prune.algorithms.schedules import FewUnits
 from tests.runs import Net, assert_same_weights, fit, images, net, trainer, weights, widths
 
 

@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 
 from lightning_prune import (
-    FewUnits,
     FilterL1Pruning,
     IterativeMagnitudePruning,
     Linear,
@@ -21,6 +20,7 @@ from lightning_prune import (
     OneShot,
     PruningError,
 )
+from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.callbacks.engine import reporting
 from lightning_prune.reports import History, LayerChange, LayerCost, draw_run, run_tables
 from lightning_prune.reports.run_files import run_page

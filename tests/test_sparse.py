@@ -18,13 +18,13 @@ from lightning_prune import (
     PruningError,
     load_sparse,
     load_sparse_,
-    masks_on,
     prune_weights,
     save_sparse,
     to_semi_structured_,
 )
 from lightning_prune.cli import main
 from lightning_prune.surgery import semi_structured
+from lightning_prune.surgery.masks import masks_on
 from tests.runs import Depthwise, Net, assert_agrees_with_shapes, fit, net, weights
 
 
