@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,9 +70,15 @@ class Without:
 
     def __getitem__(self, atoms: NDArray[np.int64], /) -> NDArray[np.bool_]:
         roots = self.component[atoms]
-        if len(self.gone) == 1:  # the common case, without isin
+        if len(self.gone) == 1:  # the common case, without a table
             return roots != self.gone[0]
-        return ~np.isin(roots, self.gone)
+        return self._stays[roots]
+
+    @cached_property
+    def _stays(self) -> NDArray[np.bool_]:
+        stays = np.ones(len(self.component), dtype=bool)
+        stays[self.gone] = False
+        return stays
 
 
 @dataclass(frozen=True, eq=False)
