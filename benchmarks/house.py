@@ -35,19 +35,19 @@ LITERARY = ("Tell", "Let", "Give", "Take", "Do")
 LIMITS = {
     "floors: rooms on the longest chain of imports": 10,
     "rooms: folders and loose modules at the top": 10,
-    "arrows: pairs of rooms with imports between them": 40,
-    "comprehensions": 55.5,
-    "nested comprehensions": 5.2,
-    "ternaries": 27.2,
+    "arrows: pairs of rooms with imports between them": 39,
+    "comprehensions": 46,
+    "nested comprehensions": 3.2,
+    "ternaries": 22.5,
     "methods of FilterPruning, inherited ones too": 24,
     "classes of FilterPruning": 3,
-    "super() calls in callbacks": 12,
+    "super() calls in callbacks": 8,
     "writes to another object's private attributes": 5,
-    "docstrings that begin with Tell, Let, Give, Take, Do": 104,
+    "docstrings that begin with Tell, Let, Give, Take, Do": 81,
     "public names": 30,
-    "lines": 24_000,
+    "lines": 24_200,
 }
-AT_LEAST = {"comment lines": 20}
+AT_LEAST = {"comment lines": 23}
 IMPORT = """
 import time
 begin = time.perf_counter()
