@@ -180,6 +180,15 @@ def test_the_import_brings_in_nothing_else():
     run(IMPORT)
 
 
+def test_plain_pytorch_needs_no_lightning():
+    """The functions for plain PyTorch import nothing of Lightning."""
+    run(
+        "from lightning_prune import load_sparse, prune_filters, prune_obs, prune_weights, sensitivity\n"
+        "import sys\n"
+        "assert not {'lightning', 'pytorch_lightning'} & sys.modules.keys()"
+    )
+
+
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_callbacks_are_there_as_soon_as_lightning_is(order):
     """Whatever is imported first, the callbacks are subclasses of both packages' own, where their CLIs find them."""
