@@ -109,8 +109,11 @@ def split(call: Call) -> list[Dims]:
         call.ledger.pin(labels.at(dim), "split in pieces of fixed size")
     elif not _follow_sizes(call, pieces, sizes):
         _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
-    # A part of one index carries no label along it.
-    return [whole | {dim: piece} if size > 1 else whole for piece, size in zip(pieces, sizes, strict=True)]
+    outputs = [whole] * len(sizes)
+    for which, piece in enumerate(pieces):
+        if sizes[which] > 1:  # a part of one index carries no label along it
+            outputs[which] = whole | {dim: piece}
+    return outputs
 
 
 @coupling_rule("aten.select", "aten.unbind", "aten.select_copy", "aten.unbind_copy")
