@@ -157,8 +157,8 @@ def test_help_of_a_schedule(capsys):
     with pytest.raises(SystemExit):
         run("fit", "--trainer.callbacks+=FilterL1Pruning", "--trainer.callbacks.schedule.help=Cubic")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "The epoch or optimizer step (counted from 0) of the first cut." in shown
-    assert "Epochs or steps between two cuts." in shown
+    assert "Epoch or optimizer step (counted from 0) of the first pruning step." in shown
+    assert "Epochs or optimizer steps between two pruning steps." in shown
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ class Stream(nn.Module):
 def test_a_reason_tells_what_channels_are_tied_to():
     """Channels that no pin lies on carry the reason of those that they go with."""
     reasons = {pin.tensor: pin.reason for pin in structure_of(Stream().double(), ROWS).pinned}
-    plain, tied = "reaches the model's output", "tied to channels that stay: reaches the model's output"
+    plain, tied = "reaches the model's output", "tied to channels that cannot be pruned: reaches the model's output"
     assert reasons == {"first.weight": plain, "second.weight": tied}
 
 

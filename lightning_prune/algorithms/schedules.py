@@ -31,9 +31,9 @@ class Schedule(ABC):
     def last(self) -> int:
         """The moment of the last pruning step."""
 
+    @abstractmethod
     def sparsity(self, progress: float, amount: float) -> float:
         """Return the curve: what is pruned after this fraction of the steps, of an ``amount`` pruned after all."""
-        return progress * amount
 
     def over(self, units: int) -> Schedule:
         """Return the schedule for a model of which ``units`` units are pruned in all."""
@@ -76,6 +76,10 @@ class OneShot(Schedule):
     def progress(self, moment: int) -> float:
         """Return 0 before ``at`` and 1 from there on."""
         return float(moment >= self.at)
+
+    def sparsity(self, progress: float, amount: float) -> float:
+        """Return the linear curve."""
+        return progress * amount
 
     @property
     def last(self) -> int:
@@ -130,6 +134,10 @@ class Linear(Gradual):
         >>> [Linear(start=1, end=4)(epoch, amount=0.8) for epoch in range(6)]
         [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 0.8]
     """
+
+    def sparsity(self, progress: float, amount: float) -> float:
+        """Return the linear curve."""
+        return progress * amount
 
 
 class Cubic(Gradual):

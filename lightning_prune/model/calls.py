@@ -229,11 +229,12 @@ class _ModuleState:
         self.attributes = [vars(module).copy() for module in modules]
         # Containers are changed in place, so their contents are copied one level deep. Among them are each module's
         # parameters, buffers, submodules and hooks; most are empty dicts of hooks, for which None saves the copy.
-        self.containers: list[tuple[Any, Any]] = []
+        containers: list[tuple[Any, Any]] = []
         for found in self.attributes:
             for value in found.values():
                 if type(value) in _CONTAINERS:
-                    self.containers.append((value, value.copy() if value else None))
+                    containers.append((value, value.copy() if value else None))
+        self.containers = containers
         self.buffers: list[tuple[Tensor, Tensor]] = []
         seen: set[int] = set()
         for module in modules:

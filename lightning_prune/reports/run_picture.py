@@ -110,7 +110,7 @@ def _draw_against(figure: Any, history: History) -> None:
     least = min((100 * stage.left[cost] for stage in found), default=100.0)
     axes.set_xlim(103, least - 3)  # cost falls from left to right
     axes.set(xlabel=f"{shares(history)[cost]} kept, %", ylabel=literal(metric))
-    axes.set_title("against cost (large dots: just before each pruning step)", fontsize=10)
+    axes.set_title("against cost (large: before a pruning step)", fontsize=10)
     axes.grid(color="0.92", linewidth=0.6)
 
 

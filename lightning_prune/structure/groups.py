@@ -128,7 +128,7 @@ class Structure:
             stays = sorted(why.keys() & set(link))
             if not stays:
                 continue
-            reason = f"its width is tied to that of {', '.join(stays)}, which stays: {why[stays[0]]}"
+            reason = f"its width is tied to that of {', '.join(stays)}, which cannot be pruned: {why[stays[0]]}"
             for name in link:
                 reasons.setdefault(name, reason)
         pinned = list(self.pinned)

@@ -71,8 +71,8 @@ class _Reasons:
         tied = first_pin[component[atoms]]
         tied = tied[tied >= 0]
         if not len(tied):
-            return "tied to channels that stay"
-        return f"tied to channels that stay: {self.ledger.pins[tied[0]][1]}"
+            return "tied to channels that cannot be pruned"
+        return f"tied to channels that cannot be pruned: {self.ledger.pins[tied[0]][1]}"
 
     @cached_property
     def tied(self) -> tuple[Atoms, Atoms]:

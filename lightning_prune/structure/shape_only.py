@@ -7,7 +7,7 @@ tensor is hollow. Code that reads an entry, or anything that depends on entries,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
     exact = [t for t in hollow if not (t.is_floating_point() or t.is_complex())]
     counted = any(t.dtype is not torch.bool for t in exact)  # indices, which must lie in bounds
     moving = _decides_shape(func) and (exact or func._opname not in _INDEXING)
-    if counted or moving or _tells(func):
+    if counted or moving or _returns_values(func):
         raise NumbersNeededError(f"{func.overloadpacket} depends on values that were not computed")
 
 
@@ -52,7 +52,7 @@ def writes(func: Any) -> bool:
 
 
 @cache
-def _tells(func: Any) -> bool:
+def _returns_values(func: Any) -> bool:
     return any("Tensor" not in str(value.type) for value in func._schema.returns)
 
 
@@ -64,16 +64,28 @@ def _decides_shape(func: Any) -> bool:
 _INDEXING = ("index", "_unsafe_index")
 
 
-def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
-    return torch.empty_like(x) if x.is_floating_point() else None
+def _of_floats(shaped: Shaped) -> Shaped:
+    """Call a function below only where the operator's first tensor is of floating point; integers are computed."""
+
+    @wraps(shaped)
+    def guarded(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            return None
+        return shaped(x, *args, **kwargs)
+
+    return guarded
 
 
-def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
-    return x if x.is_floating_point() else None
+def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _itself(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
 
 
 def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
-    if not isinstance(a, Tensor) or not a.is_floating_point():
+    if not isinstance(a, Tensor):
         return None
     if not isinstance(b, Tensor):
         return torch.empty_like(a)
@@ -89,18 +101,16 @@ def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
 
 
 def _into(a: Tensor, b: Any, *_: Any, **__: Any) -> Tensor | None:
-    if not a.is_floating_point():
-        return None
     fits = not isinstance(b, Tensor) or b.shape == a.shape or torch.broadcast_shapes(a.shape, b.shape) == a.shape
     return a if fits else None
 
 
-def _anew(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
-    return x.new_empty(x.shape) if x.is_floating_point() else None
+def _anew(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _reduction(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor | None:
-    if kwargs or not x.is_floating_point() or not x.numel():
+    if kwargs or not x.numel():
         return None
     rank = max(x.dim(), 1)
     reduced = (dim,) if isinstance(dim, int) else dim or range(rank)
@@ -119,13 +129,13 @@ def _vector_norm(x: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = Fal
 
 
 def _resized(x: Tensor, size: Sequence[int] | None, *_: Any, **__: Any) -> Tensor | None:
-    if size is None or not x.is_floating_point() or not x.numel() or min(size) < 1:
+    if size is None or not x.numel() or min(size) < 1:
         return None
     return x.new_empty((*x.shape[:2], *size)) if x.dim() == len(size) + 2 else None
 
 
 def _padded(x: Tensor, pads: Sequence[int], *_: Any) -> Tensor | None:
-    if not x.is_floating_point() or len(pads) > 2 * x.dim():
+    if len(pads) > 2 * x.dim():
         return None
     sizes = list(x.shape)
     for d in range(len(pads) // 2):
@@ -137,10 +147,8 @@ def _softmax(x: Tensor, dim: int, to_float: bool = False) -> Tensor | None:
     return None if to_float else _anew(x)  # contiguous, whatever the layout of x
 
 
-def _clone(x: Tensor, *, memory_format: Any = None) -> Tensor | None:
-    if not x.is_floating_point():
-        return None
-    return torch.empty_like(x) if memory_format is None else torch.empty_like(x, memory_format=memory_format)
+def _clone(x: Tensor, *, memory_format: Any = None) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format or torch.preserve_format)
 
 
 def _convolution(
@@ -188,14 +196,16 @@ def _channels_last(x: Tensor) -> bool:
 
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     fits = a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2] and a.dtype is b.dtype
-    if not fits or not a.is_floating_point():
+    if not fits:
         return None
     return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
 def _addmm(addend: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
     out = _mm(a, b)
-    if out is None or any(own not in (1, size) for own, size in zip(addend.shape[::-1], out.shape[::-1], strict=False)):
+    if out is None or out.dtype is not addend.dtype:
+        return None
+    if any(own not in (1, size) for own, size in zip(addend.shape[::-1], out.shape[::-1], strict=False)):
         return None
     return out
 
@@ -203,7 +213,7 @@ def _addmm(addend: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
 def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
     training = bool(args[4]) if len(args) > 6 else training
     channels = [value for value in args[:4] if isinstance(value, Tensor)]
-    if training or any(value.shape[0] != x.shape[1] for value in channels) or not x.is_floating_point():
+    if training or any(value.shape[0] != x.shape[1] for value in channels):
         return None
     statistic = x.new_empty(0)
     return torch.empty_like(x), statistic, statistic
@@ -212,7 +222,7 @@ def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
     first = x.dim() - len(shape)
     fits = all(value is None or value.shape == x.shape[first:] for value in (weight, bias))
-    if not fits or tuple(shape) != tuple(x.shape[first:]) or not x.is_floating_point():
+    if not fits or tuple(shape) != tuple(x.shape[first:]):
         return None
     statistic = x.new_empty((*x.shape[:first], *[1] * len(shape)))
     return x.new_empty(x.shape), statistic, statistic
@@ -220,7 +230,7 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
 
 def _pool(with_indices: bool, ceil_at: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Return the output of a pooling; ``args``: kernel, stride, padding, dilation (maximum only), ... ceil_mode."""
-    if not x.is_floating_point() or not all(x.shape) or kwargs:
+    if not all(x.shape) or kwargs:
         return None
     dilation = args[3] if with_indices and len(args) > 3 else (1,)
     ceil = bool(args[ceil_at]) if len(args) > ceil_at else False
@@ -281,4 +291,4 @@ _SHAPED: dict[Any, Shaped] = {}
 """Operator -> its output in shape alone, for the operators that cost most of a run. All others are computed."""
 for _shaped, _names in _BY_NAME.items():
     for _name in _names.split():
-        _SHAPED[getattr(torch.ops.aten, _name)] = _shaped
+        _SHAPED[getattr(torch.ops.aten, _name)] = _of_floats(_shaped)

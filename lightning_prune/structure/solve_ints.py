@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Container, Iterable, Mapping
 
 from lightning_prune.structure.labels import Attribute, Equation, Ledger
-from lightning_prune.structure.traced_ints import Derived, Held, Number, Size, leaves
+from lightning_prune.structure.traced_ints import Derived, Held, Number, Size, evaluated, leaves
 
 __all__ = ["Count", "Place", "add_unknowns_", "place_of", "worked_back"]
 
@@ -66,8 +66,7 @@ def worked_back(number: Number, place: Place, result: int, count: Count) -> int:
     if inverse is None or not isinstance(inner, Number):
         return int(inner)
     try:
-        known = other.evaluate(count) if isinstance(other, Number) else other
-        return worked_back(inner, place, inverse(result, known, int(inner)), count)
+        return worked_back(inner, place, inverse(result, evaluated(other, count), int(inner)), count)
     except ZeroDivisionError:  # the divisor has been pruned to zero
         return int(inner)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_prune.model.calls import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "leaves", "numbers_in", "remembering"]
+__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "evaluated", "leaves", "numbers_in", "remembering"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ class Number(int):
         """Return the new value of the number, given the new values of attributes and sizes."""
         if not isinstance(self.origin, Derived):
             return count(self.origin, int(self))
-        return self.origin.operator(_value(self.origin.left, count), _value(self.origin.right, count))
+        return self.origin.operator(evaluated(self.origin.left, count), evaluated(self.origin.right, count))
 
 
-def _value(number: int, count: Callable[[Held | Size, int], int]) -> int:
+def evaluated(number: int, count: Callable[[Held | Size, int], int]) -> int:
+    """Return the new value of a number, which for a plain one is the old value."""
     return number.evaluate(count) if isinstance(number, Number) else number
 
 

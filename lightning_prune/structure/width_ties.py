@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_prune.structure.labels import Attribute, Equation, Label, Ledger
 from lightning_prune.structure.solve_ints import Place, place_of, worked_back
-from lightning_prune.structure.traced_ints import Held, Number, Size, leaves
+from lightning_prune.structure.traced_ints import Held, Size, evaluated, leaves
 
 __all__ = ["Alive", "Counts", "Without", "find_links", "left"]
 
@@ -183,9 +183,7 @@ def _equal(one: Attribute, other: Attribute) -> Callable[[Alive], bool]:
 def _holds(equation: Equation, first: Mapping[Place, Attribute]) -> Callable[[Alive], bool]:
     def agree(alive: Alive) -> bool:
         try:
-            number = equation.number
-            wanted = number.evaluate(Counts(first, alive)) if isinstance(number, Number) else number
-            return left(equation.labels, alive) == wanted
+            return left(equation.labels, alive) == evaluated(equation.number, Counts(first, alive))
         except ZeroDivisionError:  # the divisor has been pruned to zero
             return False
 

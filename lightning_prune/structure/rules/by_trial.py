@@ -246,7 +246,9 @@ def _selections(size: int) -> Iterator[Tensor]:
     random = torch.Generator().manual_seed(size)
     some = torch.randperm(size, generator=random)[: max(2, (2 * size) // 3)].sort().values
     for chosen in (torch.arange(size // 2, size), torch.arange(1, size, 2), some):
-        yield chosen if len(chosen) > 1 else chosen.repeat(2)
+        if len(chosen) == 1:
+            chosen = chosen.repeat(2)
+        yield chosen
 
 
 def _same(full: list[Tensor], part: list[Tensor], chosen: Tensor, size: int) -> tuple[Place, ...] | None:
@@ -277,7 +279,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if not (one.is_floating_point() or one.is_complex()):
         return bool((one == other).all())
     tolerance = 1e3 * torch.finfo(one.dtype).eps
-    one, other = (side.to(torch.complex128 if side.is_complex() else torch.float64) for side in (one, other))
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
     finite = one[one.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     return torch.allclose(one, other, rtol=0.0, atol=tolerance * max(scale, 1e-30), equal_nan=True)

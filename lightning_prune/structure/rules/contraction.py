@@ -195,8 +195,9 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
     stacked, shared = labels.at(0), labels.at(1)
     entering = call.labels(x).at(1)
     if labels.weight:
-        ledger.use("consumer" if transposed else "producer", stacked)
-        ledger.use("producer" if transposed else "consumer", shared)
+        makes, sums = (shared, stacked) if transposed else (stacked, shared)
+        ledger.use("producer", makes)
+        ledger.use("consumer", sums)
     if not (entering and stacked):
         ledger.pin((*entering, *stacked, *shared), "groups of a convolution whose input has fixed channels")
         return ()
@@ -222,7 +223,7 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
         return _transposed_outputs(handed, groups, weight.shape[1], len(fixed))
     whole = np.concatenate([inputs, outputs], axis=1).T
     inner = np.concatenate([alike, *shrinking])
-    if (whole == whole[:, :1]).all():  # examples with kernels of their own: groups are alike, none can leave alone
+    if (whole == whole[:, :1]).all():  # examples with kernels of their own: groups are alike, none can be pruned alone
         for block in (inner, outputs):
             ledger.meet(block[:1], block[1:])
         return stacked
@@ -244,7 +245,7 @@ def _transposed_outputs(handed: Sequence[Label], groups: int, width: int, fixed:
 
 
 def _follow_groups(call: Call, labels: Sequence[Label]) -> None:
-    """Let the number of groups follow the labels that count them."""
+    """Record that the number of groups follows the labels that count them."""
     found = tuple(labels)
     call.ledger.count("groups", found)
     position = _GROUPS_AT.get(getattr(call.function, "__name__", ""))

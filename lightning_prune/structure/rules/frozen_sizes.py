@@ -24,7 +24,7 @@ __all__ = [
 
 
 def follow(call: Call, dims: Dims) -> Dims:
-    """Let the sizes that code requested follow the labels of the output, and return those."""
+    """Record that the sizes that code requested follow the labels of the output, and return those."""
     if isinstance(call.module[1], nn.MultiheadAttention):
         _follow_heads(call, dims)
         return dims
@@ -35,7 +35,7 @@ def follow(call: Call, dims: Dims) -> Dims:
 
 
 def follow_number(call: Call, found: tuple[Label, ...], number: int) -> None:
-    """Let a number follow labels: an attribute will be set, any other number must agree by itself."""
+    """Record that a number follows labels: an attribute will be set, any other number must agree by itself."""
     if not isinstance(number, Number):
         return
     origin = number.origin
@@ -46,7 +46,7 @@ def follow_number(call: Call, found: tuple[Label, ...], number: int) -> None:
 
 
 def follow_argument(call: Call, found: tuple[Label, ...], given: Any, value: int, attribute: str) -> None:
-    """Let a number that an operator takes, and that appears in no shape, follow labels.
+    """Record that a number that an operator takes, and that appears in no shape, follows labels.
 
     Args:
         call: The operator.
@@ -70,7 +70,7 @@ def hands_on(call: Call, module: nn.Module | None) -> bool:
 
 
 def compared(ledger: Ledger, number: Number, other: Number) -> None:
-    """Let a number that a module holds follow a size that it was equal to when code compared them."""
+    """Record that a number held by a module follows the size that it equalled when code compared them."""
     sides = [number, other]
     for held, size in (sides, sides[::-1]):
         if isinstance(held.origin, Held) and isinstance(size.origin, Size):
@@ -85,7 +85,7 @@ def _same(some: tuple[Label, ...], others: tuple[Label, ...]) -> bool:
 
 
 def _follow_heads(call: Call, dims: Dims) -> None:
-    """Let the numbers of ``nn.MultiheadAttention`` follow: torch computes sizes from them out of sight."""
+    """Record what the numbers of ``nn.MultiheadAttention`` follow: torch computes with them out of sight."""
     path, module = call.module
     source, ledger = call.args[0], call.ledger
     assert isinstance(module, nn.MultiheadAttention)

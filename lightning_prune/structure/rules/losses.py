@@ -43,8 +43,10 @@ def nll_loss(call: Call) -> list[Dims]:
     call.ledger.pin((*labels.at(classes), *chosen), "classes are chosen by data")
     dims: Dims = {}
     for dim in range(target.dim()):
-        along = dim if x.dim() > target.dim() and dim < classes else dim + 1
-        sides = [labels.at(along) if along < x.dim() else (), call.labels(target).at(dim)]
+        along = dim + 1  # positions come after the classes in x
+        if x.dim() > target.dim() and dim < classes:
+            along = dim  # examples come before them
+        sides = [labels.at(along), call.labels(target).at(dim)]
         if any(sides):
             dims[dim] = call.ledger.tie(sides, "compared with a tensor of fixed size")
     if call.argument("reduction") == _NONE:

@@ -35,9 +35,9 @@ def batch_norm(call: Call) -> list[Dims]:
                 call.ledger.mix(found)
     affine = call.args[1] is not None
     if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch decomposes it into a batch norm
-        call.ledger.cost("instance_norm", 5 if affine else 4, *call.sizes(x))
+        call.ledger.cost("instance_norm", 4 + affine, *call.sizes(x))
     else:
-        call.ledger.cost("batch_norm", 2 if affine else 1, *call.sizes(x))
+        call.ledger.cost("batch_norm", 1 + affine, *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
@@ -56,12 +56,12 @@ def layer_norm(call: Call) -> list[Dims]:
         if tied:
             _follow_shape(call, tied, shape, entry)
         dims[first + entry] = tied
-    call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
+    call.ledger.cost("layer_norm", 4 + bool(affine), *call.sizes(x))  # as fvcore counts
     return [dims] + [{}] * (len(call.out) - 1)
 
 
 def _follow_shape(call: Call, found: tuple[Label, ...], shape: Sequence[int], entry: int) -> None:
-    """Let an entry of ``normalized_shape`` follow the labels along its dimension."""
+    """Record that an entry of ``normalized_shape`` follows the labels along its dimension."""
     given = call.python_argument("normalized_shape", 1)
     number = given[entry] if isinstance(given, list | tuple) and len(given) == len(shape) else None
     path, module = call.module
@@ -73,7 +73,7 @@ def _follow_shape(call: Call, found: tuple[Label, ...], shape: Sequence[int], en
 
 
 def _follow_normalized(call: Call) -> None:
-    """Let ``normalized_shape`` of an RMS norm follow: torch decomposes the norm, and no operator takes the shape."""
+    """Record what ``normalized_shape`` of an RMS norm follows: torch decomposes it, and no operator takes the shape."""
     x = call.args[0]
     given = call.python_argument("normalized_shape", 1)
     shape = [given] if isinstance(given, int) else list(given or ())
@@ -88,7 +88,8 @@ def power(call: Call) -> Dims | list[Dims]:
     if getattr(call.function, "__name__", "") == "rms_norm":
         _follow_normalized(call)
     if isinstance(call.module[1], nn.RMSNorm):
-        call.ledger.cost("rms_norm", 2 if call.module[1].weight is None else 3, *call.sizes(call.args[0]))
+        affine = call.module[1].weight is not None
+        call.ledger.cost("rms_norm", 2 + affine, *call.sizes(call.args[0]))
     return pointwise(call)
 
 
@@ -124,12 +125,12 @@ def group_norm(call: Call) -> list[Dims]:
         alike = np.concatenate(by_group)
         whole, _ = call.ledger.choose("groups", {"whole groups": [columns], "the same share of every group": [alike]})
         _follow(call, (whole,))
-    call.ledger.cost("group_norm", 5 if affine else 4, *call.sizes(x))
+    call.ledger.cost("group_norm", 4 + bool(affine), *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
 def _follow(call: Call, labels: tuple[Label, ...]) -> None:
-    """Let the number of groups follow the labels that count them."""
+    """Record that the number of groups follows the labels that count them."""
     call.ledger.count("group", labels)
     native = getattr(call.function, "__name__", "") == "native_group_norm"
     given = call.python_argument("group", 6) if native else call.python_argument("num_groups", 1)

@@ -31,4 +31,4 @@ def pointwise(call: Call) -> Dims | list[Dims]:
                     sides.append(labels.at(own))
             if any(sides):
                 dims[dim] = call.ledger.tie(sides, "meets a tensor of fixed size")
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+    return call.each_output(dims)

@@ -48,7 +48,7 @@ def spatial(call: Call) -> Dims | list[Dims]:
         for dim, found in dims.items():
             dims[dim] = call.ledger.tie([found, indices.at(dim)], name)
     _pooling_cost(call, x, name)
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+    return call.each_output(dims)
 
 
 def _one_by_one(call: Call, place: int) -> bool:

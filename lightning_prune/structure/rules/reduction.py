@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
@@ -20,7 +18,7 @@ def along_one_dimension(call: Call) -> Dims | list[Dims]:
     labels = call.labels(x)
     call.ledger.pin(labels.at(dim), f"order matters in {call.func.overloadpacket}")
     dims = {d: found for d, found in labels.dims.items() if d != dim}
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+    return call.each_output(dims)
 
 
 @coupling_rule(
@@ -63,7 +61,7 @@ def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
             call.ledger.mix(found)
     if _pooled(call, gone, keepdim):
         call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+    return call.each_output(dims)
 
 
 def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:

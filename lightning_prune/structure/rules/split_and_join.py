@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lightning_prune.structure.labels import INERT, PINNED, Label
 from lightning_prune.structure.rules.attach import mapped
@@ -69,7 +68,7 @@ def slice_(call: Call) -> Dims:
         if not _follow_bounds(call, labels.at(dim), dim, start, stop):
             _shrink_alike(call, labels.at(dim), math.gcd(start, stop, source.shape[dim]))
     elif start < step and stop == source.shape[dim] and stop % step == 0:
-        # Every step-th entry of all: the blocks of ``step`` entries, from which one is taken, leave as a whole.
+        # Every step-th entry of all: the blocks of ``step`` entries, from which one is taken, are pruned as a whole.
         for label in labels.at(dim):
             columns = label.atoms.reshape(-1, step)
             call.ledger.meet(columns[:, :1], columns[:, 1:])
@@ -110,8 +109,11 @@ def split(call: Call) -> list[Dims]:
         call.ledger.pin(labels.at(dim), "split in pieces of fixed size")
     elif not _follow_sizes(call, pieces, sizes):
         _shrink_alike(call, labels.at(dim), math.gcd(*map(int, bounds)))
-    # A part of one index carries no label along it.
-    return [whole | {dim: piece} if size > 1 else whole for piece, size in zip(pieces, sizes, strict=True)]
+    outputs = [whole] * len(sizes)
+    for which, piece in enumerate(pieces):
+        if sizes[which] > 1:  # a part of one index carries no label along it
+            outputs[which] = whole | {dim: piece}
+    return outputs
 
 
 @coupling_rule("aten.select", "aten.unbind", "aten.select_copy", "aten.unbind_copy")
@@ -122,7 +124,7 @@ def select(call: Call) -> Dims | list[Dims]:
     labels = call.labels(source)
     call.ledger.pin(labels.at(dim), "single indices are taken out of it")
     dims = {d - (d > dim): found for d, found in labels.dims.items() if d != dim}
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+    return call.each_output(dims)
 
 
 @coupling_rule("aten.glu")
@@ -161,7 +163,7 @@ def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
 
 
 def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int]) -> bool:
-    """Let the requested sizes follow the labels of pieces; return whether all pieces may shrink on their own."""
+    """Record that requested sizes follow the labels of pieces; return whether pieces may shrink on their own."""
     if len(set(sizes)) == 1 and isinstance(call.args[1], int):  # one number for all pieces: they shrink alike
         held = [number for number in call.asked if isinstance(number, Number) and number == sizes[0]]
         if held:
@@ -180,7 +182,7 @@ def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int])
 
 
 def _follow_bounds(call: Call, labels: tuple[Label, ...], dim: int, start: int, stop: int) -> bool:
-    """Let the bounds of a slice follow the labels before them; return whether both do."""
+    """Record that the bounds of a slice follow the labels before them; return whether both do."""
     size = len(labels[0].atoms) if labels else 0
     bounds = []
     for bound, given in zip((start, stop), _bounds_given(call, dim), strict=True):

@@ -86,6 +86,10 @@ class Call:
         """Return every tensor among the arguments, in order."""
         return tensors_among((*self.args, *self.kwargs.values()) if self.kwargs else self.args)
 
+    def each_output(self, dims: Dims) -> Dims | list[Dims]:
+        """Return the same labels for the output, or for every output."""
+        return dims if isinstance(self.out, Tensor) else [dims] * len(self.out)
+
     def sizes(self, tensor: Tensor, *dims: int) -> list[int | tuple[Label, ...]]:
         """Return, for each dimension (all by default), its labels, or its size if it has none."""
         labels = self.labels(tensor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from torch import Tensor
 
 from lightning_prune.structure.rules.attach import attach, merge_, unknown
 from lightning_prune.structure.rules.frozen_sizes import counted_by, follow
@@ -129,7 +128,7 @@ def _stretched(call: Call, stretched: Sequence[int]) -> Dims:
 def unmoved(call: Call) -> Dims | list[Dims]:
     """Labels stay: the output has the shape of the first argument, element for element."""
     dims = call.labels(call.args[0]).dims
-    return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
+    return call.each_output(dims)
 
 
 @coupling_rule("aten.as_strided_")
