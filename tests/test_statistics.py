@@ -276,7 +276,7 @@ def test_nothing_is_gathered_without_gradients():
 
 @pytest.mark.parametrize("name", ["Recurrent", "Bare", "BareConv", "Bilinear"])
 def test_readers_of_any_kind_are_watched(name):
-    """Recurrent layers, bare parameters and bilinear layers are read as layers are: contributions sum to the weights'."""
+    """Recurrent and bilinear layers and bare parameters read as others do: contributions sum to the weights'."""
     model, inputs = made(name)
     structure = structure_of(model, inputs)
     weights = taylor_over_units(structure, dict(model.named_parameters()), batch_gradients(model, inputs, loss))
@@ -324,9 +324,7 @@ def test_moments_are_those_of_stored_activations(name):
     batches = [inputs, inputs[:1] * 2]
     reads = find_reads(model, structure)
     parts = [moments_of(reads.seen_from([model(batch)])[0]) for batch in batches]
-    found = {
-        name: {what: parts[0][name][what] + parts[1][name][what] for what in parts[0][name]} for name in parts[0]
-    }
+    found = {name: {what: parts[0][name][what] + parts[1][name][what] for what in parts[0][name]} for name in parts[0]}
     for group in structure.groups:
         values = [[] for _ in range(structure.groups[group].width)]
 

@@ -1,4 +1,4 @@
-"""One accumulator for each criterion: what it sums over batches, offline or in a run, and the scores that this gives."""
+"""One accumulator for each criterion: what it sums over batches, offline or in a run, and the scores it gives."""
 
 from __future__ import annotations
 
