@@ -24,8 +24,8 @@ from benchmarks.data import Batches, cifar10, data_module
 from benchmarks.models import resnet_cifar
 from benchmarks.training import accuracy, fit
 from lightning_prune.analysis.criterion_comparison import correlate, oracle
-from lightning_prune.pruning import scoring
 from lightning_prune.pruning.arguments import with_ignored
+from lightning_prune.pruning.scoring import accumulate, accumulator_for
 from lightning_prune.structure import Structure
 from lightning_prune.surgery import find_groups
 
@@ -129,7 +129,7 @@ def compare(
 
 def named_scores(criterion: str, model: nn.Module, structure: Structure, batches: Batches) -> dict[str, Tensor]:
     """Score every unit by a criterion, as the scores come."""
-    return scoring.CRITERIA[criterion].gather(model, structure, batches, cross_entropy)
+    return accumulate(accumulator_for(criterion), model, structure, batches, cross_entropy)
 
 
 def table_of(results: list[dict]) -> Table:

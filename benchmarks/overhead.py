@@ -22,15 +22,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.models import resnet_cifar
-from lightning_prune.measure.unit_statistics import (
-    UnitMeans,
-    gather_contributions,
-    taylor_over_units,
-    watch_contributions,
-)
+from lightning_prune.pruning.scoring import accumulator_for
 from lightning_prune.surgery import find_groups
 
 RESULTS = Path(__file__).with_suffix(".json")
+CRITERIA = {"weights": "taylor", "activations": "taylor_activations"}
 GOALS = {"weights": 1.05, "activations": 1.15}
 
 
@@ -40,18 +36,21 @@ def stepper(model: nn.Module, form: str, hooks: ExitStack) -> Callable[[Tensor, 
     parameters = dict(model.named_parameters())
     device = next(model.parameters()).device
     structure = find_groups(model, torch.zeros(1, 3, 32, 32, device=device))
-    means = UnitMeans({name: group.width for name, group in structure.groups.items()}, device)
-    found = hooks.enter_context(watch_contributions(model, structure)) if form == "activations" else {}
+    accumulator = accumulator_for(CRITERIA[form]) if form in CRITERIA else None
+    if accumulator is not None:
+        hooks.enter_context(accumulator.watch(model, structure))
 
     def step(images: Tensor, labels: Tensor) -> float:
         _settle(device)
         begin = perf_counter()
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        if form == "activations":
-            gather_contributions(means, found)
-        if form == "weights":
-            means.update(taylor_over_units(structure, parameters, {name: p.grad for name, p in parameters.items()}))
+        loss = F.cross_entropy(model(images), labels)
+        if accumulator is not None:
+            accumulator.before_backward(loss)
+        loss.backward()
+        if accumulator is not None:
+            accumulator.after_backward()
+            accumulator.before_step({name: parameter.grad for name, parameter in parameters.items()})
         optimizer.step()
         _settle(device)
         return perf_counter() - begin

@@ -1,6 +1,7 @@
 """Small plain networks of the families that people prune: each takes a batch of examples and returns three outputs."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +110,14 @@ class Swin(nn.Module):
 
 
 class BERT(nn.Module):
-    """Embeddings that add up, queries, keys and values of their own, and norms behind the residuals."""
+    """Embeddings that add up, queries, keys and values of their own, and norms behind the residuals.
 
-    def __init__(self):
+    With one head, entries of queries and keys leave, and nothing sums over them with a weight.
+    """
+
+    def __init__(self, heads=2):
         super().__init__()
+        self.count = heads
         self.words, self.positions, self.norm = nn.Embedding(VOCABULARY, 8), nn.Embedding(TOKENS, 8), nn.LayerNorm(8)
         self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.out, self.norm1 = nn.Linear(8, 8), nn.LayerNorm(8)
@@ -120,7 +125,7 @@ class BERT(nn.Module):
         self.pooler, self.head = nn.Linear(8, 6), nn.Linear(6, CLASSES)
 
     def heads(self, x):
-        return x.view(*x.shape[:2], 2, -1).transpose(1, 2)
+        return x.view(*x.shape[:2], self.count, -1).transpose(1, 2)
 
     def forward(self, tokens):
         x = self.norm(self.words(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device)))
@@ -205,7 +210,21 @@ class LSTM(nn.Module):
         return self.head(self.lstm(self.enter(self.words(tokens)))[0][:, -1])
 
 
+class Fused(nn.Module):
+    """One layer makes both factors of products of pairs of patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.both, self.head = nn.Linear(VOCABULARY, 8), nn.Linear(8, 12), nn.Linear(8, CLASSES)
+
+    def forward(self, tokens):
+        x = self.enter(F.one_hot(tokens, VOCABULARY).to(self.enter.weight)).tanh()
+        q, k = self.both(x).unflatten(-1, (2, -1)).unbind(2)
+        return self.head(((q @ k.transpose(1, 2)).softmax(-1) @ x).tanh().mean(1))
+
+
 FAMILIES = {kind.__name__: kind for kind in (ResNet, ConvNeXt, Encoder, ViT, Swin, BERT, GPT2, Llama, LSTM)}
+FAMILIES |= {"BERT, one head": partial(BERT, 1), "Fused": Fused}
 
 
 def made(family, dtype=torch.float64, seed=0):
@@ -213,11 +232,12 @@ def made(family, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     model = FAMILIES[family]().to(dtype).eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module).__name__.endswith("Norm") or isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2)
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
-    images = family in ("ResNet", "ConvNeXt", "ViT", "Swin")
+    images = family.startswith(("ResNet", "ConvNeXt", "ViT", "Swin"))
     batches = []
     for count in (4, 2):
         inputs = torch.randn(count, *IMAGES, dtype=dtype) if images else torch.randint(VOCABULARY, (count, TOKENS))

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError, prune_filters
+from lightning_prune import FilterPruning, OneShot, PruningError, prune_filters
 from lightning_prune.algorithms import criteria
-from lightning_prune.pruning.accumulators import by_l2, by_mean
+from lightning_prune.measure.unit_statistics import over_units
+from lightning_prune.pruning.accumulators import Accumulator, by_l2, by_mean
 from lightning_prune.pruning.scoring import CRITERIA, score_units
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS
+from tests.runs import fit, net, widths
 
 EXACT = {"atol": 1e-12, "rtol": 1e-9}
 WEIGHT_ALONE = {"l1", "l2", "bn_scale", "random"}
@@ -353,6 +355,37 @@ def test_a_function_is_a_criterion():
     assert_scores({"first": score_units(model, structure, spread)["first"]}, {"first": by_mean(expected)})
     report = prune_filters(model, batches[0][0], 0.5, criterion=spread)
     assert report.kept["first.weight"][0].tolist() == sorted(expected.topk(3).indices.tolist())
+
+
+class Surprise(Accumulator):
+    """A criterion of one's own: how often the weights that read a unit would rather grow than shrink."""
+
+    looks_at = "gradients"
+
+    def before_step(self, gradients, elsewhere=()):
+        weights = dict(self.model.named_parameters())
+        grows = {n: (g * weights[n].detach() < 0).to(g) for n, g in gradients.items() if g is not None}
+        readers = {n: [s for s in g.slots if s.role == "consumer"] for n, g in self.structure.groups.items()}
+        widths = {name: group.width for name, group in self.structure.groups.items()}
+        self.means.update({name: over_units(slots, widths[name], grows) for name, slots in readers.items()})
+
+
+def test_an_accumulator_is_a_criterion():
+    """A class of one's own is scored offline and in a run as any name is."""
+    model, structure, batches = normed()
+    found = score_units(model, structure, Surprise, batches, cross_entropy)
+    total = torch.zeros(5).double()
+    for batch in batches:
+        (gradient,) = torch.autograd.grad(cross_entropy(model.eval(), batch), model.head.weight)
+        total += (gradient * model.head.weight.detach() < 0).double().sum(0) / 2
+    assert_scores({"second": found["second"]}, {"second": total})
+    callback = FilterPruning(0.5, criterion=Surprise)
+    module = net()
+    fit(module, callback)
+    assert callback.schedule == OneShot(at=1)
+    assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
+    report = prune_filters(model, batches[0][0], 0.4, Surprise, batches=batches, loss=cross_entropy)
+    assert report.proved
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,28 @@ def test_outputs_of_several_tensors_count_alike():
     torch.testing.assert_close(found["model.0"], expected, **EXACT)
 
 
+@pytest.mark.parametrize("changes", [output_changes, second_order_changes])
+def test_what_other_outputs_are_made_of_does_not_count(changes):
+    """A cache returned beside the outputs changes nothing: what it is for shows in the outputs."""
+
+    class Caches(nn.Sequential):
+        def forward(self, x):
+            hidden = self[1](self[0](x))
+            return (hidden, self[2](hidden)) if returns else self[2](hidden)
+
+    def of_last(model, batch):
+        return (model(batch[0])[-1] - batch[1]).square().sum(dim=1).mean()
+
+    model, structure, batches = small()
+    torch.manual_seed(1)
+    expected = changes(model, structure, batches, squared_error)["0"]
+    returns, caching = False, Caches(*model)
+    structure = find_structure(trace(caching, batches[0][0]))
+    returns = True
+    torch.manual_seed(1)
+    torch.testing.assert_close(changes(caching, structure, batches, of_last)["0"], expected, **EXACT)
+
+
 def test_a_quadratic_loss_is_foretold_to_the_last_digit():
     """Where outputs are linear in a unit and the loss is quadratic, the expansion is what silencing the unit does."""
     model, structure, batches = small()

@@ -276,7 +276,7 @@ def test_nothing_is_gathered_without_gradients():
 
 @pytest.mark.parametrize("name", ["Recurrent", "Bare", "BareConv", "Bilinear"])
 def test_readers_of_any_kind_are_watched(name):
-    """Recurrent layers, bare parameters and bilinear layers are read as layers are: contributions sum to the weights'."""
+    """Recurrent and bilinear layers and bare parameters read as others do: contributions sum to the weights'."""
     model, inputs = made(name)
     structure = structure_of(model, inputs)
     weights = taylor_over_units(structure, dict(model.named_parameters()), batch_gradients(model, inputs, loss))

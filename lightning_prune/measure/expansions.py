@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from lightning_prune.measure.unit_statistics import Contributions, contributions
 from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.errors import PruningError
 
-__all__ = ["Outputs", "loss_change", "output_change", "outputs_of"]
+__all__ = ["Outputs", "last_of", "loss_change", "output_change", "outputs_of"]
 
 
 def output_change(outputs: Outputs, value: Any, probes: int = 4) -> dict[str, Tensor]:
@@ -96,6 +96,20 @@ def outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
             stack.callback(module.register_forward_pre_hook(begin).remove)
             stack.callback(module.register_forward_hook(end).remove)
         yield seen
+
+
+def last_of(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the outputs that no other output is made of: what a cache or hidden states change shows in these."""
+    waiting = {tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None}
+    seen = set(waiting)
+    used: set[tuple[Any, int]] = set()
+    while waiting:
+        for behind, place in waiting.pop().next_functions:
+            used.add((behind, place))
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                waiting.add(behind)
+    return tuple(tensor for tensor in outputs if (tensor.grad_fn, tensor.output_nr) not in used)
 
 
 @dataclass(frozen=True, eq=False)

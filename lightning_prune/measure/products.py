@@ -20,7 +20,7 @@ from lightning_prune.measure.unrolled import Convolution, Matmul, Reading
 from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
-from lightning_prune.structure.tracer import unfused
+from lightning_prune.structure.tracer import taken_apart
 
 __all__ = ["Products", "Shift", "find_products", "watch_inputs"]
 
@@ -121,7 +121,7 @@ def watch_inputs(
     """
     own = named_tensors(model)
     weights = {own[name].data_ptr(): (name, own[name]) for name in names if name in own and own[name].dim() > 1}
-    with unfused(), _ProductMode(weights, receive, {} if otherwise is None else otherwise, uses):
+    with taken_apart(), _ProductMode(weights, receive, {} if otherwise is None else otherwise, uses):
         yield
 
 

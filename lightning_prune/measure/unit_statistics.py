@@ -38,6 +38,10 @@ class UnitMeans(Metric):
     """
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
+    absent: Tensor
+    hidden: Tensor
 
     def __init__(self, widths: Mapping[str, int], device: torch.device | str = "cpu") -> None:
         """Start from nothing.
@@ -135,12 +139,11 @@ class UnitMeans(Metric):
 
     def _choose(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the places of groups, of all their entries, and for each entry which of these groups owns it."""
-        starts = torch.tensor([0, *self.widths]).cumsum(0)
-        groups = torch.tensor([self.names.index(name) for name in names])
-        widths = torch.tensor([self.widths[group] for group in groups])
-        entries = torch.cat([torch.arange(starts[group], starts[group + 1]) for group in groups])
-        owner = torch.arange(len(names)).repeat_interleave(widths)
-        found = (groups.to(self.device), entries.to(self.device), owner.to(self.device))
+        chosen = [self.names.index(name) for name in names]
+        parts = torch.arange(sum(self.widths)).split(self.widths)
+        entries = torch.cat([parts[group] for group in chosen])
+        owner = torch.cat([torch.full((self.widths[group],), place) for place, group in enumerate(chosen)])
+        found = (torch.tensor(chosen, device=self.device), entries.to(self.device), owner.to(self.device))
         self._chosen[names] = found
         return found
 

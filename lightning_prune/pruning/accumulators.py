@@ -1,4 +1,4 @@
-"""One accumulator for each criterion: what it sums over batches, offline or in a run, and the scores that this gives."""
+"""One accumulator for each criterion: what it sums over batches, offline or in a run, and the scores it gives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.algorithms import criteria
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.measure.expansions import Outputs, outputs_of
+from lightning_prune.measure.expansions import Outputs, last_of, outputs_of
 from lightning_prune.measure.gradients import Loss, batch_gradients
 from lightning_prune.measure.products import find_products
 from lightning_prune.measure.unit_reads import find_reads
@@ -361,7 +361,7 @@ class Expansion(Accumulator):
         self.outputs.clear()
         value = loss(self.model, batch)
         weights = [parameter for parameter in self.model.parameters() if parameter.is_floating_point()]
-        outputs = Outputs(tuple(self.outputs), weights, self.contributions)
+        outputs = Outputs(last_of(self.outputs), weights, self.contributions)
         hidden, absent = self.contributions.attach(outputs.tensors)
         for name, rows in self.change(outputs, value).items():
             self.means.update({name: rows.sum(dim=0)}, count=len(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lightning_prune.structure import Structure
 __all__ = ["Gathering"]
 
 
-class Gathering(ABC):
+class Gathering:
     """Where a callback's scores come from.
 
     Attributes:
@@ -27,9 +26,9 @@ class Gathering(ABC):
     looks_at_training: str = ""
     adding_up: bool = False
 
-    @abstractmethod
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return one score per unit of every group, ``(width,)``, the same on all processes; higher is kept longer."""
+        raise NotImplementedError
 
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
         """Start from nothing, or from what a checkpoint brought."""
