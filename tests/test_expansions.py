@@ -1,5 +1,7 @@
 """What expanding outputs and losses in every unit foretells, against derivatives and losses found without it."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,21 @@ from torch import nn
 
 from lightning_prune import PruningError
 from lightning_prune.analysis.criterion_comparison import oracle
-from lightning_prune.measure.expansions import output_changes, second_order_changes
+from lightning_prune.measure.expansions import loss_change, output_change
+from lightning_prune.pruning.accumulators import Expansion
+from lightning_prune.pruning.scoring import accumulate
 from lightning_prune.structure import find_structure, trace
 from tests.models import NETS
 
 EXACT = {"rtol": 1e-8, "atol": 1e-12}
+
+
+def output_changes(model, structure, batches, loss, **arguments):
+    return accumulate(Expansion(partial(output_change, **arguments)), model, structure, batches, loss)
+
+
+def second_order_changes(model, structure, batches, loss, **arguments):
+    return accumulate(Expansion(partial(loss_change, **arguments)), model, structure, batches, loss)
 
 
 def small(outputs=3):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import masks_on, prune_weights
+from lightning_prune import prune_weights
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.pruning.budget import Budget, Dense
 from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.surgery import find_groups, recipe_of
+from lightning_prune.surgery.masks import masks_on
 
 X = torch.randn(4, 6)
 

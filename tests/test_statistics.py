@@ -12,14 +12,15 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_prune import PruningError
-from lightning_prune.measure.gradients import batch_gradients, empirical_fisher, hutchinson
+from lightning_prune.measure.gradients import batch_gradients, hutchinson, squared_gradients
+from lightning_prune.measure.unit_reads import find_reads
 from lightning_prune.measure.unit_statistics import (
     UnitMeans,
-    gather_contributions,
+    contributions_of,
+    moments_of,
     over_units,
     taylor_over_units,
     watch_contributions,
-    watch_moments,
 )
 from lightning_prune.model.calls import run
 from lightning_prune.structure import find_structure, trace
@@ -113,18 +114,20 @@ def gated(model, structure, name, inputs, examples):
             handle.remove()
 
 
+def contributions(model, inputs, structure, loss):
+    with watch_contributions(model, structure) as watched:
+        value = loss(model, inputs)
+        watched.attach(value)
+        value.backward()
+        return contributions_of(watched.found)
+
+
 def assert_contributions_are_gradients_of_gates(model, inputs, structure, examples=2):
-    with watch_contributions(model, structure) as found:
-        squares(run(model, inputs)).sum().backward()
-    means = UnitMeans({name: group.width for name, group in structure.groups.items()})
     expected = {name: gated(model, structure, name, inputs, examples) for name in structure.groups}
+    found = contributions(model, inputs, structure, lambda model, inputs: squares(run(model, inputs)).sum())
     for name, gradient in expected.items():
-        rows = sum(r.reshape(examples, -1, r.shape[1]).sum(1) for (group, _), r in found.items() if group == name)
+        (rows,) = found[name]
         torch.testing.assert_close(rows, gradient, **EXACT)
-    gather_contributions(means, found, scale=examples)
-    assert not found
-    for name, mean in means.compute().items():
-        torch.testing.assert_close(mean, expected[name].abs().mean(0), **EXACT)
 
 
 # Taylor expansions
@@ -154,9 +157,8 @@ def test_contributions_where_the_reader_is_parametrized():
     structure = structure_of(model, inputs)
     gate = torch.ones(2, 5, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(squares(model[2](model[:2](inputs) * gate)).sum(), gate)[0]
-    with watch_contributions(model, structure) as found:
-        squares(model(inputs)).sum().backward()
-    torch.testing.assert_close(found["0", 2], expected, **EXACT)
+    (found,) = contributions(model, inputs, structure, lambda model, inputs: squares(model(inputs)).sum())["0"]
+    torch.testing.assert_close(found, expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", [*WATCHED, "Bare", "BareConv", "Recurrent", "Bilinear"])
@@ -196,10 +198,10 @@ def test_weights_expand_as_contributions_do(name):
     model, inputs = made(name)
     structure = structure_of(model, inputs)
     weights = taylor_over_units(structure, dict(model.named_parameters()), batch_gradients(model, inputs, loss))
-    with watch_contributions(model, structure) as found:
-        loss(model, inputs).backward()
-    for group, _ in found:
-        torch.testing.assert_close(found[group, 2].sum(0).square(), weights[group], **EXACT)
+    found = contributions(model, inputs, structure, loss)
+    assert found.keys() == structure.groups.keys()
+    for group, (rows,) in found.items():
+        torch.testing.assert_close(rows.sum(0).square(), weights[group], **EXACT)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch-norm"])
@@ -261,43 +263,53 @@ def test_half_precision_is_summed_in_single():
 
 
 def test_nothing_is_gathered_without_gradients():
-    """Passes under no_grad and inference_mode are not gathered, nor are those whose loss is never differentiated."""
+    """Passes under no_grad and inference_mode have no graph, and nothing is gathered of those not differentiated."""
     model, inputs = made("plain")
-    with watch_contributions(model, structure_of(model, inputs)) as found:
-        with torch.no_grad():
-            model(inputs)
-        with torch.inference_mode():
-            model(inputs)
-        model(inputs)
-        assert not found
+    with watch_contributions(model, structure_of(model, inputs)) as watched:
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                watched.attach(model(inputs))
+        watched.attach(model(inputs))
+        model(inputs).sum().backward()
+        assert not watched.found
 
 
-def test_unwatched_readers_are_refused():
-    """A unit that an LSTM or a bare parameter reads is named, with what to do, before any batch is spent."""
-    for name, culprit in (("Recurrent", "lstm.weight_ih_l0"), ("Bare", "b"), ("Bilinear", "both.weight")):
-        model, inputs = made(name)
-        structure = structure_of(model, inputs)
-        with (
-            pytest.raises(PruningError, match=f"{culprit} sums over its channels.*ignore="),
-            watch_contributions(model, structure),
-        ):
-            pass
-        assert not any(module._forward_pre_hooks for module in model.modules())
+@pytest.mark.parametrize("name", ["Recurrent", "Bare", "BareConv", "Bilinear"])
+def test_readers_of_any_kind_are_watched(name):
+    """Recurrent layers, bare parameters and bilinear layers are read as layers are: contributions sum to the weights'."""
+    model, inputs = made(name)
+    structure = structure_of(model, inputs)
+    weights = taylor_over_units(structure, dict(model.named_parameters()), batch_gradients(model, inputs, loss))
+    found = contributions(model, inputs, structure, loss)  # oneDNN has no kernel for doubles
+    assert found.keys() == structure.groups.keys()
+    for group, (rows,) in found.items():
+        torch.testing.assert_close(rows.sum(0).square(), weights[group], **EXACT)
+
+
+def test_what_a_fused_kernel_hides_is_named():
+    """Where a recurrent layer runs as one kernel, its hidden units are known to be hidden, not taken for silent."""
+    model, inputs = made("Recurrent")
+    model, inputs = model.float(), inputs.float()
+    structure = structure_of(model, inputs)
+    reads = find_reads(model, structure)
+    hidden = {name for name, group in structure.groups.items() if any("weight_hh" in s.tensor for s in group.slots)}
+    assert hidden <= reads.seen_from([model(inputs)])[1]
 
 
 def test_hooks_go_and_gradients_are_the_same():
-    """While watched, gradients are bit for bit what they are otherwise; afterwards no hook is left, even on failure."""
+    """While watched, gradients are bit for bit what they are otherwise; no module ever has a hook."""
     model, inputs = made("SqueezeExcite")
     structure = structure_of(model, inputs)
     loss(model, inputs).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    with watch_contributions(model, structure):
-        loss(model, inputs).backward()
-    with pytest.raises(ZeroDivisionError), watch_contributions(model, structure):
-        raise ZeroDivisionError
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    with watch_contributions(model, structure) as watched:
+        value = loss(model, inputs)
+        watched.attach(value)
+        assert not any(module._forward_pre_hooks or module._backward_hooks for module in model.modules())
+        value.backward()
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+    assert not watched.found and not watched._handles
 
 
 # Moments
@@ -308,10 +320,11 @@ def test_moments_are_those_of_stored_activations(name):
     """Sums, squares, zeros and counts are those of the activations that the readers receive, over all batches."""
     model, inputs = made(name)
     structure = structure_of(model, inputs)
+    model.requires_grad_(True)
     batches = [inputs, inputs[:1] * 2]
-    with watch_moments(model, structure) as found, torch.no_grad():
-        for batch in batches:
-            model(batch)
+    reads = find_reads(model, structure)
+    parts = [moments_of(reads.seen_from([model(batch)])[0]) for batch in batches]
+    found = {name: {what: parts[0][name][what] + parts[1][name][what] for what in parts[0][name]} for name in parts[0]}
     for group in structure.groups:
         values = [[] for _ in range(structure.groups[group].width)]
 
@@ -337,6 +350,12 @@ def test_moments_are_those_of_stored_activations(name):
 # Curvature
 
 
+def mean_of(samples):
+    """The mean of all samples of all batches, by name of parameter."""
+    every = [sample for batch in samples for sample in batch]
+    return {name: torch.stack([sample[name] for sample in every]).mean(0) for name in every[0]}
+
+
 def test_empirical_fisher_is_the_mean_of_squared_gradients():
     """The empirical Fisher is the mean over examples of squared gradients, as vmap finds them, over uneven batches."""
     torch.manual_seed(0)
@@ -349,7 +368,10 @@ def test_empirical_fisher_is_the_mean_of_squared_gradients():
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     each = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(parameters, images, labels)
     batches = [(images[:5], labels[:5]), (images[5:], labels[5:])]
-    found = empirical_fisher(model, batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    found = mean_of(
+        squared_gradients(model, batch, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+        for batch in batches
+    )
     assert found.keys() == each.keys()
     for name, gradients in each.items():
         torch.testing.assert_close(found[name], gradients.square().mean(0), **EXACT)
@@ -358,7 +380,7 @@ def test_empirical_fisher_is_the_mean_of_squared_gradients():
 def test_empirical_fisher_of_half_precision_does_not_vanish():
     """Squares of small half-precision gradients are kept in single precision."""
     model = nn.Linear(2, 1, bias=False).half()
-    found = empirical_fisher(model, [torch.full((1, 2), 1e-4).half()], lambda model, x: model(x).sum())
+    found = mean_of([squared_gradients(model, torch.full((1, 2), 1e-4).half(), lambda model, x: model(x).sum())])
     assert found["weight"].dtype == torch.float32
     torch.testing.assert_close(found["weight"], torch.full((1, 2), 1e-8), rtol=0.01, atol=0)
 
@@ -366,8 +388,10 @@ def test_empirical_fisher_of_half_precision_does_not_vanish():
 def test_ragged_batches_are_refused():
     """Where tensors of a batch disagree on the number of examples, the numbers are told."""
     with pytest.raises(PruningError, match=r"\[3, 4\] entries"):
-        empirical_fisher(
-            nn.Linear(2, 1), [(torch.randn(3, 2), torch.randn(4))], lambda model, batch: model(batch[0]).sum()
+        next(
+            squared_gradients(
+                nn.Linear(2, 1), (torch.randn(3, 2), torch.randn(4)), lambda model, batch: model(batch[0]).sum()
+            )
         )
 
 
@@ -375,7 +399,7 @@ def test_hutchinson_is_exact_on_a_diagonal_quadratic():
     """Where the Hessian is diagonal, one probe gives it exactly."""
     model = nn.Linear(5, 1, bias=False).double()
     h = torch.rand(1, 5, dtype=torch.float64)
-    found = hutchinson(model, [None], lambda model, batch: (h * model.weight.square()).sum() / 2, probes=1)
+    found = mean_of([hutchinson(model, None, lambda model, batch: (h * model.weight.square()).sum() / 2, probes=1)])
     torch.testing.assert_close(found["weight"], h, **EXACT)
 
 
@@ -390,7 +414,7 @@ def test_hutchinson_approaches_the_hessian_diagonal():
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     exact = torch.func.hessian(lambda p: F.cross_entropy(torch.func.functional_call(model, p, x), y))(parameters)
-    found = hutchinson(model, [(x, y)], mean_loss, probes=1000)
+    found = mean_of([hutchinson(model, (x, y), mean_loss, probes=1000)])
     for name, diagonal in found.items():
         expected = exact[name][name].reshape(diagonal.numel(), -1).diagonal().reshape(diagonal.shape)
         torch.testing.assert_close(diagonal, expected, atol=0.04, rtol=0)

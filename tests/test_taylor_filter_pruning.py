@@ -260,13 +260,14 @@ def test_only_training_is_gathered(form):
 
 
 @pytest.mark.parametrize("ends", ["schedule", "exception", "stop"])
-def test_hooks_are_on_the_model_only_while_needed(ends):
-    """Gathering ends with the last cut, with an exception and with the run; nothing hangs on the model then."""
-    hooks = []
+def test_nothing_hangs_on_the_model(ends):
+    """Gathering puts no hook on any module, and ends with the last cut, with an exception and with the run."""
+    seen = []
 
     class Looks(Net):
         def training_step(self, batch, batch_idx):
-            hooks.append(sum(len(part._forward_pre_hooks) for part in self.modules()))
+            hooks = [len(part._forward_pre_hooks) + len(part._backward_hooks) for part in self.modules()]
+            seen.append((sum(hooks), callback.member.strategy.gathering.gathered() is not None))
             if ends == "exception" and self.global_step == 5:
                 raise ZeroDivisionError
             return super().training_step(batch, batch_idx)
@@ -277,11 +278,10 @@ def test_hooks_are_on_the_model_only_while_needed(ends):
             fit(module, callback)
     elif ends == "stop":
         fit(module, callback, max_steps=9, max_epochs=-1)
-        assert hooks == [3] * 8 + [0]
+        assert seen == [(0, True)] * 8 + [(0, False)]
     else:
         fit(module, callback, max_epochs=4)
-        assert hooks == [3] * 8 + [0] * 8
-    assert not any(part._forward_pre_hooks for part in module.modules())
+        assert seen == [(0, True)] * 8 + [(0, False)] * 8
     assert callback.member.strategy.gathering.gathered() is None
 
 
@@ -419,7 +419,7 @@ def test_parameters_that_no_optimizer_steps_do_not_count():
 
 
 class Bare(Net):
-    """What the hidden layer makes is read by a parameter of no layer, whose input cannot be watched."""
+    """What the hidden layer makes is read by a parameter of no layer."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -431,15 +431,41 @@ class Bare(Net):
         return self.head(F.linear(F.relu(self.hidden(x)), self.mix).tanh())
 
 
-def test_readers_that_cannot_be_watched_are_named_before_training():
-    """Activations that cannot be watched stop the run at its first batch; the form on weights needs no watching."""
+@pytest.mark.parametrize("form", FORMS)
+def test_units_that_a_bare_parameter_reads(form):
+    """What reads a unit need be no layer."""
     module = net(Bare)
-    before = weights(module)
-    with pytest.raises(PruningError, match="hidden: mix sums over its channels"):
-        fit(module, TaylorFilterPruning(0.4, form="activations", scope="global"))
-    assert_same_weights(module, before)
-    fit(module, TaylorFilterPruning(0.4, scope="layer"))
+    fit(module, TaylorFilterPruning(0.4, scope="layer", form=form))
     assert widths(module) == {"first": 4, "second": 3, "hidden": 6}
+
+
+class SideBranch(Net):
+    """A layer whose outputs the loss does not need."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.side, self.last = nn.Linear(10, 4), nn.Linear(4, 2)
+
+    def forward(self, images):
+        x = F.relu(self.second(F.relu(self.norm(self.first(images))))).mean(dim=(2, 3))
+        x = F.relu(self.hidden(x))
+        self.aside = self.last(F.relu(self.side(x)))
+        return self.head(x), self.aside
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0])[0], batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_units_that_the_loss_does_not_need_leave_first(form):
+    """A branch without gradients is worth nothing: it loses all but one of its units, and the run goes on."""
+    module = net(SideBranch)
+    fit(module, TaylorFilterPruning(0.2, form=form))
+    assert len(module.side.weight) == 1
+    assert sum(widths(module).values()) == 24 - math.ceil(0.2 * 28 - 1e-9) + 3
 
 
 def test_amounts_scopes_and_targets_are_reached():

@@ -17,8 +17,9 @@ from lightning_prune.model.calls import ExampleInputs, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import seen
+from lightning_prune.pruning.accumulators import by_l2
 from lightning_prune.pruning.arguments import Modules, check_prunable, with_ignored
-from lightning_prune.pruning.scoring import CRITERIA, by_l2
+from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups
 
@@ -131,7 +132,11 @@ def compare_criteria(
     check_prunable(model, structure)
     truth = oracle(model, structure, batches, loss, progress=progress)
     shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)
-    return {name: correlate(CRITERIA[name].gather(model, structure, batches, loss), truth) for name in shown}
+    found = {}
+    for name in shown:
+        scores = accumulate(accumulator_for(name), model, structure, batches, loss)
+        found[name] = correlate(scores, truth)
+    return found
 
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:

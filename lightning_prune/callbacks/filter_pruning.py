@@ -128,7 +128,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
     Raises:
         ValueError: If there is no such name, or nothing to call under the path.
     """
-    if not isinstance(criterion, str) or criterion in CRITERIA or criterion == "obs":
+    if not isinstance(criterion, str) or criterion in CRITERIA:
         if callable(criterion) or isinstance(criterion, str):
             return criterion
         raise ValueError(f"FilterPruning(criterion={criterion!r}): pass a name, an import path or a function.")
@@ -141,7 +141,7 @@ def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
         ) from error
     if not callable(found):
         raise ValueError(
-            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, [*CRITERIA, 'obs']))}, the "
+            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, the "
             "import path of a function, or a function."
         )
     return found

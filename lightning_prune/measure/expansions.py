@@ -11,53 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.measure.gradients import Loss, differentiable
-from lightning_prune.measure.unit_statistics import UnitMeans, contributions_of, watch_contributions
-from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.measure.unit_statistics import Contributions, contributions_of
+from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.errors import PruningError
-from lightning_prune.structure import Structure
 
-__all__ = ["output_changes", "second_order_changes"]
+__all__ = ["Outputs", "loss_change", "output_change", "outputs_of"]
 
 
-def output_changes(
-    model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss, probes: int = 4
-) -> dict[str, Tensor]:
-    r"""Score units by how much the outputs would change without them: :math:`E_n \lVert J_n \rVert^2`.
+def output_change(outputs: Outputs, value: Any, probes: int = 4) -> dict[str, Tensor]:
+    r"""Return how much each example's outputs would change without each unit: :math:`\lVert J_n \rVert^2`.
 
     :math:`J_n` is the derivative of example n's outputs with respect to a gate on the unit. Its square is estimated by
     random signs :math:`v`, :math:`E_v[(v^\top J_n)^2]`, one backward pass each. It is the Gauss-Newton curvature of the
     squared error: it needs no labels and unlike the loss's own does not vanish where the model is sure of them.
 
     Args:
-        model: The model, left as found.
-        structure: Its channel groups.
-        batches: Batches of data.
-        loss: Calls the model on a batch; what it returns is not looked at.
+        outputs: What the model returned for a batch.
+        value: The batch's loss; it is not looked at.
         probes: Random signs for every example.
 
     Returns:
-        Group name -> mean over examples of the squared change, ``(width,)``.
+        Group name -> squared change, ``(N, width)``.
 
     References:
         Hassibi, Stork and Wolff, Optimal Brain Surgeon and General Network Pruning, 1993, eq. 7-9, for gates instead of
         weights; Aljundi et al., Memory Aware Synapses, ECCV 2018, for what the outputs say without labels.
     """
-
-    def changes(outputs: _Outputs, value: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for _ in range(probes):
-            for name, rows in outputs.contributions(outputs.random_signs()).items():
-                found[name] = found.get(name, 0) + rows.square() / probes
-        return found
-
-    return _mean_changes(model, structure, batches, loss, changes)
+    found: dict[str, Tensor] = {}
+    for _ in range(probes):
+        for name, rows in outputs.contributions(outputs.random_signs()).items():
+            found[name] = found.get(name, 0) + rows.square() / probes
+    return found
 
 
-def second_order_changes(
-    model: nn.Module, structure: Structure, batches: Iterable[Any], loss: Loss, directions: int = 4
-) -> dict[str, Tensor]:
-    r"""Expand the loss to second order in a gate on every unit: :math:`\lvert E_n[-g_n + \frac12 h_n] \rvert`.
+def loss_change(outputs: Outputs, value: Tensor, directions: int = 4) -> dict[str, Tensor]:
+    r"""Expand each example's loss to second order in a gate on every unit: :math:`-g_n + \frac12 h_n`.
 
     :math:`g_n` is the derivative of example n's loss with respect to the gate, and :math:`h_n = J_n^\top H_n J_n` its
     Gauss-Newton second derivative, of the outputs' derivatives :math:`J_n` and the loss's curvature :math:`H_n` in the
@@ -65,61 +53,27 @@ def second_order_changes(
     its largest eigenvalues: exact where it has no more than so many that are not zero.
 
     Args:
-        model: The model, left as found.
-        structure: Its channel groups.
-        batches: Batches of data.
-        loss: From model and batch to the mean over the batch of losses, each of which depends on its own example's
-            outputs alone.
+        outputs: What the model returned for a batch.
+        value: The mean over the batch of losses, each of which depends on its own example's outputs alone.
         directions: Eigenvectors taken for every example, one backward pass each.
 
     Returns:
-        Group name -> absolute change of the mean loss that is foretold, ``(width,)``.
+        Group name -> change of each example's loss without the unit, ``(N, width)``.
 
     References:
         LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989, eq. 1, in gates and with the first term; Molchanov et
         al., CVPR 2019, eq. 6 (arXiv:1906.10771); Schraudolph, Fast Curvature Matrix-Vector Products, 2002, sec. 3.
     """
-
-    def changes(outputs: _Outputs, value: Tensor) -> dict[str, Tensor]:
-        slopes = outputs.slopes(value)
-        found = {name: -rows for name, rows in outputs.contributions(slopes.detach()).items()}
-        for axis, bend in _principal_axes(partial(outputs.curvature, slopes), slopes, directions):
-            for name, rows in outputs.contributions(axis).items():
-                found[name] = found[name] + bend[:, None] * rows.square() / 2
-        return found
-
-    found = _mean_changes(model, structure, batches, loss, changes)
-    return {name: mean.abs() for name, mean in found.items()}
-
-
-def _mean_changes(
-    model: nn.Module,
-    structure: Structure,
-    batches: Iterable[Any],
-    loss: Loss,
-    changes: Callable[[_Outputs, Any], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Average over examples what ``changes`` makes of each batch's outputs, ``(N, width)`` for each group."""
-    means = UnitMeans({name: group.width for name, group in structure.groups.items()})
-    weights = [p for p in model.parameters() if p.is_floating_point()]
-    with (
-        undisturbed(model),
-        torch.enable_grad(),
-        differentiable(weights),
-        _outputs_of(model) as seen,
-        watch_contributions(model, structure) as found,
-    ):
-        for batch in batches:
-            seen.clear()
-            value = loss(model, batch)
-            outputs = _Outputs(tuple(seen), weights, found)
-            for name, rows in changes(outputs, value).items():
-                means.update({name: rows.sum(dim=0)}, count=len(rows))
-    return means.compute()
+    slopes = outputs.slopes(value)
+    found = {name: -rows for name, rows in outputs.contributions(slopes.detach()).items()}
+    for axis, bend in _principal_axes(partial(outputs.curvature, slopes), slopes, directions):
+        for name, rows in outputs.contributions(axis).items():
+            found[name] = found[name] + bend[:, None] * rows.square() / 2
+    return found
 
 
 @contextmanager
-def _outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
+def outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
     """Note what the model returns inside the block and can be differentiated, but for single numbers.
 
     All its calls count; where parts of it are called by themselves, as in a training step, the last of them.
@@ -132,7 +86,8 @@ def _outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def end(module: nn.Module, args: Any, outputs: Any) -> None:
         running.pop()
-        found = [z for z in tensors_in(outputs) if z.dim() and z.requires_grad and z.is_floating_point()]
+        found = [z for z in tensors_in(outputs) if z.dim() and z.is_floating_point()]
+        found = [z for z in found if z.requires_grad] if torch.is_grad_enabled() else found
         if not running and found:
             seen[:] = [*seen, *found] if module is model else found
 
@@ -144,18 +99,18 @@ def _outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Outputs:
+class Outputs:
     """What a model returned for one batch, as ``(N, outputs)``: an example a row.
 
     Attributes:
         tensors: The outputs as they are.
         parameters: What backward passes run to.
-        found: Where they leave the units' contributions.
+        watched: What sees the units' contributions in backward passes from these outputs.
     """
 
     tensors: tuple[Tensor, ...]
     parameters: list[nn.Parameter]
-    found: dict[tuple[str, int], Tensor]
+    watched: Contributions
 
     def __post_init__(self) -> None:
         if len({len(z) for z in self.tensors}) != 1:
@@ -167,9 +122,10 @@ class _Outputs:
 
     def contributions(self, direction: Tensor) -> dict[str, Tensor]:
         """Return what each unit adds to every example's outputs along a direction, ``(N, width)`` for each group."""
-        self.found.clear()
+        found = self.watched.found
+        found.clear()
         torch.autograd.grad(self.tensors, self.parameters, self._apart(direction), retain_graph=True, allow_unused=True)
-        return {name: self._by_example(name, rows) for name, rows in contributions_of(self.found).items()}
+        return {name: self._by_example(name, rows) for name, rows in contributions_of(found).items()}
 
     def slopes(self, value: Tensor) -> Tensor:
         """Return the gradient of every example's loss, of which ``value`` is the mean."""
@@ -193,7 +149,7 @@ class _Outputs:
         examples = len(self.tensors[0])
         if len(seen) > 1 or len(seen[0]) % examples:
             raise PruningError(
-                f"{name}: the modules that read its channels see {[len(rows) for rows in seen]} rows for {examples} "
+                f"{name}: the operators that read its channels see {[len(rows) for rows in seen]} rows for {examples} "
                 f"rows of outputs, so examples cannot be told apart. Name ignore=[{name!r}], or use another criterion."
             )
         return seen[0].reshape(examples, -1, seen[0].shape[1]).sum(dim=1)

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.model.calls import tensors_in, undisturbed
 from lightning_prune.model.errors import PruningError
+from lightning_prune.structure.tracer import taken_apart
 
-__all__ = ["Loss", "batch_gradients", "differentiable", "empirical_fisher", "example_gradients", "hutchinson"]
+__all__ = ["Loss", "batch_gradients", "differentiable", "example_gradients", "hutchinson", "squared_gradients"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """From a model and a batch to the mean loss over the batch, a single number."""
@@ -28,24 +29,6 @@ def batch_gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, Tenso
     return dict(zip(parameters, gradients, strict=True))
 
 
-def empirical_fisher(model: nn.Module, batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
-    """Approximate the Hessian's diagonal by the mean over examples of their squared gradients, example by example.
-
-    Returns:
-        Parameter name -> diagonal, of the parameter's shape.
-
-    References:
-        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, sec. 4: the outer-product form.
-    """
-    total = _zeros_for(model)
-    examples = 0
-    for gradients in example_gradients(model, batches, loss):
-        examples += 1
-        for name, gradient in gradients.items():
-            total[name] += gradient.to(total[name]).square()
-    return _mean(total, examples)
-
-
 def example_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[dict[str, Tensor]]:
     """Yield, example by example, the loss's gradient for every parameter that it depends on, in eval mode."""
     with undisturbed(model), torch.enable_grad():
@@ -55,61 +38,59 @@ def example_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss) -> I
                 yield {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-def hutchinson(model: nn.Module, batches: Iterable[Any], loss: Loss, probes: int = 4) -> dict[str, Tensor]:
-    r"""Estimate the Hessian's diagonal by :math:`E[v \odot H v]` with random signs :math:`v`.
+def squared_gradients(model: nn.Module, batch: Any, loss: Loss) -> Iterator[dict[str, Tensor]]:
+    """Yield each example's squared gradients: their mean stands in for the diagonal of the Hessian.
+
+    References:
+        Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, sec. 4: the outer-product form.
+    """
+    for example in _examples(batch):
+        found = batch_gradients(model, example, loss)
+        yield {name: _single(gradient).square() for name, gradient in found.items() if gradient is not None}
+
+
+def hutchinson(model: nn.Module, batch: Any, loss: Loss, probes: int = 4) -> Iterator[dict[str, Tensor]]:
+    r"""Yield estimates :math:`v \odot H v` of the diagonal of a batch's Hessian, by random signs :math:`v`.
+
+    Attention and recurrent layers run as plain operators, since their fused kernels have no second derivative.
 
     Args:
         model: The model.
-        batches: Batches of data.
+        batch: A batch of data.
         loss: From model and batch to the mean loss.
-        probes: Random vectors per batch.
+        probes: How many estimates.
 
-    Returns:
-        Parameter name -> diagonal, of the parameter's shape. Unbiased; single entries may be negative.
+    Yields:
+        Parameter name -> estimate, of the parameter's shape. Unbiased; single entries may be negative.
 
     References:
         Hutchinson, 1990; Bekas, Kokiopoulou and Saad, An Estimator for the Diagonal of a Matrix, 2007.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    total = _zeros_for(model)
-    drawn = 0
-    with undisturbed(model), torch.enable_grad(), differentiable(parameters.values()):
-        for batch in batches:
-            own = list(parameters.values())
-            first = torch.autograd.grad(loss(model, batch), own, create_graph=True, allow_unused=True)
-            used = [
-                (name, p, g)
-                for name, p, g in zip(parameters, own, first, strict=True)
-                if g is not None and g.requires_grad
-            ]
-            for probe in range(probes):
-                signs = [torch.randint_like(p, 2) * 2 - 1 for _, p, _ in used]
-                second = torch.autograd.grad(
-                    [g for _, _, g in used],
-                    [p for _, p, _ in used],
-                    signs,
-                    retain_graph=probe < probes - 1,
-                    allow_unused=True,
-                )
-                drawn += 1
-                for (name, _, _), sign, product in zip(used, signs, second, strict=True):
-                    if product is not None:
-                        total[name] += sign * product
-    return _mean(total, drawn)
+    with differentiable(parameters.values()):
+        with taken_apart():
+            value = loss(model, batch)
+        first = torch.autograd.grad(value, list(parameters.values()), create_graph=True, allow_unused=True)
+        used = [
+            (name, p, g)
+            for (name, p), g in zip(parameters.items(), first, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        for probe in range(probes):
+            signs = [torch.randint_like(p, 2) * 2 - 1 for _, p, _ in used]
+            second = torch.autograd.grad(
+                [g for _, _, g in used],
+                [p for _, p, _ in used],
+                signs,
+                retain_graph=probe < probes - 1,
+                allow_unused=True,
+            )
+            found = zip(used, signs, second, strict=True)
+            yield {name: _single(sign * product) for (name, _, _), sign, product in found if product is not None}
 
 
-def _mean(total: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    if not count:
-        raise PruningError("The Hessian's diagonal cannot be estimated: no batch came. Pass batches that can be read.")
-    return {name: value / count for name, value in total.items()}
-
-
-def _zeros_for(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
-    }
+def _single(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager

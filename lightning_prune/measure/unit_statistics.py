@@ -1,10 +1,9 @@
-"""Gathers what criteria need over batches and ranks, unit by unit; hooks live in ``with``, no loss is known here."""
+"""Sums over batches and ranks what passes show of every unit; knows no criterion and no loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,23 +11,31 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_prune.algorithms.criteria import taylor_activations
+from lightning_prune.measure.unit_reads import Place, Reads, Seen, find_reads
+from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import Slot, Structure
 
 __all__ = [
+    "MOMENTS",
+    "Contributions",
     "UnitMeans",
     "contributions_of",
-    "gather_contributions",
+    "moments_of",
     "over_units",
     "taylor_over_units",
     "watch_contributions",
-    "watch_moments",
 ]
+
+MOMENTS = ("total", "squares", "zeros")
+"""What is summed of activations: themselves, their squares, how many are zero."""
 
 
 class UnitMeans(Metric):
-    """Mean over batches and ranks of one number per unit of every channel group."""
+    """Mean over batches and ranks of one number per unit of every channel group.
+
+    Groups lie behind one another in one tensor, so that an update costs as much for many groups as for one.
+    """
 
     full_state_update = False
 
@@ -41,62 +48,101 @@ class UnitMeans(Metric):
         """
         super().__init__()
         self.names = list(widths)
-        for i, width in enumerate(widths.values()):
-            self.add_state(f"total_{i}", torch.zeros(width, dtype=_wide(device), device=device), dist_reduce_fx="sum")
-            self.add_state(f"count_{i}", torch.zeros((), dtype=_wide(device), device=device), dist_reduce_fx="sum")
+        self.widths = list(widths.values())
+        wide = _wide(device)
+        self.add_state("total", torch.zeros(sum(self.widths), dtype=wide, device=device), dist_reduce_fx="sum")
+        # per group: what the sums are over, and passes in which the group took no part or could not be seen
+        for name in ("count", "absent", "hidden"):
+            state = torch.zeros(len(self.names), dtype=wide, device=device)
+            self.add_state(name, state, dist_reduce_fx="sum")
         self.to(device)
+        self._chosen: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def update(self, totals: Mapping[str, Tensor], count: float = 1) -> None:
-        """Add sums over ``count`` examples or batches, ``(width,)`` for each group seen.
+    def update(self, totals: Mapping[str, Tensor], count: float | Mapping[str, Tensor] = 1) -> None:
+        """Add sums over ``count`` examples or batches, of each group or of all alike, ``(width,)`` for each group seen.
 
         Sums of which one is not finite, as a loss scaled too far gives them, do not count at all: were only the unit at
         fault left out, it would look as if the loss did not need it.
         """
-        for i, name in enumerate(self.names):
-            if name in totals:
-                finite = totals[name].isfinite().all()
-                getattr(self, f"total_{i}").add_(torch.where(finite, totals[name], 0.0))
-                getattr(self, f"count_{i}").add_(finite * count)
+        names = tuple(name for name in self.names if name in totals)
+        if not names:
+            return
+        groups, entries, owner = self._chosen.get(names) or self._choose(names)
+        values = torch.cat([totals[name].to(self.total.device) for name in names])
+        broken = torch.zeros(len(names), device=values.device).index_add_(0, owner, (~values.isfinite()).float())
+        finite = broken == 0
+        self.total.index_add_(0, entries, torch.where(finite[owner], values, 0.0).to(self.total.dtype))
+        counts = torch.stack([count[name] for name in names]) if isinstance(count, Mapping) else count
+        self.count.index_add_(0, groups, (finite * counts).to(self.count.dtype))
+
+    def note(self, what: str, names: Iterable[str]) -> None:
+        """Note a pass in which groups were ``"absent"``, or in which what reads them was ``"hidden"``."""
+        places = [self.names.index(name) for name in names]
+        if places:
+            getattr(self, what)[places] += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the means, ``(width,)`` for each group.
+        """Return the means, ``(width,)`` for each group; 0 where a group could take part in passes and never did.
 
         Raises:
-            PruningError: If a group was never seen.
+            PruningError: If a group was never seen, or what reads it was hidden.
         """
+        for name, hidden in zip(self.names, self.hidden.tolist(), strict=True):
+            if hidden:
+                raise PruningError(
+                    f"{name}: an operator that reads its channels ran where autograd does not show it, in a fused "
+                    "kernel, compiled code, a reentrant checkpoint or a function with a backward pass of its own, so "
+                    f"its activations cannot be watched. Name ignore=[{name!r}], or use a criterion of weights."
+                )
+        parts = self.total.split(self.widths)
         means = {}
-        for i, name in enumerate(self.names):
-            count = getattr(self, f"count_{i}")
-            if not count:
+        for name, part, count, absent in zip(self.names, parts, self.count, self.absent.tolist(), strict=True):
+            if not count and not absent:
                 raise PruningError(
                     f"{name}: nothing was gathered for its channels: no batch came, or no finite gradient of them was "
                     "seen. If the layers that read these channels are frozen or unused, unfreeze them or name "
                     f"ignore=[{name!r}]."
                 )
-            means[name] = getattr(self, f"total_{i}") / count
+            means[name] = part / count.clamp_min(1)
         return means
 
     @property
     def has_seen(self) -> bool:
         """Whether anything was added on this process."""
-        return any(float(getattr(self, f"count_{i}")) for i in range(len(self.names)))
+        return bool(self.count.any() or self.hidden.any())
 
     def gathered(self) -> dict[str, list[Any]]:
-        """Return what this process has summed so far, as ``group -> [total, count]``, for a checkpoint."""
-        return {
-            name: [getattr(self, f"total_{i}").cpu().clone(), float(getattr(self, f"count_{i}"))]
-            for i, name in enumerate(self.names)
+        """Return what this process has summed so far, as ``name -> [total, count]``, for a checkpoint."""
+        parts = [part.clone() for part in self.total.cpu().split(self.widths)]
+        sums: dict[str, list[Any]] = {
+            name: [part, count] for name, part, count in zip(self.names, parts, self.count.tolist(), strict=True)
         }
+        for name in ("absent", "hidden"):
+            if getattr(self, name).any():
+                sums[f"groups {name}"] = [getattr(self, name).cpu().clone(), 1.0]
+        return sums
 
     def take_up(self, gathered: Mapping[str, list[Any]]) -> None:
         """Go on from what :meth:`gathered` returned; groups of another width start anew."""
-        fitting = {
-            name: found
-            for i, name in enumerate(self.names)
-            if (found := gathered.get(name)) is not None and found[0].shape == getattr(self, f"total_{i}").shape
-        }
-        for name, (total, count) in fitting.items():
-            self.update({name: total.to(self.device)}, count=count)
+        for name, width in zip(self.names, self.widths, strict=True):
+            total, count = gathered.get(name, (torch.empty(0), 0.0))
+            if total.shape == (width,):
+                self.update({name: total.to(self.device)}, count=count)
+        for name in ("absent", "hidden"):
+            passes, _ = gathered.get(f"groups {name}", (torch.empty(0), 0.0))
+            if passes.shape == getattr(self, name).shape:
+                getattr(self, name).add_(passes.to(self.device))
+
+    def _choose(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the places of groups, of all their entries, and for each entry which of these groups owns it."""
+        starts = torch.tensor([0, *self.widths]).cumsum(0)
+        groups = torch.tensor([self.names.index(name) for name in names])
+        widths = torch.tensor([self.widths[group] for group in groups])
+        entries = torch.cat([torch.arange(starts[group], starts[group + 1]) for group in groups])
+        owner = torch.arange(len(names)).repeat_interleave(widths)
+        found = (groups.to(self.device), entries.to(self.device), owner.to(self.device))
+        self._chosen[names] = found
+        return found
 
 
 def over_units(slots: Iterable[Slot], width: int, values: Mapping[str, Tensor]) -> Tensor | None:
@@ -114,8 +160,10 @@ def over_units(slots: Iterable[Slot], width: int, values: Mapping[str, Tensor]) 
     for slot in slots:
         if slot.tensor in values:
             value = values[slot.tensor]
-            rows = value.sum(dim=[d for d in range(value.dim()) if d != slot.dim]) if value.dim() > 1 else value
-            rows = _by_unit(rows, torch.from_numpy(slot.units), width, slot.aligned)
+            others = [dim for dim in range(value.dim()) if dim != slot.dim]
+            rows = value.sum(dim=others) if others else value
+            if not (slot.aligned and len(rows) == width):
+                rows = Place("", width, torch.from_numpy(slot.units), False).over_units(rows)
             total = rows if total is None else total + rows
     return total
 
@@ -143,199 +191,132 @@ def taylor_over_units(
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, eq. 8 (arXiv:1906.10771).
     """
+    seen = {name for name, gradient in gradients.items() if gradient is not None}
+    wanted: dict[str, list[Slot]] = {}
+    for name, group in structure.groups.items():
+        # to add the weights that make a unit would be to count its gate again, and those of a norm, yet again
+        readers = [slot for slot in group.slots if slot.role == "consumer"]
+        known = [slot for slot in readers if slot.tensor in seen]
+        if known or not any(slot.tensor in elsewhere for slot in readers):
+            wanted[name] = known or [slot for slot in group.slots if slot.tensor in seen]
     found = {}
     with torch.no_grad():
-        products = {
-            name: parameters[name].to(_at_least_single(gradient)) * gradient
-            for name, gradient in gradients.items()
-            if gradient is not None
-        }
-        for name, group in structure.groups.items():
-            # to add the weights that make a unit would be to count its gate again, and those of a norm, yet again
-            readers = [slot for slot in group.slots if slot.role == "consumer" and slot.tensor in products]
-            if not readers and any(slot.role == "consumer" and slot.tensor in elsewhere for slot in group.slots):
-                continue
-            total = over_units(readers or group.slots, group.width, products)
+        products = {}
+        for name in {slot.tensor for slots in wanted.values() for slot in slots}:
+            gradient = gradients[name]
+            assert gradient is not None
+            products[name] = parameters[name].to(_at_least_single(gradient)) * gradient
+        for name, slots in wanted.items():
+            total = over_units(slots, structure.groups[name].width, products)
             if total is not None:
                 found[name] = total.square()
     return found
 
 
-def gather_contributions(means: UnitMeans, found: dict[tuple[str, int], Tensor], scale: float = 1.0) -> None:
-    """Add to the means what :func:`watch_contributions` has found, by size, and clear it.
+class Contributions:
+    """Gathers, in backward passes, what each unit's activations contribute to each example's loss.
 
-    Each example counts as its own loss does, which the mean loss of a batch holds divided by the number of examples.
+    A unit's activations are what the operators that sum over it receive; the contributions of all of them add up, since
+    all would lose it.
 
-    Args:
-        means: What is added to.
-        found: What one backward pass has left.
-        scale: What the loss was multiplied by.
+    Attributes:
+        found: (group name, number of examples) -> signed contributions, ``(N, width)``. Clear it between two passes.
     """
-    for name, seen in contributions_of(found).items():
-        for rows in seen:
-            means.update({name: rows.abs().sum(dim=0) * (len(rows) / scale)}, count=len(rows))
-    found.clear()
+
+    def __init__(self, reads: Reads) -> None:
+        self.reads = reads
+        self.found: dict[tuple[str, int], Tensor] = {}
+        self._handles: list[Any] = []
+
+    def attach(self, value: Any) -> tuple[set[str], set[str]]:
+        """Watch the backward passes from some tensors; those of earlier ones are not watched any longer.
+
+        Returns:
+            Groups of which an operator that took part is hidden, and groups that could take part and did not.
+        """
+        self.detach()
+        seen, hidden, absent = self.reads.seen_from(tensors_in(value))
+        for operator in seen:
+            values: list[Tensor] = []
+            self._handles.append(operator.node.register_prehook(partial(self._keep, operator, values)))
+            self._handles.append(operator.node.register_hook(partial(self._add, operator, values)))
+        return hidden, absent
+
+    def detach(self) -> None:
+        """Watch nothing any longer, and forget what was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.found.clear()
+
+    @staticmethod
+    def _keep(operator: Seen, values: list[Tensor], leaving: Any) -> None:
+        values[:] = [operator.values()]  # before the backward pass frees them
+
+    def _add(self, operator: Seen, values: list[Tensor], entering: Any, leaving: Any) -> None:
+        read, gradient = values.pop(), operator.gradient(entering, leaving)
+        if gradient is None:
+            return
+        rows = operator.by_example(read * gradient.to(read.dtype).reshape(read.shape))
+        for place in operator.read.places:
+            key = place.group, len(rows)
+            own = place.over_units(rows)
+            self.found[key] = self.found[key] + own if key in self.found else own
+
+
+@contextmanager
+def watch_contributions(model: nn.Module, structure: Structure) -> Iterator[Contributions]:
+    """Find the operators that sum over units, and watch those that are attached inside the block.
+
+    Raises:
+        PruningError: If nothing that could be watched sums over a group's units or makes them.
+    """
+    contributions = Contributions(find_reads(model, structure, by_example=True))
+    try:
+        yield contributions
+    finally:
+        contributions.detach()
 
 
 def contributions_of(found: Mapping[tuple[str, int], Tensor]) -> dict[str, list[Tensor]]:
-    """Add up what modules saw of the same examples in what :func:`watch_contributions` has found.
+    """Add up what operators saw of the same examples in what :class:`Contributions` has found.
 
     Returns:
         Group name -> signed contributions, ``(N, width)``; more than one where examples cannot be matched.
     """
+    fewest = min((rows for _, rows in found), default=1)
     added = {}
     for name in dict.fromkeys(name for name, _ in found):
         seen = [rows for (group, _), rows in found.items() if group == name]
-        examples = min(map(len, seen))
-        if all(len(rows) % examples == 0 for rows in seen):  # windows of images, one image's after another's
+        # an image may be read in windows, one image's after another's, and other layers read it as a whole
+        examples = fewest if all(len(rows) % fewest == 0 for rows in seen) else min(map(len, seen))
+        if all(len(rows) % examples == 0 for rows in seen):
             seen = [torch.stack([rows.reshape(examples, -1, rows.shape[1]).sum(dim=1) for rows in seen]).sum(dim=0)]
         added[name] = seen
     return added
 
 
-@contextmanager
-def watch_contributions(model: nn.Module, structure: Structure) -> Iterator[dict[tuple[str, int], Tensor]]:
-    """Gather, during backward passes inside the block, what each unit's feature map contributes to each example's loss.
+def moments_of(seen: Iterable[Seen]) -> dict[str, dict[str, Tensor]]:
+    """Sum every unit's activations, their squares and how many are zero, over what operators received.
 
-    A unit's feature map is what the modules that sum over it receive; the contributions of all of them add up, since
-    all would lose it. Nothing is gathered without gradients, so that validation and traces pass unseen.
-
-    Yields:
-        (group name, number of examples) -> signed contributions, ``(N, width)``. Clear it between two passes.
-
-    Raises:
-        PruningError: If something else than a convolution or a linear module sums over a group's channels.
-    """
-    found: dict[tuple[str, int], Tensor] = {}
-
-    def add(place: _Place, activations: Tensor, gradients: Tensor) -> None:
-        contributions = taylor_activations(place.channels_second(activations), place.channels_second(gradients))
-        rows = place.over_units(contributions)
-        key = place.group, len(rows)
-        found[key] = found[key] + rows if key in found else rows
-
-    def enter(place: _Place, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return x
-        seen = x.view_as(x)  # its gradient is the one through this module alone
-        seen.register_hook(partial(add, place, x.detach()))
-        return seen
-
-    with _entered(model, _places(model, structure), enter):
-        yield found
-
-
-@contextmanager
-def watch_moments(
-    model: nn.Module, structure: Structure, differentiated: bool = False
-) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Sum, during forward passes inside the block, every unit's activations, their squares and how many are zero.
-
-    Where several modules read a unit, what each of them receives counts.
-
-    Args:
-        model: The model.
-        structure: Its channel groups.
-        differentiated: Whether only passes with gradients count, so that validation and traces pass unseen.
-
-    Yields:
+    Returns:
         Group name -> ``total``, ``squares``, ``zeros`` and ``count``, each ``(width,)``.
     """
     found: dict[str, dict[str, Tensor]] = {}
-
-    def enter(place: _Place, x: Tensor) -> Tensor:
-        if differentiated and not torch.is_grad_enabled():
-            return x
-        maps = place.channels_second(x.detach())
-        maps = maps.flatten(2) if maps.dim() > 2 else maps[..., None]
-        moments = {
-            "total": maps,
-            "squares": maps.square(),
-            "zeros": (maps == 0).to(maps),
-            "count": torch.ones_like(maps),
+    for operator in seen:
+        values = operator.values().flatten(0, -2)
+        sums = {
+            "total": values.sum(dim=0),
+            "squares": values.square().sum(dim=0),
+            "zeros": (values == 0).sum(dim=0).to(values),
+            "count": values.new_full(values.shape[1:], len(values)),
         }
-        wide = _wide(x.device)
-        sums = {name: place.over_units(value.sum(dim=(0, 2))[None])[0].to(wide) for name, value in moments.items()}
-        before = found.get(place.group, {})
-        found[place.group] = {name: before[name] + value if before else value for name, value in sums.items()}
-        return x
-
-    with _entered(model, _places(model, structure), enter):
-        yield found
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """A module that sums over a group's channels, and which unit each of its input channels belongs to."""
-
-    module: str
-    group: str
-    width: int
-    last: bool  # whether channels are the input's last dimension
-    alone: int  # dimensions of an input that is one example without a batch
-    units: Tensor
-    aligned: bool
-
-    def channels_second(self, x: Tensor) -> Tensor:
-        x = x.to(_at_least_single(x))
-        x = x[None] if x.dim() == self.alone else x
-        return x.movedim(-1, 1) if self.last else x
-
-    def over_units(self, values: Tensor) -> Tensor:
-        """Sum ``(N, channels)`` over the channels of each unit: ``(N, width)``."""
-        return _by_unit(values, self.units, self.width, self.aligned)
-
-
-def _places(model: nn.Module, structure: Structure) -> list[_Place]:
-    modules = dict(model.named_modules())
-    places = []
-    for name, group in structure.groups.items():
-        for slot in group.slots:
-            if slot.role != "consumer":
-                continue
-            path = slot.tensor.partition(".parametrizations.")[0].removesuffix(".weight")
-            module = modules.get(path)
-            units = torch.from_numpy(slot.units)
-            if isinstance(module, nn.Linear):
-                places.append(
-                    _Place(path, name, group.width, True, 1, units, slot.aligned and len(units) == group.width)
-                )
-            elif isinstance(module, nn.modules.conv._ConvNd):
-                if module.transposed and module.groups == module.in_channels:
-                    continue  # depthwise: it reads each channel to hand it on, and what reads that is watched
-                units = units if module.transposed else units.repeat(module.groups)
-                aligned = slot.aligned and len(units) == group.width
-                places.append(_Place(path, name, group.width, False, module.weight.dim() - 1, units, aligned))
-            else:
-                raise PruningError(
-                    f"{name}: {slot.tensor} sums over its channels and belongs to no convolution or linear module, so "
-                    f"what it receives cannot be watched. Name ignore=[{name!r}], or use a criterion of weights."
-                )
-    return places
-
-
-@contextmanager
-def _entered(model: nn.Module, places: Iterable[_Place], enter: Callable[[_Place, Tensor], Tensor]) -> Iterator[None]:
-    """Hand what each place receives to ``enter``, and on to its module what that returns, inside the block."""
-
-    def hook(place: _Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (enter(place, args[0]), *args[1:]), kwargs
-        return (), {**kwargs, "input": enter(place, kwargs["input"])}
-
-    with ExitStack() as stack:
-        for place in places:
-            module = model.get_submodule(place.module)
-            stack.callback(module.register_forward_pre_hook(partial(hook, place), with_kwargs=True).remove)
-        yield
-
-
-def _by_unit(values: Tensor, units: Tensor, width: int, aligned: bool) -> Tensor:
-    """Sum over the last dimension's entries of each unit, ``(..., size)`` to ``(..., width)``; unit -1 is nobody's."""
-    if aligned and values.shape[-1] == width:
-        return values
-    places = torch.where(units < 0, width, units).to(values.device)
-    return values.new_zeros(*values.shape[:-1], width + 1).index_add(-1, places, values)[..., :width]
+        for place in operator.read.places:
+            own = found.setdefault(place.group, {})
+            for name, value in sums.items():
+                rows = place.over_units(value.to(_wide(value.device)))
+                own[name] = own[name] + rows if name in own else rows
+    return found
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:

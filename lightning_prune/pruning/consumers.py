@@ -16,7 +16,10 @@ from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
-__all__ = ["only_read", "score_by_readers"]
+__all__ = ["DAMPING", "only_read", "readers_of", "score_by_readers"]
+
+DAMPING = 0.01
+"""Share of its mean diagonal entry that is added to a Hessian's diagonal."""
 
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time
 _SHARE = 0.3  # of the units, without which readers are compared

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.averaging import cut_copies_
@@ -27,4 +29,4 @@ def apply_plan_(run: Run, plan: Plan) -> None:
         refuse_apart(run.where, run.trainer, run.module)  # wrapping anew sends the first process's weights to all
         strategy.configure_ddp()  # type: ignore[attr-defined]
     for member in run.members:
-        member.strategy.after_cut(plan.cut.kept)
+        member.strategy.after_cut(replace(run, own=member), plan)

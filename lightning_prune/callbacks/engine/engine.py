@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks.engine.checkpoint_state import restore_, state_to_save
 from lightning_prune.callbacks.engine.example_inputs import inputs_of
 from lightning_prune.callbacks.engine.guard import guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
@@ -17,9 +18,7 @@ from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run
 from lightning_prune.callbacks.engine.run_inputs import RunInputs
 from lightning_prune.callbacks.engine.run_log import RunLog
 from lightning_prune.callbacks.engine.strategy import Member, Run
-from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import refuse_inference_tensors
-from lightning_prune.reports import History
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
 
 __all__ = ["Engine"]
@@ -143,18 +142,16 @@ class Engine:
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
                 self._advance(run)
             self._log(run)
-        own.strategy.listener.before_batch()
 
     def end_batch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to go on to the next pruning step where processes part; gather from this batch."""
+        """Refuse to go on to the next pruning step where processes part."""
         first = next((member for member in self.members if member.clock.unfinished), None)
         if first is own:  # one asks for all
             refuse_early_end(own.where, trainer)
-        run, strategy = self._run(own, trainer, pl_module), own.strategy
-        strategy.listener.after_batch()
-        strategy.after_batch(run)
+        run = self._run(own, trainer, pl_module)
+        own.strategy.after_batch(run)
         if trainer.is_last_batch:
-            strategy.after_epoch(run)
+            own.strategy.after_epoch(run)
 
     def _prepare(self, run: Run, batch: Any | None) -> None:
         """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""
@@ -213,35 +210,12 @@ class Engine:
         own.strategy.before_save(self._run(own, trainer, pl_module), state)
 
     def state_dict(self, own: Member) -> dict[str, Any]:
-        """Return how much was pruned and of what, as plain numbers and tensors."""
-        shared = {"history": self.log.history.to_plain(), **self.inputs.state_dict()}
-        return {**own.clock.state_dict(), **shared, **own.strategy.state_dict()}
+        """Return the state to save."""
+        return state_to_save(own, self.log, self.inputs)
 
     def load_state_dict(self, own: Member, state: Mapping[str, Any]) -> None:
-        """Restore what a checkpoint holds.
-
-        Raises:
-            PruningError: If something is missing there, or is not what it should be.
-        """
-        missing = sorted(self.state_dict(own).keys() - state.keys())
-        if missing:
-            raise PruningError(
-                f"{own.where}: the checkpoint does not hold its {', '.join(missing)}, so another version of "
-                "it was saved. Load the weights alone, by load_from_checkpoint, and start a run from them."
-            )
-        try:
-            history = History.from_plain(state["history"])
-            own.strategy.load_state_dict(state)
-            own.clock.load_state_dict(state)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            own.strategy.reset()
-            own.clock.reset()
-            raise PruningError(
-                f"{own.where}: what the checkpoint holds of it cannot be read ({error!r}): the file is "
-                "damaged. Take up an earlier one."
-            ) from error
-        self.log.history = history
-        self.inputs.example = state["example"]
+        """Restore a saved state."""
+        restore_(own, self.log, self.inputs, state)
 
     def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
         return Run(trainer, pl_module, self.members, own, self.inputs)

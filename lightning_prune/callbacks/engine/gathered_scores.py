@@ -1,222 +1,144 @@
-"""Gathers from a run, as it goes, what criteria look at, and hands out scores when a cut is due; cuts nothing."""
+"""Shows a run to the accumulator of a criterion, and returns its scores when a pruning step is due; cuts nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.batches import losses_of, training_batches
-from lightning_prune.callbacks.engine.gathering import Gathering, OverTheRun
-from lightning_prune.callbacks.engine.processes import calibration_of
-from lightning_prune.measure.products import find_products
-from lightning_prune.measure.unit_statistics import (
-    gather_contributions,
-    taylor_over_units,
-    watch_contributions,
-    watch_moments,
-)
+from lightning_prune.callbacks.engine.example_inputs import inputs_of
+from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.model.calls import run
+from lightning_prune.pruning.accumulators import Accumulator
 from lightning_prune.pruning.budget import Scores
-from lightning_prune.pruning.consumers import score_by_readers
-from lightning_prune.pruning.scoring import CRITERIA, Criterion, adds_up, score_units
+from lightning_prune.pruning.scoring import Criterion, accumulator_for, score_units
 from lightning_prune.structure import Structure
 
-__all__ = ["DAMPING", "gathering_for"]
-
-DAMPING = 0.01
-"""Share of its mean diagonal entry that is added to a Hessian's diagonal."""
-
-_MOMENTS = ("total", "squares", "zeros")
+__all__ = ["gathering_for"]
 
 
 class AtTheCut(Gathering):
-    """Looks at the model when a cut is due, and at some training batches if its criterion needs any."""
+    """Scores the model when a pruning step is due, on some training batches if its criterion needs any."""
 
     def __init__(self, criterion: Criterion, batches: int) -> None:
-        """Take a criterion, by name or as a function of a weight."""
+        """Keep the criterion, and how many batches it is to see."""
         self.criterion = criterion
         self.batches = batches
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Score the model as it is; what was found on batches is averaged over processes."""
-        if callable(self.criterion) or not CRITERIA[self.criterion].needs:
+        """Score the model as it is, on the batches of all processes."""
+        accumulator = accumulator_for(self.criterion)
+        if not accumulator.needs:
             return score_units(pl_module, structure, self.criterion)
-        with training_batches(trainer, pl_module, self.batches) as batches, losses_of(pl_module) as loss:
-            found = score_units(pl_module, structure, self.criterion, batches, loss)
+        with training_batches(trainer, pl_module, self.batches) as batches:
+            if accumulator.calls_forward:  # not in autocast, which hides parameters
+                found = score_units(pl_module, structure, self.criterion, list(inputs_of(pl_module, batches)), run)
+            else:
+                with losses_of(pl_module) as loss:
+                    found = score_units(pl_module, structure, self.criterion, batches, loss)
         return {name: trainer.strategy.reduce(score, reduce_op="mean") for name, score in found.items()}  # type: ignore[misc]
 
+
+class OverTheRun(Gathering):
+    """Scores by what training steps show, on all processes, from one pruning step to the next.
+
+    Where an operator that reads units is hidden in them, as by a fused kernel, scores are taken as :class:`AtTheCut`.
+    """
+
+    def __init__(self, criterion: Criterion, batches: int) -> None:
+        """Keep the criterion; nothing is watched yet."""
+        self.criterion = criterion
+        self.otherwise = AtTheCut(criterion, batches)
+        self.looks_at_training = accumulator_for(criterion).looks_at
+        self._accumulator: Accumulator | None = None
+        self._hooks = ExitStack()
+        self._brought: dict[str, list[Any]] | None = None  # by a checkpoint, until the model is traced
+        self._versions: list[int] = []  # of the parameters when watching began: every step makes new ones
+
+    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
+        """Return what the accumulator makes of all training steps."""
+        accumulator = self._accumulator
+        assert accumulator is not None  # ready was asked first
+        hidden = bool(trainer.strategy.reduce(accumulator.means.hidden.sum(), reduce_op="sum"))
+        if hidden:
+            self.rest()
+            return self.otherwise.scores(trainer, pl_module, structure)
+        found = accumulator.compute()
+        return {name: accumulator.normalise(found[name]) for name in structure.groups}
+
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
-        """Do nothing: everything is seen when it is asked for."""
+        """Start from nothing, or from what a checkpoint brought."""
+        self.rest()
+        accumulator = accumulator_for(self.criterion)
+        self._hooks.enter_context(accumulator.watch(pl_module, structure))
+        if self._brought is not None:
+            accumulator.means.take_up(self._brought)
+            self._brought = None
+        self._versions = [parameter._version for parameter in pl_module.parameters()]
+        self._accumulator = accumulator
 
     def rest(self) -> None:
-        """Do nothing."""
+        """Stop gathering."""
+        self._hooks.close()
+        self._accumulator = None
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to score by: always."""
-        return True
+        """Whether anything was seen since the last pruning step."""
+        return self._accumulator is not None and self._accumulator.means.has_seen
 
     def blind(self, pl_module: LightningModule) -> bool:
-        """Tell whether something went by unseen: never."""
-        return False
+        """Return whether weights have changed and nothing of it was seen."""
+        changed = self._versions != [parameter._version for parameter in pl_module.parameters()]
+        return self._accumulator is not None and not self.ready and changed
 
-    def gathered(self) -> None:
-        """Return nothing."""
+    def gathered(self) -> dict[str, list[Any]] | None:
+        """Return the sums of this process."""
+        return None if self._accumulator is None else self._accumulator.means.gathered()
 
     def take_up(self, gathered: dict[str, list[Any]] | None) -> None:
-        """Do nothing."""
+        """Keep what a checkpoint brought until the model is traced."""
+        self._brought = gathered
 
-
-class ByReaders(AtTheCut):
-    """Asks what reads the units how well it can make up for them, on some training batches when a cut is due."""
-
-    def __init__(self, batches: int) -> None:
-        """Take how many batches are looked at."""
-        super().__init__("obs", batches)
-
-    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Score by the batches of all processes."""
-        with calibration_of(trainer, pl_module, self.batches) as calibration:
-            products = find_products(pl_module, calibration.batches[0], calibration.forward)
-            return score_by_readers(pl_module, structure, products, calibration, DAMPING)
-
-
-class TaylorOfWeights(OverTheRun):
-    """Expands the loss in the weights, from the gradients that steps are made of (Molchanov et al. 2019)."""
-
-    looks_at_training = "gradients"
-
-    def sums(self, structure: Structure) -> dict[str, int]:
-        """Return one number per unit."""
-        return {name: group.width for name, group in structure.groups.items()}
-
-    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Return the mean over steps."""
-        found = self.found()
-        return {name: CRITERIA["taylor"].normalise(found[name]) for name in structure.groups}
-
-    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Gather from gradients accumulated, averaged over processes and unscaled, of what this optimizer trains."""
-        if self.means is None or self._structure is None:
-            return
-        parameters = dict(pl_module.named_parameters())
-        mine, others = (
-            {id(p) for other in trainer.optimizers if _same(other, optimizer) is same for p in _trained(other)}
-            for same in (True, False)
-        )
-        # what other optimizers train may hold gradients of an earlier pass
-        gradients = {name: parameter.grad for name, parameter in parameters.items() if id(parameter) in mine}
-        elsewhere = {name for name, parameter in parameters.items() if id(parameter) in others - mine}
-        self.means.update(taylor_over_units(self._structure, parameters, gradients, elsewhere))
-
-
-class TaylorOfActivations(OverTheRun):
-    """Expands each example's loss in the feature maps, during backward passes (Molchanov et al. 2016)."""
-
-    looks_at_training = "gradients"
-
-    def __init__(self) -> None:
-        """Start from nothing."""
-        super().__init__()
-        self.contributions: dict[tuple[str, int], Tensor] = {}
-
-    def sums(self, structure: Structure) -> dict[str, int]:
-        """Return one number per unit."""
-        return {name: group.width for name, group in structure.groups.items()}
-
-    def hook(self, pl_module: LightningModule, structure: Structure) -> None:
-        """Watch backward passes."""
-        self.contributions = self._hooks.enter_context(watch_contributions(pl_module, structure))
-
-    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Return the mean over examples, of each layer divided by its norm."""
-        found = self.found()
-        return {name: CRITERIA["taylor_activations"].normalise(found[name]) for name in structure.groups}
-
-    def before_backward(self) -> None:
-        """Forget what backward passes outside the training step have left."""
-        self.contributions.clear()
+    def before_backward(self, loss: Tensor) -> None:
+        """Show the graph of a loss."""
+        if self._accumulator is not None:
+            self._accumulator.before_backward(loss)
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Gather what each example of this backward pass contributes."""
-        if self.means is not None:
+        """Show what one backward pass has left."""
+        if self._accumulator is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            gather_contributions(self.means, self.contributions, 1.0 if scaler is None else scaler.get_scale())
+            self._accumulator.after_backward(1.0 if scaler is None else scaler.get_scale())
+
+    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Show gradients accumulated, averaged over processes and unscaled, of what this optimizer trains."""
+        if self._accumulator is None:
+            return
+        mine: set[int] = set()
+        others: set[int] = set()
+        for other in trainer.optimizers:
+            (mine if _same(other, optimizer) else others).update(map(id, _trained(other)))
+        # what other optimizers train may hold gradients of an earlier pass
+        parameters = dict(pl_module.named_parameters())
+        gradients = {name: parameter.grad for name, parameter in parameters.items() if id(parameter) in mine}
+        elsewhere = {name for name, parameter in parameters.items() if id(parameter) in others - mine}
+        self._accumulator.before_step(gradients, elsewhere)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without what belongs to this process alone."""
-        return {**super().__getstate__(), "contributions": {}}
+        return {**self.__dict__, "_accumulator": None, "_hooks": ExitStack()}
 
 
-class Moments(OverTheRun):
-    """Averages activations, their squares and how many are zero, over the training's own forward passes."""
-
-    looks_at_training = "activations"
-
-    def __init__(self, criterion: str) -> None:
-        """Take the name of a criterion of activations."""
-        super().__init__()
-        self.criterion = criterion
-        self.found_now: dict[str, dict[str, Tensor]] = {}
-
-    def sums(self, structure: Structure) -> dict[str, int]:
-        """Return three numbers per unit."""
-        return {f"{name}/{what}": group.width for name, group in structure.groups.items() for what in _MOMENTS}
-
-    def hook(self, pl_module: LightningModule, structure: Structure) -> None:
-        """Watch forward passes that are differentiated."""
-        self.found_now = self._hooks.enter_context(watch_moments(pl_module, structure, differentiated=True))
-
-    def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
-        """Return what the criterion makes of the means."""
-        found, criterion = self.found(), CRITERIA[self.criterion]
-        assert criterion.of_moments is not None
-        scores = {}
-        for name in structure.groups:
-            means = {what: found[f"{name}/{what}"] for what in _MOMENTS}
-            scores[name] = criterion.normalise(criterion.of_moments(**means, count=torch.ones_like(means["total"])))
-        return scores
-
-    def before_batch(self) -> None:
-        """Forget what was seen outside training."""
-        self.found_now.clear()
-
-    def after_batch(self) -> None:
-        """Gather from the forward passes of one training step."""
-        if self.means is not None:
-            for name, moments in self.found_now.items():
-                for what in _MOMENTS:
-                    self.means.update({f"{name}/{what}": moments[what]}, count=float(moments["count"][0]))
-            self.found_now.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle without what belongs to this process alone."""
-        return {**super().__getstate__(), "found_now": {}}
-
-
-_OVER_THE_RUN: dict[str, Callable[[], Gathering]] = {
-    "taylor": TaylorOfWeights,
-    "taylor_activations": TaylorOfActivations,
-    "activation_mean": partial(Moments, "activation_mean"),
-    "activation_std": partial(Moments, "activation_std"),
-    "apoz": partial(Moments, "apoz"),
-}
-
-
-def gathering_for(criterion: Criterion, batches: int = 1) -> Gathering:
-    """Return what gathers for a criterion: over the run where the run's own passes show it, else when a cut is due."""
-    if criterion == "obs":
-        gathering: Gathering = ByReaders(batches)
-        gathering.adding_up = True
-        return gathering
-    named = criterion if isinstance(criterion, str) else ""
-    gathering = _OVER_THE_RUN[named]() if named in _OVER_THE_RUN else AtTheCut(criterion, batches)
-    gathering.adding_up = adds_up(criterion)
+def gathering_for(criterion: Criterion, batches: int = 8) -> Gathering:
+    """Return what gathers for a criterion: over the run where training steps show it, else when a cut is due."""
+    accumulator = accumulator_for(criterion)
+    gathering = OverTheRun(criterion, batches) if accumulator.looks_at else AtTheCut(criterion, batches)
+    gathering.adding_up = accumulator.adds_up
     return gathering
 
 

@@ -90,18 +90,21 @@ class PruningCallback(AnyCallback, ABC):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Gather scores."""
-        self.member.strategy.listener.before_backward()
+        if self.member.strategy.listener is not None:
+            self.member.strategy.listener.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather scores."""
-        self.member.strategy.listener.after_backward(trainer)
+        if self.member.strategy.listener is not None:
+            self.member.strategy.listener.after_backward(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather scores, or mask gradients."""
-        self.member.strategy.listener.before_step(trainer, pl_module, optimizer)
+        if self.member.strategy.listener is not None:
+            self.member.strategy.listener.before_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Gather scores."""
+        """Do what belongs to the end of a batch."""
         self.engine.end_batch(self.member, trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,26 +6,40 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import Clock
-from lightning_prune.callbacks.engine.gathering import Listener
 from lightning_prune.callbacks.engine.guard import guards
 from lightning_prune.callbacks.engine.run_inputs import RunInputs
-from lightning_prune.surgery import Kept
+from lightning_prune.pruning.plan import Plan
 
-__all__ = ["Member", "Run", "RunEvents", "Strategy"]
+__all__ = ["Member", "Run", "RunEvents", "StepListener", "Strategy"]
 
 _Strategy = TypeVar("_Strategy", bound="Strategy")
+
+
+class StepListener(Protocol):
+    """What looks at a training step."""
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Look at a loss before it is differentiated."""
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Look at what one backward pass has left."""
+
+    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients that an optimizer is about to step by, before they are clipped."""
 
 
 class RunEvents:
     """What happens in a run, for those who wait for it; each event is of interest to some."""
 
-    def after_cut(self, kept: Kept) -> None:
+    def after_cut(self, run: Run, plan: Plan) -> None:
         """Follow a cut of the model, whoever made it."""
 
     def after_epoch_start(self, run: Run) -> None:
@@ -50,8 +64,8 @@ class Strategy(RunEvents, ABC):
     A strategy lives as long as its callback. What it knows of one run alone is dropped by :meth:`release`.
     """
 
-    listener: Listener = Listener()
-    """Is called during each training step."""
+    listener: StepListener | None = None
+    """Looks at each training step, where something is to be seen or changed in it."""
     example_inputs: Any = None
     """Inputs of forward that the user gave, if any."""
 

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
 from lightning_prune.callbacks.engine.example_inputs import on_device_of
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.kept_sums import of_kept_units
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
@@ -30,7 +31,6 @@ from lightning_prune.pruning.budget import Scores
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.structure import Structure
-from lightning_prune.surgery import Kept
 
 __all__ = ["UnitRemoval"]
 
@@ -157,9 +157,14 @@ class UnitRemoval(Strategy):
         if progress < run.own.clock.ceiling:
             self._watch_on(run.module)
 
-    def after_cut(self, kept: Kept) -> None:
-        """Count anew after a cut, whoever made it."""
+    def after_cut(self, run: Run, plan: Plan) -> None:
+        """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
         self.traced.changed()
+        gathered = self.gathering.gathered()
+        if gathered is not None:  # a cut of another callback: nothing is gathered during our own
+            self.gathering.rest()
+            self.gathering.take_up(of_kept_units(gathered, plan.keep))
+            self._watch_on(run.module)
 
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""

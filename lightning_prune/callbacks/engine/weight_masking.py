@@ -7,15 +7,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, optim
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import FewUnits, Schedule
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.clock import share_due
-from lightning_prune.callbacks.engine.gathering import Listener
-from lightning_prune.callbacks.engine.packages import overrides
+from lightning_prune.callbacks.engine.gradient_masks import GradientMasks, masks_gradients
 from lightning_prune.callbacks.engine.processes import refuse_apart
 from lightning_prune.callbacks.engine.refusals import (
     refuse_foreign,
@@ -26,21 +24,16 @@ from lightning_prune.callbacks.engine.refusals import (
 )
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
-from lightning_prune.callbacks.engine.weight_arguments import MaskGradients, WeightArguments
+from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
 from lightning_prune.model.bits import pack_bits
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.plan import count_params
+from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
-from lightning_prune.surgery import Kept, PackedMasks, recipe_of
+from lightning_prune.surgery import PackedMasks, recipe_of
 from lightning_prune.surgery.masks import Masks, unpacked
 
 __all__ = ["WeightMasking"]
-
-_ELEMENTWISE: tuple[type[Optimizer], ...] = (
-    optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad,
-    optim.Adadelta, optim.ASGD, optim.Rprop,
-)  # fmt: skip
 
 
 class WeightMasking(Strategy):
@@ -108,8 +101,8 @@ class WeightMasking(Strategy):
         refuse_foreign(run.where, module, keep)
         self.own.masks.let_fall_(keep)
         self.own.masks.hold(optimizers)
-        if _masks_gradients(arguments.mask_gradients, run.trainer, module):
-            self.listener = _GradientMasks(self.own.masks)
+        if masks_gradients(arguments.mask_gradients, run.trainer, module):
+            self.listener = GradientMasks(self.own.masks)
         self._count()
         self.params = self.params or count_params(module)
         self.choice.prepare(run, self.own)
@@ -135,10 +128,10 @@ class WeightMasking(Strategy):
         if isinstance(run.trainer.strategy.model, DistributedDataParallel):
             refuse_apart(run.where, run.trainer, run.module)
 
-    def after_cut(self, kept: Kept) -> None:
+    def after_cut(self, run: Run, plan: Plan) -> None:
         """Follow a cut that another callback made."""
         if self.in_run is not None:
-            self.in_run.masks.follow_(kept)
+            self.in_run.masks.follow_(plan.cut.kept)
             self._changed()
 
     def after_epoch_start(self, run: Run) -> None:
@@ -184,11 +177,11 @@ class WeightMasking(Strategy):
         """Remove the hooks from the optimizers."""
         if self.in_run is not None:
             self.in_run.masks.release()
-        self.in_run, self.listener = None, Listener()
+        self.in_run = self.listener = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the run, to which the model belongs."""
-        return {**self.__dict__, "in_run": None, "listener": Listener()}
+        return {**self.__dict__, "in_run": None, "listener": None}
 
     def _changed(self) -> None:
         self._packed = self.own.masks.packed()
@@ -219,25 +212,6 @@ class WeightMasking(Strategy):
                 continue
             shared = ours & other.strategy.in_run.to_prune.weights.keys()
             refuse_shared(other.callback, run.own.callback, shared, "the weights between them by parameters=, ignore=")
-
-
-class _GradientMasks(Listener):
-    """Zeroes the gradients of masked weights before they are clipped."""
-
-    def __init__(self, masks: Masks) -> None:
-        self._masks = masks
-
-    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Zero the gradients of what this optimizer trains."""
-        self._masks.mask_gradients_(optimizer)
-
-
-def _masks_gradients(asked: MaskGradients, trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Return whether to mask gradients: by default where they would change steps of the weights that are kept."""
-    if asked != "auto":
-        return bool(asked)
-    clips = bool(trainer.gradient_clip_val) or overrides(pl_module, "configure_gradient_clipping")
-    return clips or any(type(optimizer) not in _ELEMENTWISE for optimizer in trainer.optimizers)
 
 
 def _agreed(trainer: Trainer, keep: dict[str, Tensor]) -> dict[str, Tensor]:
