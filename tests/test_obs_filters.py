@@ -232,3 +232,17 @@ def test_obs_repairs_unless_told_not_to():
         x = torch.randn(64, 6)
         report = prune_filters(model, x[:1], 0.5, criterion=criterion, batches=[x], repair=repair, progress=False)
         assert len(report.repairs) == repairs
+
+
+def test_batches_with_labels_are_run_by_the_loss():
+    """With a loss, batches may hold labels: the same weights are refitted, to the same values, as on inputs alone."""
+    one = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    two = copy.deepcopy(one)
+    x, y = torch.randn(64, 6, dtype=torch.float64), torch.randint(3, (64,))
+    prune_filters(one, x[:1], 0.5, criterion="obs", batches=[x], progress=False)
+    prune_filters(
+        two, x[:1], 0.5, criterion="obs", batches=[(x, y)], progress=False,
+        loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+    )  # fmt: skip
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value)
