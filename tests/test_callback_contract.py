@@ -138,7 +138,6 @@ def test_arguments_are_attributes(kind):
         ({"amount": {"first": 1.5}}, ValueError, "'first': 1.5"),
         ({"amount": {"first": "half"}}, TypeError, "'first': 'half'"),
         ({"amount": {"first": 0.5}, "target": "flops"}, ValueError, "target='flops'"),
-        ({"amount": {"first": 0.5}, "scope": "global"}, ValueError, "scope='global'"),
         ({"target": "speed"}, ValueError, "target='speed'.*'filters', 'params', 'flops', 'latency'"),
         ({"scope": "everywhere"}, ValueError, "scope='everywhere'.*'layer', 'global'"),
         ({"round_to": 0}, ValueError, "round_to=0"),

@@ -178,7 +178,7 @@ def test_clipping_sees_what_is_left():
             return _Forward(module)
 
     start = net(dropout=0.0)
-    keep = prune_weights(start, 0.8, scope="global").keep
+    keep = prune_weights(start, 0.8, scope="global").kept
     clipped, twin = net(dropout=0.0), net(Twin, dropout=0.0)
     twin.held = {name: stays.float() for name, stays in keep.items()}
     fit(clipped, pruning(schedule=None), gradient_clip_val=0.05)

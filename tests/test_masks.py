@@ -294,7 +294,7 @@ def test_pruned_weights_are_held_by_default():
     """What :func:`prune_weights` has zeroed is what ``hold_masks`` holds when it is given nothing."""
     model = small()
     optimizer = optim.Adam(model.parameters())
-    keep = prune_weights(model, 0.5, optimizer=optimizer, scope="global").keep
+    keep = prune_weights(model, 0.5, optimizer=optimizer, scope="global").kept
     with hold_masks(model, optimizer):
         step(model, optimizer)
     assert_zero(model, keep)
@@ -317,15 +317,15 @@ def test_zeros_hold_under_sparse_gradients():
 
 
 def by_surgery(model, batch):
-    return prune_obs(model, batches=[batch[0]], amount=0.5, scope="global").masks
+    return prune_obs(model, batches=[batch[0]], amount=0.5, scope="global").kept
 
 
 def by_fisher(model, batch):
-    return prune_fisher(model, batches=[batch], loss=lambda model, batch: F.mse_loss(model(batch[0]), batch[1])).masks
+    return prune_fisher(model, batches=[batch], loss=lambda model, batch: F.mse_loss(model(batch[0]), batch[1])).kept
 
 
 def one_by_one(model, batch):
-    return prune_exact(model, batches=[batch], loss=F.mse_loss, amount=0.5).masks
+    return prune_exact(model, batches=[batch], loss=F.mse_loss, amount=0.5).kept
 
 
 @pytest.mark.parametrize("prune", [by_surgery, by_fisher, one_by_one])

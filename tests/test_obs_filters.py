@@ -208,3 +208,41 @@ def test_heads_leave_and_are_made_up_for():
     repairs = {repair.name: repair for repair in report.repairs}
     assert not report.skipped
     assert repairs["1.self_attn.out_proj.weight"].after < 0.5 * repairs["1.self_attn.out_proj.weight"].before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_optimizers_state_follows(fused):
+    """With repair, too, moments are those of the units that are kept, and the next step goes through."""
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    x, optimizer = torch.randn(64, 6), torch.optim.Adam(model.parameters(), fused=fused)
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = optimizer.state[model[0].weight]["exp_avg"].clone()
+    report = prune_filters(model, x[:1], 0.5, criterion="obs", batches=[x], optimizer=optimizer, progress=False)
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], before[report.kept["0.weight"][0]])
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_obs_repairs_unless_told_not_to():
+    """By "obs" weights are refitted, by other criteria not; ``repair`` says otherwise."""
+    for criterion, repair, repairs in (("obs", None, 1), ("obs", False, 0), ("l1", None, 0), ("l1", True, 1)):
+        model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+        x = torch.randn(64, 6)
+        report = prune_filters(model, x[:1], 0.5, criterion=criterion, batches=[x], repair=repair, progress=False)
+        assert len(report.repairs) == repairs
+
+
+def test_batches_with_labels_are_run_by_the_loss():
+    """With a loss, batches may hold labels: the same weights are refitted, to the same values, as on inputs alone."""
+    one = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    two = copy.deepcopy(one)
+    x, y = torch.randn(64, 6, dtype=torch.float64), torch.randint(3, (64,))
+    prune_filters(one, x[:1], 0.5, criterion="obs", batches=[x], progress=False)
+    prune_filters(
+        two, x[:1], 0.5, criterion="obs", batches=[(x, y)], progress=False,
+        loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+    )  # fmt: skip
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value)

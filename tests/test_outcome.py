@@ -91,7 +91,7 @@ def second_refuses(monkeypatch):
     own = plan.verify
     failed = Disproof(REASON, "second")
     monkeypatch.setattr(plan, "verify", lambda m, s, cut, t: failed if "second" in cut.keep else own(m, s, cut, t))
-    monkeypatch.setattr(plan, "_at_fault", lambda *_: {"second": REASON})
+    monkeypatch.setattr(plan, "groups_at_fault", lambda *_: {"second": REASON})
 
 
 @pytest.mark.usefixtures("second_refuses")

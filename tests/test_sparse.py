@@ -47,7 +47,7 @@ def assert_bit_equal(found, expected):
 def test_lenet_300_100_at_90_percent(tmp_path):
     """With 90 % of its weights gone LeNet-300-100 takes at most a fifth of its dense bytes, and comes back."""
     model, path = lenet(), tmp_path / "model.safetensors"
-    keep = prune_weights(model, 0.9, scope="global").keep
+    keep = prune_weights(model, 0.9, scope="global").kept
     report = save_sparse(model, path)
     assert report.bytes_before == 4 * sum(p.numel() for p in model.parameters())
     assert report.bytes_after == path.stat().st_size <= report.bytes_before / 5

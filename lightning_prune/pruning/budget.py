@@ -16,7 +16,7 @@ from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_widths, rooms_told
-from lightning_prune.pruning.steps import Walk, each_by_itself, within
+from lightning_prune.pruning.steps import Levels, Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
 
 __all__ = ["NEAR", "Budget", "Dense", "Scope", "Scores", "Target", "per_saving", "select_units", "what_can_go"]
@@ -55,9 +55,11 @@ class Budget:
         for block in blocks_of(structure, alone, self.round_to):
             narrowest = block.at(-1)
             for name, width in narrowest.items():
-                if width > alone[name].width:
-                    tied = ", ".join(other for other in narrowest if other != name)
-                    found[name] = Least(width, f"it keeps the same share as {tied}" if tied else alone[name].why)
+                if width == alone[name].width:
+                    continue
+                tied = [other for other in narrowest if other != name]
+                why = f"it keeps the same share as {', '.join(tied)}" if tied else alone[name].why
+                found[name] = Least(width, why)
         return found
 
     def blocks(self, structure: Structure, dense: Dense) -> list[Block]:
@@ -120,27 +122,52 @@ def select_units(
         PruningError: If the target lies beyond what can be cut, with a table of what can.
     """
     walk = Walk(structure, scores, budget.scope, dense.widths, budget.blocks(structure, dense))
-    left = None if at_most is None else _left_to_take(structure, dense, at_most)
-    if isinstance(amount, Mapping) or (budget.target == "filters" and budget.scope == "layer"):
-        counts = {
-            name: number_to_prune(amount.get(name, 0.0) if isinstance(amount, Mapping) else amount, dense.widths[name])
-            - _gone(structure, dense, name)
-            for name in structure.groups
-        }
-        levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=not isinstance(amount, Mapping))
-        return walk.keep(levels if left is None else walk.first(levels, left))
+    if isinstance(amount, Mapping):
+        counts = _still_to_take(structure, dense, amount)
+        levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=False)
+    elif budget.target == "filters" and budget.scope == "layer":
+        counts = _still_to_take(structure, dense, dict.fromkeys(structure.groups, amount))
+        levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=True)
+    else:
+        levels = _over_all_groups(walk, structure, amount, budget, dense, footprint, latency)
+    if at_most is not None:
+        levels = walk.first(levels, _units_allowed(structure, dense, at_most))
+    return walk.keep(levels)
+
+
+def _still_to_take(structure: Structure, dense: Dense, amounts: Mapping[str, float]) -> dict[str, int]:
+    """Return how many units of each group are still to be pruned, given fractions of the dense groups."""
+    counts = {}
+    for name, group in structure.groups.items():
+        asked = number_to_prune(amounts.get(name, 0.0), dense.widths[name])
+        gone = dense.widths[name] - group.width
+        counts[name] = asked - gone
+    return counts
+
+
+def _over_all_groups(
+    walk: Walk,
+    structure: Structure,
+    amount: float,
+    budget: Budget,
+    dense: Dense,
+    footprint: Callable[[Keep], Footprint],
+    latency: Callable[[Keep], float] | None,
+) -> Levels:
+    """Take the fewest steps of all groups after which the target of the whole model is met."""
     whole, cost = _cost(structure, budget.target, dense, footprint, latency)
-    allowed = whole - number_to_prune(amount, int(whole)) if budget.target == "filters" else (1.0 - amount) * whole
+    allowed = (1.0 - amount) * whole
+    if budget.target == "filters":  # whole units
+        allowed = whole - number_to_prune(amount, int(whole))
+    tolerance = NEAR if budget.target == "latency" else _ROUNDING
     fewest = cost(walk.keep(walk.after(len(walk.order))))
-    if fewest > allowed * (1 + (NEAR if budget.target == "latency" else _ROUNDING)):
+    if fewest > allowed * (1 + tolerance):
         told = rooms_told(what_can_go(structure, budget, dense, footprint))
         raise _beyond(amount, budget, 1 - fewest / whole, told)
-    if budget.target == "latency":
-        count = _nearest(lambda count: cost(walk.keep(walk.after(count))), len(walk.order), allowed)
-        levels = walk.after(count)
-    else:
-        levels = within(walk, lambda levels: cost(walk.keep(levels)), allowed)
-    return walk.keep(levels if left is None else walk.first(levels, left))
+    if budget.target != "latency":
+        return within(walk, lambda levels: cost(walk.keep(levels)), allowed)
+    count = _nearest(lambda count: cost(walk.keep(walk.after(count))), len(walk.order), allowed)
+    return walk.after(count)
 
 
 def per_saving(scores: Scores, saved: Mapping[str, Footprint], target: Target) -> Scores:
@@ -164,26 +191,28 @@ def per_saving(scores: Scores, saved: Mapping[str, Footprint], target: Target) -
     if target == "filters":
         return scores
     what = "params" if target == "params" else "flops"
-    prices = {name: getattr(one, what) for name, one in saved.items()}
-    return {
-        name: scores[name] / price if price > 0 else torch.full_like(scores[name], math.inf)
-        for name, price in prices.items()
-    }
+    divided = {}
+    for name, one in saved.items():
+        price = getattr(one, what)
+        if price > 0:
+            divided[name] = scores[name] / price
+        else:
+            divided[name] = torch.full_like(scores[name], math.inf)
+    return divided
 
 
 def what_can_go(
     structure: Structure, budget: Budget, dense: Dense, footprint: Callable[[Keep], Footprint]
 ) -> list[Room]:
     """Tell of every group how many units may leave, what keeps the others, and how much of the model they hold."""
-    now, rooms = footprint({}), []
+    now = footprint({})
+    params, flops = max(dense.footprint.params, 1), max(dense.footprint.flops, 1)
+    rooms = []
     for name, least in budget.least(structure, dense).items():
         width = structure.groups[name].width
         slim = footprint({name: np.arange(width) < least.width})
-        shares = (
-            (getattr(now, what) - getattr(slim, what)) / max(getattr(dense.footprint, what), 1)
-            for what in ("params", "flops")
-        )
-        rooms.append(Room(name, width, least.width, least.why, *shares))
+        saved = (now.params - slim.params) / params, (now.flops - slim.flops) / flops
+        rooms.append(Room(name, width, least.width, least.why, *saved))
     return rooms
 
 
@@ -196,8 +225,8 @@ def _cost(
 ) -> tuple[float, Callable[[Keep], float]]:
     """Return what the whole model costs, by the target, and what tells the cost of a choice."""
     if target == "filters":
-        lone = len(dense.widths.keys() - structure.groups.keys())  # a group of one unit is no group any more
-        return sum(dense.widths.values()), lambda keep: lone + sum(int(stays.sum()) for stays in keep.values())
+        lone = _lone(structure, dense)
+        return sum(dense.widths.values()), lambda keep: lone + sum(int(kept.sum()) for kept in keep.values())
     if target == "latency":
         if latency is None:
             raise ValueError("target='latency': pass latency=, which measures what a choice leaves of it.")
@@ -237,22 +266,29 @@ def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if measured(middle) > allowed else (low, middle)
+        if measured(middle) > allowed:
+            low = middle
+        else:
+            high = middle
     measured(high)
-    while len(tried[best := min(tried, key=miss)]) < 3:
+    # The best so far may be so by a disturbed measurement: it counts once it was measured three times.
+    best = min(tried, key=miss)
+    while len(tried[best]) < 3:
         measured(best, times=len(tried[best]) + 1)
+        best = min(tried, key=miss)
     return miss(best), best
 
 
-def _gone(structure: Structure, dense: Dense, name: str) -> int:
-    return dense.widths[name] - structure.groups[name].width
+def _lone(structure: Structure, dense: Dense) -> int:
+    """Return how many groups an earlier cut left one unit of: they are no groups any more, and keep it."""
+    return len(dense.widths.keys() - structure.groups.keys())
 
 
-def _left_to_take(structure: Structure, dense: Dense, at_most: int) -> int:
-    """Return how many more units may leave so that no more than so many have left in all."""
-    lone = len(dense.widths.keys() - structure.groups.keys())
-    now = lone + sum(group.width for group in structure.groups.values())
-    return max(0, at_most - (sum(dense.widths.values()) - now))
+def _units_allowed(structure: Structure, dense: Dense, at_most: int) -> int:
+    """Return how many more units may be pruned so that no more than so many are in all."""
+    now = _lone(structure, dense) + sum(group.width for group in structure.groups.values())
+    gone = sum(dense.widths.values()) - now
+    return max(0, at_most - gone)
 
 
 def _beyond(amount: float, budget: Budget, most: float, told: str) -> PruningError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_prune.measure.calibration import Calibration, Run
+from lightning_prune.measure.calibration import Calibration
+from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.footprint import count
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
@@ -57,7 +59,6 @@ def prune_filters(
     max_amount: MaxAmount = 1.0,
     repair: bool | None = None,
     damping: float = DAMPING,
-    forward: Run = call_on,
     progress: bool = True,
 ) -> Report:
     """Remove filters and neurons from a model, in place.
@@ -75,7 +76,8 @@ def prune_filters(
             higher is kept longer. Of weights: ``l1``, ``l2``, ``bn_scale``, ``random``; with ``batches``:
             ``activation_mean``, ``activation_std``, ``apoz``, ``obs`` (prunes first what its consumer layers can best
             compensate) and ``output_change``; with ``batches`` and ``loss``: ``taylor``, ``taylor_activations``,
-            ``taylor_second_order``, ``obd``, ``obd_hutchinson``.
+            ``taylor_second_order``, ``obd``, ``obd_hutchinson``. Or a subclass of
+            :class:`~lightning_prune.pruning.accumulators.Accumulator`.
         target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
             of the whole model. Latency is that of one call on the example inputs, in eval mode, measured on this
             machine and reached within 5 % where single units weigh less.
@@ -85,7 +87,8 @@ def prune_filters(
             it (of latency: by its multiply-adds).
         batches: Batches of data, a list or loader that can be read once. For criteria that look at activations or
             gradients, and for ``repair``.
-        loss: A function of model and batch that returns the mean loss. For criteria that look at gradients.
+        loss: A function of model and batch that returns the mean loss. For criteria that look at gradients; ``obs`` and
+            ``repair`` run the model by it, too, if it is given.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         optimizer: The optimizer or optimizers that train the model; their state follows.
         round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
@@ -97,8 +100,6 @@ def prune_filters(
             by default where ``criterion="obs"``. That criterion assumes it: without it, the outputs can move more than
             if units were pruned at random.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian. For ``obs`` and
-            ``repair``.
-        forward: Calls the model on a batch and returns its outputs; by default as on example inputs. For ``obs`` and
             ``repair``.
         progress: Whether to show progress bars.
 
@@ -124,9 +125,7 @@ def prune_filters(
     where = "prune_filters"
     by_obs = criterion == "obs"
     repair = by_obs if repair is None else repair
-    check_arguments(
-        where, amount, "l1" if by_obs else criterion, target, scope, round_to, min_width, max_amount, ignore
-    )
+    check_arguments(where, amount, criterion, target, scope, round_to, min_width, max_amount, ignore)
     check_damping(where, damping, "inputs' mean variance")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
@@ -136,9 +135,9 @@ def prune_filters(
     if repair or by_obs:
         if batches is None:
             raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
-        calibration = Calibration(list(ordinary(batches)), forward)
+        calibration = Calibration(list(ordinary(batches)), call_on if loss is None else partial(_outputs, loss))
         batches = calibration.batches
-        products = find_products(model, calibration.batches[0], forward)
+        products = find_products(model, batches[0], calibration.forward)
     if by_obs:
         structure = only_read(model, structure, products)
         check_prunable(model, structure)
@@ -154,7 +153,7 @@ def prune_filters(
         amount_by_group(model, structure, amount),
         budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount)),
         flops=flops,
-        adding_up=by_obs or adds_up(criterion),
+        adding_up=adds_up(criterion),
         progress=progress,
     )
     if repair:
@@ -162,3 +161,10 @@ def prune_filters(
     report = plan.apply_(optimizers)
     plan.outcome.warn(where)
     return report
+
+
+def _outputs(loss: Loss, model: nn.Module, batch: Any) -> Any:
+    """Return what a model returns within its loss: batches may hold labels beside its inputs."""
+    with outputs_of(model) as seen:
+        loss(model, batch)
+    return tuple(seen)

@@ -65,21 +65,28 @@ def outcome_of(
         units = max(sum(named.values()), 1)
         asked = sum(shares[name] * width for name, width in named.items()) / units
         reached = sum(gone[name] * width for name, width in named.items()) / units
-        short = bool(behind) if isinstance(amount, Mapping) else reached < asked - _ROUNDING
     else:
         assert not isinstance(amount, Mapping)  # amounts by group are of filters
         asked, reached = amount, _reached(target, dense, now, latency_kept)
-        near = NEAR * (1 - asked) if target == "latency" else _ROUNDING
-        short = reached < asked - near
+    tolerance = NEAR * (1 - asked) if target == "latency" else _ROUNDING
+    short = reached < asked - tolerance
+    if isinstance(amount, Mapping):  # what one layer gave more does not make up for another
+        short = bool(behind)
     if not short:
         return Outcome(asked, reached, "")
-    told = [
-        f"{name} lost {gone[name]:.1%} of {shares[name]:.1%}" + (f" ({why[name]})" if name in why else "")
-        for name in sorted(behind, key=lambda name: (name not in why, -named[name]))
-    ]
-    more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
-    which = f" {'; '.join(told[:_MOST])}{more}." if told else ""
+    told = []
+    for name in sorted(behind, key=lambda name: (name not in why, -named[name])):
+        reason = f" ({why[name]})" if name in why else ""
+        told.append(f"{name} lost {gone[name]:.1%} of {shares[name]:.1%}{reason}")
+    which = f" {_listed(told)}." if told else ""
     return Outcome(asked, reached, f"asked for {asked:.1%} of the {target}, reached {reached:.1%}.{which}")
+
+
+def _listed(told: list[str]) -> str:
+    shown = told[:_MOST]
+    if len(told) > _MOST:
+        shown.append(f"and {len(told) - _MOST} more")
+    return "; ".join(shown)
 
 
 def reasons_of(structure: Structure, slim: Structure) -> dict[str, str]:
@@ -95,21 +102,27 @@ def reasons_of(structure: Structure, slim: Structure) -> dict[str, str]:
 
 def told_of(reasons: Mapping[str, str]) -> str:
     """Say of groups why they were refused; nothing where there are none."""
-    told = [f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:_MOST]]
-    more = [f"\n  and {len(reasons) - _MOST} more"] if len(reasons) > _MOST else []
-    return "".join(["\nGroups whose cut could not be proved stay whole:", *told, *more]) if reasons else ""
+    if not reasons:
+        return ""
+    told = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:_MOST]]
+    if len(reasons) > _MOST:
+        told.append(f"  and {len(reasons) - _MOST} more")
+    return "\n".join(["\nGroups whose cut could not be proved stay whole:", *told])
 
 
 def kept_whole_by(structure: Structure, budget: Budget, dense: Dense, widths: Mapping[str, int]) -> dict[str, str]:
     """Return, for every group that is as narrow as it may become, or could not come nearer, what limits it."""
-    least = budget.least(structure, dense)
-    found = {name: limit.why for name, limit in least.items() if widths.get(name, 0) <= limit.width}
-    if budget.round_to > 1:
-        found = {**dict.fromkeys(least, f"round_to={budget.round_to}"), **found}
+    found = {}
+    for name, limit in budget.least(structure, dense).items():
+        if widths.get(name, 0) <= limit.width:
+            found[name] = limit.why
+        elif budget.round_to > 1:
+            found[name] = f"round_to={budget.round_to}"
     return found
 
 
 def _reached(target: Target, dense: Dense, now: Footprint, latency_kept: float | None) -> float:
     if target == "latency":
-        return 1 - (1.0 if latency_kept is None else latency_kept)
-    return 1 - getattr(now, target) / max(getattr(dense.footprint, target), 1)
+        return 0.0 if latency_kept is None else 1 - latency_kept
+    whole = getattr(dense.footprint, target)
+    return 1 - getattr(now, target) / max(whole, 1)

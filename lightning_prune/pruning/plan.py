@@ -16,12 +16,12 @@ from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.at_fault import groups_at_fault
 from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, select_units
 from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
 from lightning_prune.pruning.report import GroupWidth, Repair, Report
 from lightning_prune.structure import Keep, Structure
-from lightning_prune.surgery import Cut, Disproof, Proof, compensated, cut_, draft, recipe_of, verify
-from lightning_prune.surgery.expected_outputs import Lefts
+from lightning_prune.surgery import Cut, Proof, compensated, cut_, draft, recipe_of, verify
 from lightning_prune.surgery.masks import follow_cut_
 
 __all__ = ["Latency", "Plan", "count_params", "plan_filters"]
@@ -240,7 +240,7 @@ def _verified(
         proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
         if isinstance(proof, Proof):
             break
-        structure = structure.without_each(_at_fault(model, structure, keep, proof))
+        structure = structure.without_each(groups_at_fault(model, structure, keep, proof))
         refused = {**earlier, **reasons_of(first, structure)}
     if stopped is not None:
         raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
@@ -299,45 +299,6 @@ def _flops_after(structure: Structure, keep: Keep, flops: FlopCount) -> int:
 def count_params(model: nn.Module) -> int:
     """Count the parameters of a model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _at_fault(model: nn.Module, structure: Structure, keep: Keep, failure: Disproof) -> dict[str, str]:
-    """Return the groups that must be kept whole so that the cut of the others can be verified, with the reason.
-
-    Blocks of a network that repeat fail alike: groups at the same place in modules of the same class are judged
-    together.
-    """
-    groups = set(failure.groups)
-    if failure.kind is not None:
-        lefts = Lefts(structure, keep)
-        for ran in structure.ledger.ran:
-            if ran.kind == failure.kind:
-                groups |= lefts.groups(*ran.taken, *ran.made)
-    if groups:
-        return dict.fromkeys(sorted(groups), failure.reason)
-    return _culprits(model, structure, keep)
-
-
-def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> dict[str, str]:
-    """Halve the groups that are cut until those are found that cannot be, beside the others that can."""
-    reasons: dict[str, str] = {}
-
-    def search(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        cut = draft(model, structure, {name: keep[name] for link in accepted + links for name in link})
-        failure = verify(model, structure, cut, cache(partial(cut.tensors, model)))
-        if isinstance(failure, Proof):
-            return links
-        if len(links) == 1:
-            reasons.update(dict.fromkeys(links[0], failure.reason))
-            return []
-        half = len(links) // 2
-        left = search(links[:half], accepted)
-        return left + search(links[half:], accepted + left)
-
-    linked = [link for link in structure.links if not keep[link[0]].all()]
-    single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
-    search([*single, *linked], [])
-    return reasons
 
 
 def _in_words(plan: Plan) -> str:
