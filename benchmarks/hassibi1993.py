@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.data import data_module
-from lightning_prune import prune_exact
 from lightning_prune.algorithms.solvers.brain_surgeon import inverse_of_outer_products
 from lightning_prune.measure.curvature import outer_product_rows
+from lightning_prune.pruning.exact import prune_exact
 
 METHODS = ("obs", "obd", "magnitude")
 Masks = dict[str, Tensor]

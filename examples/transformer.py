@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import FewUnits, TaylorFilterPruning, count_flops
+from lightning_prune import TaylorFilterPruning, count_flops
+from lightning_prune.algorithms.schedules import FewUnits
 
 CONTEXT = 32
 ONE_TEXT = torch.zeros(1, CONTEXT, dtype=torch.long)

@@ -1,45 +1,22 @@
-"""Prune networks while they train with PyTorch Lightning: units leave the model between two batches."""
+"""Prune networks while they train with PyTorch Lightning.
 
-from lightning_prune.algorithms.schedules import Cubic, FewUnits, Geometric, Linear, OneCycle, OneShot, Schedule
-from lightning_prune.analysis.criterion_comparison import compare_criteria
-from lightning_prune.analysis.latency_comparison import LatencyReport, compare_latency
-from lightning_prune.analysis.layer_sensitivity import sensitivity
-from lightning_prune.analysis.sensitivity_findings import Sensitivity
-from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
-from lightning_prune.callbacks import (
-    FilterL1Pruning,
-    FilterPruning,
-    IterativeMagnitudePruning,
-    MetricGuard,
-    OBSOneShot,
-    TaylorFilterPruning,
-)
-from lightning_prune.callbacks.engine.loading import Prunable, load_from_checkpoint, load_state_dict_
-from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
-from lightning_prune.measure.flops import count_flops
-from lightning_prune.model.batch_norm import recalibrate_batch_norm
-from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.exact import prune_exact
-from lightning_prune.pruning.filters import prune_filters
-from lightning_prune.pruning.fisher import prune_fisher
-from lightning_prune.pruning.obs import prune_obs
-from lightning_prune.pruning.report import Report, WeightReport
-from lightning_prune.pruning.weights import prune_weights
-from lightning_prune.reports import History
-from lightning_prune.structure import coupling_rule
-from lightning_prune.surgery.masks import apply_masks_, hold_masks, masks_on
-from lightning_prune.surgery.semi_structured import to_semi_structured_
-from lightning_prune.surgery.sparse_files import load_sparse, load_sparse_, save_sparse
+The names below are imported when they are first used, so that this import brings in neither Lightning nor fvcore.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "Cubic",
-    "FewUnits",
     "FilterL1Pruning",
     "FilterPruning",
     "Geometric",
-    "History",
     "IterativeMagnitudePruning",
-    "LatencyReport",
     "Linear",
     "MetricGuard",
     "OBSOneShot",
@@ -47,13 +24,8 @@ __all__ = [
     "OneShot",
     "Prunable",
     "PruningError",
-    "Report",
-    "Schedule",
-    "Sensitivity",
     "TaylorFilterPruning",
-    "WeightReport",
     "apply_masks_",
-    "compare_criteria",
     "compare_latency",
     "count_flops",
     "coupling_rule",
@@ -62,17 +34,125 @@ __all__ = [
     "load_sparse",
     "load_sparse_",
     "load_state_dict_",
-    "masks_on",
-    "prune_exact",
     "prune_filters",
-    "prune_fisher",
     "prune_obs",
     "prune_weights",
     "recalibrate_batch_norm",
     "save_sparse",
     "sensitivity",
     "to_semi_structured_",
-    "trainer_sensitivity",
-    "trainer_weight_sensitivity",
     "weight_sensitivity",
 ]
+
+# Each module and its public names; a test compares it with the imports that type checkers and editors read.
+_HOMES = {
+    "algorithms.schedules": ("Cubic", "Geometric", "Linear", "OneCycle", "OneShot"),
+    "analysis.latency_comparison": ("compare_latency",),
+    "analysis.layer_sensitivity": ("sensitivity",),
+    "analysis.weight_sensitivity": ("weight_sensitivity",),
+    "callbacks.engine.loading": ("Prunable", "load_from_checkpoint", "load_state_dict_"),
+    "callbacks.filter_l1": ("FilterL1Pruning",),
+    "callbacks.filter_pruning": ("FilterPruning",),
+    "callbacks.iterative_magnitude": ("IterativeMagnitudePruning",),
+    "callbacks.metric_guard": ("MetricGuard",),
+    "callbacks.obs_one_shot": ("OBSOneShot",),
+    "callbacks.taylor_filter": ("TaylorFilterPruning",),
+    "measure.flops": ("count_flops",),
+    "model.batch_norm": ("recalibrate_batch_norm",),
+    "model.errors": ("PruningError",),
+    "pruning.filters": ("prune_filters",),
+    "pruning.obs": ("prune_obs",),
+    "pruning.weights": ("prune_weights",),
+    "structure.rules": ("coupling_rule",),
+    "surgery.masks": ("apply_masks_", "hold_masks"),
+    "surgery.semi_structured": ("to_semi_structured_",),
+    "surgery.sparse_files": ("load_sparse", "load_sparse_", "save_sparse"),
+}
+
+if TYPE_CHECKING:
+    from lightning_prune.algorithms.schedules import Cubic, Geometric, Linear, OneCycle, OneShot
+    from lightning_prune.analysis.latency_comparison import compare_latency
+    from lightning_prune.analysis.layer_sensitivity import sensitivity
+    from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
+    from lightning_prune.callbacks.engine.loading import Prunable, load_from_checkpoint, load_state_dict_
+    from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
+    from lightning_prune.callbacks.filter_pruning import FilterPruning
+    from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
+    from lightning_prune.callbacks.metric_guard import MetricGuard
+    from lightning_prune.callbacks.obs_one_shot import OBSOneShot
+    from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
+    from lightning_prune.measure.flops import count_flops
+    from lightning_prune.model.batch_norm import recalibrate_batch_norm
+    from lightning_prune.model.errors import PruningError
+    from lightning_prune.pruning.filters import prune_filters
+    from lightning_prune.pruning.obs import prune_obs
+    from lightning_prune.pruning.weights import prune_weights
+    from lightning_prune.structure.rules import coupling_rule
+    from lightning_prune.surgery.masks import apply_masks_, hold_masks
+    from lightning_prune.surgery.semi_structured import to_semi_structured_
+    from lightning_prune.surgery.sparse_files import load_sparse, load_sparse_, save_sparse
+
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> Any:
+        for home, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{home}"), name)
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("lightning-prune")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted([*__all__, "__version__"])
+
+
+_LIGHTNING = ("lightning.pytorch", "pytorch_lightning")
+
+
+class _LightningFinder(MetaPathFinder):
+    """Imports the callbacks right after Lightning, because LightningCLI finds only imported ones by short names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _LIGHTNING:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        for finder in others:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _LightningLoader(self, spec.loader)
+                return spec
+        return None
+
+
+class _LightningLoader(Loader):
+    """Runs a module by its own loader, then imports the callbacks."""
+
+    def __init__(self, finder: _LightningFinder, loader: Loader) -> None:
+        self._finder, self._loader = finder, loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module looks as if nothing had come between.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
+        import_module("lightning_prune.callbacks")
+
+
+if any(name in sys.modules for name in _LIGHTNING):
+    import_module("lightning_prune.callbacks")
+else:
+    sys.meta_path.insert(0, _LightningFinder())

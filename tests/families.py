@@ -16,7 +16,11 @@ class ResNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.conv1, self.norm1, self.conv2 = nn.Conv2d(4, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3, padding=1)
+        self.conv1, self.norm1, self.conv2 = (
+            nn.Conv2d(4, 5, 3, padding=1),
+            nn.BatchNorm2d(5),
+            nn.Conv2d(5, 4, 3, padding=1),
+        )
         self.conv3, self.norm3, self.conv4 = nn.Conv2d(4, 5, 3, 2, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 6, 3, padding=1)
         self.shortcut, self.head = nn.Conv2d(4, 6, 1, 2), nn.Linear(6, CLASSES)
 
@@ -32,7 +36,11 @@ class ConvNeXt(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.depthwise, self.norm = nn.Conv2d(2, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.LayerNorm(4)
+        self.stem, self.depthwise, self.norm = (
+            nn.Conv2d(2, 4, 2, 2),
+            nn.Conv2d(4, 4, 3, padding=1, groups=4),
+            nn.LayerNorm(4),
+        )
         self.wide, self.narrow, self.scale = nn.Linear(4, 9), nn.Linear(9, 4), nn.Parameter(torch.rand(4))
         self.last, self.head = nn.LayerNorm(4), nn.Linear(4, CLASSES)
 
@@ -167,7 +175,9 @@ class Llama(nn.Module):
 
     def rotated(self, x):
         half = x.shape[-1] // 2
-        angle = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None] / (1 + torch.arange(2, device=x.device))
+        angle = torch.arange(x.shape[2], device=x.device, dtype=x.dtype)[:, None] / (
+            1 + torch.arange(2, device=x.device)
+        )
         cosine, sine = (torch.cat([f(angle)] * 2, dim=-1) for f in (torch.cos, torch.sin))
         return x * cosine + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sine
 

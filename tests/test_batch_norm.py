@@ -95,7 +95,7 @@ def test_batches_are_positional_or_named_inputs_or_what_forward_takes_of_them():
 def test_no_batches_are_refused():
     """Without a batch there is nothing to average, and the statistics stay."""
     net = model()
-    with pytest.raises(PruningError, match="no batch came"):
+    with pytest.raises(PruningError, match="batches is empty"):
         recalibrate_batch_norm(net, [])
     assert net[1].running_mean.eq(0).all() and recalibrate_batch_norm(nn.Linear(2, 2), []) == ()
 

@@ -101,7 +101,7 @@ def test_pickles(kind, after_a_run):
 def test_repr_rebuilds(kind, arguments):
     """The printed form is a call that makes an equal callback."""
     callback = kind(**arguments)
-    rebuilt = eval(repr(callback), dict(vars(lightning_prune)))
+    rebuilt = eval(repr(callback), {name: getattr(lightning_prune, name) for name in lightning_prune.__all__})
     assert arguments_of(rebuilt) == arguments_of(callback)
     assert repr(rebuilt) == repr(callback)
 

@@ -9,7 +9,8 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_prune import Cubic, FewUnits, FilterL1Pruning, FilterPruning, Linear, OneShot, load_from_checkpoint
+from lightning_prune import Cubic, FilterL1Pruning, FilterPruning, Linear, OneShot, load_from_checkpoint
+from lightning_prune.algorithms.schedules import FewUnits
 from tests.runs import Depthwise, Net, assert_same_weights, batches, trainer, weights, widths
 
 QUIET = {

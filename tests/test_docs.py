@@ -1,9 +1,15 @@
 """The README and the documentation do what they say."""
 
+import inspect
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+
+import lightning_prune
+from lightning_prune.callbacks.engine.engine import Engine
+from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,7 +43,21 @@ def test_every_page_is_in_the_navigation():
 
 def test_every_public_name_is_documented():
     """The API page names everything that the package exports."""
-    import lightning_prune
-
     page = (ROOT / "docs" / "api.md").read_text()
     assert set(re.findall(r"^::: lightning_prune\.(\w+)$", page, re.MULTILINE)) == set(lightning_prune.__all__)
+
+
+def test_the_way_of_amount_is_the_code():
+    """Each of its ten calls is made in the file of one before it, and its source is shown where it links to."""
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    way = re.findall(r"^\d+\. \[`[\w.]+`\]\[(lightning_prune[\w.]+)\]", page, re.MULTILINE)
+    assert len(way) == 10
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "code.md").read_text(), re.MULTILINE)
+    assert shown == way
+    start = lightning_prune.FilterL1Pruning, Engine, UnitRemoval  # the callback, what drives it, what it does
+    files = [inspect.getsource(inspect.getmodule(part)) for part in start]
+    for name in way:
+        call = resolve_name(name)
+        called = re.compile(rf"(?<!def )(?<!class )\b{call.__name__}\(")
+        assert any(called.search(source) for source in files), name
+        files.append(inspect.getsource(inspect.getmodule(call)))

@@ -98,4 +98,4 @@ def test_a_run_from_yaml_and_its_report(tmp_path):
     assert (run / "pruning.html").exists()
     classes = ["--model_class", "digits.DigitsNet", "--data_class", "digits.Digits"]
     text = printed("-m", "lightning_prune.cli", "report", str(run), "--latency", "--batch_sizes", "8", *classes)
-    assert "From cut to cut" in text and "Latency, measured on cpu" in text
+    assert "Pruning steps" in text and "Latency, measured on cpu" in text

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_prune import (
-    Cubic,
-    FewUnits,
-    FilterL1Pruning,
-    Linear,
-    MetricGuard,
-    OneShot,
-    PruningError,
-    TaylorFilterPruning,
-)
+from lightning_prune import Cubic, FilterL1Pruning, Linear, MetricGuard, OneShot, PruningError, TaylorFilterPruning
+from lightning_prune.algorithms.schedules import FewUnits
 from tests.runs import Net, assert_same_weights, fit, images, net, trainer, weights, widths
 
 
@@ -72,7 +64,7 @@ def test_towards_a_budget(target):
 def test_a_training_too_short_is_refused_before_the_first_step():
     """How many cuts it takes is known before training: one that ends earlier is refused with the step of the last."""
     with pytest.raises(
-        PruningError, match=r"FewUnits\(units=1.*\) of 12 units that leave is complete only before step 22"
+        PruningError, match=r"FewUnits\(units=1.*\) for 12 units to prune is complete only before step 22"
     ):
         fit(net(), FilterL1Pruning(0.5, schedule=FewUnits(units=1, every=2)))
     module = net()

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError, prune_fisher, prune_weights
+from lightning_prune import PruningError, prune_weights
 from lightning_prune.algorithms.solvers.brain_surgeon import surgeon
+from lightning_prune.pruning.fisher import prune_fisher
 
 
 def loss(model, batch):

@@ -16,15 +16,8 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 import lightning_prune
-from lightning_prune import (
-    Cubic,
-    Geometric,
-    IterativeMagnitudePruning,
-    Linear,
-    OneShot,
-    masks_on,
-    prune_weights,
-)
+from lightning_prune import Cubic, Geometric, IterativeMagnitudePruning, Linear, OneShot, prune_weights
+from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, TOTAL, Two, WithAdam, Zeros, gone_of, pruning, zeros
 from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import arguments_of, global_hooks, hooks_of
@@ -242,7 +235,7 @@ def test_gradients_are_masked_where_optimizers_look_further(kind, masked):
 def test_repr_rebuilds(arguments):
     """The printed form is a call that makes an equal callback, and each argument an attribute of its name."""
     callback = IterativeMagnitudePruning(**arguments)
-    rebuilt = eval(repr(callback), dict(vars(lightning_prune)))
+    rebuilt = eval(repr(callback), {name: getattr(lightning_prune, name) for name in lightning_prune.__all__})
     assert arguments_of(rebuilt) == arguments_of(callback)
     for name, value in arguments.items():
         assert getattr(callback, name) == value

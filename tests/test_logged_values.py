@@ -52,6 +52,6 @@ def test_table_shows_the_widths(capsys):
     fit(net(), FilterL1Pruning(amount=0.5))
     shown = capsys.readouterr().out
     lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
-    assert "Left: 32.7% of params, 31.8% of FLOPs" in shown
+    assert "Kept: 32.7% of params, 31.8% of FLOPs" in shown
     assert "8 → 4" in lines["first"] and "6 → 3" in lines["second"] and "10 → 5" in lines["hidden"]
     assert "33 → 18" in lines["head"] and "5,184 → 2,592" in lines["first"]

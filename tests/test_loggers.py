@@ -5,14 +5,8 @@ import csv
 import pytest
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lightning_prune import (
-    FewUnits,
-    FilterL1Pruning,
-    IterativeMagnitudePruning,
-    Linear,
-    OBSOneShot,
-    TaylorFilterPruning,
-)
+from lightning_prune import FilterL1Pruning, IterativeMagnitudePruning, Linear, OBSOneShot, TaylorFilterPruning
+from lightning_prune.algorithms.schedules import FewUnits
 from tests.runs import fit, net
 
 CALLBACKS = {

@@ -9,14 +9,8 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 
-from lightning_prune import (
-    FilterL1Pruning,
-    Linear,
-    MetricGuard,
-    OneShot,
-    PruningError,
-    masks_on,
-)
+from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot, PruningError
+from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import TOTAL, Zeros, gone_of, pruning, zeros
 from tests.runs import Net, assert_same_weights, fit, net, weights
 

@@ -8,13 +8,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_prune import (
-    FewUnits,
-    FilterL1Pruning,
-    MetricGuard,
-    OneShot,
-    PruningError,
-)
+from lightning_prune import FilterL1Pruning, MetricGuard, OneShot, PruningError
+from lightning_prune.algorithms.schedules import FewUnits
 from tests.magnitude import pruning
 from tests.runs import Net, assert_same_weights, fit, net, weights
 

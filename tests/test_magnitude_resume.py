@@ -7,15 +7,8 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 
-from lightning_prune import (
-    Cubic,
-    Geometric,
-    IterativeMagnitudePruning,
-    Linear,
-    load_from_checkpoint,
-    masks_on,
-    prune_weights,
-)
+from lightning_prune import Cubic, Geometric, IterativeMagnitudePruning, Linear, load_from_checkpoint, prune_weights
+from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, Falling, WithAdam, gone_of, pruning, zeros
 from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
 

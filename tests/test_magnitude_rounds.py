@@ -10,13 +10,8 @@ from lightning.pytorch.callbacks import (
 )
 
 import lightning_prune
-from lightning_prune import (
-    Geometric,
-    IterativeMagnitudePruning,
-    Linear,
-    OneShot,
-    masks_on,
-)
+from lightning_prune import Geometric, IterativeMagnitudePruning, Linear, OneShot
+from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, Falling, gone_of, pruning, zeros
 from tests.runs import assert_same_weights, fit, net, weights
 

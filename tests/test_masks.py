@@ -10,18 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, optim
 
-from lightning_prune import (
-    apply_masks_,
-    hold_masks,
-    load_state_dict_,
-    masks_on,
-    prune_exact,
-    prune_fisher,
-    prune_obs,
-    prune_weights,
-)
+from lightning_prune import apply_masks_, hold_masks, load_state_dict_, prune_obs, prune_weights
+from lightning_prune.pruning.exact import prune_exact
+from lightning_prune.pruning.fisher import prune_fisher
 from lightning_prune.surgery import take_shapes_
-from lightning_prune.surgery.masks import Masks
+from lightning_prune.surgery.masks import Masks, masks_on
 
 OPTIMIZERS = {
     "SGD": partial(optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune
-from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError, masks_on
+from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError
+from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import gone_of
 from tests.runs import IMAGE, Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import global_hooks, hooks_of
@@ -149,7 +150,7 @@ def test_processes_look_at_the_batches_of_all(tmp_path):
 def test_contract():
     """It pickles, its repr rebuilds it, and nothing is left on the module but what tells of its masks."""
     callback = OBSOneShot(amount=0.3, epoch=1, solver="exact", ignore=["head"], scope="global")
-    rebuilt = eval(repr(callback), vars(lightning_prune))
+    rebuilt = eval(repr(callback), {name: getattr(lightning_prune, name) for name in lightning_prune.__all__})
     assert arguments_of(rebuilt) == arguments_of(callback) == arguments_of(pickle.loads(pickle.dumps(callback)))
     model, before = net(), global_hooks()
     own = {name: id(parameter) for name, parameter in model.named_parameters()}

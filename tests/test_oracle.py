@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError, compare_criteria
-from lightning_prune.analysis.criterion_comparison import correlate, oracle
+from lightning_prune import PruningError
+from lightning_prune.analysis.criterion_comparison import compare_criteria, correlate, oracle
 from lightning_prune.model.calls import run
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft

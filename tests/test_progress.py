@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import PruningError, prune_exact, prune_filters, prune_fisher, prune_obs
+from lightning_prune import PruningError, prune_filters, prune_obs
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning import plan
+from lightning_prune.pruning.exact import prune_exact
+from lightning_prune.pruning.fisher import prune_fisher
 
 IMAGES = torch.randn(32, 3, 6, 6)
 BATCHES = [(IMAGES, torch.randint(4, (32,)))] * 3

@@ -14,10 +14,10 @@ from lightning_prune import (
     Prunable,
     PruningError,
     load_state_dict_,
-    masks_on,
     prune_filters,
     prune_weights,
 )
+from lightning_prune.surgery.masks import masks_on
 from tests.runs import (
     IMAGE,
     Attentive,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
-from lightning_prune import trainer_sensitivity
+from lightning_prune.callbacks.validation import trainer_sensitivity
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 
@@ -156,19 +156,3 @@ def test_sensitivity_by_the_trainer_of_either_package(package):
     found = trainer_sensitivity(trainer, net_of(pl), data(), metric="loss", shares=(0.5,), progress=False)
     assert [(group.name, group.width) for group in found.groups] == [("net.0", 32)]
     assert trainer.callbacks == before
-
-
-@pytest.mark.parametrize("first", ["lightning_prune", "pytorch_lightning"])
-def test_the_order_of_imports_does_not_matter(first):
-    """Callbacks are those of both packages before one is made, whichever was imported first."""
-    second = {"lightning_prune": "pytorch_lightning", "pytorch_lightning": "lightning_prune"}[first]
-    script = f"""
-        import {first}
-        import {second}
-        import lightning.pytorch
-        for name in lightning_prune.callbacks.__all__:
-            kind = getattr(lightning_prune, name)
-            assert issubclass(kind, pytorch_lightning.Callback) and issubclass(kind, lightning.pytorch.Callback), name
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

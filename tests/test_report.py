@@ -9,9 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from rich.console import Console
 
 from lightning_prune import (
-    FewUnits,
     FilterL1Pruning,
     IterativeMagnitudePruning,
     Linear,
@@ -20,10 +20,11 @@ from lightning_prune import (
     OneShot,
     PruningError,
 )
+from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.callbacks.engine import reporting
-from lightning_prune.reports import History, draw_run, run_tables
-from lightning_prune.reports.run_page import run_page
-from lightning_prune.reports.summary import main_metric, stages, staying, totals
+from lightning_prune.reports import History, LayerChange, LayerCost, draw_run, run_tables
+from lightning_prune.reports.run_files import run_page
+from lightning_prune.reports.run_summary import main_metric, stages, staying
 from tests import runs
 from tests.runs import Watch, fit, net, widths
 
@@ -59,8 +60,6 @@ def test_history_tells_what_left_when_and_what_validation_said():
     assert history.model == "Net" and history.callbacks == [
         "FilterL1Pruning(amount=0.5, schedule=Linear(start=1, end=2, every=1, by='epochs'))"
     ]
-    dense = {total.name: total.before for total in totals(history)}
-    assert dense == {"parameters": watch.params[0], "FLOPs": watch.flops[0]}
 
 
 def test_stages_hold_the_first_and_the_last_validation_between_two_cuts():
@@ -85,7 +84,7 @@ def test_a_report_is_left_in_the_folder_of_the_logger(tmp_path, capsys):
     assert all(word in page for word in [*runs.WIDTHS, "val_loss", "8 → 4", "reaches the model&#x27;s output"])
     assert not re.search(r'(src|href)="(?!data:)|@import|url\(', page)
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("8 → 4", "From cut to cut", "What stays", "val_loss"))
+    assert all(word in shown for word in ("8 → 4", "Pruning steps", "Not prunable", "val_loss"))
     assert "version_0/pruning.html" in re.sub(r"\s", "", shown)
 
 
@@ -96,13 +95,13 @@ def test_the_picture_shows_what_the_history_says():
     history = callback.history
     figure = draw_run(history)
     axes = {(part.get_xlabel(), part.get_ylabel()): part for part in figure.axes}
-    (flops,) = [line for line in axes["optimizer steps", "left, %"].lines if line.get_label() == "FLOPs"]
+    (flops,) = [line for line in axes["optimizer steps", "kept, %"].lines if line.get_label() == "FLOPs"]
     assert list(flops.get_ydata()[1:]) == [100 * moment.left["prune/flops_kept"] for moment in history.moments]
     assert list(flops.get_xdata()[1:]) == [moment.step for moment in history.moments]
     losses = [(m.step, m.metrics["val_loss"]) for m in history.moments if m.metrics]
     assert [tuple(point) for point in axes["", "val_loss"].lines[0].get_xydata()] == losses
     ends = [(100 * s.left["prune/flops_kept"], s.last["val_loss"]) for s in stages(history)]
-    assert [tuple(point) for point in axes["FLOPs left, %", "val_loss"].lines[0].get_xydata()] == ends
+    assert [tuple(point) for point in axes["FLOPs kept, %", "val_loss"].lines[0].get_xydata()] == ends
     heights = [bar.get_height() for bar in axes["", "width"].patches]
     changes = history.layers.values()
     assert heights == [change.before.width for change in changes] + [change.now.width for change in changes]
@@ -144,7 +143,7 @@ def test_a_run_that_is_stopped_is_reported(error, raised, tmp_path, capsys):
     assert [moment.epoch for moment in found.moments if not moment.metrics] == [0, 1]
     assert found.layers["first"].now.width == widths(module)["first"] == 6
     assert f"Stopped by {found.stopped}." in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
-    assert ("From cut to cut" in capsys.readouterr().out) == (error is KeyboardInterrupt)
+    assert ("Pruning steps" in capsys.readouterr().out) == (error is KeyboardInterrupt)
     again = (
         FilterL1Pruning(0.5, schedule=Linear(1, 3)),
         IterativeMagnitudePruning(0.5, schedule=OneShot(3), scope="global"),
@@ -220,13 +219,14 @@ def test_masks_are_told_weight_by_weight(tmp_path):
     assert "50.0%" in page and "its 6 inputs are no multiple of 8" in page
 
 
-def test_code_that_goes_by_numbers_is_named(capsys):
+def test_code_that_goes_by_numbers_is_named(capsys, monkeypatch):
     """Where a module's path hangs on numbers of its input, the report says that only the one taken was seen."""
 
     class Choosing(runs.Net):
         def forward(self, images):
             return super().forward(images if images.sum() < 1e9 else -images)
 
+    monkeypatch.setenv("COLUMNS", "200")
     callback = FilterL1Pruning(0.5)
     fit(Choosing(), callback)
     assert callback.history.branching == ["the model"] and callback.history.layers["second"].now.width == 3
@@ -239,7 +239,7 @@ def test_one_report_for_all_callbacks(capsys):
     fit(net(), first, last)
     assert first.history == last.history and set(last.history.layers) > set(runs.WIDTHS)
     assert {"prune/flops_kept", "prune/nonzero_kept"} <= set(last.history.left)
-    assert len(last.history.weights) == 4 and capsys.readouterr().out.count("Left:") == 2
+    assert len(last.history.weights) == 4 and capsys.readouterr().out.count("Kept:") == 2
 
 
 def test_a_resumed_run_has_the_whole_history(tmp_path):
@@ -303,11 +303,29 @@ def test_histories_survive_json(tmp_path):
 
 def test_names_are_escaped_on_the_page():
     """What comes from the run cannot break the page."""
-    history = History("<b>", ["f(x='<i>')"])
-    history.note_left(0, 0, {"prune/flops_kept": 1.0})
-    history.note_metrics(0, 1, {"<u>": 1.0})
+    history = History("<b>", ["f(x='<i>')"], "on {cpu} [/x]", dense={"<s>": "[/because]"})
+    for step, kept in ((0, 1.0), (5, 0.5)):
+        history.note_left(0, step, {"prune/flops_kept": kept})
+        history.note_metrics(0, step + 1, {"<u> [/mm]": 1.0})
     page = run_page(history, None)
-    assert not any(tag in page for tag in ("<b>&", "Pruning of <b>", "<i>", "<u>"))
+    assert not any(tag in page for tag in ("<b>", "<i>", "<u>", "<s>"))
+    assert all(text in page for text in ("&lt;u&gt; [/mm]", "&lt;s&gt;", "[/because]", "on {cpu} [/x]"))
+
+
+@pytest.mark.parametrize("name", ["err [/mm]", "[bold]", "a:smile:b", "loss $x", "iou [a]/[b]"])
+def test_any_name_is_printed_as_it_is(name, capsys, monkeypatch):
+    """Brackets, colons and dollar signs in the names of modules and metrics are no markup."""
+    monkeypatch.setenv("COLUMNS", "300")
+    cost = LayerCost(8, 16, 32), LayerCost(4, 8, 16)
+    history = History(layers={name: LayerChange(*cost)}, stopped=name, measured=name)
+    for step, kept in ((0, 1.0), (5, 0.5)):
+        left = {"prune/flops_kept": kept, "prune/params_kept": kept, "prune/latency_kept": kept}
+        history.note_left(0, step, left)
+        history.note_metrics(0, step + 1, {name: kept})
+    for table in run_tables(history):
+        Console().print(table)
+    assert capsys.readouterr().out.count(name) == 4  # of the latency, the layer, the metric and what stopped the run
+    draw_run(history).canvas.draw()
 
 
 def test_many_cuts_fit_into_a_terminal():
@@ -315,8 +333,9 @@ def test_many_cuts_fit_into_a_terminal():
     callback = FilterL1Pruning(0.7, schedule=FewUnits(1), example_inputs=runs.IMAGE)
     fit(net(), callback, val=True, max_epochs=10)
     assert len(stages(callback.history)) == callback.member.strategy.units > 12
-    (table,) = [table for table in run_tables(callback.history) if table.title == "From cut to cut"]
-    assert table.row_count == 12 and f"12 of {callback.member.strategy.units} are shown" in str(table.caption)
+    (table,) = [table for table in run_tables(callback.history) if str(table.title) == "Pruning steps"]
+    assert run_tables(callback.history, whole=True)[1].row_count == len(stages(callback.history))
+    assert table.row_count == 12 and f"12 of {callback.member.strategy.units} are shown" in str(str(table.caption))
     assert next(table.columns[1].cells) == "0"
 
 

@@ -46,7 +46,7 @@ def test_a_run_is_shown_again_from_whatever_it_left(run, capsys, monkeypatch):
         for path in (run, run / "pruning.json", run / "checkpoints" / "last.ckpt", run / "checkpoints")
     }
     (text,) = texts
-    assert all(word in text for word in ("first", "8 → 4", "From cut to cut", "val_loss", "reaches the model's output"))
+    assert all(word in text for word in ("first", "8 → 4", "Pruning steps", "val_loss", "reaches the model's output"))
 
 
 def test_a_report_is_written_where_asked(run, tmp_path, capsys):
@@ -83,15 +83,17 @@ def slim():
     [
         (["nowhere"], "nowhere does not exist. Give a log folder, a checkpoint or pruning.json"),
         (["empty"], "empty holds neither pruning.json nor a checkpoint"),
-        (["weights.ckpt"], "weights.ckpt tells of no pruning"),
+        (["weights.ckpt"], "weights.ckpt has no pruning history"),
         (["notes.txt"], "notes.txt cannot be read as a checkpoint"),
         (["pruning.json", "--latency"], "there is no config.yaml in"),
-        (["pruning.json", "--latency", "--model", "tests.runs.Net", "--input_shape", "1,2,6,6"], "Give --ckpt_path"),
+        (["pruning.json", "--latency", "--ckpt_path", "no.ckpt"], "no.ckpt does not exist, or is not a file"),
+        (["pruning.json", "--batch_size", "2"], "unknown arguments: --batch_size 2"),
+        (["pruning.json", "--latency", "--model", "tests.runs.Net", "--input_shape", "1,2,6,6"], "Give --ckpt-path"),
         (["pruning.json", "--trainer.devices", "2"], "unknown arguments: --trainer.devices 2"),
     ],
 )
-def test_what_cannot_be_shown_is_told(arguments, told, run, tmp_path, monkeypatch):
-    """What is missing is said in one line, with what to give."""
+def test_what_cannot_be_shown_is_told(arguments, told, run, tmp_path, monkeypatch, capsys):
+    """What is missing is said in one line, with what to give, and the exit status is 2."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("a")
@@ -101,4 +103,5 @@ def test_what_cannot_be_shown_is_told(arguments, told, run, tmp_path, monkeypatc
         (tmp_path / "weights.ckpt").unlink()
     with pytest.raises(SystemExit) as stop:
         cli.main(["report", *arguments])
-    assert str(stop.value).startswith("lightning-prune report: ") and told in str(stop.value)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("lightning-prune report: ") and told in line

@@ -99,7 +99,7 @@ def test_schedules_are_values(schedule):
         (lambda: Linear(-1, 3), "0 <= start <= end"),
         (lambda: Cubic(4, 3), "0 <= start <= end"),
         (lambda: Linear(0, 3, 0, by="steps"), "steps must satisfy .* every >= 1"),
-        (lambda: OneCycle(0, 3, by="batches"), "by='batches'.*'epochs' or by 'steps'"),
+        (lambda: OneCycle(0, 3, by="batches"), "by='batches' must be 'epochs' or 'steps'"),
     ],
 )
 def test_impossible_moments_are_refused(make, told):
@@ -111,5 +111,5 @@ def test_impossible_moments_are_refused(make, told):
 @pytest.mark.parametrize("make", [lambda: OneShot(0.5), lambda: Linear(1, "4"), lambda: Cubic(True, 4)])
 def test_moments_are_whole_numbers(make):
     """What counts no epochs or steps is refused by name."""
-    with pytest.raises(TypeError, match="it is a whole number"):
+    with pytest.raises(TypeError, match="must be a whole number"):
         make()

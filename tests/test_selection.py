@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.algorithms.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern, ranks
+from lightning_prune.algorithms.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, math.inf, math.nan]), min_size=1, max_size=20)
 
@@ -34,28 +34,20 @@ def test_larger_counts_keep_a_superset(scores):
     assert all((few <= more).all() for few, more in itertools.pairwise(keeps))
 
 
-@settings(deadline=None, max_examples=50)
-@given(scores=SCORES)
-def test_ranks_are_a_permutation(scores):
-    """Every rank from 0 to n - 1 is given once; of equal scores the earlier has the lower one."""
-    found = ranks(torch.tensor(scores))
-    assert sorted(found.tolist()) == list(range(len(scores)))
-    assert ranks(torch.zeros(len(scores))).tolist() == list(range(len(scores)))
-
-
 @settings(deadline=None, max_examples=30)
 @given(scores=st.lists(st.floats(-1, 1), min_size=2, max_size=12, unique=True), seed=st.integers(0, 99))
-def test_permuted_scores_give_permuted_ranks(scores, seed):
+def test_permuted_scores_give_permuted_choices(scores, seed):
     """Without ties, the order in which units are listed does not matter."""
     values = torch.tensor(scores, dtype=torch.float64)
     order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(ranks(values[order]), ranks(values)[order])
+    half = len(scores) // 2
+    assert torch.equal(keep_highest(values[order], half), keep_highest(values, half)[order])
 
 
 @pytest.mark.parametrize("count", [-1, 4])
 def test_impossible_counts_are_refused(count):
     """Fewer than none or more than all cannot stay."""
-    with pytest.raises(ValueError, match=f"count={count}: of 3 units, from 0 to 3 can stay"):
+    with pytest.raises(ValueError, match=f"count={count}: of 3 units, from 0 to 3 can be kept"):
         keep_highest(torch.zeros(3), count)
 
 

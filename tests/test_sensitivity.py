@@ -14,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import FilterL1Pruning, PruningError, prune_filters, sensitivity, trainer_sensitivity
+from lightning_prune import FilterL1Pruning, PruningError, prune_filters, sensitivity
 from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Sensitivity
+from lightning_prune.callbacks.validation import trainer_sensitivity
 from lightning_prune.reports import draw_sensitivity, sensitivity_table
 from lightning_prune.structure import find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, temporarily_cut

@@ -18,13 +18,13 @@ from lightning_prune import (
     PruningError,
     load_sparse,
     load_sparse_,
-    masks_on,
     prune_weights,
     save_sparse,
     to_semi_structured_,
 )
 from lightning_prune.cli import main
 from lightning_prune.surgery import semi_structured
+from lightning_prune.surgery.masks import masks_on
 from tests.runs import Depthwise, Net, assert_agrees_with_shapes, fit, net, weights
 
 
@@ -138,13 +138,13 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
 
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_command_line(weights_only, tmp_path, capsys):
-    """``lightning-prune export --sparse`` turns a checkpoint into a compact file and prints bytes before and after."""
+    """``lightning-prune export`` turns a checkpoint into a compact file and prints bytes before and after."""
     module = net()
     fit(module, IterativeMagnitudePruning(0.9, scope="global")).save_checkpoint(
         tmp_path / "one.ckpt", weights_only=weights_only
     )
     out = tmp_path / "one.safetensors"
-    main(["export", "--sparse", "--ckpt_path", str(tmp_path / "one.ckpt"), "--out", str(out)])
+    main(["export", "--ckpt_path", str(tmp_path / "one.ckpt"), "--out", str(out)])
     told = re.search(r"([\d,]+) bytes before, ([\d,]+) after", capsys.readouterr().out)
     dense = sum(value.nbytes for value in module.state_dict().values())
     assert [int(number.replace(",", "")) for number in told.groups()] == [dense, out.stat().st_size]

@@ -324,9 +324,7 @@ def test_moments_are_those_of_stored_activations(name):
     batches = [inputs, inputs[:1] * 2]
     reads = find_reads(model, structure)
     parts = [moments_of(reads.seen_from([model(batch)])[0]) for batch in batches]
-    found = {
-        name: {what: parts[0][name][what] + parts[1][name][what] for what in parts[0][name]} for name in parts[0]
-    }
+    found = {name: {what: parts[0][name][what] + parts[1][name][what] for what in parts[0][name]} for name in parts[0]}
     for group in structure.groups:
         values = [[] for _ in range(structure.groups[group].width)]
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError, prune_exact
+from lightning_prune import PruningError
 from lightning_prune.measure.curvature import outer_product_rows
+from lightning_prune.pruning.exact import prune_exact
 
 XOR = torch.tensor(list(itertools.product([0.0, 1.0], repeat=2)), dtype=torch.float64)
 TARGETS = (XOR[:, :1] != XOR[:, 1:]).double()

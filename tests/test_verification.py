@@ -585,3 +585,38 @@ def test_a_request_that_is_met_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prune_filters(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(4, 8), 0.5)
+
+
+@pytest.mark.parametrize("width", [4000, 4100, 6000, 9000])
+def test_wide_layers_are_compared_as_narrow_ones_are(width):
+    """A width beyond what one projection keeps may fall below it in the slim model; both are projected alike."""
+    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
+    x = torch.randn(3, 8)
+    report = prune_filters(model, x, 0.5)
+    assert report.proved and model[0].out_features == width // 2
+
+
+class Frames(nn.Module):
+    """Convolutions whose output lies in memory as (batch, channels, time) when linear layers read it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 16, 3, padding=1), norm
+        self.query, self.out = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.out(self.query(self.norm(self.conv(x).transpose(1, 2))))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.LayerNorm(16), nn.GELU()], ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize("frames", [1, 5])
+def test_linear_layers_read_what_does_not_lie_in_one_piece(norm, frames):
+    """torch takes other operators for such inputs, and what lies how is another thing once units have gone."""
+    torch.manual_seed(0)
+    model = Frames(copy.deepcopy(norm)).eval()
+    x = torch.randn(2, 3, frames)
+    full = copy.deepcopy(model)
+    report = prune_filters(model, x, 0.5)
+    assert report.proved and model.conv.out_channels == model.query.out_features == 8
+    if not isinstance(norm, nn.LayerNorm):  # whose statistics are of fewer channels in the slim model
+        torch.testing.assert_close(model(x), silenced(full, report)(x))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_prune import PruningError, masks_on, prune_weights
+from lightning_prune import PruningError, prune_weights
 from lightning_prune.pruning.find_weights import find_weights
+from lightning_prune.surgery.masks import masks_on
 
 
 def mlp(*sizes):

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.trust import runs
-from lightning_prune import load_from_checkpoint, masks_on
+from lightning_prune import load_from_checkpoint
+from lightning_prune.surgery.masks import masks_on
 
 __all__ = ["PLACES", "Found", "as_json", "differing", "kill_runs"]
 

@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 from benchmarks.trust.runs import trainer
-from lightning_prune import FewUnits, FilterL1Pruning, IterativeMagnitudePruning, Linear
+from lightning_prune import FilterL1Pruning, IterativeMagnitudePruning, Linear
+from lightning_prune.algorithms.schedules import FewUnits
 
 __all__ = ["CASES", "Watch", "left_behind", "soak"]
 

@@ -1,1 +1,1 @@
-"""The algorithms of pruning: tensors in, tensors out; no model is known here."""
+"""Pruning algorithms on tensors: criteria, selection, schedules and second-order solvers."""

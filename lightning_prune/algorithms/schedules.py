@@ -1,11 +1,10 @@
-"""Says how much of the amount shall be gone when; knows nothing of training but a count of epochs or steps."""
+"""Pruning schedules: the fraction of the amount to prune by an epoch or optimizer step."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 __all__ = ["Cubic", "FewUnits", "Geometric", "Gradual", "Linear", "Moments", "OneCycle", "OneShot", "Schedule"]
@@ -15,37 +14,37 @@ Moments = Literal["epochs", "steps"]
 
 
 class Schedule(ABC):
-    """When to prune, and how far.
+    """When to prune, and how much.
 
-    A moment is a count of epochs or of optimizer steps, as ``by`` says. What a schedule asks for at a moment is done
-    before the first batch of that epoch, or of that step.
+    A moment is a number of epochs or of optimizer steps, depending on ``by``. The pruning step that is due at a moment
+    runs before the first batch of that epoch, or of that step.
     """
 
     by: Moments
 
     @abstractmethod
     def progress(self, moment: int) -> float:
-        """Return which share of all cuts is due by a moment, in [0, 1]; it never falls."""
-
-    @abstractmethod
-    def sparsity(self, progress: float, amount: float) -> float:
-        """Return what shall be gone after a share of the cuts, of an amount that is gone after all of them."""
+        """Return the fraction of all pruning steps that are due by a moment, in [0, 1]; it never decreases."""
 
     @property
     @abstractmethod
     def last(self) -> int:
-        """The moment at which everything is reached."""
+        """The moment of the last pruning step."""
+
+    def sparsity(self, progress: float, amount: float) -> float:
+        """Return the curve: what is pruned after this fraction of the steps, of an ``amount`` pruned after all."""
+        return progress * amount
 
     def over(self, units: int) -> Schedule:
-        """Return the schedule for a model of which so many units leave in all."""
+        """Return the schedule for a model of which ``units`` units are pruned in all."""
         return self
 
     def at_most(self, progress: float) -> int | None:
-        """Return how many units may have left after a share of the cuts, if that is limited."""
+        """Return how many units may be pruned after this fraction of the steps; None if there is no limit."""
         return None
 
     def __call__(self, moment: int, amount: float) -> float:
-        """Return what shall be gone by a moment."""
+        """Return what is pruned by a moment."""
         return self.sparsity(self.progress(moment), amount)
 
 
@@ -54,7 +53,7 @@ class OneShot(Schedule):
     """Prune once.
 
     Args:
-        at: The epoch or optimizer step (counted from 0) before which everything leaves.
+        at: Epoch or optimizer step (counted from 0) of the pruning step.
         by: What ``at`` counts.
 
     Raises:
@@ -69,31 +68,29 @@ class OneShot(Schedule):
     by: Moments = "epochs"
 
     def __post_init__(self) -> None:
-        """Refuse a moment before the first."""
-        _check(self, lambda: self.at >= 0, f"{self.by} are counted from 0")
+        """Check the arguments."""
+        _check_numbers(self, self.by, at=self.at)
+        if self.at < 0:
+            raise ValueError(f"{self}: {self.by} are counted from 0.")
 
     def progress(self, moment: int) -> float:
-        """Return 0 before the moment and 1 from it on."""
+        """Return 0 before ``at`` and 1 from there on."""
         return float(moment >= self.at)
-
-    def sparsity(self, progress: float, amount: float) -> float:
-        """Return the share of the amount that the share of the cuts is."""
-        return progress * amount
 
     @property
     def last(self) -> int:
-        """The moment at which everything is reached."""
+        """The moment of the last pruning step."""
         return self.at
 
 
 @dataclass(frozen=True)
 class Gradual(Schedule):
-    """Prune by several cuts, the first at ``start``, the last at ``end``; subclasses say how far each goes.
+    """Prune in several steps; each subclass adds its curve, :meth:`sparsity`.
 
     Args:
-        start: The epoch or optimizer step (counted from 0) of the first cut.
-        end: That of the last cut, at which everything is reached.
-        every: Epochs or steps between two cuts.
+        start: Epoch or optimizer step (counted from 0) of the first pruning step.
+        end: Epoch or optimizer step of the last pruning step, which reaches the amount.
+        every: Epochs or optimizer steps between two pruning steps.
         by: What ``start``, ``end`` and ``every`` count.
 
     Raises:
@@ -106,59 +103,37 @@ class Gradual(Schedule):
     by: Moments = "epochs"
 
     def __post_init__(self) -> None:
-        """Refuse moments that cannot be."""
-        _check(
-            self,
-            lambda: 0 <= self.start <= self.end and self.every >= 1,
-            f"{self.by} must satisfy 0 <= start <= end and every >= 1",
-        )
+        """Check the arguments."""
+        _check_numbers(self, self.by, start=self.start, end=self.end, every=self.every)
+        if not (0 <= self.start <= self.end and self.every >= 1):
+            raise ValueError(f"{self}: {self.by} must satisfy 0 <= start <= end and every >= 1.")
 
     def progress(self, moment: int) -> float:
-        """Return the share of the cuts that are due; the one at ``end`` is always the last."""
-        cuts = -((self.start - self.end) // self.every) + 1  # at start, start + every, ... and at end
+        """Return the fraction of the pruning steps that are due by a moment."""
         if moment >= self.end:
             return 1.0
-        return max(0, (moment - self.start) // self.every + 1) / cuts
+        # Steps come at start, start + every, ... and at end, however far that is from the one before.
+        steps_before_end = math.ceil((self.end - self.start) / self.every)
+        due = max(0, (moment - self.start) // self.every + 1)
+        return due / (steps_before_end + 1)
 
     @property
     def last(self) -> int:
-        """The moment at which everything is reached."""
+        """The moment of the last pruning step."""
         return self.end
 
 
 class Linear(Gradual):
-    """Prune by equal steps.
-
-    Args:
-        start: The epoch or optimizer step (counted from 0) of the first cut.
-        end: That of the last cut, at which everything is reached.
-        every: Epochs or steps between two cuts.
-        by: What ``start``, ``end`` and ``every`` count.
-
-    Raises:
-        ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
+    r"""Prune by equal steps: the curve is :math:`t`, the fraction of the steps made. Arguments: see :class:`Gradual`.
 
     Examples:
         >>> [Linear(start=1, end=4)(epoch, amount=0.8) for epoch in range(6)]
         [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 0.8]
     """
 
-    def sparsity(self, progress: float, amount: float) -> float:
-        """Return the share of the amount that the share of the cuts is."""
-        return progress * amount
-
 
 class Cubic(Gradual):
-    r"""Prune fast at first and ever more slowly: :math:`1 - (1 - t)^3` of the amount after the share :math:`t` of cuts.
-
-    Args:
-        start: The epoch or optimizer step (counted from 0) of the first cut.
-        end: That of the last cut, at which everything is reached.
-        every: Epochs or steps between two cuts.
-        by: What ``start``, ``end`` and ``every`` count.
-
-    Raises:
-        ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
+    r"""Prune fast at first, then ever more slowly: :math:`1 - (1 - t)^3`. Arguments: see :class:`Gradual`.
 
     Examples:
         >>> [round(Cubic(start=1, end=4)(epoch, amount=1.0), 4) for epoch in range(6)]
@@ -169,23 +144,15 @@ class Cubic(Gradual):
     """
 
     def sparsity(self, progress: float, amount: float) -> float:
-        """Return the cubic's value."""
+        """Return the cubic curve."""
         return amount * (1.0 - (1.0 - progress) ** 3)
 
 
 class Geometric(Gradual):
-    r"""Remove the same share of what is left each time: :math:`1 - (1 - s)^t` after the share :math:`t` of the cuts.
+    r"""Prune the same fraction of what is left each time: :math:`1 - (1 - s)^t`. Arguments: see :class:`Gradual`.
 
-    Five cuts to an amount of 0.67232 take 20 % of what is left each: the rounds of the lottery ticket papers.
-
-    Args:
-        start: The epoch or optimizer step (counted from 0) of the first cut.
-        end: That of the last cut, at which everything is reached.
-        every: Epochs or steps between two cuts.
-        by: What ``start``, ``end`` and ``every`` count.
-
-    Raises:
-        ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
+    Five steps to an amount of :math:`s` = 0.67232 prune 20 % of what is left each: the rounds of the lottery ticket
+    papers.
 
     Examples:
         >>> [round(Geometric(start=1, end=5)(epoch, amount=1 - 0.8**5), 4) for epoch in range(7)]
@@ -196,23 +163,16 @@ class Geometric(Gradual):
     """
 
     def sparsity(self, progress: float, amount: float) -> float:
-        """Return what repeated equal shares of the rest come to."""
-        return amount if progress >= 1.0 else 1.0 - (1.0 - amount) ** progress
+        """Return the geometric curve."""
+        if progress >= 1.0:
+            return amount  # exactly, where the power would round
+        return 1.0 - (1.0 - amount) ** progress
 
 
 class OneCycle(Gradual):
-    r"""Prune slowly, then fast, then slowly: :math:`(1 + e^{-\alpha+\beta}) / (1 + e^{-\alpha t+\beta})` of the amount.
+    r"""Prune slowly, then fast, then slowly: :math:`(1 + e^{-\alpha+\beta}) / (1 + e^{-\alpha t+\beta})`.
 
-    :math:`t` is the share of the cuts made, :math:`\alpha = 14` and :math:`\beta = 6`, as in the authors' own library.
-
-    Args:
-        start: The epoch or optimizer step (counted from 0) of the first cut.
-        end: That of the last cut, at which everything is reached.
-        every: Epochs or steps between two cuts.
-        by: What ``start``, ``end`` and ``every`` count.
-
-    Raises:
-        ValueError: If ``start`` is negative, ``end < start``, ``every < 1`` or ``by`` unknown.
+    :math:`\alpha = 14` and :math:`\beta = 6`, as in the authors' own library. Arguments: see :class:`Gradual`.
 
     Examples:
         >>> [round(OneCycle(start=0, end=3)(epoch, amount=1.0), 4) for epoch in range(4)]
@@ -223,31 +183,30 @@ class OneCycle(Gradual):
     """
 
     def sparsity(self, progress: float, amount: float) -> float:
-        """Return the sigmoid's value, exactly nothing before the first cut."""
+        """Return the sigmoid curve, 0 before the first step."""
         if progress <= 0.0:
-            return 0.0
+            return 0.0  # the sigmoid itself is above 0 there
         return amount * (1.0 + math.exp(-14.0 + 6.0)) / (1.0 + math.exp(-14.0 * progress + 6.0))
 
 
 @dataclass(frozen=True)
 class FewUnits(Schedule):
-    """Remove a few units, train for a while, and so on until the amount is gone.
+    """Prune a few units at a time, and train in between, until the amount is reached.
 
-    How many cuts it takes follows from how many units must leave, which a rehearsal before the first step tells. That
-    is exact where the amount is one of filters; towards parameters, FLOPs or latency, the last cut takes what is still
-    missing.
+    The number of pruning steps follows from the number of units to prune, which a rehearsal before the first step
+    finds. It is exact for ``target="filters"``; for other targets, the last step prunes what is still missing.
 
     Args:
-        units: The most that leave at once, filters and neurons of all layers together.
-        every: Optimizer steps or epochs between two cuts.
-        start: The step or epoch (counted from 0) of the first cut.
+        units: Units (filters and neurons of all layers together) to prune at a time.
+        every: Optimizer steps or epochs between two pruning steps.
+        start: Optimizer step or epoch (counted from 0) of the first pruning step.
         by: What ``every`` and ``start`` count.
 
     Raises:
         ValueError: If ``units`` or ``every`` is below 1, ``start`` negative, or ``by`` unknown.
 
     Examples:
-        >>> schedule = FewUnits(units=2, every=10, start=10).over(5)  # of a model that loses 5
+        >>> schedule = FewUnits(units=2, every=10, start=10).over(5)  # for a model that loses 5
         >>> schedule.last, [schedule.at_most(schedule.progress(step)) for step in (9, 10, 19, 20, 30)]
         (30, [0, 2, 2, 4, None])
 
@@ -259,75 +218,52 @@ class FewUnits(Schedule):
     every: int = 1
     start: int = 0
     by: Moments = "steps"
+    _total: int = field(default=0, init=False, repr=False)  # units to prune in all; known to the schedule of over()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
-        rule = f"{self.by} must satisfy start >= 0, every >= 1 and units >= 1"
-        _check(self, lambda: self.units >= 1 and self.every >= 1 and self.start >= 0, rule)
-
-    def over(self, units: int) -> Schedule:
-        """Return the schedule for a model of which so many units leave in all."""
-        return FewOf(**vars(self), of=units)
-
-    def progress(self, moment: int) -> float:
-        """Return whether cuts are due: which share of all only :meth:`over` knows."""
-        return float(moment >= self.start)
-
-    def sparsity(self, progress: float, amount: float) -> float:
-        """Return the whole amount: the number of units limits what leaves."""
-        return amount if progress > 0 else 0.0
-
-    @property
-    def last(self) -> int:
-        """The moment of the first cut, which may be the last."""
-        return self.start
-
-
-@dataclass(frozen=True)
-class FewOf(Schedule):
-    """What :class:`FewUnits` comes to for a model that loses ``of`` units."""
-
-    units: int
-    every: int
-    start: int
-    by: Moments
-    of: int
+        """Check the arguments."""
+        _check_numbers(self, self.by, units=self.units, every=self.every, start=self.start)
+        if not (self.start >= 0 and self.every >= 1 and self.units >= 1):
+            raise ValueError(f"{self}: {self.by} must satisfy start >= 0, every >= 1 and units >= 1.")
 
     def __str__(self) -> str:
-        """Return what the user wrote, and how many units it is about."""
-        written = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name != "of")
-        return f"FewUnits({written}) of {self.of} units that leave"
+        """Return what the user wrote, and the number of units to prune where it is known."""
+        return f"{self!r} for {self._total} units to prune" if self._total else repr(self)
 
-    @property
-    def _number(self) -> int:
-        return max(1, math.ceil(self.of / self.units))
+    def over(self, units: int) -> Schedule:
+        """Return the schedule for a model of which ``units`` units are pruned in all."""
+        known = replace(self)
+        object.__setattr__(known, "_total", units)  # the one field that is no argument, of a copy nobody has seen
+        return known
 
     def progress(self, moment: int) -> float:
-        """Return the share of the cuts that are due."""
+        """Return the fraction of the pruning steps that are due by a moment."""
         due = 0 if moment < self.start else (moment - self.start) // self.every + 1
-        return min(1.0, due / self._number)
+        return min(1.0, due / self._steps)
 
     def sparsity(self, progress: float, amount: float) -> float:
-        """Return the whole amount: the number of units limits what leaves."""
+        """Return the whole amount from the first step on: :meth:`at_most` limits each step."""
         return amount if progress > 0 else 0.0
 
     def at_most(self, progress: float) -> int | None:
-        """Return the units of the cuts made; after the last one, no limit."""
-        return None if progress >= 1.0 else math.floor(progress * self._number * self.units + 1e-9)
+        """Return the units of the steps made; after the last one there is no limit."""
+        if progress >= 1.0:
+            return None
+        return math.floor(progress * self._steps * self.units + 1e-9)  # progress is a rounded quotient
 
     @property
     def last(self) -> int:
-        """The moment at which everything is reached."""
-        return self.start + (self._number - 1) * self.every
+        """The moment of the last pruning step."""
+        return self.start + (self._steps - 1) * self.every
+
+    @property
+    def _steps(self) -> int:
+        return max(1, math.ceil(self._total / self.units))
 
 
-def _check(schedule: OneShot | Gradual | FewUnits, possible: Callable[[], bool], rule: str) -> None:
-    if schedule.by not in ("epochs", "steps"):
-        raise ValueError(f"{schedule}: by={schedule.by!r}; moments are counted by 'epochs' or by 'steps'.")
-    for name, value in vars(schedule).items():
-        if name == "by":
-            continue
+def _check_numbers(schedule: Schedule, by: str, **numbers: object) -> None:
+    if by not in ("epochs", "steps"):
+        raise ValueError(f"{schedule}: by={by!r} must be 'epochs' or 'steps'.")
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{schedule}: {name}={value!r}; it is a whole number.")
-    if not possible():
-        raise ValueError(f"{schedule}: {rule}.")
+            raise TypeError(f"{schedule}: {name}={value!r} must be a whole number.")

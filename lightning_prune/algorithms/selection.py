@@ -1,4 +1,4 @@
-"""Turns scores into choices: exactly as many as asked, ties by index; knows neither models nor methods."""
+"""Selection: from scores to boolean masks of what is kept, of an exact size; ties go by index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-__all__ = ["keep_best_of_all", "keep_highest", "keep_n_of_m", "number_to_prune", "parse_pattern", "ranks"]
+__all__ = ["keep_best_of_all", "keep_highest", "keep_n_of_m", "number_to_prune", "parse_pattern"]
 
 
 def number_to_prune(amount: float, size: int) -> int:
@@ -32,34 +32,15 @@ def number_to_prune(amount: float, size: int) -> int:
     return min(math.ceil(asked - slack), most)
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """Return the rank of each score, lowest first and ties by index.
-
-    Args:
-        scores: One score per unit, ``(n,)``; higher is kept longer. NaN counts as lowest.
-
-    Returns:
-        Ranks from 0 to n - 1, ``(n,)`` int64.
-
-    Examples:
-        >>> ranks(torch.tensor([3.0, 1.0, 3.0, 2.0]))
-        tensor([2, 0, 3, 1])
-    """
-    order = torch.argsort(scores.nan_to_num(nan=-torch.inf), stable=True)
-    result = torch.empty_like(order)
-    result[order] = torch.arange(len(order), device=order.device)
-    return result
-
-
 def keep_highest(scores: Tensor, count: int) -> Tensor:
-    """Keep exactly ``count`` units with the highest scores; of equal scores the later index stays.
+    """Keep exactly ``count`` units with the highest scores; of equal scores the later index is kept.
 
     Args:
         scores: One score per unit or weight, of any shape. NaN counts as lowest.
-        count: How many stay, from 0 to all.
+        count: How many to keep, from 0 to all.
 
     Returns:
-        True for each that stays, bool of the same shape.
+        True for each that is kept, bool of the same shape.
 
     Raises:
         ValueError: If ``count`` is below 0 or more than there are.
@@ -70,26 +51,28 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     """
     flat = scores.detach().reshape(-1).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if not 0 <= count <= len(flat):
-        raise ValueError(f"count={count}: of {len(flat)} units, from 0 to {len(flat)} can stay.")
-    leave = len(flat) - count
-    if leave == 0:
+        raise ValueError(f"count={count}: of {len(flat)} units, from 0 to {len(flat)} can be kept.")
+    pruned = len(flat) - count
+    if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    highest_gone = flat.kthvalue(leave).values  # selects in linear time, where ranks would sort
-    keep = flat > highest_gone
-    tied = (flat == highest_gone).nonzero().squeeze(1)
-    keep[tied[len(tied) + int(keep.sum()) - count :]] = True  # those that are still missing, from the end
+    threshold = flat.kthvalue(pruned).values  # linear time, where sorting is not
+    keep = flat > threshold
+    # Several scores may equal the threshold. The last of them are kept, as many as are still missing.
+    tied = (flat == threshold).nonzero().squeeze(1)
+    missing = count - int(keep.sum())
+    keep[tied[len(tied) - missing :]] = True
     return keep.view(scores.shape)
 
 
 def keep_best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Keep exactly ``count`` entries of all tensors together; of equal scores the later name and index stays.
+    """Keep exactly ``count`` entries of all tensors together; of equal scores the later name and index is kept.
 
     Args:
         scores: Scores by name, of any shapes.
-        count: How many stay, from 0 to all.
+        count: How many to keep, from 0 to all.
 
     Returns:
-        True for each entry that stays, bool of the same shapes.
+        True for each entry that is kept, bool of the same shapes.
 
     Examples:
         >>> keep_best_of_all({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([[3.0], [2.0]])}, 2)
@@ -99,24 +82,28 @@ def keep_best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tens
         return {}
     device = next(iter(scores.values())).device
     dtype = reduce(torch.promote_types, (score.dtype for score in scores.values()), torch.float32)
-    keep = keep_highest(torch.cat([score.detach().reshape(-1).to(device, dtype) for score in scores.values()]), count)
-    parts = keep.split([score.numel() for score in scores.values()])
-    return {
-        name: part.view(score.shape).to(score.device) for (name, score), part in zip(scores.items(), parts, strict=True)
-    }
+    flat = [score.detach().reshape(-1).to(device, dtype) for score in scores.values()]
+    keep = keep_highest(torch.cat(flat), count)
+    kept = {}
+    start = 0
+    for name, score in scores.items():
+        part = keep[start : start + score.numel()]
+        kept[name] = part.view(score.shape).to(score.device)
+        start += score.numel()
+    return kept
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
-    """Keep the ``n`` highest of every ``m`` neighbours along a dimension; of equal scores the later index stays.
+    """Keep the ``n`` highest of every ``m`` neighbours along a dimension; of equal scores the later index is kept.
 
     Args:
         scores: Scores of a weight's entries; the size of ``dim`` is a multiple of ``m``.
-        n: How many of each group stay.
+        n: How many of each group to keep.
         m: Size of a group.
         dim: The dimension along which neighbours lie: of linear and convolution weights 1, the input channels.
 
     Returns:
-        True for each entry that stays, bool of the same shape.
+        True for each entry that is kept, bool of the same shape.
 
     Raises:
         ValueError: If the size of the dimension is no multiple of ``m``.
@@ -130,23 +117,24 @@ def keep_n_of_m(scores: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
     """
     if scores.shape[dim] % m:
         raise ValueError(f"dimension {dim} of size {scores.shape[dim]}: groups of {m} need a multiple of {m}.")
-    groups = scores.detach().nan_to_num(nan=-torch.inf, neginf=-torch.inf).unflatten(dim, (-1, m)).movedim(dim + 1, -1)
+    finite = scores.detach().nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    groups = finite.unflatten(dim, (-1, m)).movedim(dim + 1, -1)  # the members of a group come last
     order = groups.argsort(dim=-1, stable=True)
     keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., m - n :], True)
     return keep.movedim(-1, dim + 1).flatten(dim, dim + 1)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Read a pattern such as ``"2:4"``: two of every four neighbours stay.
+    """Return N and M of a pattern such as ``"2:4"``, by which two of every four neighbours are kept.
 
     Raises:
-        ValueError: If it is none, or if not fewer than all of a group would stay.
+        ValueError: If ``pattern`` is not such a pattern, or if not 0 < N < M.
 
     Examples:
         >>> parse_pattern("2:4")
         (2, 4)
     """
-    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    found = re.fullmatch(r"(\d+):(\d+)", str(pattern))
     n, m = map(int, found.groups()) if found else (0, 0)
     if not 0 < n < m:
         raise ValueError(f"pattern={pattern!r}: write N:M with 0 < N < M; '2:4' keeps two of every four neighbours.")

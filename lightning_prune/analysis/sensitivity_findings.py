@@ -1,4 +1,4 @@
-"""Holds what a sensitivity analysis found: in files, and as amounts that pruning takes; measures nothing."""
+"""Results of a sensitivity analysis, their files, and the amounts derived from them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Mode = Literal["max", "min"]
 
 @dataclass(frozen=True)
 class GroupSensitivity:
-    """The metric of the model with one channel group cut and all others whole.
+    """The metric with one channel group pruned and all others dense.
 
     Attributes:
-        name: The group.
+        name: Name of the group.
         producers: Paths of the modules that produce its channels.
         width: Number of its units.
-        shares: Fractions of its units really removed, whole units each, rising.
-        values: The metric at each share.
+        shares: Fractions of its units pruned, each a whole number of units, rising.
+        values: The metric at each fraction.
     """
 
     name: str
@@ -38,17 +38,17 @@ class GroupSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a model loses when one channel group after another is cut.
+    """The metric of a model with one channel group after another pruned alone.
 
     Attributes:
         metric: Name of the metric.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is.
         criterion: Name of the criterion that chose the units.
-        asked: Shares asked for.
+        asked: Requested fractions.
         weights: Checksum of the model's parameters and buffers.
-        dense: The metric of the whole model.
-        groups: What was measured, group by group.
-        skipped: Group name -> why its cut could not be proved.
+        dense: The metric of the dense model.
+        groups: Results, group by group.
+        skipped: Group name -> why its pruning could not be verified.
     """
 
     metric: str
@@ -61,16 +61,16 @@ class Sensitivity:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def amounts(self, drop: float) -> dict[str, float]:
-        """Derive how much may leave of each group alone so that the metric stays within ``drop`` of the whole model's.
+        """Return the largest fraction of each group that keeps the metric within ``drop`` of the dense model's.
 
-        A share counts only if every smaller one measured stays within, too. Groups of which nothing may leave are left
-        out. The drops of several groups add up, so what may leave of all together before retraining is less.
+        A fraction counts only if every smaller one measured is within ``drop``, too. Groups of which nothing can be
+        pruned are left out. The drops of several groups add up, so together they allow less before retraining.
 
         Args:
-            drop: How much worse the metric may be, in its own unit.
+            drop: How much worse the metric may become, in its own unit.
 
         Returns:
-            Path of a module that produces the channels -> fraction of them, as ``amount=`` takes it.
+            Path of a module that produces the channels -> fraction of them, for ``amount=``.
 
         Raises:
             ValueError: If ``drop`` is negative.
@@ -78,20 +78,20 @@ class Sensitivity:
         return {path: share for path, share in self._amounts(drop).items() if share > 0}
 
     def within(self, group: GroupSensitivity, drop: float) -> float:
-        """Return the largest share of one group at which, as at every smaller one, the metric stays within ``drop``."""
+        """Return the largest fraction of one group at which, as at every smaller one, the metric is within ``drop``."""
         if not drop >= 0:
-            raise ValueError(f"drop={drop!r}: it says how much worse the metric may be, as a number from 0.")
+            raise ValueError(f"drop={drop!r}: must be 0 or more. It is how much worse the metric may become.")
         sign = 1 if self.mode == "max" else -1
         tolerance = 1e-6 * max(1.0, abs(self.dense))  # metrics of Lightning are float32
         largest = 0.0
         for share, value in zip(group.shares, group.values, strict=True):
-            if not sign * (self.dense - value) <= drop + tolerance:  # so written, NaN is not within
+            if not sign * (self.dense - value) <= drop + tolerance:  # written so that NaN is not within
                 break
             largest = share
         return largest
 
     def to_json(self, path: str | Path) -> None:
-        """Write everything to a file, which is whole at any moment, even if the process is killed."""
+        """Write the results to a file, atomically: it is complete even if the process is killed."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.unfinished")
@@ -100,24 +100,24 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Sensitivity:
-        """Read what :meth:`to_json` wrote.
+        """Read a file written by :meth:`to_json`.
 
         Raises:
-            ValueError: If the file holds something else.
+            ValueError: If the file holds no such results.
         """
         try:
             found = json.loads(Path(path).read_text())
-            groups = tuple(GroupSensitivity(**{k: _frozen(v) for k, v in group.items()}) for group in found["groups"])
-            return cls(**found | {"asked": tuple(found["asked"]), "groups": groups})
+            found["asked"] = tuple(found["asked"])
+            found["groups"] = tuple(GroupSensitivity(**_frozen(group)) for group in found["groups"])
+            return cls(**found)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: no sensitivity analysis ({type(error).__name__}: {error}).") from error
 
     def to_yaml(self, path: str | Path, drop: float) -> None:
-        """Write :meth:`amounts` as a block of YAML that may stand under a callback's ``init_args``."""
-        lines = [
-            f"# Each alone leaves {self.metric} within {drop:g} of the whole model's {self.dense:.6g}; not retrained."
-        ]
-        lines += ["amount:" if self.amounts(drop) else "amount: {}"]
+        """Write :meth:`amounts` as YAML for a callback's ``init_args``."""
+        dense = f"{self.dense:.6g}"
+        lines = [f"# Each alone keeps {self.metric} within {drop:g} of the dense model's {dense}, without retraining."]
+        lines.append("amount:" if self.amounts(drop) else "amount: {}")
         for name, share in self._amounts(drop).items():
             lines.append(f"  {json.dumps(name)}: {share}" if share > 0 else f"  # {json.dumps(name)}: nothing")
         Path(path).write_text("\n".join(lines) + "\n")
@@ -127,14 +127,17 @@ class Sensitivity:
         producers = {group.name: group.producers for group in self.groups}
         paths = amount_paths(producers)
         together = [_named(path, producers) for path in dict.fromkeys(paths.values())]
-        for _ in together:  # a path that names several groups gives them one amount, the smallest; that may spread
+        # A path that names several groups gives all of them one amount, the smallest. Groups of two paths pass it on,
+        # which takes at most one round for each path.
+        for _ in together:
             for names in together:
-                shares |= dict.fromkeys(names, min(shares[name] for name in names))
+                smallest = min(shares[name] for name in names)
+                shares.update(dict.fromkeys(names, smallest))
         return {path: shares[name] for name, path in paths.items()}
 
 
 def amount_paths(producers: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Find a key of ``amount=`` for every group: the path of a producer, if possible one that names no other group.
+    """Return a key of ``amount=`` for every group: the path of a producer, if possible one that names no other group.
 
     Args:
         producers: Group name -> paths of the modules that produce its channels.
@@ -142,13 +145,21 @@ def amount_paths(producers: Mapping[str, Sequence[str]]) -> dict[str, str]:
     Returns:
         Group name -> path.
     """
-    named = {path: len(_named(path, producers)) for made in producers.values() for path in made}
-    return {name: min(made, key=named.__getitem__) for name, made in producers.items()}
+    paths = {}
+    for name, made in producers.items():
+        paths[name] = min(made, key=lambda path: len(_named(path, producers)))
+    return paths
 
 
 def _named(path: str, producers: Mapping[str, Sequence[str]]) -> list[str]:
-    return [name for name, made in producers.items() if any(names_module(path, other) for other in made)]
+    """Return the groups that a key of ``amount=`` names."""
+    found = []
+    for name, made in producers.items():
+        if any(names_module(path, producer) for producer in made):
+            found.append(name)
+    return found
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _frozen(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a group with lists, as JSON has them, turned into tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}

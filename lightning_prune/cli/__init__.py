@@ -1,11 +1,15 @@
-"""The command ``lightning-prune``: one file for each of its commands, which read options and print."""
+"""The command ``lightning-prune``: one file for each subcommand."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from lightning_prune.cli import export, inspect, report, sensitivity
 from lightning_prune.model.errors import PruningError
@@ -13,25 +17,64 @@ from lightning_prune.model.errors import PruningError
 __all__ = ["main"]
 
 _COMMANDS = {"inspect": inspect, "sensitivity": sensitivity, "report": report, "export": export}
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options, rest = _parser().parse_known_args(args)
-    sys.path.insert(0, os.getcwd())
+    given = sys.argv[1:] if args is None else args
+    options, rest = _parser().parse_known_args([_underscored(argument) for argument in given])
+    sys.path.insert(0, os.getcwd())  # where import paths such as my_script.Net are looked up
     try:
         _COMMANDS[options.command].run(options, rest)
     except PruningError as error:
-        sys.exit(f"lightning-prune {options.command}: {error}")
+        _stop(f"lightning-prune {options.command}", str(error))
+    except (ImportError, ValueError) as error:
+        # Those that this package raises are messages to the user. Those of the user's code keep their traceback.
+        *_, innermost = traceback.extract_tb(error.__traceback__)
+        if not innermost.filename.startswith(_PACKAGE):
+            raise
+        _stop(f"lightning-prune {options.command}", str(error))
+
+
+def _underscored(argument: str) -> str:
+    """Return an option such as ``--input-shape`` with underscores, as Lightning spells its own."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--") or "." in name:  # --model.some-key names an argument of the user's
+        return argument
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _stop(where: str, message: str) -> NoReturn:
+    """Print an error on one line and exit with status 2."""
+    print(f"{where}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print an error on one line, without the usage of thirty options."""
+        _stop(self.prog, f"{message}. See {self.prog} --help.")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lightning-prune")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "(not installed)"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-prune", description="Look at a model before and after pruning it.", allow_abbrev=False
+    parser = _Parser(
+        prog="lightning-prune", description="Inspect a model before and after pruning it.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"lightning-prune {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in _COMMANDS.items():
-        told = {"help": command.TOLD.partition("\n")[0], "description": command.TOLD}
-        raw = argparse.RawDescriptionHelpFormatter
-        command.add_arguments(commands.add_parser(name, **told, allow_abbrev=False, formatter_class=raw))
+        summary = command.DESCRIPTION.partition("\n")[0]
+        subparser = commands.add_parser(
+            name, help=summary, description=command.DESCRIPTION, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        command.add_arguments(subparser)
     return parser

@@ -1,4 +1,4 @@
-"""Lets ``python -m lightning_prune.cli`` do what the command does."""
+"""Runs the command line as ``python -m lightning_prune.cli``."""
 
 from lightning_prune.cli import main
 

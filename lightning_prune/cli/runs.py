@@ -1,10 +1,12 @@
-"""Makes, for the commands, the model, trainer and data of a run, from the YAML it is trained with or an import path."""
+"""Model, trainer, data and weights of a run, from its YAML, a checkpoint or an import path, for all commands."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import pkgutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,16 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import take_shapes_
 
 __all__ = [
-    "RUN", "add_model_options", "add_run_options", "load_run", "load_weights_", "model_and_inputs", "saved_weights",
+    "RUN", "add_model_options", "add_run_options", "existing_file", "load_checkpoint", "load_run", "load_weights_",
+    "model_and_inputs", "saved_weights",
 ]  # fmt: skip
 
 RUN = """\
---config is the YAML that you train with by LightningCLI, or the config.yaml that a run left in its log folder. Where
-your script names the classes, LightningCLI(MyModel, MyData), name them here, too: --model_class my_script.MyModel
---data_class my_script.MyData. Modules are looked up from the current folder. All that LightningCLI takes may follow,
-such as --trainer.limit_val_batches 10, --trainer.accelerator cpu or --data.batch_size 512. Callbacks and loggers of
-the config are left out, and one device is used.
+--config is the YAML that you train with by LightningCLI, or the config.yaml in the log folder of a run. If your script
+names the classes, as in LightningCLI(MyModel, MyData), name them here, too: --model_class my_script.MyModel
+--data_class my_script.MyData. Modules are imported from the current folder. Any option of LightningCLI may follow, such
+as --trainer.limit_val_batches 10, --trainer.accelerator cpu or --data.batch_size 512. Callbacks and loggers of the
+config are not used, and one device is. Options may be written with dashes or underscores.
 """
 _SWITCHED_OFF = {
     "callbacks": None,
@@ -42,39 +45,46 @@ _SWITCHED_OFF = {
 
 
 def add_run_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Add what says of which run a command is."""
-    parser.add_argument("--config", type=Path, required=required, help="YAML of LightningCLI")
-    parser.add_argument("--model_class", help="import path of the module's class, where the YAML does not say it")
-    parser.add_argument("--data_class", help="import path of the datamodule's class, likewise")
-    parser.add_argument("--ckpt_path", type=Path, help="weights, of a pruned run, too; else as initialised")
+    """Add the options that name a run."""
+    add = parser.add_argument
+    add("--config", type=existing_file, required=required, help="YAML of LightningCLI")
+    add("--model_class", help="import path of the module's class, if the YAML does not name it")
+    add("--data_class", help="import path of the datamodule's class, likewise")
+    add("--ckpt_path", type=existing_file, help="checkpoint, also of a pruned model (default: as initialised)")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how to make a model where there is no run."""
-    parser.add_argument("--model", help="import path of what makes the model")
-    parser.add_argument("--input_shape", type=_shape, help="shape of one input, such as 1,3,32,32")
+    """Add the options that create a model without a run."""
+    add = parser.add_argument
+    add("--model", help="import path of a class or function that returns the model")
+    add("--input_shape", type=_shape, help="shape of the input, such as 1,3,32,32")
+    add("--tokens", type=_count, metavar="N", help="size of the vocabulary, if the input is token ids below N")
 
 
 def model_and_inputs(options: argparse.Namespace, rest: list[str]) -> tuple[nn.Module, ExampleInputs]:
-    """Make the model that --config or --model names, as initialised, and inputs to run it on."""
+    """Return the model that --config or --model names, as initialised, and inputs to run it on."""
     if (options.config is None) == (options.model is None):
         raise PruningError("give either --config or --model.")
     if options.config is not None:
         trainer, module, datamodule = load_run(options, ["--trainer.limit_val_batches=1", *rest])
-        return module, _random(options) if options.input_shape else inputs_from_validation(trainer, module, datamodule)
+        if options.input_shape is not None:
+            return module, _random(options)
+        return module, inputs_from_validation(trainer, module, datamodule)
     if options.input_shape is None:
-        raise PruningError("--model needs --input_shape, such as 1,3,32,32, to run the model on.")
+        raise PruningError("--model needs --input-shape, such as 1,3,32,32, to run the model.")
     return _made(options.model, rest, options.command), _random(options)
 
 
 def load_run(
     options: argparse.Namespace, rest: list[str]
 ) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
-    """Make trainer, module, as initialised, and data as LightningCLI does from the same YAML."""
+    """Return trainer, module (as initialised) and data, as LightningCLI creates them from the same YAML."""
+    _require_jsonargparse()
     from lightning.pytorch.cli import LightningCLI
 
     settings = _settings(options, rest)
-    model_class, data_class = (given and _imported(given) for given in (options.model_class, options.data_class))
+    model_class = options.model_class and _imported(options.model_class)
+    data_class = options.data_class and _imported(options.data_class)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         made = LightningCLI(
@@ -85,35 +95,63 @@ def load_run(
 
 
 def saved_weights(path: Path) -> Any:
-    """Return the state dict of a checkpoint, or the one that is saved alone."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """Return the state dict of a checkpoint, or of a file that holds only that."""
+    checkpoint = load_checkpoint(path)
     return checkpoint.get("state_dict", checkpoint)
 
 
+def load_checkpoint(path: Path) -> Any:
+    """Return the content of a checkpoint.
+
+    Raises:
+        PruningError: If the file is no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises one of many kinds
+        raise PruningError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise PruningError(f"{path} holds {type(checkpoint).__name__}, not a checkpoint or state dict.")
+    return checkpoint
+
+
 def load_weights_(model: nn.Module, path: Path) -> None:
-    """Let a model take the shapes and numbers of a checkpoint."""
+    """Load a checkpoint into a model, whose shapes become those of the checkpoint.
+
+    Raises:
+        PruningError: If the checkpoint is of another model.
+    """
     state = saved_weights(path)
     take_shapes_(model, state, "", getattr(state, "_metadata", {}).get("", {}))
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise PruningError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
 
 def _settings(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """Read from the YAML what makes model, trainer and data; refuse one that does not say what to make."""
-    found = yaml.safe_load(options.config.read_text()) or {}
+    """Return the parts of the YAML that create model, trainer and data; refuse one that does not name the classes."""
+    try:
+        found = yaml.safe_load(options.config.read_text()) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PruningError(f"{options.config} is not valid YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise PruningError(f"{options.config} holds {type(found).__name__}, not a config of LightningCLI.")
     found = found.get("fit") or found  # files may hold the arguments of each of LightningCLI's own commands
-    settings = {
-        part: found[part] for part in ("seed_everything", "trainer", "model", "data") if found.get(part) is not None
-    }
+    settings = {}
+    for part in ("seed_everything", "trainer", "model", "data"):
+        if found.get(part) is not None:
+            settings[part] = found[part]
     settings["trainer"] = settings.get("trainer", {}) | _SWITCHED_OFF
     for part, given in (("model", options.model_class), ("data", options.data_class)):
         if given is None and isinstance(settings.get(part), dict) and "class_path" not in settings[part]:
             raise PruningError(
-                f"{options.config} gives arguments for {part}, not its class. Name the class that your script names: "
+                f"{options.config} gives arguments for {part}, but no class. Name the class that your script names: "
                 f"--{part}_class my_script.MyClass."
             )
     if options.model_class is None and "model" not in settings and not any(a.startswith("--model") for a in rest):
         raise PruningError(
-            f"{options.config} says nothing of the model. Name the class that your script names: "
+            f"{options.config} does not name a model. Name the class that your script names: "
             "--model_class my_script.MyModel."
         )
     return settings
@@ -129,7 +167,8 @@ def _imported(path: str) -> Any:
 
 
 def _made(path: str, rest: list[str], command: str) -> nn.Module:
-    """Make a model from the import path of a class or function, and its arguments."""
+    """Return a model from the import path of a class or function, and its arguments."""
+    _require_jsonargparse()
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"lightning-prune {command}")
@@ -142,8 +181,31 @@ def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write sizes as 1,3,32,32") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write sizes as 1,3,32,32") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
+
+
+def existing_file(text: str) -> Path:
+    """Return the path of a file, for argparse, which reports an error if there is none."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} does not exist, or is not a file")
+    return Path(text)
+
+
+def _require_jsonargparse() -> None:
+    """Refuse to go on without jsonargparse, an optional dependency."""
+    if importlib.util.find_spec("jsonargparse") is None:
+        raise PruningError("jsonargparse is not installed. Install it: pip install 'lightning-prune[cli]'.")
 
 
 def _random(options: argparse.Namespace) -> ExampleInputs:
-    return torch.randn(options.input_shape, generator=torch.Generator().manual_seed(0))
+    """Return random inputs: numbers, or token ids if --tokens is given."""
+    generator = torch.Generator().manual_seed(0)
+    if options.tokens is not None:
+        return torch.randint(options.tokens, options.input_shape, generator=generator)
+    return torch.randn(options.input_shape, generator=generator)

@@ -140,7 +140,9 @@ class Seen:
     def gradient(self, entering: Sequence[Tensor | None], leaving: Sequence[Tensor | None]) -> Tensor | None:
         """Return the derivative by these values, of what flows through this operator alone, ``(..., size)``."""
         found = leaving[0] if self.read.made else entering[self.side.data]
-        return None if found is None else found.detach().movedim(self.side.out if self.read.made else self.side.along, -1)
+        return (
+            None if found is None else found.detach().movedim(self.side.out if self.read.made else self.side.along, -1)
+        )
 
     def by_example(self, values: Tensor) -> Tensor:
         """Sum ``(*lead, size)`` over all but examples and indices: ``(N, size)``."""
@@ -302,9 +304,7 @@ def find_reads(model: nn.Module, structure: Structure, by_example: bool = False)
     return Reads(model, structure, _distinct(found))
 
 
-def _first_makers(
-    structure: Structure, found: list[Read], makers: list[Read], paired: set[str]
-) -> Iterator[Read]:
+def _first_makers(structure: Structure, found: list[Read], makers: list[Read], paired: set[str]) -> Iterator[Read]:
     """Yield, for each group that no weight sums over, the first operator that makes it.
 
     Where data is multiplied with data, as queries with keys, a unit is one term of the sum: to scale one of its factors

@@ -1,1 +1,1 @@
-"""How a model is called, walked and left as it was found; knows nothing of pruning."""
+"""Running a model without side effects, its modules and inputs; nothing here is specific to pruning."""

@@ -1,4 +1,4 @@
-"""Averages BatchNorm's statistics anew over some batches; changes nothing else."""
+"""Recalibration of BatchNorm statistics after a pruning step."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ __all__ = ["batch_norms", "recalibrate_batch_norm"]
 def recalibrate_batch_norm(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> tuple[str, ...]:
-    """Let BatchNorm see what it now gets: its means and variances become plain averages over some batches.
+    """Replace the running means and variances of BatchNorm layers by plain averages over some batches.
 
-    After a cut, layers behind it receive other numbers than those that their running statistics tell of, so a model
-    that is evaluated before it has trained on looks worse than it is. Nothing is trained: weights, gradients, modes,
-    momenta, random numbers and every other buffer stay as they are. BatchNorm layers alone run in train mode, the rest
-    (dropout, say) in eval mode. In a model that is being trained, BatchNorm layers in eval mode are taken for frozen
-    and stay.
+    After a pruning step, the inputs of later layers no longer match their running statistics, so a model evaluated
+    before further training looks worse than it is. Nothing is trained: weights, gradients, modes, momenta, random
+    numbers and all other buffers keep their values. BatchNorm layers alone run in train mode, all others (dropout, for
+    example) in eval mode. In a model in train mode, BatchNorm layers in eval mode count as frozen and are left alone.
 
     Args:
         model: The model; only ``running_mean`` and ``running_var`` of its BatchNorm layers change.
-        batches: Batches of data; a list or loader that can be read once.
-        forward: Calls the model on a batch; by default a tuple or list is taken for its positional inputs, a mapping
-            for its keyword inputs and all else for its one input.
+        batches: Batches of data, read once.
+        forward: Calls the model on a batch. By default, a tuple or list holds the positional inputs, a mapping the
+            keyword inputs, and anything else is the one input.
 
     Returns:
-        Paths of the layers whose statistics were averaged.
+        Paths of the layers whose statistics were replaced.
 
     Raises:
-        PruningError: If there are such layers and no batch came.
+        PruningError: If there are such layers and no batches.
 
     Examples:
         >>> norm = nn.BatchNorm1d(1)
@@ -60,13 +59,12 @@ def recalibrate_batch_norm(
         for batch in batches:
             seen += 1
             (forward or call_on)(model, batch)
-        averaged = {
-            path: (norm.running_mean.clone(), norm.running_var.clone())
-            for path, norm in found.items()
-            if norm.num_batches_tracked  # what no batch reached keeps what it has
-        }
+        averaged = {}
+        for path, norm in found.items():
+            if norm.num_batches_tracked:  # layers that no batch reached keep their statistics
+                averaged[path] = (norm.running_mean.clone(), norm.running_var.clone())
     if not seen:
-        raise PruningError("recalibrate_batch_norm: no batch came. Pass batches that can be read.")
+        raise PruningError("recalibrate_batch_norm: batches is empty. Pass at least one batch.")
     with torch.no_grad():
         for path, (mean, var) in averaged.items():
             found[path].running_mean.copy_(mean)
@@ -75,11 +73,12 @@ def recalibrate_batch_norm(
 
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
-    """Return the BatchNorm layers whose statistics follow the data: while a model trains, those in train mode."""
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-    }
-    live = {path: module for path, module in found.items() if module.training}
-    return live if model.training else found
+    """Return the BatchNorm layers whose statistics follow the data; in a model in train mode, those in train mode."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+            continue
+        frozen = model.training and not module.training
+        if not frozen:
+            found[path] = module
+    return found

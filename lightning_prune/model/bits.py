@@ -1,4 +1,4 @@
-"""Packs choices eight to a byte, as checkpoints and files hold them; knows nothing of models."""
+"""Packing of boolean masks into bits, for checkpoints and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows how example inputs reach a model and how tensors are found in what comes back; changes nothing."""
+"""Calling a model on example inputs without side effects, and finding tensors in its inputs and outputs."""
 
 import dataclasses
 import inspect
@@ -6,6 +6,7 @@ import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -36,14 +37,14 @@ __all__ = [
 
 
 class Instead(NamedTuple):
-    """What runs in place of a model's ``forward``: ``function(model, *inputs)``."""
+    """A function to run in place of the model's ``forward``: ``function(model, *inputs)``."""
 
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
 
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Instead
-"""A tensor (the one positional input), a tuple of positional or a mapping of keyword inputs, or what runs instead."""
+"""A tensor (the one positional input), a tuple of positional or a mapping of keyword inputs, or an :class:`Instead`."""
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
 _FUNCTIONS = frozenset({FunctionType, MethodType})
@@ -51,7 +52,7 @@ _ORDINARY = frozenset({nn.Parameter, Tensor})  # never without shape
 
 
 def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn example inputs into the positional and keyword arguments of one call of the model.
+    """Return the positional and keyword arguments for one call of the model.
 
     Raises:
         TypeError: If ``example_inputs`` is neither a tensor, a tuple (or list) nor a mapping.
@@ -71,14 +72,16 @@ def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """Call the model on example inputs and return whatever it returns."""
+    """Run the model on example inputs and return its outputs."""
     args, kwargs = as_call(example_inputs)
     return called(example_inputs)(model, *args, **kwargs)
 
 
 def called(example_inputs: ExampleInputs) -> Callable[..., Any]:
-    """Return the function of model and arguments that example inputs are for: the model's own call, or another."""
-    return example_inputs.function if isinstance(example_inputs, Instead) else _call
+    """Return the function of model and arguments to run: the model's own call, or that of an :class:`Instead`."""
+    if isinstance(example_inputs, Instead):
+        return example_inputs.function
+    return _call
 
 
 def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -86,26 +89,27 @@ def _call(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def call_on(model: nn.Module, batch: Any) -> Any:
-    """Call the model on a batch: a tuple or list of positional inputs, a mapping of keyword inputs, or one input."""
-    return run(
-        model, batch if isinstance(batch, tuple | Mapping) else tuple(batch) if isinstance(batch, list) else (batch,)
-    )
+    """Run the model on a batch: a tuple or list of positional inputs, a mapping of keyword inputs, or one input."""
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    if not isinstance(batch, tuple | Mapping):
+        batch = (batch,)
+    return run(model, batch)
 
 
 def fewer_positions(example_inputs: ExampleInputs, fewest: int = 32) -> Iterator[ExampleInputs]:
-    """Yield example inputs with every fourth, third, then second row and column of each image, the smallest first.
+    """Yield example inputs with every fourth, third, then second row and column of each image.
 
-    Images are tensors of floating point ``(N, C, ..., H, W)``; their sides stay at ``fewest`` or more, else there is
-    nothing to yield.
+    Images are floating-point tensors ``(N, C, ..., H, W)``. Inputs with a side below ``fewest`` are not yielded.
     """
     sides = [min(tensor.shape[-2:]) for tensor in tensors_in(example_inputs) if _is_image(tensor)]
+
+    def thinned(step: int, tensor: Tensor) -> Tensor:
+        return tensor[..., ::step, ::step].contiguous() if _is_image(tensor) else tensor
+
     for step in (4, 3, 2):
         if sides and min(sides) >= fewest * step:
-            yield pytree.tree_map_only(
-                Tensor,
-                lambda tensor, step=step: tensor[..., ::step, ::step].contiguous() if _is_image(tensor) else tensor,
-                example_inputs,
-            )
+            yield pytree.tree_map_only(Tensor, partial(thinned, step), example_inputs)
 
 
 def _is_image(tensor: Tensor) -> bool:
@@ -130,24 +134,24 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def hold_nothing(inputs: Any) -> bool:
-    """Tell whether inputs, or a batch, hold tensors and none of them an entry."""
+    """Return whether inputs, or a batch, hold tensors, all of which are empty."""
     sizes = [tensor.numel() for tensor in tensors_in(inputs)]
     return bool(sizes) and not any(sizes)
 
 
 def refuse_empty(example_inputs: ExampleInputs) -> None:
-    """Refuse inputs on which nothing is computed, so that nothing that must leave together would meet.
+    """Refuse inputs without entries, on which no channel groups can be found.
 
     Raises:
-        PruningError: If they hold tensors, and none of them an entry.
+        PruningError: If the inputs hold tensors, all of which are empty.
     """
     if hold_nothing(example_inputs):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example_inputs))
-        raise PruningError(f"The example inputs hold no entries (shapes {shapes}). Pass one example at least.")
+        raise PruningError(f"The example inputs hold no entries (shapes {shapes}). Pass at least one example.")
 
 
 def refuse_shapeless(model: nn.Module) -> None:
-    """Refuse lazy modules before their first run, which changes them for good.
+    """Refuse lazy modules that have not run yet: their first run changes them for good.
 
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
@@ -156,11 +160,11 @@ def refuse_shapeless(model: nn.Module) -> None:
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
                 name = f"{path}.{leaf}".lstrip(".")
-                raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
+                raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once first.")
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return every module once, with its path, as ``named_modules`` does, in a fraction of the time."""
+    """Return every module once, with its path: ``named_modules`` in a fraction of the time."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
 
@@ -177,90 +181,122 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    """Draw the same from the generators of Python and numpy each time, and leave these as found.
+    """Seed the generators of Python and NumPy for the body, and restore them afterwards.
 
-    Code that skips layers or masks positions at random takes the same path whenever it is looked at.
+    Code that skips layers or masks positions at random then takes the same path every time.
     """
-    states = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(0)
     np.random.seed(0)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode without gradients and leave mode, RNG, buffers and module attributes as found.
+    """Run the body in eval mode without gradients, then restore modes, RNG, buffers and module attributes.
 
-    What torch.compile has compiled runs as it was written, since no compiled code can be traced. What a forward pass
-    writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list or dict, a hook) is
-    taken back.
+    Modules compiled by torch.compile run their original code, since compiled code cannot be traced. Everything that a
+    forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list or
+    dict, a hook) is undone.
 
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
     refuse_shapeless(model)
-    modules = [module for _, module in modules_of(model)]
-    training = [module.training for module in modules]
-    own = {id(buffer): buffer for module in modules for buffer in module._buffers.values() if buffer is not None}
-    attributes = [vars(module).copy() for module in modules]
-    # Among the containers are each module's parameters, buffers, submodules and hooks; most are hooks that it lacks.
-    containers = [value for found in attributes for value in found.values() if type(value) in _CONTAINERS]
-    contents = [container.copy() if container else None for container in containers]
-    compiled = _uncompiled(modules)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in own.values() if not buffer.is_meta]
-    devices = {
-        tensor.device.index or 0
-        for module in modules
-        for tensor in module._parameters.values()
-        if tensor is not None and tensor.is_cuda
-    }
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+    before = _ModuleState([module for _, module in modules_of(model)])
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=before.cuda_devices()):
         try:
-            for module in modules:
+            for module in before.modules:
                 if module.training:
                     module.training = False
-            for module, written in compiled:
+            for module, written in _uncompiled(before.modules):
                 vars(module).update(written)
             yield
         finally:
-            for module, mode, found in zip(modules, training, attributes, strict=True):
-                vars(module).clear()
-                vars(module).update(found)
-                if module.training is not mode:  # scripted modules keep it elsewhere
-                    module.training = mode
-            for container, content in zip(containers, contents, strict=True):
-                if container:
-                    container.clear()
-                if content is not None:
-                    (container.extend if isinstance(container, list) else container.update)(content)
-            for buffer, value in buffers:
-                # Versions do not tell: batch_norm updates its statistics without a new one.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            before.restore_()
+
+
+class _ModuleState:
+    """The modes, attributes, containers and buffers of modules, so that they can be restored."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.training = [module.training for module in modules]
+        self.attributes = [vars(module).copy() for module in modules]
+        # Containers are changed in place, so their contents are copied one level deep. Among them are each module's
+        # parameters, buffers, submodules and hooks; most are empty dicts of hooks, for which None saves the copy.
+        self.containers: list[tuple[Any, Any]] = []
+        for found in self.attributes:
+            for value in found.values():
+                if type(value) in _CONTAINERS:
+                    self.containers.append((value, value.copy() if value else None))
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        seen: set[int] = set()
+        for module in modules:
+            for buffer in module._buffers.values():
+                if buffer is None or buffer.is_meta or id(buffer) in seen:
+                    continue
+                seen.add(id(buffer))
+                self.buffers.append((buffer, buffer.detach().clone()))
+
+    def cuda_devices(self) -> list[int]:
+        """Return the indices of the GPUs that hold parameters."""
+        devices: set[int] = set()
+        for module in self.modules:
+            for tensor in module._parameters.values():
+                if tensor is not None and tensor.is_cuda:
+                    devices.add(tensor.device.index or 0)
+        return sorted(devices)
+
+    def restore_(self) -> None:
+        """Restore everything, writing only what has changed."""
+        for module, mode, found in zip(self.modules, self.training, self.attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(found)
+            if module.training is not mode:  # scripted modules keep it elsewhere
+                module.training = mode
+        for container, content in self.containers:
+            if container:
+                container.clear()
+            if content is None:
+                continue
+            if isinstance(container, list):
+                container.extend(content)
+            else:
+                container.update(content)
+        for buffer, value in self.buffers:
+            # Compared by value: batch_norm updates its statistics without raising their version counter.
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Return the attributes of modules that torch.compile has changed, with the values they had before."""
+    """Return the attributes that torch.compile replaced on modules, with their original values."""
     found: list[tuple[nn.Module, dict[str, Any]]] = []
-    classes: dict[type, Any] = {}  # whose ``forward`` was compiled
+    compiled_forward: dict[type, Any] = {}  # class -> its ``forward`` if that was compiled in the class, else None
     for module in modules:
         kind, own = type(module), vars(module)
-        if kind not in classes:
+        if kind not in compiled_forward:
             forward = getattr(kind, "forward", None)
-            classes[kind] = forward if hasattr(forward, "_torchdynamo_orig_callable") else None
+            compiled_forward[kind] = forward if hasattr(forward, "_torchdynamo_orig_callable") else None
         functions = {name: value for name, value in own.items() if type(value) in _FUNCTIONS}
-        if classes[kind] is not None and "forward" not in functions:
-            functions["forward"] = MethodType(classes[kind], module)
-        written: dict[str, Any] = {"_compiled_call_impl": None} if "_compiled_call_impl" in own else {}
+        if compiled_forward[kind] is not None and "forward" not in functions:
+            functions["forward"] = MethodType(compiled_forward[kind], module)
+        original: dict[str, Any] = {}
+        if "_compiled_call_impl" in own:  # set by ``module.compile()``
+            original["_compiled_call_impl"] = None
         for name, value in functions.items():
             function = getattr(value, "_torchdynamo_orig_callable", None)
-            if function is not None:
-                bound = inspect.ismethod(value) and not inspect.ismethod(function)  # compiled in the class
-                written[name] = MethodType(function, module) if bound else function
-        if written:
-            found.append((module, written))
+            if function is None:
+                continue
+            # A method compiled in the class remembers the plain function, which needs its ``self`` back.
+            if inspect.ismethod(value) and not inspect.ismethod(function):
+                function = MethodType(function, module)
+            original[name] = function
+        if original:
+            found.append((module, original))
     return found

@@ -1,7 +1,7 @@
-"""The one exception of the package that is about the model in hand rather than about an argument."""
+"""The exception of this package."""
 
 __all__ = ["PruningError"]
 
 
 class PruningError(RuntimeError):
-    """The model, the data or the run at hand cannot be pruned as asked; the model has been left as it was."""
+    """The model, the data or the run cannot be pruned as requested; the model is unchanged."""

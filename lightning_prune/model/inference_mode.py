@@ -1,4 +1,4 @@
-"""Knows what ``torch.inference_mode`` forbids: its tensors are not trained, and are changed within it alone."""
+"""Tensors made in ``torch.inference_mode``, which can be neither trained nor changed outside of it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _Result = TypeVar("_Result")
 
 
 def changes_model(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a function that changes the model it is given first, so that the model can be trained afterwards.
+    """Decorate a function that changes its first argument, the model, so that the model remains trainable.
 
-    Within ``torch.inference_mode`` the function runs as outside of it. A model made there is refused, before anything
-    is changed.
+    Inside ``torch.inference_mode``, the function runs as if outside. A model made in inference mode is refused before
+    anything changes.
     """
 
     @wraps(function)
@@ -44,21 +44,27 @@ def refuse_inference_tensors(where: str, model: nn.Module) -> None:
     """Refuse a model that holds tensors made in inference mode.
 
     Raises:
-        PruningError: Naming the first of them, and what makes ordinary tensors of all.
+        PruningError: If it does, with the way to make ordinary tensors of them.
     """
-    own = chain(model.named_parameters(), model.named_buffers())
-    # a lazy parameter, which has no shape yet, takes no question; others refuse it
-    made = [name for name, tensor in own if not is_lazy(tensor) and tensor.is_inference()]
+    made = []
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        # A lazy parameter has no shape yet and cannot be asked; it is refused elsewhere.
+        if not is_lazy(tensor) and tensor.is_inference():
+            made.append(name)
     if made:
         raise PruningError(
-            f"{where}: {len(made)} parameters and buffers of {type(model).__name__}, the first of them {made[0]}, were "
-            "made inside torch.inference_mode, so they can be neither cut nor trained. Make the model outside of it, "
+            f"{where}: {len(made)} parameters and buffers of {type(model).__name__} (the first is {made[0]}) were made "
+            "inside torch.inference_mode, so they can be neither pruned nor trained. Make the model outside of it, "
             "or give it ordinary tensors: model.load_state_dict({name: tensor.clone() for name, tensor in "
             "model.state_dict().items()}, assign=True)."
         )
 
 
 def ordinary(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches of data, copied where they were made in inference mode: gradients need ordinary tensors."""
+    """Yield batches with tensors made in inference mode copied, since gradients need ordinary tensors."""
     for batch in batches:
-        yield pytree.tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
+        yield pytree.tree_map_only(Tensor, _trainable, batch)
+
+
+def _trainable(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,4 +1,4 @@
-"""Shows in a terminal or notebook how far something has come; decides nothing."""
+"""Progress bars in terminals and notebooks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from operator import length_hint
 from typing import TypeVar
 
 from rich import get_console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 __all__ = ["counted", "each", "seen"]
@@ -17,7 +18,7 @@ _Item = TypeVar("_Item")
 
 @contextmanager
 def each(items: Iterable[_Item], what: str, shown: bool) -> Iterator[Iterator[_Item]]:
-    """Yield what yields the items, and show, while the body runs, how many have been dealt with."""
+    """Yield an iterator over the items, and show while the body runs how many are done."""
     with counted(what, length_hint(items) or None, shown) as advance:
 
         def one_by_one() -> Iterator[_Item]:
@@ -29,28 +30,28 @@ def each(items: Iterable[_Item], what: str, shown: bool) -> Iterator[Iterator[_I
 
 
 def seen() -> bool:
-    """Tell whether somebody may look: into a file or a pipe a bar would write an empty line."""
+    """Return whether output goes to a terminal or notebook: in a file or pipe, a bar would leave an empty line."""
     return get_console().is_terminal or get_console().is_jupyter
 
 
 @contextmanager
 def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[..., None]]:
-    """Show a bar while the body runs, and take it away in the end.
+    """Show a bar while the body runs, and remove it afterwards.
 
     Args:
-        what: Stands before the bar.
-        total: Steps to come, if that is known.
-        shown: Whether anything is shown; in a file or a pipe nothing is.
+        what: Text before the bar.
+        total: Number of steps, if known.
+        shown: Whether to show the bar; in a file or pipe it is never shown.
 
     Yields:
-        What is to be called after each step, with what is to be said of it if there is something to say.
+        A function to call after each step, optionally with a note to show.
     """
     done = TimeElapsedColumn() if total is None else TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), done
     with Progress(*columns, transient=True, disable=not (shown and seen())) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(escape(what), total=total)  # names of modules may hold brackets
 
-        def advance(told: str = "") -> None:
-            bar.update(task, advance=1, description=f"{what} {told}".rstrip())
+        def advance(note: str = "") -> None:
+            bar.update(task, advance=1, description=escape(f"{what} {note}".rstrip()))
 
         yield advance

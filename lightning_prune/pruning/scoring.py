@@ -17,12 +17,12 @@ from lightning_prune.model.calls import call_on, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.accumulators import (
     Accumulator,
+    Compensation,
     Curvature,
     Expansion,
     Moments,
     NormScales,
     RandomScores,
-    Compensation,
     TaylorOfActivations,
     TaylorOfWeights,
     Weights,

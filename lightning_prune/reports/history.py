@@ -1,4 +1,4 @@
-"""What is remembered of a run's pruning, as plain data: what left when, and what validation said; draws nothing."""
+"""The history of a pruning run as plain data: pruning steps, validations and layer costs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.weights import WeightCount
-from lightning_prune.reports.layer_table import LayerCost
+from lightning_prune.reports.model_tables import LayerCost
 from lightning_prune.structure import Pinned
 
 __all__ = ["History", "LayerChange", "Moment"]
 
 
 class LayerChange(NamedTuple):
-    """What a layer cost when pruning began, and what it costs now."""
+    """The cost of a layer when pruning began, and now."""
 
     before: LayerCost
     now: LayerCost
@@ -26,13 +26,13 @@ class LayerChange(NamedTuple):
 
 @dataclass(frozen=True)
 class Moment:
-    """A cut, or a validation.
+    """A pruning step, or a validation.
 
     Attributes:
-        epoch: Counted from 0.
+        epoch: Epoch, counted from 0.
         step: Optimizer steps made until then.
-        left: What was left of the model, by the names under which it is logged: ``prune/flops_kept``, ...
-        metrics: What validation logged; empty where the moment is a cut.
+        left: What was kept of the model, by logged name: ``prune/flops_kept``, ...
+        metrics: Metrics that validation logged; empty for a pruning step.
     """
 
     epoch: int
@@ -43,20 +43,20 @@ class Moment:
 
 @dataclass
 class History:
-    """The history of a run: its pruning callbacks write it, reports show it, checkpoints and a JSON file keep it.
+    """The history of a run, written by its pruning callbacks and saved in checkpoints and a JSON file.
 
     Attributes:
         model: Name of the module's class.
         callbacks: The calls that make the pruning callbacks.
-        measured: What FLOPs and latency are of: device, threads and shapes of the inputs.
-        moments: Cuts and validations in the order they came.
-        layers: Path of a layer -> its width and cost when pruning began, and now; where units leave.
-        weights: Name, size and what stays of every weight that could be masked; where weights become zero.
-        pinned: Channels that stay, and why.
+        measured: Where FLOPs and latency were measured: device, threads and shapes of the inputs.
+        moments: Pruning steps and validations in order.
+        layers: Path of a layer -> its width and cost when pruning began, and now; of structured pruning.
+        weights: Name, size and kept entries of every prunable weight; of weight pruning.
+        pinned: Channels that cannot be pruned, and why.
         dense: Name of a weight that could not be masked -> why.
-        branching: Modules whose code goes by numbers of its input, so that only the path taken was seen.
-        counted: By what the FLOPs are counted.
-        stopped: What stopped the training before its end, and when; empty where nothing did.
+        branching: Modules whose code branches on values of its input; only the path taken was traced.
+        counted: How FLOPs were counted.
+        stopped: What stopped the training before its end, and when; empty if nothing did.
     """
 
     model: str = ""
@@ -73,66 +73,73 @@ class History:
 
     @property
     def left(self) -> dict[str, float]:
-        """What is left of the model now, by the names under which it is logged."""
+        """What is kept of the model now, by logged name."""
         return self.moments[-1].left if self.moments else {}
 
     def note_left(self, epoch: int, step: int, left: Mapping[str, float]) -> None:
-        """Note what is left, if that has changed; a training that counts from the start is another one's history."""
+        """Record what is kept, if that has changed; steps that start anew clear the history of the earlier run."""
         if self.moments and step < self.moments[-1].step:
             self.moments.clear()
         if self.left != left:
             self.moments.append(Moment(epoch, step, dict(left), {}))
 
     def note_metrics(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Note what a validation said of the model as it stands."""
+        """Record the metrics of a validation."""
         self.moments.append(Moment(epoch, step, self.left, dict(metrics)))
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the same as dicts, lists, strings and numbers, which checkpoints and JSON can hold."""
-        return {
-            **asdict(self),
-            "layers": {path: [list(cost) for cost in change] for path, change in self.layers.items()},
-            "weights": [list(weight) for weight in self.weights],
-        }
+        """Return the history as dicts, lists, strings and numbers, for checkpoints and JSON."""
+        plain = asdict(self)
+        plain["layers"] = {path: [*map(list, change)] for path, change in self.layers.items()}
+        plain["weights"] = [*map(list, self.weights)]
+        return plain
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> History:
-        """Return the history that :meth:`to_plain` made plain."""
+        """Return the history from the result of :meth:`to_plain`."""
+        layers = {}
+        for path, (before, now) in plain["layers"].items():
+            layers[path] = LayerChange(LayerCost(*before), LayerCost(*now))
         return cls(
-            plain["model"],
-            list(plain["callbacks"]),
-            plain["measured"],
-            [Moment(**moment) for moment in plain["moments"]],
-            {path: LayerChange(*(LayerCost(*cost) for cost in change)) for path, change in plain["layers"].items()},
-            [WeightCount(*weight) for weight in plain["weights"]],
-            [Pinned(**pin) for pin in plain["pinned"]],
-            dict(plain["dense"]),
-            list(plain.get("branching", ())),  # histories written before this was noted
-            plain.get("stopped", ""),  # likewise
-            plain.get("counted", "by fvcore"),  # likewise
+            model=plain["model"],
+            callbacks=list(plain["callbacks"]),
+            measured=plain["measured"],
+            moments=[Moment(**moment) for moment in plain["moments"]],
+            layers=layers,
+            weights=[WeightCount(*weight) for weight in plain["weights"]],
+            pinned=[Pinned(**pin) for pin in plain["pinned"]],
+            dense=dict(plain["dense"]),
+            branching=list(plain["branching"]),
+            stopped=plain["stopped"],
+            counted=plain["counted"],
         )
 
     def to_json(self, path: str | Path) -> None:
-        """Write the history to a file; its folder is made if need be."""
+        """Write the history to a file; its folder is created if needed."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(_finite(self.to_plain()), indent=1) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> History:
-        """Read what :meth:`to_json` wrote.
+        """Read a file written by :meth:`to_json`.
 
         Raises:
-            PruningError: If the file holds something else.
+            PruningError: If the file holds no such history.
         """
         try:
             return cls.from_plain(json.loads(Path(path).read_text()))
-        except (ValueError, KeyError, TypeError) as error:
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
             raise PruningError(f"{path} holds no history of a pruning ({error!r}).") from error
 
 
 def _finite(value: Any) -> Any:
-    """Leave out metrics that are not finite, which JSON has no word for."""
-    if isinstance(value, dict):
-        kept = {k: _finite(v) for k, v in value.items()}
-        return {k: v for k, v in kept.items() if not isinstance(v, float) or math.isfinite(v)}
-    return [_finite(v) for v in value] if isinstance(value, list) else value
+    """Return nested dicts and lists without NaN and infinity, which JSON cannot represent."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    finite = {}
+    for key, item in value.items():
+        if not isinstance(item, float) or math.isfinite(item):
+            finite[key] = _finite(item)
+    return finite

@@ -1,4 +1,4 @@
-"""Draws the history of a run: what was left and what validation said, over time and against cost; writes no file."""
+"""The picture of a pruning run: kept fractions and metrics over time, metrics against cost, and layer widths."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_prune.analysis.sensitivity_figure import import_matplotlib
+from lightning_prune.analysis.sensitivity_figure import import_matplotlib, literal
 from lightning_prune.reports.history import History
-from lightning_prune.reports.summary import main_metric, shares, stages
+from lightning_prune.reports.run_summary import main_metric, shares, stages
 
 __all__ = ["draw_run", "picture_of"]
 
@@ -18,8 +18,9 @@ _COLOURS = {
     "prune/latency_kept": "#6b4e9b",
     "prune/nonzero_kept": "#3a7d44",
 }
-_PREFERRED = ("prune/flops_kept", "prune/nonzero_kept")  # what a metric is drawn against
-_NAMED = 60  # bars that have room for their names
+_PREFERRED = ("prune/flops_kept", "prune/nonzero_kept")  # costs to draw a metric against
+_NAMED = 60  # more bars have no room for names
+_MOST_LINES = 40  # more pruning steps are not marked
 
 
 def picture_of(history: History) -> bytes:
@@ -34,7 +35,7 @@ def picture_of(history: History) -> bytes:
 
 
 def draw_run(history: History) -> Any:
-    """Return a figure of what was left and of a metric over time, of both against each other, and of every layer.
+    """Return a figure: kept fractions and a metric over time, both against each other, and every layer.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
@@ -42,7 +43,8 @@ def draw_run(history: History) -> Any:
     matplotlib = import_matplotlib()
     bars = [rows for rows in (_layers(history), _weights(history)) if rows]
     figure = matplotlib.figure.Figure(figsize=(10, 5 + 2.8 * len(bars)), layout="constrained")
-    top, *below = figure.subfigures(1 + len(bars), 1, height_ratios=(5, *(2.8 for _ in bars)), squeeze=False)[:, 0]
+    heights = [5.0] + [2.8] * len(bars)
+    top, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     over_time, against = top.subfigures(1, 2, width_ratios=(3, 2))
     _draw_over_time(over_time, history)
     _draw_against(against, history)
@@ -53,58 +55,74 @@ def draw_run(history: History) -> Any:
 
 def _draw_over_time(figure: Any, history: History) -> None:
     metric = main_metric(history)
-    upper, lower = figure.subplots(2, 1, sharex=True) if metric else (None, figure.subplots())
+    if metric is None:
+        lower = figure.subplots()
+        lower.set_title("over time", fontsize=10)
+        _draw_kept(lower, history)
+        return
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.set_title("over time (vertical lines: pruning steps)", fontsize=10)
+    _draw_kept(lower, history)
+    seen = [moment for moment in history.moments if metric in moment.metrics]
+    values = [moment.metrics[metric] for moment in seen]
+    upper.plot([moment.step for moment in seen], values, color="0.25", marker=".", markersize=4, linewidth=1)
+    upper.set(ylabel=literal(metric))
+    pruned = [stage.step for stage in stages(history)[1:]]
+    if len(pruned) <= _MOST_LINES:
+        for step in pruned:
+            upper.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+            lower.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+
+
+def _draw_kept(axes: Any, history: History) -> None:
+    """Draw the kept fractions as steps over time."""
     steps = [moment.step for moment in history.moments]
     for key, name in reversed(shares(history).items()):
-        left = [100 * moment.left.get(key, 1.0) for moment in history.moments]
-        dashes = "--" if key == "prune/params_kept" else "-"  # which often runs where FLOPs do
-        lower.step([0, *steps], [left[0], *left], dashes, where="post", color=_COLOURS[key], label=name)
-    lower.set(xlabel="optimizer steps", ylabel="left, %", ylim=(0, 105))
-    lower.xaxis.get_major_locator().set_params(integer=True)
-    lower.legend(loc="lower left", fontsize=8, frameon=False)
-    if upper is not None:
-        seen = [(moment.step, moment.metrics[metric]) for moment in history.moments if metric in moment.metrics]
-        upper.plot(*zip(*seen, strict=True), color="0.25", marker=".", markersize=4, linewidth=1)
-        upper.set(ylabel=metric)
-        cuts = [stage.step for stage in stages(history)[1:]]
-        for axes in (upper, lower) if len(cuts) <= 40 else ():
-            for step in cuts:
-                axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
-    (upper or lower).set_title("over time" + (", lines mark cuts" if upper is not None else ""), fontsize=10)
+        kept = [100 * moment.left.get(key, 1.0) for moment in history.moments]
+        dashes = "--" if key == "prune/params_kept" else "-"  # parameters often coincide with FLOPs
+        axes.step([0, *steps], [kept[0], *kept], dashes, where="post", color=_COLOURS[key], label=name)
+    axes.set(xlabel="optimizer steps", ylabel="kept, %", ylim=(0, 105))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="lower left", fontsize=8, frameon=False)
 
 
 def _draw_against(figure: Any, history: History) -> None:
-    """Draw a metric against a cost: all validations small, the last before each cut large."""
+    """Draw a metric against a cost: all validations small, the last before each pruning step large."""
     axes, metric = figure.subplots(), main_metric(history)
-    key = next((key for key in _PREFERRED if key in shares(history)), None)
-    if metric is None or key is None:
-        axes.text(0.5, 0.5, "validation logged nothing", ha="center", va="center", color="0.5")
+    costs = [key for key in _PREFERRED if key in shares(history)]
+    if metric is None or not costs:
+        axes.text(0.5, 0.5, "validation logged no metrics", ha="center", va="center", color="0.5")
         axes.set_axis_off()
         return
-    found = [stage for stage in stages(history) if key in stage.left]
-    seen = [  # before the first cut they tell of learning
-        m for m in history.moments if metric in m.metrics and key in m.left and m.left != found[0].left
-    ]
-    axes.scatter([100 * m.left[key] for m in seen], [m.metrics[metric] for m in seen], s=8, color="0.75", zorder=2)
+    cost = costs[0]
+    found = [stage for stage in stages(history) if cost in stage.left]
+    kept, values = [], []
+    for moment in history.moments:
+        # Validations before the first pruning step show learning, not the effect of pruning.
+        if metric in moment.metrics and cost in moment.left and moment.left != found[0].left:
+            kept.append(100 * moment.left[cost])
+            values.append(moment.metrics[metric])
+    axes.scatter(kept, values, s=8, color="0.75", zorder=2)
     ends = [stage for stage in found if metric in stage.last]
-    axes.plot(
-        [100 * stage.left[key] for stage in ends], [stage.last[metric] for stage in ends],
-        color=_COLOURS[key], marker="o", markersize=5, linewidth=1, zorder=3,
-    )  # fmt: skip
-    axes.set_xlim(103, min((100 * stage.left[key] for stage in found), default=100.0) - 3)  # ever less to the right
-    axes.set(xlabel=f"{shares(history)[key]} left, %", ylabel=metric)
-    axes.set_title("against cost: large, before each cut", fontsize=10)
+    kept = [100 * stage.left[cost] for stage in ends]
+    values = [stage.last[metric] for stage in ends]
+    axes.plot(kept, values, color=_COLOURS[cost], marker="o", markersize=5, linewidth=1, zorder=3)
+    least = min((100 * stage.left[cost] for stage in found), default=100.0)
+    axes.set_xlim(103, least - 3)  # cost falls from left to right
+    axes.set(xlabel=f"{shares(history)[cost]} kept, %", ylabel=literal(metric))
+    axes.set_title("against cost (large dots: just before each pruning step)", fontsize=10)
     axes.grid(color="0.92", linewidth=0.6)
 
 
 def _draw_bars(axes: Any, label: str, before: Mapping[str, float], now: Sequence[float]) -> None:
-    """Draw for every layer what it was, light, and what it is."""
+    """Draw a bar for every layer: before in light, now in dark."""
     places = range(len(before))
     axes.bar(places, before.values(), color="#d9dee3", width=0.85, label="before")
     axes.bar(places, now, color="#2e6f95", width=0.85, label="now")
     axes.set(ylabel=label, xlim=(-0.6, len(before) - 0.4))
     if len(before) <= _NAMED:
-        axes.set_xticks(places, before, rotation=45 if len(before) <= 30 else 90, ha="right", fontsize=7)
+        names = [literal(name) for name in before]
+        axes.set_xticks(places, names, rotation=45 if len(before) <= 30 else 90, ha="right", fontsize=7)
     else:
         axes.set_xlabel("layers, from the first to the last")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8, frameon=False)
@@ -121,4 +139,4 @@ def _weights(history: History) -> tuple[str, dict[str, float], list[float]] | No
     if not history.weights:
         return None
     left = [100 * weight.stays / max(weight.size, 1) for weight in history.weights]
-    return "weights left, %", {weight.name: 100.0 for weight in history.weights}, left
+    return "weights kept, %", {weight.name: 100.0 for weight in history.weights}, left

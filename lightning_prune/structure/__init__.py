@@ -1,4 +1,4 @@
-"""Reads which entries of a model live and die together; never changes the model."""
+"""Dependency tracing: which channels of a model must be pruned together."""
 
 from lightning_prune.structure.groups import ChannelGroup, Keep, Slot, Structure, find_structure
 from lightning_prune.structure.pinned import Pinned

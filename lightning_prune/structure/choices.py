@@ -1,9 +1,9 @@
-"""Which way is taken where channels can leave in several, and which atoms then go together; knows no channel group."""
+"""Connected components of atoms, and the choice between alternative ways to prune channels."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -14,15 +14,15 @@ from lightning_prune.structure.labels import INERT, PINNED, Atoms, Ledger
 __all__ = ["Taken", "Way", "connected", "resolve", "take"]
 
 Taken = dict[Hashable, Hashable]
-"""Choice -> the way that is taken."""
+"""Choice -> the alternative taken."""
 Way = tuple[Hashable, Hashable]
-"""A choice, and one of its ways."""
+"""A choice, and one of its alternatives."""
 
 
 def resolve(ledger: Ledger, taken: Taken, pinned: bool = True) -> Atoms:
-    """Find the connected component of every atom, given the alternative taken of each choice.
+    """Return the connected component of every atom, given the alternative taken of each choice.
 
-    All that is pinned is one component; unless ``pinned``, pins do not count.
+    All pinned atoms form one component. With ``pinned=False``, pins are ignored.
     """
     active = np.ones(ledger.size, dtype=bool)
     active[INERT] = False
@@ -36,21 +36,25 @@ def resolve(ledger: Ledger, taken: Taken, pinned: bool = True) -> Atoms:
                     stands_for.append((np.broadcast_to(atoms, columns.shape).ravel(), columns.ravel()))
                 else:
                     active[atoms] = False
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins if pinned]
+    pins = _pins(ledger) if pinned else []
     stays = _beside_ways_not_taken(ledger, active)
-    return connected(
-        ledger.size, [*ledger.pairs, *stands_for, *pins, (stays, np.full(len(stays), PINNED))], active, ledger.blocks
-    )
+    pins.append((stays, np.full(len(stays), PINNED)))
+    return connected(ledger.size, [*ledger.pairs, *stands_for, *pins], active, ledger.blocks)
+
+
+def _pins(ledger: Ledger) -> list[tuple[Atoms, Atoms]]:
+    """Return the pairs that connect pinned atoms to the one atom that stands for all of them."""
+    return [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
 
 
 def _beside_ways_not_taken(ledger: Ledger, active: NDArray[np.bool_]) -> Atoms:
-    """Find what alone met channels that could leave in a way that is not taken: those stay, and so must it."""
+    """Return atoms tied to channels of an alternative that is not taken: those are kept, so these must be, too."""
     if not ledger.choices or not ledger.together:
         return np.empty(0, dtype=np.int64)
     a, b = (np.concatenate(side) for side in zip(*ledger.together, strict=True))
-    gone = ~active
-    gone[INERT] = False
-    return np.concatenate([b[gone[a] & active[b]], a[gone[b] & active[a]]])
+    inactive = ~active
+    inactive[INERT] = False
+    return np.concatenate([b[inactive[a] & active[b]], a[inactive[b] & active[a]]])
 
 
 def connected(
@@ -59,17 +63,17 @@ def connected(
     active: NDArray[np.bool_],
     blocks: Mapping[int, Atoms] = MappingProxyType({}),
 ) -> Atoms:
-    """Find connected components; pairs with an inactive end do not count.
+    """Find connected components, ignoring pairs with an inactive end.
 
     Args:
         size: Number of atoms.
-        pairs: Arrays of atoms that meet, one by one.
-        active: Which atoms there are, ``(size,)``.
-        blocks: By ``id``, arrays that have no atom in common, all of them active. Where two such meet, which is most of
-            what happens in a network, their atoms need not be looked at.
+        pairs: Arrays of atoms that are connected, element by element.
+        active: Which atoms exist, ``(size,)``.
+        blocks: By ``id``, disjoint arrays of active atoms. Pairs of two blocks, which are most of the pairs in a
+            network, are joined without looking at their atoms.
 
     Returns:
-        For each atom one that stands for its component, ``(size,)``: of those of the first block the smallest.
+        For each atom the representative of its component, ``(size,)``.
     """
     root = np.arange(size, dtype=np.int64)
     rest = _join_blocks(root, pairs, blocks)
@@ -81,14 +85,15 @@ def connected(
     if not both.all():
         a, b = a[both], b[both]
     a, b = root[a], root[b]
+    # Invariant: root[x] <= x, so following roots ends, and the smallest atom represents its component.
     while len(a):
         high = np.maximum(a, b)
         np.minimum.at(root, high, np.minimum(a, b))  # hook the larger root onto the smaller
         above = root[high]
-        while not np.array_equal(up := root[above], above):
+        while not np.array_equal(up := root[above], above):  # shorten the paths of the atoms just hooked
             root[high] = above = up
         a, b = root[a], root[b]
-        apart = a != b
+        apart = a != b  # pairs that are joined by now are done
         a, b = a[apart], b[apart]
     while not np.array_equal(flat := root[root], root):
         root = flat
@@ -98,7 +103,7 @@ def connected(
 def _join_blocks(
     root: Atoms, pairs: Iterable[tuple[Atoms, Atoms]], blocks: Mapping[int, Atoms]
 ) -> list[tuple[Atoms, Atoms]]:
-    """Let every block that met others point to the first of them, and return the pairs that are none of two blocks."""
+    """Point every block to the first one it is connected with, and return the pairs that are not of two blocks."""
     first: dict[int, int] = {}
 
     def find(block: int) -> int:
@@ -110,7 +115,9 @@ def _join_blocks(
     for pair in pairs:
         one, other = id(pair[0]), id(pair[1])
         if one in blocks and other in blocks:
-            low, high = sorted((find(one), find(other)), key=lambda block: int(blocks[block][0]))
+            low, high = find(one), find(other)
+            if blocks[high][0] < blocks[low][0]:  # the block of smaller atoms represents both
+                low, high = high, low
             first[high] = low
         else:
             rest.append(pair)
@@ -120,58 +127,67 @@ def _join_blocks(
 
 
 def take(ledger: Ledger, last: Container[Way] = ()) -> Taken:
-    """Take one alternative of every choice, those that met together.
+    """Take one alternative of every choice; alternatives that are tied to each other are taken together.
 
-    Whole ones of what a product runs over in batches (heads) come before a share of each; then comes what has the most
-    channels that nothing downstream pins.
+    Whole batches of a product (attention heads) are preferred to the same share of each. After that, the alternative
+    with the most channels that nothing downstream pins is preferred.
 
     Args:
-        ledger: What the trace wrote down.
-        last: Ways to take only where there is no other, and what goes with them.
+        ledger: The trace.
+        last: Alternatives to avoid, and with them those tied to them, if there are others.
     """
-    ways = [(key, way) for key, choice in ledger.choices.items() for way in choice.alternatives]
+    ways: list[Way] = []
+    for key, choice in ledger.choices.items():
+        ways += [(key, alternative) for alternative in choice.alternatives]
     if not ways:
         return {}
-    pins = [(labels, np.full(len(labels), PINNED)) for labels, _ in ledger.pins]
-    active = np.ones(ledger.size, dtype=bool)
-    active[INERT] = False
-    root = connected(ledger.size, [*ledger.pairs, *pins], active, ledger.blocks)
-    whole = np.zeros(ledger.size, dtype=bool)
-    for atoms in ledger.whole:
-        whole[atoms] = True
-    blocks = [ledger.choices[key].alternatives[way][0][0] for key, way in ways]
-    together: dict[int, list[int]] = defaultdict(list)
-    for which, first in enumerate(_together(ledger, ways)):
-        together[int(first)].append(which)
-
-    def rank(members: list[int]) -> tuple[bool, bool, bool, int, int]:
-        wanted = not any(ways[which] in last for which in members)
-        free = min(int((root[blocks[which]] != root[PINNED]).sum()) for which in members)
-        preferred = any(bool(whole[blocks[which]].any()) for which in members)
-        return wanted, free > 0, preferred, free, max(len(blocks[which]) for which in members)
-
+    together: dict[int, list[Way]] = defaultdict(list)
+    for way, first in zip(ways, _together(ledger, ways), strict=True):
+        together[int(first)].append(way)
+    rank = _ranking(ledger, last)
+    ranked = sorted(together.values(), key=rank, reverse=True)
     taken: Taken = {}
-    for members in sorted(together.values(), key=rank, reverse=True):
-        keys = {ways[which][0] for which in members}
-        if len(keys) == len(members) and not any(key in taken for key in keys):
-            taken.update(ways[which] for which in members)
-    for members in sorted(together.values(), key=rank, reverse=True):  # what met cannot be had together
-        for which in members:
-            taken.setdefault(*ways[which])
+    for tied in ranked:
+        keys = {key for key, _ in tied}
+        # Two alternatives of one choice that are tied to each other cannot both be taken.
+        if len(keys) == len(tied) and not any(key in taken for key in keys):
+            taken.update(tied)
+    for tied in ranked:  # of the choices that are left, each takes its best alternative alone
+        for key, alternative in tied:
+            taken.setdefault(key, alternative)
     return taken
 
 
+def _ranking(ledger: Ledger, last: Container[Way]) -> Callable[[list[Way]], tuple[bool, bool, bool, int, int]]:
+    """Return the sort key of alternatives that are tied to each other: higher is preferred."""
+    active = np.ones(ledger.size, dtype=bool)
+    active[INERT] = False
+    root = connected(ledger.size, [*ledger.pairs, *_pins(ledger)], active, ledger.blocks)
+    whole = np.zeros(ledger.size, dtype=bool)
+    for atoms in ledger.whole:
+        whole[atoms] = True
+
+    def rank(tied: list[Way]) -> tuple[bool, bool, bool, int, int]:
+        wanted = not any(way in last for way in tied)
+        blocks = [ledger.choices[key].alternatives[way][0][0] for key, way in tied]
+        free = min(int((root[atoms] != root[PINNED]).sum()) for atoms in blocks)
+        preferred = any(bool(whole[atoms].any()) for atoms in blocks)
+        return wanted, free > 0, preferred, free, max(map(len, blocks))
+
+    return rank
+
+
 def _together(ledger: Ledger, ways: Sequence[Way]) -> Atoms:
-    """Find which alternatives of different choices met: one cannot be taken without the other.
+    """Find alternatives of different choices that are tied: one cannot be taken without the other.
 
     Returns:
-        For each alternative the first of those it belongs to, ``(len(ways),)``.
+        For each alternative the first of those it is tied to, ``(len(ways),)``.
     """
-    owned = [
-        (np.full(len(atoms), which), len(ways) + atoms)
-        for which, (key, way) in enumerate(ways)
-        for atoms, _ in ledger.choices[key].alternatives[way]
-    ]
+    # A graph of alternatives, numbered first, and of atoms, numbered behind them.
+    owned = []
+    for which, (key, way) in enumerate(ways):
+        for atoms, _ in ledger.choices[key].alternatives[way]:
+            owned.append((np.full(len(atoms), which), len(ways) + atoms))
     met = [(len(ways) + a, len(ways) + b) for a, b in ledger.together]
     size = len(ways) + ledger.size
     return connected(size, [*owned, *met], np.ones(size, dtype=bool))[: len(ways)]

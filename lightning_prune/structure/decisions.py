@@ -1,7 +1,7 @@
-"""What code may go on by: whole numbers and truth values that operators make of numbers; knows no operator.
+"""Decisions of a model: integers and booleans that operators compute from floating-point values.
 
-Which expert an example goes to, or whether a layer is skipped this time, turns on numbers that change, rightly, when
-channels leave. So that a slim model takes the path that was traced, it is given what was decided then.
+Pruning rightly changes the values that choose an expert, or skip a layer. To compare the pruned model with the traced
+one on the same path, the recorded decisions are written into its run.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from lightning_prune.structure.labels import Labels, Ran
 __all__ = ["Decisions", "decided_by", "decisions_in_order", "impose_"]
 
 Decisions = Mapping[int, Tensor]
-"""Which output of an operator -> its entries."""
+"""Index of an operator's output -> its entries."""
 
 
 def decided_by(taken: Iterable[Tensor], made: Sequence[Tensor], labels: Sequence[Labels]) -> dict[int, Tensor]:
-    """Return copies of the whole numbers and truth values that an operator made of other numbers.
+    """Return copies of the integer and boolean outputs that an operator computed from floating-point inputs.
 
-    What carries channels is none of them.
+    Outputs with channels are left out.
     """
-    if all(_counts(tensor) for tensor in made) or not any(map(_counts, taken)):
+    if all(_is_floating(tensor) for tensor in made) or not any(map(_is_floating, taken)):
         return {}
-    return {
-        which: tensor.clone()
-        for which, (tensor, own) in enumerate(zip(made, labels, strict=True))
-        if not _counts(tensor) and not own.dims and not own.blank
-    }
+    decisions = {}
+    for which, (tensor, own) in enumerate(zip(made, labels, strict=True)):
+        if not _is_floating(tensor) and not own.dims and not own.blank:
+            decisions[which] = tensor.clone()
+    return decisions
 
 
 def impose_(decisions: Decisions, made: Sequence[Tensor]) -> None:
-    """Write decisions into the outputs of an operator that have their shape."""
+    """Write decisions into the outputs of an operator, where shape and type agree."""
     for which, given in decisions.items():
         if which < len(made) and made[which].shape == given.shape and made[which].dtype is given.dtype:
             made[which].copy_(given)
 
 
 def decisions_in_order(ran: Iterable[Ran]) -> dict[tuple[str, int], list[Decisions]]:
-    """Return what was decided by the path of a module and the operator's place in it, one entry for each run."""
+    """Return decisions by module path and position of the operator in it, one entry for each run."""
     found: dict[tuple[str, int], list[Decisions]] = {}
     for one in ran:
         if one.decisions:
@@ -48,5 +48,5 @@ def decisions_in_order(ran: Iterable[Ran]) -> dict[tuple[str, int], list[Decisio
     return found
 
 
-def _counts(tensor: Tensor) -> bool:
+def _is_floating(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()

@@ -1,4 +1,4 @@
-"""From what met to what can leave: connected atoms become units, alike units become channel groups; changes nothing."""
+"""Channel groups: connected atoms form units, and units of one kind form a group."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lightning_prune.structure.width_ties import find_links, left
 __all__ = ["ChannelGroup", "Keep", "Slot", "Structure", "find_structure"]
 
 Keep = Mapping[str, NDArray[np.bool_]]
-"""Group name -> for each of its units whether it stays, ``(width,)``."""
+"""Group name -> for each of its units whether it is kept, ``(width,)``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Where a channel group lives: one dimension of one parameter or buffer.
+    """One dimension of one parameter or buffer that a channel group extends along.
 
     Attributes:
         tensor: Name of the parameter or buffer.
@@ -48,14 +48,14 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """All units of one kind.
+    """Units of one kind, any of which can be pruned.
 
     Attributes:
         name: Path of the first module that produces the channels.
         width: Number of units.
-        slots: Every place where entries of these units live.
-        changes_statistics: Whether a normalisation, softmax or other statistic runs across the units, so that numbers
-            change, rightly, when some of them leave.
+        slots: Every tensor dimension with entries of these units.
+        changes_statistics: Whether a normalisation, softmax or other statistic runs over the units, so that pruning
+            some of them rightly changes the others' values.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ChannelGroup:
 
 @dataclass(eq=False)
 class Structure:
-    """What a trace found: the channel groups of a model, what is pinned, and what everything costs."""
+    """The result of a trace: channel groups of a model, channels that cannot be pruned, and the cost of operators."""
 
     groups: dict[str, ChannelGroup]
     pinned: list[Pinned]
@@ -82,29 +82,29 @@ class Structure:
     units: dict[str, Atoms] = field(default_factory=dict)
     """Group name -> component of each of its units, ``(width,)``."""
     links: tuple[tuple[str, ...], ...] = ()
-    """Groups that must keep the same share, since a number in the code ties their widths together."""
+    """Groups that must keep the same fraction, because numbers in the code tie their widths to each other."""
 
     @property
     def branching(self) -> tuple[str, ...]:
-        """Paths of the modules whose code goes by numbers of its input: of them only the path taken was seen."""
+        """Paths of the modules whose code branches on values of its input: only the branch taken was traced."""
         return tuple(path or "the model" for path in dict.fromkeys(self.ledger.decided))
 
     def alive(self, keep: Keep) -> NDArray[np.bool_]:
-        """Return for every atom whether it is left once the units that ``keep`` gives up have gone, ``(atoms,)``."""
+        """Return for every atom whether it is kept, ``(atoms,)``."""
         left = np.ones(self.ledger.size, dtype=bool)
         for name, kept in keep.items():
             left[self.units[name][~kept]] = False
         return left[self.component]
 
     def flops(self, keep: Keep) -> int:
-        """Predict the multiply-adds of the model once cut, by fvcore's convention."""
+        """Return the multiply-adds of the model after pruning, by fvcore's convention."""
         alive = self.alive(keep)
         return round(sum(self.costs_by_operator(alive).values()))
 
     def costs_by_operator(self, alive: NDArray[np.bool_]) -> dict[str, float]:
-        """Predict multiply-adds by kind of operator, given which atoms are left."""
+        """Return multiply-adds by kind of operator, given which atoms are kept."""
         total: dict[str, float] = defaultdict(float)
-        counts: dict[tuple[int, ...], int] = {}
+        counts: dict[tuple[int, ...], int] = {}  # many operators share labels, which are counted once
         for cost in self.ledger.costs:
             product = cost.factor
             for labels in cost.sizes:
@@ -120,92 +120,90 @@ class Structure:
         return self.without_each(dict.fromkeys(names, reason))
 
     def without_each(self, why: Mapping[str, str]) -> Structure:
-        """Return the structure with some groups pinned, each for a reason of its own, and the groups linked to them."""
+        """Return the structure with some groups pinned, each for its own reason, and the groups linked to them."""
         if not why:
             return self
         reasons = dict(why)
         for link in self.links:
             stays = sorted(why.keys() & set(link))
-            for name in link if stays else ():
-                told = f"its width is tied to that of {', '.join(stays)}, which stays: {why[stays[0]]}"
-                reasons.setdefault(name, told)
-        pins = [
-            Pinned(slot.tensor, slot.dim, len(slot.units), int((slot.units >= 0).sum()), reasons[name])
-            for name in self.groups
-            if name in reasons
-            for slot in self.groups[name].slots
-            if slot.role == "producer"
-        ]
+            if not stays:
+                continue
+            reason = f"its width is tied to that of {', '.join(stays)}, which stays: {why[stays[0]]}"
+            for name in link:
+                reasons.setdefault(name, reason)
+        pinned = list(self.pinned)
+        for name, group in self.groups.items():
+            if name not in reasons:
+                continue
+            for slot in group.slots:
+                if slot.role == "producer":
+                    count = int((slot.units >= 0).sum())
+                    pinned.append(Pinned(slot.tensor, slot.dim, len(slot.units), count, reasons[name]))
         groups = {name: group for name, group in self.groups.items() if name not in reasons}
         units = {name: unit for name, unit in self.units.items() if name not in reasons}
         links = tuple(link for link in self.links if not reasons.keys() & set(link))
-        return Structure(groups, [*self.pinned, *pins], self.ledger, self.taken, self.component, units, links)
+        return Structure(groups, pinned, self.ledger, self.taken, self.component, units, links)
 
 
 def find_structure(ledger: Ledger) -> Structure:
-    """Turn what met during a trace into channel groups.
+    """Return the channel groups of a trace.
 
-    Where channels can leave in several ways, and those of the one taken cannot for what the code asks, the others are
-    tried; what frees the most channels counts.
+    Where channels can be pruned in alternative ways (whole attention heads, or the same share of each), and numbers in
+    the code rule out the preferred one, the others are tried. The result with the most prunable channels is returned.
     """
     whole, stuck = _structured(ledger, take(ledger))
-    best, last = whole.without_each(stuck), _ways(whole, stuck)
+    best = whole.without_each(stuck)
     if dead := _dead_ways(whole):
         other, held = _structured(ledger, take(ledger, dead))
         best = max(best, other.without_each(held), key=_count_free)
-    while last:
+    last = _ways(whole, stuck)
+    while last:  # ends, since ``last`` becomes smaller each time
         whole, stuck = _structured(ledger, take(ledger, last))
         best = max(best, whole.without_each(stuck), key=_count_free)
         again = {choice for choice, _ in _ways(whole, stuck)}
-        fewer = {way for way in last if way[0] not in again}  # those whose other ways do not help, either, go back
+        fewer = {way for way in last if way[0] not in again}  # where no alternative helps, return to the preferred one
         last = fewer if len(fewer) < len(last) else set()
     return best
 
 
 def _ways(structure: Structure, names: Iterable[str]) -> set[Way]:
-    """Return the ways taken on which groups hang."""
-    hang = np.zeros(structure.ledger.size, dtype=bool)
+    """Return the alternatives taken that hold units of some groups."""
+    units = np.zeros(structure.ledger.size, dtype=bool)
     for name in names:
-        hang[structure.units[name]] = True
-    alternatives = {choice: found.alternatives for choice, found in structure.ledger.choices.items()}
-    return {
-        (choice, way)
-        for choice, way in structure.taken.items()
-        if any(hang[structure.component[atoms]].any() for atoms, _ in alternatives[choice][way])
-    }
+        units[structure.units[name]] = True
+    return {way for way in structure.taken.items() if _holds_any(structure, way, units)}
 
 
 def _dead_ways(structure: Structure) -> set[Way]:
-    """Return the ways taken that let nothing leave: another may."""
-    live = np.zeros(structure.ledger.size, dtype=bool)
+    """Return the alternatives taken by which nothing can be pruned; another alternative may do better."""
+    prunable = np.zeros(structure.ledger.size, dtype=bool)
     for units in structure.units.values():
-        live[units] = True
-    alternatives = {choice: found.alternatives for choice, found in structure.ledger.choices.items()}
-    return {
-        (choice, way)
-        for choice, way in structure.taken.items()
-        if not any(live[structure.component[atoms]].any() for atoms, _ in alternatives[choice][way])
-    }
+        prunable[units] = True
+    return {way for way in structure.taken.items() if not _holds_any(structure, way, prunable)}
+
+
+def _holds_any(structure: Structure, way: Way, units: NDArray[np.bool_]) -> bool:
+    """Return whether any atom of an alternative belongs to one of the units, ``(atoms,)`` by component."""
+    choice, alternative = way
+    blocks = structure.ledger.choices[choice].alternatives[alternative]
+    return any(units[structure.component[atoms]].any() for atoms, _ in blocks)
 
 
 def _count_free(structure: Structure) -> int:
-    """Count the indices of parameters and buffers that can leave."""
-    return sum(int((slot.units >= 0).sum()) for group in structure.groups.values() for slot in group.slots)
+    """Count the indices of parameters and buffers that can be pruned."""
+    count = 0
+    for group in structure.groups.values():
+        count += sum(int((slot.units >= 0).sum()) for slot in group.slots)
+    return count
 
 
 def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]]:
-    """Find the channel groups, and those that numbers in the code fix, each with the reason."""
+    """Return the channel groups, and the names of those that numbers in the code fix, each with the reason."""
     component = resolve(ledger, taken)
-    pinned = component == component[PINNED]
     atoms, slot_of = _real_atoms(ledger.slots)
-    free = ~pinned[atoms]
+    free = component[atoms] != component[PINNED]
     atoms, slot_of = atoms[free], slot_of[free]
     units = component[atoms]
-
-    # units whose entries lie in the same slots, equally often, are of one kind
-    weights = np.random.default_rng(0).integers(1, 2**62, size=len(ledger.slots), dtype=np.uint64)
-    signature = np.zeros(ledger.size, dtype=np.uint64)
-    np.add.at(signature, units, weights[slot_of])
     roles = _roles(ledger)
     mixed = np.zeros(ledger.size, dtype=bool)
     for labels in ledger.statistics:
@@ -214,12 +212,10 @@ def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]
     groups: dict[str, ChannelGroup] = {}
     members: dict[str, Atoms] = {}
     alone: list[int] = []
-    order = np.argsort(signature[units], kind="stable")
-    by_kind = sorted(_runs(order, signature[units[order]]), key=lambda rows: int(rows[0])) if len(order) else []
     place = np.empty(ledger.size, dtype=np.int64)  # of each unit within its group
-    for rows in by_kind:
+    for rows in _rows_by_kind(ledger, units, slot_of):
         if not roles["producer"][atoms[rows]].any():
-            continue  # no operator makes them: they lie unused, or are numbers of the model's own
+            continue  # no operator produces them: unused parameters, or constants of the model
         by_slot = _runs(rows, slot_of[rows])  # rows keep the order of slots
         found = np.unique(units[by_slot[0]])  # every slot holds all units
         if len(found) < 2:
@@ -235,7 +231,23 @@ def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]
     return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)), stuck
 
 
+def _rows_by_kind(ledger: Ledger, units: Atoms, slot_of: Atoms) -> list[Atoms]:
+    """Group rows (an atom and its slot) by the kind of their unit, in the order of the first row of each kind.
+
+    Units with entries in the same slots, equally often, are of one kind. A unit's kind is identified by the sum of a
+    random 62-bit number per slot over its entries, which is the same for other units only by a negligible chance.
+    """
+    if not len(units):
+        return []
+    numbers = np.random.default_rng(0).integers(1, 2**62, size=len(ledger.slots), dtype=np.uint64)
+    kind = np.zeros(ledger.size, dtype=np.uint64)
+    np.add.at(kind, units, numbers[slot_of])
+    order = np.argsort(kind[units], kind="stable")
+    return sorted(_runs(order, kind[units[order]]), key=lambda rows: int(rows[0]))
+
+
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
+    """Return the atoms of all slots, one after another, and the slot of each."""
     if not slots:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     starts, sizes = np.array([(slot.start, slot.size) for slot in slots]).T
@@ -253,7 +265,7 @@ def _roles(ledger: Ledger) -> dict[str, NDArray[np.bool_]]:
 
 
 def _runs(rows: Atoms, values: NDArray[Any]) -> list[Atoms]:
-    """Cut rows where their value changes."""
+    """Split rows where their value changes."""
     bounds = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(rows)]
     return [rows[start:stop] for start, stop in pairwise(bounds)]
 
@@ -266,28 +278,32 @@ def _slots(
     atoms: Atoms,
     roles: Mapping[str, NDArray[np.bool_]],
 ) -> tuple[Slot, ...]:
-    """Make the slots of a group; most hold its units in the same order, and share one array."""
+    """Return the slots of a group; those that hold its units in the same order share one array."""
     slots: list[Slot] = []
     for along, own in zip(ranges, rows, strict=True):
         index, at = place[units[own]], atoms[own]
-        if len(at) < along.size:
+        if len(at) < along.size:  # the other indices are pinned or belong to other groups
             sparse = np.full(along.size, -1, dtype=np.int64)
             sparse[at - along.start] = index
             index = sparse
         if slots and np.array_equal(slots[0].units, index):
             index = slots[0].units
-        role: Literal["producer", "consumer", "follower"] = (
-            "consumer" if roles["consumer"][at[0]] else "producer" if roles["producer"][at[0]] else "follower"
-        )
+        role: Literal["producer", "consumer", "follower"] = "follower"
+        if roles["consumer"][at[0]]:
+            role = "consumer"
+        elif roles["producer"][at[0]]:
+            role = "producer"
         slots.append(Slot(along.tensor, along.dim, index, role))
     return tuple(slots)
 
 
 def _name(slots: tuple[Slot, ...], taken: Mapping[str, ChannelGroup]) -> str:
     name = _owner(next((slot.tensor for slot in slots if slot.role == "producer"), slots[0].tensor))
-    if name not in taken:
-        return name
-    return next(f"{name}#{i}" for i in range(2, len(taken) + 3) if f"{name}#{i}" not in taken)
+    unique, number = name, 1
+    while unique in taken:
+        number += 1
+        unique = f"{name}#{number}"
+    return unique
 
 
 def _owner(tensor: str) -> str:

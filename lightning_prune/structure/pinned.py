@@ -1,4 +1,4 @@
-"""Which channels stay, and why; decides nothing."""
+"""Channels that cannot be pruned, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Pinned", "find_pinned"]
 
 @dataclass(frozen=True)
 class Pinned:
-    """Channels that stay: ``count`` of the ``size`` along a dimension of a parameter, and why."""
+    """Channels that cannot be pruned: ``count`` of the ``size`` along a dimension of a parameter, and why."""
 
     tensor: str
     dim: int
@@ -28,29 +28,36 @@ class Pinned:
 def find_pinned(
     ledger: Ledger, taken: Taken, component: Atoms, made: NDArray[np.bool_], alone: set[int]
 ) -> list[Pinned]:
-    """Say of every dimension that makes channels which of them stay, and why."""
+    """Return the channels that cannot be pruned, for every dimension that produces channels.
+
+    Args:
+        ledger: The trace.
+        taken: The alternative taken of each choice.
+        component: Component of every atom.
+        made: Which atoms a weight produces.
+        alone: Slots whose channels all belong to one unit.
+    """
+    found: list[Pinned] = []
     reason = _Reasons(ledger, taken)
-    return (
-        [
-            Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), reason(np.flatnonzero(stays) + slot.start))
-            for slot in ledger.slots
-            if made[slot.start] and (stays := component[slot.start : slot.start + slot.size] == component[PINNED]).any()
-        ]
-        + [
-            Pinned(slot.tensor, slot.dim, slot.size, slot.size, "its channels can only leave all together")
-            for which in sorted(alone)
-            if made[(slot := ledger.slots[which]).start]
-        ]
-        + [
-            Pinned(slot.tensor, slot.dim, slot.size, slot.size, "it never ran on the example inputs")
-            for slot in ledger.slots
-            if slot.dim == 0 and slot.tensor in ledger.idle
-        ]
-    )
+    for slot in ledger.slots:
+        if not made[slot.start]:
+            continue
+        stays = component[slot.start : slot.start + slot.size] == component[PINNED]
+        if stays.any():
+            why = reason(np.flatnonzero(stays) + slot.start)
+            found.append(Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), why))
+    for which in sorted(alone):
+        slot = ledger.slots[which]
+        if made[slot.start]:
+            found.append(Pinned(slot.tensor, slot.dim, slot.size, slot.size, "all its channels form a single unit"))
+    for slot in ledger.slots:
+        if slot.dim == 0 and slot.tensor in ledger.idle:
+            found.append(Pinned(slot.tensor, slot.dim, slot.size, slot.size, "it never ran on the example inputs"))
+    return found
 
 
 class _Reasons:
-    """Tells why atoms are pinned: the first pin on them, or else on what they are tied to."""
+    """Returns why atoms are pinned: the first pin on them, or else on those they are tied to."""
 
     def __init__(self, ledger: Ledger, taken: Taken) -> None:
         self.ledger, self.taken = ledger, taken
@@ -60,19 +67,21 @@ class _Reasons:
         own = self.own[atoms]
         if (own >= 0).any():
             return self.ledger.pins[own[own >= 0][0]][1]
-        component, told = self.tied
-        tied = told[component[atoms]]
-        because = f": {self.ledger.pins[tied[tied >= 0][0]][1]}" if (tied >= 0).any() else ""
-        return f"tied to channels that stay{because}"
+        component, first_pin = self.tied
+        tied = first_pin[component[atoms]]
+        tied = tied[tied >= 0]
+        if not len(tied):
+            return "tied to channels that stay"
+        return f"tied to channels that stay: {self.ledger.pins[tied[0]][1]}"
 
     @cached_property
     def tied(self) -> tuple[Atoms, Atoms]:
-        """Return what each atom is tied to without pins, and the first pin on each such component."""
+        """Components that ignore pins, and the first pin on each of them (-1: none)."""
         component = resolve(self.ledger, self.taken, pinned=False)
         return component, self._first_of(component)
 
     def _first_of(self, component: Atoms) -> Atoms:
-        told = np.full(self.ledger.size, -1)
-        for which in reversed(range(len(self.ledger.pins))):
-            told[component[self.ledger.pins[which][0]]] = which
-        return told
+        first = np.full(self.ledger.size, -1)
+        for which in reversed(range(len(self.ledger.pins))):  # the earliest pin is written last
+            first[component[self.ledger.pins[which][0]]] = which
+        return first

@@ -1,7 +1,7 @@
-"""What operators return in shape alone, for runs that need no numbers; knows no labels.
+"""Outputs of operators in shape alone, for runs that need no values.
 
-A *hollow* tensor has shape, type and place, and its entries were never computed. Whatever is made of one is hollow.
-Code that asks for an entry, or for something that depends on entries, cannot be followed this way.
+A *hollow* tensor has a shape, dtype and device, but its entries were never computed. Any output computed from a hollow
+tensor is hollow. Code that reads an entry, or anything that depends on entries, cannot run this way.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from torch import Tensor
 __all__ = ["NumbersNeededError", "Shaped", "reads", "refuse_reading", "shaper", "writes"]
 
 Shaped = Callable[..., Any]
-"""Given the arguments of an operator, makes its output without computing it, or returns None where it cannot."""
+"""From the arguments of an operator to its uncomputed output, or None where the operator must run."""
 
 
 class NumbersNeededError(Exception):
-    """A run without numbers came to where one is needed."""
+    """A run on shapes alone reached code that needs values."""
 
 
 def shaper(func: Any) -> Shaped | None:
-    """Return what makes an operator's output in shape alone, or None where only computing tells."""
+    """Return the function that makes an operator's output in shape alone, or None if the operator must run."""
     return _SHAPED.get(func.overloadpacket)
 
 
 def refuse_reading(func: Any, hollow: Iterable[Tensor]) -> None:
-    """Refuse an operator whose output's shape, or numbers that Python sees, depend on entries of hollow tensors.
+    """Refuse an operator whose output shape, or a value that Python sees, depends on entries of hollow tensors.
 
     Raises:
-        NumbersNeededError: Saying which.
+        NumbersNeededError: If it does, with the name of the operator.
     """
     exact = [t for t in hollow if not (t.is_floating_point() or t.is_complex())]
-    counted = any(t.dtype is not torch.bool for t in exact)  # positions and the like, which must lie in bounds
+    counted = any(t.dtype is not torch.bool for t in exact)  # indices, which must lie in bounds
     moving = _decides_shape(func) and (exact or func._opname not in _INDEXING)
     if counted or moving or _tells(func):
-        raise NumbersNeededError(f"{func.overloadpacket} depends on numbers that were not computed")
+        raise NumbersNeededError(f"{func.overloadpacket} depends on values that were not computed")
 
 
 def reads(func: Any) -> bool:
-    """Tell whether an operator hands entries of a tensor to Python, whose code may go on by them."""
+    """Return whether an operator hands entries of a tensor to Python, whose code may branch on them."""
     return torch.Tag.data_dependent_output in func.tags
 
 
 def writes(func: Any) -> bool:
-    """Tell whether an operator writes into an argument."""
+    """Return whether an operator writes into an argument."""
     return bool(func._schema.is_mutable)
 
 
@@ -82,8 +82,10 @@ def _broadcast(a: Any, b: Any = None, *_: Any, **__: Any) -> Tensor | None:
     if a.shape == b.shape:
         return torch.empty_like(a)
     shape = torch.broadcast_shapes(a.shape, b.shape)
-    like = next((side for side in (a, b) if side.shape == shape), None)
-    return a.new_empty(shape) if like is None else torch.empty_like(like)
+    for side in (a, b):
+        if side.shape == shape:
+            return torch.empty_like(side)  # with the layout in memory of the larger operand
+    return a.new_empty(shape)
 
 
 def _into(a: Tensor, b: Any, *_: Any, **__: Any) -> Tensor | None:
@@ -101,8 +103,14 @@ def _reduction(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any)
     if kwargs or not x.is_floating_point() or not x.numel():
         return None
     rank = max(x.dim(), 1)
-    gone = {d % rank for d in ((dim,) if isinstance(dim, int) else dim or range(rank))}
-    sizes = [1 if d in gone else size for d, size in enumerate(x.shape) if keepdim or d not in gone]
+    reduced = (dim,) if isinstance(dim, int) else dim or range(rank)
+    gone = {d % rank for d in reduced}
+    sizes = []
+    for d, size in enumerate(x.shape):
+        if d not in gone:
+            sizes.append(size)
+        elif keepdim:
+            sizes.append(1)
     return x.new_empty(sizes)
 
 
@@ -126,7 +134,7 @@ def _padded(x: Tensor, pads: Sequence[int], *_: Any) -> Tensor | None:
 
 
 def _softmax(x: Tensor, dim: int, to_float: bool = False) -> Tensor | None:
-    return None if to_float else _anew(x)  # always in order, however x lies in memory
+    return None if to_float else _anew(x)  # contiguous, whatever the layout of x
 
 
 def _clone(x: Tensor, *, memory_format: Any = None) -> Tensor | None:
@@ -141,10 +149,12 @@ def _convolution(
 ) -> Tensor | None:  # fmt: skip
     positions = x.dim() - 2
     first, second = weight.shape[:2]
-    entering, made = (first, second * groups) if transposed else (second * groups, first)
+    entering, made = second * groups, first
+    if transposed:
+        entering, made = first, second * groups
     fits = x.dim() == weight.dim() and x.shape[1] == entering and first % groups == 0 and x.dtype is weight.dtype
     if not fits or (bias is not None and len(bias) != made):
-        return None  # the operator itself says what is wrong
+        return None  # the operator itself raises the error
     shape = [x.shape[0], made]
     for d in range(positions):
         step, pad, spread = stride[d % len(stride)], padding[d % len(padding)], dilation[d % len(dilation)]
@@ -157,14 +167,17 @@ def _convolution(
 
 
 def _laid_out_like(x: Tensor, made: Tensor) -> Tensor:
-    """Return a tensor of the same shape whose channels lie last in memory where those of ``x`` do."""
+    """Return ``made`` in channels-last memory format if ``x`` has it."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return torch.empty_like(made, memory_format=last) if last is not None and _channels_last(x) else made
+    if last is None or not _channels_last(x):
+        return made
+    return torch.empty_like(made, memory_format=last)
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Return whether torch takes channels to lie last; strides of dimensions of size one count, too."""
+    """Return whether torch treats a tensor as channels-last; strides of dimensions of size one count, too."""
     least = 0
+    # From the dimension that must be fastest in memory to the slowest, strides may only grow.
     for dim in (1, *range(x.dim() - 1, 1, -1), 0):
         size, stride = x.shape[dim], x.stride(dim)
         if not size or stride < max(least, 1) or (dim == 0 and least == x.stride(1)):
@@ -175,7 +188,9 @@ def _channels_last(x: Tensor) -> bool:
 
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     fits = a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2] and a.dtype is b.dtype
-    return a.new_empty((*a.shape[:-1], b.shape[-1])) if fits and a.is_floating_point() else None
+    if not fits or not a.is_floating_point():
+        return None
+    return a.new_empty((*a.shape[:-1], b.shape[-1]))
 
 
 def _addmm(addend: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
@@ -190,8 +205,8 @@ def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
     channels = [value for value in args[:4] if isinstance(value, Tensor)]
     if training or any(value.shape[0] != x.shape[1] for value in channels) or not x.is_floating_point():
         return None
-    told = x.new_empty(0)
-    return torch.empty_like(x), told, told
+    statistic = x.new_empty(0)
+    return torch.empty_like(x), statistic, statistic
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
@@ -199,12 +214,12 @@ def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: fl
     fits = all(value is None or value.shape == x.shape[first:] for value in (weight, bias))
     if not fits or tuple(shape) != tuple(x.shape[first:]) or not x.is_floating_point():
         return None
-    told = x.new_empty((*x.shape[:first], *[1] * len(shape)))
-    return x.new_empty(x.shape), told, told
+    statistic = x.new_empty((*x.shape[:first], *[1] * len(shape)))
+    return x.new_empty(x.shape), statistic, statistic
 
 
 def _pool(with_indices: bool, ceil_at: int, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``kernel, stride, padding`` come first, ``dilation`` of a maximum next, and ``ceil_mode`` at ``ceil_at``."""
+    """Return the output of a pooling; ``args``: kernel, stride, padding, dilation (maximum only), ... ceil_mode."""
     if not x.is_floating_point() or not all(x.shape) or kwargs:
         return None
     dilation = args[3] if with_indices and len(args) > 3 else (1,)
@@ -218,7 +233,7 @@ def _pool(with_indices: bool, ceil_at: int, x: Tensor, *args: Any, **kwargs: Any
         step, pad = stride[d % len(stride)], padding[d % len(padding)]
         room = size + 2 * pad - dilation[d % len(dilation)] * (kernel[d] - 1) - 1
         steps = -(-room // step) if ceil else room // step
-        if ceil and steps * step >= size + pad:  # the last window must begin inside
+        if ceil and steps * step >= size + pad:  # the last window must begin inside the input
             steps -= 1
         shape.append(steps + 1)
     if min(shape) < 1:
@@ -233,10 +248,11 @@ def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     if not first.is_floating_point() or any(part.dim() != rank or part.dtype is not dtype for part in parts):
         return None
     dim %= rank
-    around = (*first.shape[:dim], *first.shape[dim + 1 :])
-    if any((*part.shape[:dim], *part.shape[dim + 1 :]) != around for part in parts):
+    before, after = first.shape[:dim], first.shape[dim + 1 :]
+    if any(part.shape[:dim] != before or part.shape[dim + 1 :] != after for part in parts):
         return None
-    return first.new_empty((*first.shape[:dim], sum(part.shape[dim] for part in parts), *first.shape[dim + 1 :]))
+    joined = sum(part.shape[dim] for part in parts)
+    return first.new_empty((*before, joined, *after))
 
 
 _BY_NAME: dict[Shaped, str] = {
@@ -261,7 +277,8 @@ _BY_NAME: dict[Shaped, str] = {
     partial(_pool, True, 4): "max_pool2d_with_indices max_pool3d_with_indices",
     partial(_pool, False, 3): "avg_pool2d avg_pool3d",
 }
-_SHAPED: dict[Any, Shaped] = {
-    getattr(torch.ops.aten, name): shaped for shaped, names in _BY_NAME.items() for name in names.split()
-}
-"""Operator -> its output in shape alone: those that cost most of a run; all others are computed, from whatever."""
+_SHAPED: dict[Any, Shaped] = {}
+"""Operator -> its output in shape alone, for the operators that cost most of a run. All others are computed."""
+for _shaped, _names in _BY_NAME.items():
+    for _name in _names.split():
+        _SHAPED[getattr(torch.ops.aten, _name)] = _shaped

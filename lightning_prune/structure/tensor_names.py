@@ -1,4 +1,4 @@
-"""Finds the parameters and buffers of a model by name, and puts others in their place; knows no labels."""
+"""Parameters and buffers of a model by name, and their replacement by other tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["exchange_", "named_tensors"]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer once, under the first of its names."""
+    """Return every parameter and buffer once, under its first name."""
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for path, module in modules_of(model):  # one walk where named_parameters and named_buffers take two
+    for path, module in modules_of(model):  # one walk; named_parameters and named_buffers take one each
         for found, own in ((parameters, module._parameters), (buffers, module._buffers)):
             for leaf, tensor in own.items():
                 if tensor is not None and id(tensor) not in seen:
@@ -26,18 +26,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put other tensors where parameters and buffers are, under all their names; ``undisturbed`` takes this back."""
+    """Replace parameters and buffers by other tensors, under all their names; ``undisturbed`` undoes this."""
     if not tensors:
         return
     own = named_tensors(model)
     for name, tensor in tensors.items():
         if own[name].requires_grad and tensor.is_leaf and tensor.is_floating_point():
-            tensor.requires_grad_()  # by which torch chooses between operators, also where no gradient is asked for
-    other = {id(own[name]): tensor for name, tensor in tensors.items()}
+            tensor.requires_grad_()  # torch chooses operators by it, even without gradients
+    other = {id(own[name]): tensor for name, tensor in tensors.items()}  # by identity, since tensors may be shared
     for _, module in modules_of(model):
         for held in (module._parameters, module._buffers):
             for leaf, present in held.items():
                 if id(present) in other:
                     held[leaf] = other[id(present)]  # type: ignore[assignment]
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

@@ -1,4 +1,4 @@
-"""Whole numbers that remember where they came from, so that code that asks for a shape tells why; knows no operator."""
+"""Integers that remember their origin through arithmetic, so that the trace sees which numbers a shape depends on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "leaves", "
 
 @dataclass(frozen=True)
 class Held:
-    """A number that a module holds as an attribute, or at ``index`` of a tuple or list of numbers.
+    """A number that a module holds as an attribute, or at ``index`` of a tuple or list.
 
-    ``name`` may lead through a config: ``"config.heads"``, be that an object or a dict.
+    ``name`` may lead through a config, an object or a dict: ``"config.heads"``.
     """
 
     module: str
@@ -32,14 +32,14 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Size:
-    """How many indices there are along a dimension with these labels."""
+    """The number of indices along a dimension with these labels."""
 
     labels: tuple[Label, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """What an operator made of other numbers."""
+    """The result of arithmetic on other numbers."""
 
     operator: Callable[[int, int], int]
     left: int
@@ -52,16 +52,16 @@ _ABSENT = object()
 
 
 class Number(int):
-    """A whole number like any other, that remembers its origin through arithmetic.
+    """An integer that remembers its origin through arithmetic.
 
-    ``compared`` is told what it turned out to be equal to.
+    ``compared`` is called with every number that it turns out to be equal to.
     """
 
     origin: Origin
     compared: Callable[[Number, Number], None] | None
 
     def __new__(cls, value: int, origin: Origin, compared: Callable[[Number, Number], None] | None = None) -> Number:
-        """Make a number with a memory."""
+        """Create the number with its origin."""
         number = super().__new__(cls, value)
         number.origin = origin
         number.compared = compared
@@ -70,7 +70,7 @@ class Number(int):
     __hash__ = int.__hash__
 
     def __eq__(self, other: object) -> bool:
-        """Compare by value; code that compares two numbers takes its path because of what they are."""
+        """Compare by value, and report equality: the code takes its path because of it."""
         same = int.__eq__(self, other)  # type: ignore[operator]
         if same is True and isinstance(other, Number) and self.compared is not None:
             self.compared(self, other)
@@ -86,14 +86,18 @@ class Number(int):
         return int, (int(self),)
 
     def evaluate(self, count: Callable[[Held | Size, int], int]) -> int:
-        """Work out the number anew, given what attributes and sizes of some value have become."""
+        """Return the new value of the number, given the new values of attributes and sizes."""
         if not isinstance(self.origin, Derived):
             return count(self.origin, int(self))
-        sides = (self.origin.left, self.origin.right)
-        return self.origin.operator(*(side.evaluate(count) if isinstance(side, Number) else side for side in sides))
+        return self.origin.operator(_value(self.origin.left, count), _value(self.origin.right, count))
+
+
+def _value(number: int, count: Callable[[Held | Size, int], int]) -> int:
+    return number.evaluate(count) if isinstance(number, Number) else number
 
 
 def _remembering(name: str, swapped: bool) -> Callable[[Any, Any], Any]:
+    """Return a method of :class:`Number` that computes ``name`` and remembers its operands."""
     compute = getattr(operator, name)
 
     def method(self: Number, other: Any) -> Any:
@@ -110,20 +114,20 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Number, f"__r{_name}__", _remembering(_name, swapped=True))
 
 
-# of the modules of torch.nn, those whose numbers reach an operator; the others' repeat shapes of their own tensors
+# Modules of torch.nn whose numbers reach an operator; those of the others repeat shapes of their own tensors.
 _TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
 _HOLDING = (int, tuple, list, torch.Size)
 _INTERNAL = frozenset(vars(nn.Module()))
-_FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # whose objects hold no widths
+_FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # their objects hold no widths
 _DEEPEST = 3  # a config in a config in an attribute
-_MOST = 1000  # entries of a dict that is looked through: a config, not a vocabulary
+_MOST = 1000  # entries of a dict to search: a config, not a vocabulary
 
 
 @contextmanager
 def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) -> Iterator[None]:
-    """Let every number that a model holds remember where, inside the block.
+    """Replace every integer that a model holds by a :class:`Number` with its origin, inside the block.
 
-    Held are attributes of modules and of their classes, and what lies below in configs: plain objects and dicts.
+    These are attributes of modules and of their classes, and the entries of configs (plain objects and dicts) in them.
     """
     changed: list[tuple[dict[str, Any], str, Any]] = []
     seen: set[int] = set()
@@ -137,10 +141,12 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
     def look(holder: dict[str, Any], module: str, prefix: str, depth: int) -> None:
         for key, value in list(holder.items()):
             if not isinstance(key, str) or "." in key or (depth == 0 and key in _INTERNAL):
-                continue
+                continue  # "." would be ambiguous in the name of a place
             if type(value) in _HOLDING or isinstance(value, np.integer):
                 replace(holder, module, prefix + key, key, value)
-            elif depth < _DEEPEST and (below := _config(value)) is not None and id(below) not in seen:
+                continue
+            below = _config(value) if depth < _DEEPEST else None
+            if below is not None and id(below) not in seen:  # modules may share a config
                 seen.add(id(below))
                 look(below, module, f"{prefix}{key}.", depth + 1)
 
@@ -155,7 +161,7 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
                     replace(own, path, name, name, value)
         yield
     finally:
-        for holder, key, before in reversed(changed):
+        for holder, key, before in reversed(changed):  # an entry changed twice ends with its first value
             if before is _ABSENT:
                 holder.pop(key, None)
             else:
@@ -163,32 +169,35 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
 
 
 def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
-    """Return a number, or a tuple or list of numbers, that remembers where it is held; others as they are."""
+    """Return an integer, or a tuple or list of integers, with its origin; anything else, and 0 and 1, unchanged."""
     if _whole(value):
         return Number(int(value), Held(path, name), compared) if value > 1 else value
-    if all(_whole(item) for item in value) and any(item > 1 for item in value):
-        return type(value)(
-            [Number(int(item), Held(path, name, i), compared) if item > 1 else item for i, item in enumerate(value)]
-        )
-    return value
+    if not all(_whole(item) for item in value) or not any(item > 1 for item in value):
+        return value
+    items = []
+    for index, item in enumerate(value):
+        items.append(Number(int(item), Held(path, name, index), compared) if item > 1 else item)
+    return type(value)(items)
 
 
 def _whole(value: Any) -> bool:
-    """Return whether a value is a plain whole number, of Python or of numpy."""
+    """Return whether a value is a plain integer, of Python (and no bool) or of NumPy."""
     return type(value) is int or isinstance(value, np.integer)
 
 
 def _config(value: Any) -> dict[str, Any] | None:
-    """Return where an object keeps its attributes, or a dict its entries, if it may be a config."""
+    """Return the attributes of an object, or the entries of a dict, if it may be a config."""
     if isinstance(value, dict):
         return value if len(value) <= _MOST else None
     if isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__"):
         return None
-    return None if type(value).__module__.partition(".")[0] in _FOREIGN else vars(value)
+    if type(value).__module__.partition(".")[0] in _FOREIGN:
+        return None
+    return vars(value)
 
 
 def _class_numbers(kind: type) -> dict[str, Any]:
-    """Return the numbers that the user's classes hold for all their instances."""
+    """Return the integers that the user's classes hold as class attributes."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] in (*_FOREIGN, "builtins"):
@@ -200,7 +209,7 @@ def _class_numbers(kind: type) -> dict[str, Any]:
 
 
 def numbers_in(values: Any) -> Iterator[int]:
-    """Yield the whole numbers in nested sequences and slices, in order; -1 for one that a tensor holds."""
+    """Yield the integers in nested sequences and slices, in order; -1 for an integer tensor of one entry."""
     for value in values:
         if isinstance(value, int) and not isinstance(value, bool):
             yield value
@@ -213,7 +222,7 @@ def numbers_in(values: Any) -> Iterator[int]:
 
 
 def leaves(number: int) -> list[tuple[Held | Size, int]]:
-    """Return what arithmetic made a number of, and what each was: nothing for a plain one."""
+    """Return the origins that a number was computed from, each with its value; none for a plain number."""
     if not isinstance(number, Number):
         return []
     if isinstance(number.origin, Derived):
@@ -222,9 +231,9 @@ def leaves(number: int) -> list[tuple[Held | Size, int]]:
 
 
 def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Find which dimension of a shape each number asked for stands for: along their longest common run.
+    """Yield the dimension of ``shape`` that each requested number stands for, along their longest common run.
 
-    ``-1`` stands for any size; one number alone tells nothing among several sizes.
+    ``-1`` stands for any size. A run of one number is ignored among several sizes, since it may agree by chance.
 
     Examples:
         >>> list(aligned((-1, 3, 4, 4), (2, 7, 3, 4, 4)))  # of ``unflatten(-1, (3, 4, 4))``
@@ -234,6 +243,7 @@ def aligned(asked: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, i
         for first in range(len(asked) - length + 1):
             for dim in range(len(shape) - length + 1):
                 run = asked[first : first + length]
-                if all(number in (-1, size) for number, size in zip(run, shape[dim:], strict=False)):
+                sizes = shape[dim : dim + length]
+                if all(number in (-1, size) for number, size in zip(run, sizes, strict=True)):
                     yield from zip(range(dim, dim + length), run, strict=True)
                     return

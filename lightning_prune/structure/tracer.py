@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -212,7 +213,8 @@ class _LabelMode(Watch):
             ledger.running = (path, func)
             dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
         outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
-        if labelled and not blank and outputs and not any(tensor.numel() for tensor, _ in outputs):
+        seen = blank or not outputs or any(tensor.numel() for tensor, _ in outputs)
+        if labelled and not seen and func.overloadpacket not in _PIECES:  # a piece is empty before anything meets in it
             self._pin_unseen(tensors, found)
         for tensor, own in outputs:
             if not all(own.values()):
@@ -380,7 +382,7 @@ def _outputs(out: Any, dims: Any) -> Iterator[tuple[Tensor, Any]]:
 
 
 class _StepMode(TorchFunctionMode):
-    """Lets recurrent layers run step by step."""
+    """Lets recurrent layers run step by step, and linear ones by the same operators whatever their input's layout."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _in_steps(func, args, kwargs or {})
@@ -388,6 +390,8 @@ class _StepMode(TorchFunctionMode):
 
 def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
+    if func is F.linear and args:  # torch chooses other operators for an input that does not lie in one piece
+        return func(args[0].contiguous(), *args[1:], **kwargs)
     if func not in _RECURRENT:
         return func(*args, **kwargs)
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)

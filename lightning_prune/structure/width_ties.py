@@ -1,4 +1,4 @@
-"""Which groups must shrink alike because numbers in the code tie their widths together; knows no operator."""
+"""Width ties: groups that must keep the same fraction, because numbers in the code tie their widths to each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +20,10 @@ __all__ = ["Alive", "Counts", "Without", "find_links", "left"]
 
 
 class Alive(Protocol):
-    """Tells of atoms whether they are left: an array of all of them, or something that works it out when asked."""
+    """Which atoms are kept: an array of all of them, or an object that computes it on demand."""
 
     def __getitem__(self, atoms: Any, /) -> Any:
-        """Return of each atom whether it is left, in the shape of ``atoms``."""
+        """Return whether each atom is kept, in the shape of ``atoms``."""
 
 
 def left(labels: Sequence[Label], alive: Alive) -> int:
@@ -35,25 +36,25 @@ def left(labels: Sequence[Label], alive: Alive) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Tells what numbers become once some units have gone.
+    """The values of numbers after pruning.
 
     Attributes:
-        first: For each place where a module holds a number, what it follows.
-        alive: Which atoms are left.
+        first: For each place where a module holds a number, the labels it counts.
+        alive: Which atoms are kept.
     """
 
     first: Mapping[Place, Attribute]
     alive: Alive
 
     def __call__(self, origin: Held | Size, value: int) -> int:
-        """Return what a number of this origin becomes; ``value`` where nothing tells."""
+        """Return the new value of a number of this origin; its old ``value`` if nothing determines it."""
         if isinstance(origin, Size):
             return left(origin.labels, self.alive)
         attribute = self.first.get(place_of(origin))
         return value if attribute is None else self.held(attribute)
 
     def held(self, attribute: Attribute) -> int:
-        """Return what a module must hold."""
+        """Return the new value of a module's attribute."""
         count = left(attribute.labels, self.alive)
         if attribute.number is None:
             return count
@@ -62,19 +63,27 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Without:
-    """Tells which atoms are left when some units have gone; an array of all atoms for each group would cost more."""
+    """Which atoms are kept without some units; cheaper than an array of all atoms for each group."""
 
     component: NDArray[np.int64]
     gone: NDArray[np.int64]
 
     def __getitem__(self, atoms: NDArray[np.int64], /) -> NDArray[np.bool_]:
         roots = self.component[atoms]
-        return roots != self.gone[0] if len(self.gone) == 1 else ~np.isin(roots, self.gone)
+        if len(self.gone) == 1:  # the common case, without a table
+            return roots != self.gone[0]
+        return self._stays[roots]
+
+    @cached_property
+    def _stays(self) -> NDArray[np.bool_]:
+        stays = np.ones(len(self.component), dtype=bool)
+        stays[self.gone] = False
+        return stays
 
 
 @dataclass(frozen=True, eq=False)
 class _Tie:
-    """Counts of labels that must agree: what one number is asked to be in several places."""
+    """Counts of labels that must agree, because one number stands for all of them."""
 
     agree: Callable[[Alive], bool]
     groups: frozenset[str]
@@ -84,43 +93,52 @@ class _Tie:
 def find_links(
     ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]
 ) -> tuple[list[tuple[str, ...]], dict[str, str]]:
-    """Find the groups that can only shrink together.
+    """Find the groups that can only be pruned together.
 
-    Each group is tried by itself, on numbers alone: where a number would then have to be two things at once, the groups
-    it hangs on are tried together, each losing the same share.
+    Each group is tried alone, with arithmetic on the counts of labels. If a number would need two values at once, all
+    groups that it depends on are tried together, each losing the same fraction.
 
     Args:
-        ledger: What the trace wrote down.
+        ledger: The trace.
         component: Component of every atom.
         units: Group name -> component of each of its units.
 
     Returns:
-        The groups that must keep the same share, and the groups that cannot shrink even so, with the reason.
+        The groups that must keep the same fraction, and those that cannot be pruned even so, with the reason.
     """
     ties = _ties(ledger, component, units)
-    tied: dict[str, list[int]] = defaultdict(list)  # group -> which ties it is part of
-    for which, tie in enumerate(ties):
-        for name in tie.groups:
-            tied[name].append(which)
-    alone = {name: Without(component, units[name][:1]) for name in tied}
-    broken = {which for which, tie in enumerate(ties) if not all(tie.agree(alone[name]) for name in tie.groups)}
+    broken = _broken_alone(ties, component, units)
     order = {name: place for place, name in enumerate(units)}
     links, stuck = [], {}
-    for names in _classes(ties[which] for which in sorted(broken)):
+    for names in _classes(broken):
+        # The smallest cut that takes the same fraction of every group: one part in the widths' common divisor.
         steps = math.gcd(*(len(units[name]) for name in names))
         gone = np.concatenate([units[name][: len(units[name]) // steps] for name in names])
         together = Without(component, gone)
-        own = sorted({which for name in names for which in tied[name]})
-        failed = [which for which in own if not ties[which].agree(together)]
+        failed = [tie for tie in ties if tie.groups & names and not tie.agree(together)]
         if steps > 1 and len(names) > 1 and not failed:
             links.append(tuple(sorted(names, key=order.__getitem__)))
-        else:
-            where = ties[(failed or [which for which in own if which in broken])[0]].where
-            stuck.update(dict.fromkeys(names, f"a number in the code fixes its width ({where})"))
+            continue
+        blamed = failed or [tie for tie in broken if tie.groups & names]
+        stuck.update(dict.fromkeys(names, f"a number in the code fixes its width ({blamed[0].where})"))
     return links, stuck
 
 
+def _broken_alone(
+    ties: Sequence[_Tie], component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]
+) -> list[_Tie]:
+    """Return the ties that one of their groups breaks when it alone loses a unit."""
+    broken = []
+    for tie in ties:
+        for name in tie.groups:
+            if not tie.agree(Without(component, units[name][:1])):
+                broken.append(tie)
+                break
+    return broken
+
+
 def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDArray[np.int64]]) -> list[_Tie]:
+    """Return a tie for every two uses of one attribute, and for every equation, that depend on some group."""
     asked: dict[Place, list[Attribute]] = defaultdict(list)
     for attribute in ledger.attributes:
         asked[place_of(attribute)].append(attribute)
@@ -131,22 +149,27 @@ def _ties(ledger: Ledger, component: NDArray[np.int64], units: Mapping[str, NDAr
         group_of[roots] = which
 
     def groups(labels: Iterable[Label]) -> frozenset[str]:
-        found = {int(which) for label in labels for which in np.unique(group_of[component[label.atoms]])}
+        found: set[int] = set()
+        for label in labels:
+            found.update(np.unique(group_of[component[label.atoms]]).tolist())
         return frozenset(names[which] for which in found if which >= 0)
 
     ties = []
     for same in asked.values():
         for other in same[1:]:
-            if hung := groups((*same[0].labels, *other.labels)):
-                ties.append(_Tie(_equal(same[0], other), hung, other.where))
+            if involved := groups((*same[0].labels, *other.labels)):
+                ties.append(_Tie(_equal(same[0], other), involved, other.where))
     for equation in ledger.equations:
-        counted_in = [label for origin, _ in leaves(equation.number) for label in _counted(origin, first)]
-        if hung := groups((*equation.labels, *counted_in)):
-            ties.append(_Tie(_holds(equation, first), hung, equation.where))
+        counted = list(equation.labels)
+        for origin, _ in leaves(equation.number):
+            counted += _counted(origin, first)
+        if involved := groups(counted):
+            ties.append(_Tie(_holds(equation, first), involved, equation.where))
     return ties
 
 
 def _counted(origin: Held | Size, first: Mapping[Place, Attribute]) -> tuple[Label, ...]:
+    """Return the labels that a number of this origin counts."""
     if isinstance(origin, Size):
         return origin.labels
     attribute = first.get(place_of(origin))
@@ -163,14 +186,14 @@ def _holds(equation: Equation, first: Mapping[Place, Attribute]) -> Callable[[Al
             number = equation.number
             wanted = number.evaluate(Counts(first, alive)) if isinstance(number, Number) else number
             return left(equation.labels, alive) == wanted
-        except ZeroDivisionError:  # nothing is left of what a number is divided by
+        except ZeroDivisionError:  # the divisor has been pruned to zero
             return False
 
     return agree
 
 
 def _classes(ties: Iterable[_Tie]) -> list[set[str]]:
-    """Join the groups of ties that share one."""
+    """Return the sets of groups that ties connect, directly or through each other."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:

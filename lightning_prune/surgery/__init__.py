@@ -11,8 +11,8 @@ from lightning_prune.surgery.recipe import (
     resize_,
     take_shapes_,
 )
+from lightning_prune.surgery.reference_run import Constant
 from lightning_prune.surgery.rehearse import find_groups
-from lightning_prune.surgery.replay import Constant
 from lightning_prune.surgery.resize import Kept, narrowed, replace_tensors_
 from lightning_prune.surgery.snapshot import restore_, take_snapshot
 from lightning_prune.surgery.temporary import temporarily_cut

@@ -18,7 +18,8 @@ from lightning_prune.structure.labels import Atoms, Label, Labels, Ran
 from lightning_prune.structure.rules import reduces
 from lightning_prune.surgery.cut import Cut
 from lightning_prune.surgery.expected_outputs import Lefts
-from lightning_prune.surgery.replay import Constant, Window, is_scaling
+from lightning_prune.surgery.reference_run import Constant, Window
+from lightning_prune.surgery.replay import is_scaling
 
 __all__ = ["Scales", "scales_for"]
 

@@ -148,6 +148,7 @@ class Lefts:
         self._known: dict[tuple[int, ...], Left | None] = {}
         self._shared: dict[bytes, Left] = {}
         self._group_of: NDArray[np.int64] | None = None
+        self._of: dict[int, tuple[Labels, dict[int, Left]]] = {}  # by ``id`` of the labels, which are kept beside it
 
     def along(self, labels: tuple[Label, ...]) -> Left | None:
         """Return what is left along a dimension with these labels, None where all is."""
@@ -158,16 +159,22 @@ class Lefts:
 
     def of(self, labels: Labels) -> dict[int, Left]:
         """Return, for each dimension of a tensor that something is gone of, what is left."""
-        found = {}
+        known = self._of.get(id(labels))
+        if known is not None:
+            return known[1]
+        found: dict[int, Left] = {}
         for dim, own in labels.dims.items():
             left = self.along(own)
             if left is not None:
                 found[dim] = left
+        self._of[id(labels)] = labels, found
         return found
 
     def shape(self, labels: Labels, full: Sequence[int]) -> tuple[int, ...]:
         """Return the shape that a tensor of this shape should have."""
         left = self.of(labels)
+        if not left:
+            return tuple(full)
         return tuple([left[dim].count if dim in left else size for dim, size in enumerate(full)])
 
     def groups(self, *labels: Labels) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,10 +34,24 @@ def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def directions(size: int, dim: int, like: Tensor) -> Tensor:
     """Return what a dimension of this size is projected on, ``(size,)``: random signs times 0.5 to 1.5."""
-    table = _table(like.dtype, like.device)
+    return _direction(size, dim, like.dtype, like.device)
+
+
+@lru_cache(4096)
+def _direction(size: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    table = _table(dtype, device)
     if size + dim * _APART > _TABLE:
         table = table.repeat(1 + (size + dim * _APART) // _TABLE)
     return table[dim * _APART : dim * _APART + size]
+
+
+@lru_cache(64)
+def _directions_behind(sizes: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the products of the directions of neighbouring dimensions, the first of which is ``dim``, flattened."""
+    behind = _direction(sizes[0], dim, dtype, device)
+    for more, size in enumerate(sizes[1:], dim + 1):
+        behind = (behind[:, None] * _direction(size, more, dtype, device)).reshape(-1)
+    return behind
 
 
 def kept_dim(shape: Sequence[int], first: Sequence[int]) -> int | None:
@@ -86,9 +100,12 @@ def _projected(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) ->
     found = out
     if first + 1 < out.dim():
         # one product over all that comes behind: long rows are read much faster than short ones
-        behind = direction(first + 1)
-        for dim in range(first + 2, out.dim()):
-            behind = (behind[:, None] * direction(dim)).reshape(-1)
+        if any(given is not None for given in along[first + 1 :]):
+            behind = direction(first + 1)
+            for dim in range(first + 2, out.dim()):
+                behind = (behind[:, None] * direction(dim)).reshape(-1)
+        else:
+            behind = _directions_behind(tuple(out.shape[first + 1 :]), first + 1, out.dtype, out.device)
         found = out.reshape(*out.shape[: first + 1], -1) @ behind
     for dim in range(first - 1, -1, -1):
         found = torch.matmul(direction(dim), found)

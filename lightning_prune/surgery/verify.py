@@ -7,7 +7,7 @@ model, whose reducing operators (products, norms, statistics) were given only wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -25,8 +25,11 @@ from lightning_prune.surgery.attributes import AttributeChange, attributes_set
 from lightning_prune.surgery.compensate import Scales, scales_for
 from lightning_prune.surgery.cut import Cut, draft
 from lightning_prune.surgery.expected_outputs import Left, Lefts
-from lightning_prune.surgery.fingerprint import Print, agree, fingerprint, kept_dim
-from lightning_prune.surgery.replay import EMPTY, Constant, Counted, DifferentError, Reference, Slim
+from lightning_prune.surgery.fingerprint import agree, fingerprint
+from lightning_prune.surgery.reference_run import EMPTY, Constant, Reference
+from lightning_prune.surgery.replay import Counted, DifferentError
+from lightning_prune.surgery.resize import narrowed
+from lightning_prune.surgery.slim_run import Slim
 from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
 
 __all__ = ["Disproof", "Proof", "compensated", "counted", "keep_two", "verify"]
@@ -37,7 +40,6 @@ _HALVES = (torch.float16, torch.bfloat16)
 _TOLERANCE = 1e-3  # of the largest projection of an output; one wrong number among a million shows
 _TOLERANCE_DOUBLE = 1e-6
 _TOLERANCE_HALF = 0.1
-_TOLERANCE_VALUES = 1e-5  # of tensors that nothing was computed of
 
 
 @dataclass(frozen=True)
@@ -147,29 +149,17 @@ def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors
         if kept is not None and slot.tensor in tensors:
             lefts[slot.tensor][slot.dim] = Left(left)
     for name, slim in tensors.items():
-        if slim.is_floating_point() and not _holds_what_is_left(own[name].detach(), slim, lefts[name]):
+        if not _holds_what_is_left(own[name].detach(), slim, lefts[name]):
             return f"{name} would hold other values than it does"
     return ""
 
 
 def _holds_what_is_left(full: Tensor, slim: Tensor, left: Mapping[int, Left]) -> bool:
-    """Return whether a slim tensor holds the numbers of the full one, by random projections."""
-    expected = tuple([left[dim].count if dim in left else size for dim, size in enumerate(full.shape)])
-    if tuple(slim.shape) != expected:
+    """Return whether a slim tensor holds exactly the numbers of the full one."""
+    expected = narrowed(full, {dim: own.indices for dim, own in left.items()})
+    if expected.shape != slim.shape or expected.dtype is not slim.dtype:
         return False
-    if full.dtype in _HALVES:
-        full, slim = full.float(), slim.float()
-    keep = kept_dim(full.shape, list(left))
-
-    def projected(tensor: Tensor, of_slim: bool) -> Print:
-        along = [left[dim].direction(dim, full, of_slim) if dim in left else None for dim in range(full.dim())]
-        return fingerprint(tensor, keep, along)
-
-    one, other = projected(full, False), projected(slim, True)
-    values = one.values
-    if keep is not None and keep in left:
-        values = values[left[keep].indices.to(full.device)]
-    return agree(Print(values, one.scale), other, _TOLERANCE_VALUES)
+    return torch.equal(expected, slim) or bool(((expected == slim) | (expected.isnan() & slim.isnan())).all())
 
 
 def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) -> tuple[Cut, Proof]:
@@ -243,13 +233,23 @@ def _compared(
     counts = counted(structure, lefts)
     stand_ins = StandIns(model, setting.dtype, setting.ordinary)
     scales = scales or Scales()
-    exchanged, instead = stand_ins.slim(cut, tensors(), scales.rows)
+    slim_weights, instead = stand_ins.slim(cut, tensors(), scales.rows)
     slim = Slim(ledger.ran, lefts, instead, counts, setting.fewer)
-    outputs = _run_all(model, setting, exchanged, cut.attributes, slim)
-    del exchanged, instead
-    exchanged, instead = stand_ins.full()
-    reference = Reference(ledger.ran, lefts, instead, counts, slim.seen, setting.tolerance, scales.windows, scales.free)
-    expected = _run_all(model, setting, exchanged, (), reference)
+    outputs = _run_all(model, setting, slim_weights, cut.attributes, slim)
+    weights, instead_of_full = stand_ins.full()
+    reference = Reference(
+        ledger.ran,
+        lefts,
+        instead_of_full,
+        counts,
+        slim.seen,
+        setting.tolerance,
+        scales.windows,
+        scales.free,
+        slim=_pairs(model, weights, slim_weights, {*instead, *instead_of_full}, scales),
+    )
+    del slim_weights, instead
+    expected = _run_all(model, setting, weights, (), reference)
     _compare_outputs(expected, outputs, setting.tolerance)
     return Proof(
         len(slim.seen),
@@ -259,6 +259,22 @@ def _compared(
         tuple(scales.rows),
         str(setting),
     )
+
+
+def _pairs(
+    model: nn.Module,
+    full: Mapping[str, Tensor],
+    slim: Mapping[str, Tensor],
+    not_yet_made: Container[int],
+    scales: Scales,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return parameters as the full model runs on them, each beside what is left of it in the slim model."""
+    pairs = []
+    for name, parameter in model.named_parameters():
+        pair = full.get(name, parameter), slim.get(name, parameter)
+        if pair[0] is not pair[1] and name not in scales.rows and not any(id(value) in not_yet_made for value in pair):
+            pairs.append(pair)
+    return pairs
 
 
 def _run_all(

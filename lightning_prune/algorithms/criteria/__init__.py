@@ -1,4 +1,4 @@
-"""Scores: tensor in, scores out, higher is kept longer; one family per file."""
+"""Pruning criteria: functions from tensors to scores, higher is kept longer; one family per file."""
 
 from lightning_prune.algorithms.criteria.activations import activation_mean, activation_std, apoz
 from lightning_prune.algorithms.criteria.magnitude import batch_norm_scale, filter_l1, filter_l2

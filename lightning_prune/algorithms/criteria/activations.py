@@ -1,4 +1,4 @@
-"""Criteria that look at feature maps alone: how large they are, how much they vary, how often they are silent."""
+"""Activation statistics as criteria: mean, standard deviation and average percentage of zeros (APoZ)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Criteria that look at a filter's weights alone."""
+"""Magnitude criteria for filters: norms of their weights, and scales of the normalisation behind them."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["batch_norm_scale", "filter_l1", "filter_l2"]
 
 _AT_ONCE = 2**18
-"""Weights that are scored together: few enough to stay in a processor's cache."""
+"""Weights scored at a time: few enough to fit into a processor's cache."""
 
 
 def filter_l1(weight: Tensor) -> Tensor:
@@ -76,10 +76,12 @@ def batch_norm_scale(weight: Tensor) -> Tensor:
 
 
 def _of_each(weight: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Score some filters at a time, so that nothing as large as the weight lies beside it."""
+    """Score a few filters at a time, so that no temporary tensor is as large as the weight."""
     if not weight.dim():
         raise ValueError("weight: got a single number; a filter criterion needs a weight of shape (out, ...).")
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    some = max(1, _AT_ONCE // max(1, math.prod(weight.shape[1:])))
-    parts = [score(rows.reshape(len(rows), -1).to(dtype)) for rows in weight.detach().split(some)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows_at_once = max(1, _AT_ONCE // max(1, math.prod(weight.shape[1:])))
+    scores = []
+    for rows in weight.detach().split(rows_at_once):
+        scores.append(score(rows.reshape(len(rows), -1).to(dtype)))
+    return torch.cat(scores)

@@ -1,4 +1,4 @@
-"""Optimal Brain Damage: what the loss would change by, from the diagonal of its Hessian."""
+"""Optimal Brain Damage: the change of the loss, estimated from the diagonal of its Hessian."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["obd"]
 
 
 def obd(weights: Tensor, hessian_diagonal: Tensor) -> Tensor:
-    r"""Give every weight its saliency :math:`\frac{1}{2} h_{kk} w_k^2`; a unit's is the sum over what leaves with it.
+    r"""Return the saliency :math:`\frac{1}{2} h_{kk} w_k^2` of each weight; that of a unit is the sum over its weights.
 
     Args:
         weights: Weights, any shape.

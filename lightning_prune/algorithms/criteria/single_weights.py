@@ -1,4 +1,4 @@
-"""Criteria that score every weight by itself."""
+"""Criteria for single weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Criteria from a first-order expansion of the loss: what it would change by if a unit were gone."""
+"""First-order Taylor criteria: the estimated change of the loss when a unit is removed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ def taylor_activations(activations: Tensor, gradients: Tensor) -> Tensor:
     References:
         Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, eq. 8 (arXiv:1611.06440).
     """
-    return (
-        torch.linalg.vecdot(activations.flatten(2), gradients.flatten(2))
-        if activations.dim() > 2
-        else (activations * gradients)
-    )
+    if activations.dim() == 2:  # no positions to sum over
+        return activations * gradients
+    return torch.linalg.vecdot(activations.flatten(2), gradients.flatten(2))

@@ -1,4 +1,4 @@
-"""Second-order surgery on matrices: which weights leave, and how the others make up for it; knows no models."""
+"""Second-order pruning of matrices: which weights to remove, and how the others compensate."""
 
 from lightning_prune.algorithms.solvers.choice import SOLVERS, Admm, Blocked, Exact, RowSolver
 from lightning_prune.algorithms.solvers.damping import damped, inverse

@@ -1,6 +1,6 @@
-r"""Prunes wide rows in one sweep over their columns, block by block; knows no layers.
+r"""SparseGPT: prunes wide rows in one sweep over their columns, block by block.
 
-What leaves in a column moves only the columns behind it, so all rows share one factor :math:`H^{-1} = U^T U`.
+A removal changes only the columns behind it, so all rows share one factor :math:`H^{-1} = U^T U`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["factor", "sweep"]
 
 
 def factor(hessian: Tensor) -> Tensor:
-    """Return the upper triangular U with ``inverse(H) == U.T @ U``, ``(columns, columns)``, inverting nothing whole.
+    """Return the upper triangular U with ``inverse(H) == U.T @ U``, ``(columns, columns)``, without inverting H.
 
     Raises:
         PruningError: If H is singular to working precision.
@@ -29,16 +29,16 @@ def factor(hessian: Tensor) -> Tensor:
 def sweep(
     weights: Tensor, factor: Tensor, choose: Callable[[Tensor, int], Tensor], blocks: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Prune block after block of columns; those behind make up for what leaves.
+    """Prune block after block of columns; the columns behind compensate.
 
     Args:
         weights: Rows of weights, ``(rows, columns)``.
         factor: U of :func:`factor`, ``(columns, columns)``.
-        choose: From saliencies of a block, ``(rows, width)``, and its first column to what stays of it.
-        blocks: Columns per block; blocks within blocks, wide ones first, where choices shall be made in narrow ones.
+        choose: From saliencies of a block, ``(rows, width)``, and its first column to the mask of what is kept of it.
+        blocks: Columns per block, or of blocks within blocks, wide ones first; choices are made in the narrowest.
 
     Returns:
-        The new weights and what stayed, both ``(rows, columns)``.
+        The new weights and what is kept, both ``(rows, columns)``.
 
     References:
         Frantar and Alistarh, SparseGPT, ICML 2023, alg. 1 (arXiv:2301.00774).
@@ -57,7 +57,7 @@ def _sweep_(
     blocks: Sequence[int],
     first: int,
 ) -> None:
-    """Sweep in place; ``errors`` is what each removal leaves to be made up for."""
+    """Sweep in place; ``errors`` holds the scaled error of each removal, which the columns behind compensate."""
     width, *narrower = blocks
     for start in range(0, weights.shape[1], width):
         columns = slice(start, min(start + width, weights.shape[1]))
@@ -65,8 +65,11 @@ def _sweep_(
         if narrower:
             _sweep_(w, e, k, u, choose, narrower, first + start)
         else:
-            k.copy_(choose(0.5 * (w / u.diagonal()).square(), first + start))
+            saliency = 0.5 * (w / u.diagonal()).square()
+            k.copy_(choose(saliency, first + start))
             for j in range(w.shape[1]):
+                # w, e and k are views: this writes into the whole matrices.
                 e[:, j] = w[:, j] * ~k[:, j] / u[j, j]
                 w[:, j:] -= e[:, j : j + 1] * u[j, j:]
+        # One product for the columns behind the block, instead of one for each removal in it.
         weights[:, columns.stop :] -= e @ factor[columns, columns.stop :]

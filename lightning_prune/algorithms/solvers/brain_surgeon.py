@@ -1,4 +1,4 @@
-r"""Optimal Brain Surgeon, and Damage beside it, on all weights of a small net together; knows vectors, no nets."""
+r"""Optimal Brain Surgeon and Optimal Brain Damage on all weights of a small network together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Step", "add_outer_products", "damage", "inverse_of_outer_products", 
 
 
 class Step(NamedTuple):
-    """One removal: which weight, what the loss is predicted to rise by, and all weights afterwards."""
+    """One removal: the weight's index, the predicted rise of the loss, and all weights afterwards."""
 
     which: int
     rise: float
@@ -19,12 +19,12 @@ class Step(NamedTuple):
 
 
 def inverse_of_outer_products(rows: Tensor, examples: int, alpha: float) -> Tensor:
-    r"""Invert :math:`\alpha I + \frac{1}{P} \sum_k x_k x_k^T` without ever inverting a matrix of that size.
+    r"""Invert :math:`\alpha I + \frac{1}{P} \sum_k x_k x_k^T` by rank-one updates, without inverting it.
 
     Args:
         rows: The :math:`x_k`, ``(n, weights)``: derivatives of the outputs, times the root of the loss's curvature.
         examples: P.
-        alpha: What the sum starts from; small, and above 0.
+        alpha: Damping; small, and above 0.
 
     Returns:
         ``(weights, weights)``.
@@ -41,7 +41,7 @@ def inverse_of_outer_products(rows: Tensor, examples: int, alpha: float) -> Tens
         Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992, eqs. 9-11.
     """
     if not alpha > 0:
-        raise ValueError(f"alpha={alpha!r}: the inverse Hessian starts at 1 / alpha; write a small number above 0.")
+        raise ValueError(f"alpha={alpha!r}: the inverse Hessian starts at 1 / alpha. Pass a small number above 0.")
     start = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device) / alpha
     return add_outer_products(start, rows / examples**0.5)
 
@@ -52,7 +52,7 @@ def add_outer_products(inverse: Tensor, rows: Tensor, at_once: int = 32) -> Tens
     Args:
         inverse: :math:`H^{-1}`, ``(weights, weights)``.
         rows: The :math:`x_k`, ``(n, weights)``.
-        at_once: How many rows go into one update; 1 gives the rank-one updates of the paper.
+        at_once: Rows in one update; 1 gives the rank-one updates of the paper.
 
     Returns:
         A new inverse.
@@ -65,10 +65,10 @@ def add_outer_products(inverse: Tensor, rows: Tensor, at_once: int = 32) -> Tens
 
 
 def surgeon(weights: Tensor, inverse: Tensor) -> Step:
-    r"""Remove the weight of least :math:`\frac{1}{2} w_q^2 / [H^{-1}]_{qq}` and move all others to make up for it.
+    r"""Remove the weight of least :math:`\frac{1}{2} w_q^2 / [H^{-1}]_{qq}` and update all others to compensate.
 
     Args:
-        weights: All weights that are left, ``(n,)``.
+        weights: All remaining weights, ``(n,)``.
         inverse: The inverse Hessian of the loss with respect to them, ``(n, n)``.
 
     References:
@@ -82,10 +82,10 @@ def surgeon(weights: Tensor, inverse: Tensor) -> Step:
 
 
 def damage(weights: Tensor, diagonal: Tensor) -> Step:
-    r"""Remove the weight of least :math:`\frac{1}{2} h_{qq} w_q^2`; no other moves.
+    r"""Remove the weight of least :math:`\frac{1}{2} h_{qq} w_q^2`; no other changes.
 
     Args:
-        weights: All weights that are left, ``(n,)``.
+        weights: All remaining weights, ``(n,)``.
         diagonal: The Hessian's diagonal, ``(n,)``.
 
     References:
@@ -95,7 +95,7 @@ def damage(weights: Tensor, diagonal: Tensor) -> Step:
 
 
 def magnitude(weights: Tensor) -> Step:
-    """Remove the smallest weight; the predicted rise, of which magnitudes know nothing, is not a number."""
+    """Remove the smallest weight; the predicted rise is NaN, since magnitudes predict none."""
     step = _zeroed(weights, weights.abs())
     return step._replace(rise=float("nan"))
 

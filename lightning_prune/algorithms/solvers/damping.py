@@ -1,4 +1,4 @@
-"""Inverts Hessians, damped by what the caller states; one that stays singular is refused, never replaced."""
+"""Damping and inversion of Hessians; a singular one raises an error."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lightning_prune.model.errors import PruningError
 
 __all__ = ["damped", "inverse"]
 
-_NOTHING = 1e-4  # of a mean square; below, a variance damped by a hundredth drowns in the rounding of single precision
+_NOTHING = 1e-4  # of a mean square; a smaller variance, damped by 0.01, is lost in the rounding of single precision
 
 
 def damped(hessian: Tensor, fraction: float, whole: Tensor | None = None) -> Tensor:
     r"""Add to the diagonal: :math:`H + \lambda I`, :math:`\lambda` a fraction of the mean of the diagonal.
 
-    Inputs that never vary leave nothing in H but rounding, and any weights serve as well; then what is added is a
-    fraction of more than that mean, so that they stay what they are held on to.
+    If inputs never vary, H without their mean holds only rounding errors. Then lambda is a fraction of a small part of
+    the diagonal of ``whole``, so that the weights stay close to those that the damping holds them to.
 
     Args:
         hessian: Symmetric, positive semi-definite matrices, ``(..., n, n)``.
-        fraction: Share of each matrix's own mean diagonal entry that is added; 0 adds nothing.
-        whole: The matrices before means were taken off, ``(..., n, n)``, where H is of what is left.
+        fraction: Fraction of each matrix's own mean diagonal entry to add; 0 adds nothing.
+        whole: The same matrices with means, ``(..., n, n)``, if H is a covariance.
 
     Returns:
         New matrices of the same shape.
@@ -35,10 +35,11 @@ def damped(hessian: Tensor, fraction: float, whole: Tensor | None = None) -> Ten
                 [0., 2.]])
     """
     if not fraction >= 0:
-        raise ValueError(f"damping={fraction!r}: it is a share of the mean diagonal entry, from 0. Write 0.01 for 1 %.")
-    own, least = (h.diagonal(dim1=-2, dim2=-1).mean(dim=-1) for h in (hessian, hessian if whole is None else whole))
-    mean = own.maximum(_NOTHING * least)
-    added = fraction * mean.where(mean > 0, 1)
+        raise ValueError(f"damping={fraction!r}: must be a fraction of the mean diagonal entry, from 0; 0.01 is 1 %.")
+    mean = _mean_diagonal(hessian)
+    if whole is not None:
+        mean = mean.maximum(_NOTHING * _mean_diagonal(whole))
+    added = fraction * mean.where(mean > 0, 1)  # of a matrix of zeros too, which could not be inverted otherwise
     return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
 
 
@@ -61,12 +62,12 @@ def cholesky(matrix: Tensor) -> Tensor:
     """Return lower Cholesky factors, ``(..., n, n)``.
 
     Raises:
-        PruningError: If a matrix holds what is not finite, or is not positive definite to working precision.
+        PruningError: If a matrix has entries that are not finite, or is not positive definite to working precision.
     """
     if not matrix.isfinite().all():
         raise PruningError(
-            f"The Hessian, {matrix.shape[-1]} x {matrix.shape[-1]}, holds NaN or infinity: so do the batches, or what "
-            "the layers before make of them. Pass data that is finite, to a model that is."
+            f"The Hessian, {matrix.shape[-1]} x {matrix.shape[-1]}, holds NaN or infinity, as do the batches or the "
+            "activations of earlier layers. Pass finite data, and check the model's weights."
         )
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed.any():
@@ -76,3 +77,7 @@ def cholesky(matrix: Tensor) -> Tensor:
             "diagonal entry)."
         )
     return factor
+
+
+def _mean_diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)

@@ -1,4 +1,4 @@
-r"""The best weights where some must be zero, in closed form or by conjugate gradients; knows no layers."""
+r"""Least squares with some weights fixed at zero, in closed form or by conjugate gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _MEMORY = 256 * 2**20  # bytes of Hessians held at a time
 
 
 def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
-    r"""Return the rows nearest to the given ones, measured by H, of those that are zero where ``keep`` is False.
+    r"""Return the rows nearest to ``weights``, measured by H, with zeros where ``keep`` is False.
 
     Args:
         weights: Rows of weights, ``(groups, rows, columns)``.
         hessian: Positive definite, shared by the rows of each group, ``(groups, columns, columns)``.
-        keep: True for each weight that stays, ``(groups, rows, columns)`` bool.
+        keep: True for each weight that is kept, ``(groups, rows, columns)`` bool.
 
     Returns:
         The minimisers of :math:`(w - w_0) H (w - w_0)^T`, ``(groups, rows, columns)``.
@@ -32,59 +32,61 @@ def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
         tensor([[[1.5000, 0.0000]]])
     """
     groups, rows, columns = weights.shape
-    pull = (weights @ hessian).reshape(-1, columns)  # what the kept weights must still add up to
+    pull = (weights @ hessian).reshape(-1, columns)  # right-hand side of the normal equations
     flat = keep.reshape(-1, columns)
     group = torch.arange(groups, device=weights.device).repeat_interleave(rows)
     size = max(1, _MEMORY // (columns * columns * weights.element_size()))
-    found = [
-        _solve(hessian[g], p, k) for g, p, k in zip(group.split(size), pull.split(size), flat.split(size), strict=True)
-    ]
+    found = []
+    for first in range(0, len(flat), size):
+        part = slice(first, first + size)
+        found.append(_solve(hessian[group[part]], pull[part], flat[part]))
     return torch.cat(found).reshape(weights.shape)
 
 
 def nearer_on_support(
     weights: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, steps: int = 100, tolerance: float = 1e-6
 ) -> Tensor:
-    """Come close to :func:`best_on_support` by conjugate gradients, in products of whole matrices: for wide rows.
+    """Approximate :func:`best_on_support` by conjugate gradients, with matrix products only: for wide rows.
 
     Args:
         weights: Rows of weights, ``(groups, rows, columns)``.
         hessian: Positive definite, ``(groups, columns, columns)``.
-        keep: True for each weight that stays, ``(groups, rows, columns)`` bool.
-        start: Where to begin, ``(groups, rows, columns)``; what does not stay counts as zero.
-        steps: How many at most.
-        tolerance: Stop once the preconditioned residual is this small beside that of all zeros.
+        keep: True for each weight that is kept, ``(groups, rows, columns)`` bool.
+        start: Initial weights, ``(groups, rows, columns)``; removed ones count as zero.
+        steps: Iterations at most.
+        tolerance: Stop once the preconditioned residual is this small, relative to that of all zeros.
 
     Returns:
         Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
     """
-    scale = hessian.diagonal(dim1=1, dim2=2)[:, None]
+    scale = hessian.diagonal(dim1=1, dim2=2)[:, None]  # Jacobi preconditioner
     pull = (weights @ hessian) * keep
     found = start * keep
     residual = pull - (found @ hessian) * keep
     direction = residual / scale
     length = (residual * direction).sum(dim=2, keepdim=True)
     enough = tolerance**2 * (pull.square() / scale).sum(dim=2, keepdim=True)
+    tiny = torch.finfo(length.dtype).tiny  # rows that have converged divide zero by this
     for _ in range(steps):
         if (length <= enough).all():
             break
         product = (direction @ hessian) * keep
-        step = length / (direction * product).sum(dim=2, keepdim=True).clamp_min(torch.finfo(length.dtype).tiny)
+        step = length / (direction * product).sum(dim=2, keepdim=True).clamp_min(tiny)
         found = found + step * direction
         residual = residual - step * product
         ahead = residual / scale
         before, length = length, (residual * ahead).sum(dim=2, keepdim=True)
-        direction = ahead + length / before.clamp_min(torch.finfo(length.dtype).tiny) * direction
+        direction = ahead + length / before.clamp_min(tiny) * direction
     return found
 
 
 def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
-    """Return the best rows of fewer columns: what is left makes up for the columns that leave, in all rows alike.
+    """Return the best rows on fewer columns, the same in all rows: kept columns compensate for removed ones.
 
     Args:
         weights: Rows of weights, ``(rows, columns)``.
         hessian: Positive definite on the kept columns, ``(columns, columns)``.
-        keep: True for each column that stays, ``(columns,)`` bool.
+        keep: True for each column that is kept, ``(columns,)`` bool.
 
     Returns:
         The kept columns' new weights, ``(rows, kept)``.
@@ -92,7 +94,9 @@ def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
     Raises:
         PruningError: If H is singular on the kept columns.
     """
-    return torch.cholesky_solve((weights @ hessian)[:, keep].T, cholesky(hessian[keep][:, keep])).T
+    pull = (weights @ hessian)[:, keep]
+    factor = cholesky(hessian[keep][:, keep])
+    return torch.cholesky_solve(pull.T, factor).T
 
 
 def refit(
@@ -104,16 +108,16 @@ def refit(
     mean_after: Tensor,
     damping: float,
 ) -> tuple[Tensor, Tensor]:
-    r"""Fit rows to new inputs y so that they give what others gave for x: :math:`W x \approx \hat W y + s`.
+    r"""Fit rows to new inputs y so that their outputs match the old ones on x: :math:`W x \approx \hat W y + s`.
 
     Args:
         weights: W, ``(groups, rows, columns)``.
-        start: What :math:`\hat W` is held on to by the damping, ``(groups, rows, new columns)``.
+        start: The rows that the damping pulls :math:`\hat W` to, ``(groups, rows, new columns)``.
         cross: Mean of :math:`x y^T`, ``(groups, columns, new columns)``.
         after: Mean of :math:`y y^T`, ``(groups, new columns, new columns)``.
-        mean_before: Mean of x, ``(groups, columns)``; zeros where no shift can be had.
+        mean_before: Mean of x, ``(groups, columns)``; zeros if no shift can be applied.
         mean_after: Mean of y, ``(groups, new columns)``; likewise.
-        damping: Share of the mean variance of y.
+        damping: Fraction of the mean variance of y.
 
     Returns:
         :math:`\hat W`, and the shift s, ``(groups, rows)``.
@@ -121,19 +125,21 @@ def refit(
     Raises:
         PruningError: If the inputs are linearly dependent and not damped.
     """
-    cross = cross - mean_before[:, :, None] * mean_after[:, None]
-    whole, after = after, after - mean_after[:, :, None] * mean_after[:, None]
-    regular = damped(after, damping, whole)
-    pull = weights @ cross + start @ (regular - after)
+    # Covariances: the shift takes care of the means.
+    covariance = after - mean_after[:, :, None] * mean_after[:, None]
+    cross_covariance = cross - mean_before[:, :, None] * mean_after[:, None]
+    regular = damped(covariance, damping, after)
+    pull = weights @ cross_covariance + start @ (regular - covariance)
     new = torch.cholesky_solve(pull.transpose(1, 2), cholesky(regular)).transpose(1, 2)
-    return new, (weights @ mean_before[..., None] - new @ mean_after[..., None])[..., 0]
+    shift = weights @ mean_before[..., None] - new @ mean_after[..., None]
+    return new, shift[..., 0]
 
 
 def rise(change: Tensor, hessian: Tensor) -> Tensor:
     r"""Return :math:`\frac{1}{2}\operatorname{tr}(\Delta H \Delta^T)` of each group.
 
     Args:
-        change: What was added to the weights, ``(groups, rows, columns)``.
+        change: Change of the weights, ``(groups, rows, columns)``.
         hessian: ``(groups, columns, columns)``.
 
     Returns:
@@ -143,7 +149,7 @@ def rise(change: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _solve(hessian: Tensor, pull: Tensor, keep: Tensor) -> Tensor:
-    """Solve each row's own system, ones on the diagonal standing in for what has left."""
+    """Solve each row's own system, with ones on the diagonal of removed columns."""
     both = keep[:, :, None] & keep[:, None, :]
     own = torch.where(both, hessian, torch.diag_embed((~keep).to(hessian)))
     return torch.cholesky_solve((pull * keep)[..., None], cholesky(own))[..., 0] * keep

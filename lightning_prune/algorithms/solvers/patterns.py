@@ -1,4 +1,4 @@
-"""N:M patterns: of every M weights in a row N stay; knows neither Hessians nor layers."""
+"""N:M patterns: of every M weights in a row, N are kept."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Pattern"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Of every ``of`` columns of a row that lie ``apart`` from one to the next, ``stay`` stay.
+    """Keep ``stay`` of every ``of`` columns of a row, which lie ``apart`` columns from each other.
 
     Attributes:
-        stay: How many stay.
-        of: Of how many.
-        apart: Columns between two of one block, which so are ``of`` channels at one place of a kernel; 1: neighbours.
+        stay: Columns kept of each block.
+        of: Columns of a block.
+        apart: Distance of a block's columns: 1 for neighbours, the kernel size for channels at one kernel position.
 
     Raises:
         ValueError: If not 0 < ``stay`` < ``of``.
@@ -33,14 +33,16 @@ class Pattern:
 
     def __post_init__(self) -> None:
         if not 0 < self.stay < self.of:
-            raise ValueError(f'pattern {self.stay}:{self.of}: write "2:4" to keep 2 of every 4 weights of a row.')
+            raise ValueError(
+                f'pattern {self.stay}:{self.of}: "2:4" keeps 2 of every 4 weights; N must lie in 0 < N < M.'
+            )
 
     def fits(self, columns: int) -> bool:
-        """Tell whether a row parts into whole blocks."""
+        """Return whether a row of so many columns consists of whole blocks."""
         return columns % (self.of * self.apart) == 0
 
     def blocks(self, rows: Tensor) -> Tensor:
-        """View rows ``(..., columns)`` block by block, ``(..., blocks, of)``; a copy where it must be."""
+        """Return rows ``(..., columns)`` block by block, ``(..., blocks, of)``; a view where possible."""
         return rows.unflatten(-1, (-1, self.of, self.apart)).transpose(-1, -2).flatten(-3, -2)
 
     def block_of(self, columns: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class Pattern:
         return columns // (self.of * self.apart) * self.apart + columns % self.apart
 
     def highest(self, scores: Tensor) -> Tensor:
-        """Keep the highest scores of every block; of equal ones the later column stays.
+        """Keep the highest scores of every block; of equal ones the later column is kept.
 
         Args:
             scores: ``(rows, columns)``.

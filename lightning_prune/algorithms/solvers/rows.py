@@ -1,9 +1,9 @@
-r"""Prunes rows of weights that share a quadratic error, one weight at a time, exactly; knows no layers.
+r"""Exact greedy pruning of rows of weights with a quadratic error, one weight at a time (OBS, OBC).
 
 The error of a row is :math:`\frac{1}{2}(w - w_0) H (w - w_0)^T`. Removing the weights one by one, the cheapest first,
-and moving the others along, is a Cholesky factorisation of :math:`H^{-1}` whose pivots are chosen on the way: after k
-removals the inverse of what is left is :math:`H^{-1} - U^T U`, U the k scaled columns so far. As in a blocked
-factorisation, the inverse follows only after every so many removals, in one product, and without what has left.
+while the others compensate, is a Cholesky factorisation of :math:`H^{-1}` with pivots chosen on the way: after k
+removals the inverse on the remaining columns is :math:`H^{-1} - U^T U`, U the k scaled columns so far. As in blocked
+factorisations, the inverse is updated only once in ``_PANEL`` removals, in one product, and loses the removed columns.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PANEL = 64  # removals between two updates of the inverses
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """In which order the weights of every row leave, and what each adds to the row's error.
+    """The order in which the weights of every row are removed, and what each removal adds to the row's error.
 
     Attributes:
-        order: Columns in the order they leave, ``(rows, steps)`` int64.
-        rises: What each adds to the error, all others moving to make up for it, ``(rows, steps)``.
-        columns: How many weights a row has.
+        order: Columns in the order of removal, ``(rows, steps)`` int64.
+        rises: What each removal adds to the error once all others compensate, ``(rows, steps)``.
+        columns: Number of weights in a row.
     """
 
     order: Tensor
@@ -43,8 +43,8 @@ def greedy_paths(weights: Tensor, inverse: Tensor, steps: int | None = None, pat
     Args:
         weights: Rows of weights, ``(groups, rows, columns)``.
         inverse: The inverse Hessian that the rows of each group share, ``(groups, columns, columns)``.
-        steps: How many weights leave every row; all unless told otherwise.
-        pattern: What each row must follow.
+        steps: Weights to remove from every row; all by default.
+        pattern: Pattern that each row must follow.
 
     Returns:
         The paths of all rows, group by group, ``(groups * rows, steps)``.
@@ -59,15 +59,20 @@ def greedy_paths(weights: Tensor, inverse: Tensor, steps: int | None = None, pat
     flat = weights.reshape(groups * rows, columns)
     group = torch.arange(groups, device=weights.device).repeat_interleave(rows)
     size = max(1, _MEMORY // (columns * columns * weights.element_size()))
-    found = [_paths(w, inverse, g, steps, pattern) for w, g in zip(flat.split(size), group.split(size), strict=True)]
-    return Paths(torch.cat([order for order, _ in found]), torch.cat([rises for _, rises in found]), columns)
+    orders, rises = [], []
+    for first in range(0, len(flat), size):
+        part = slice(first, first + size)
+        order, rise = _paths(flat[part], inverse, group[part], steps, pattern)
+        orders.append(order)
+        rises.append(rise)
+    return Paths(torch.cat(orders), torch.cat(rises), columns)
 
 
 def keep_along(paths: Paths, count: int) -> Tensor:
-    """Choose which ``count`` weights leave, the cheapest next ones of all rows first.
+    """Remove ``count`` weights in all, each time the cheapest next one of any row.
 
     Returns:
-        True for each weight that stays, ``(rows, columns)`` bool.
+        True for each weight that is kept, ``(rows, columns)`` bool.
     """
     rows = len(paths.order)
     leaving = _cheapest_next(paths)[:count]
@@ -78,14 +83,14 @@ def keep_along(paths: Paths, count: int) -> Tensor:
 
 
 def rises_along(paths: Paths, counts: Sequence[int]) -> list[float]:
-    """Return the error of all rows together once so many weights have left as :func:`keep_along` chooses them."""
+    """Return the error of all rows together for each number of weights that :func:`keep_along` removes."""
     sums = paths.rises.T.reshape(-1)[_cheapest_next(paths)].cumsum(dim=0)
     return [float(sums[count - 1]) if count else 0.0 for count in counts]
 
 
 def _cheapest_next(paths: Paths) -> Tensor:
-    """Return steps, numbered ``(steps, rows)``, in the order in which they are taken over all rows."""
-    # A weight is reached only after those before it, so what counts is the highest rise so far; the earlier step first.
+    """Return the steps of all rows, numbered as in ``(steps, rows)``, in the order in which they are taken."""
+    # A weight is reached only after those before it in its row, so the highest rise so far decides.
     reached = paths.rises.cummax(dim=1).values.T.reshape(-1)
     return torch.argsort(reached, stable=True)
 
@@ -103,9 +108,11 @@ def _paths(
         scaled, free, found, rose = _panel(weights, own, left, min(_PANEL, steps - done), room)
         order += found
         rises += rose
-        stays = free.nonzero()[:, 1].view(rows, -1)
-        left, weights, scaled = left.gather(1, stays), weights.gather(1, stays), _take(scaled, stays)
-        own = _take(_take(own, stays).transpose(1, 2), stays)  # symmetric
+        stays = free.nonzero()[:, 1].view(rows, -1)  # every row has lost equally many, so this is a matrix
+        left = left.gather(1, stays)
+        weights = weights.gather(1, stays)
+        scaled = _take(scaled, stays)
+        own = _take(_take(own, stays).transpose(1, 2), stays)  # symmetric, so its transpose may be taken
         own.baddbmm_(scaled.transpose(1, 2), scaled, alpha=-1)
     return torch.stack(order, dim=1), torch.stack(rises, dim=1)
 
@@ -113,10 +120,10 @@ def _paths(
 def _panel(
     weights: Tensor, inverse: Tensor, left: Tensor, steps: int, room: _Room
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Remove a few weights of each row; ``weights`` follow in place, ``inverse`` stays behind by ``U.T @ U``.
+    """Remove a few weights of each row; updates ``weights`` in place, but not ``inverse``, which lacks ``- U.T @ U``.
 
     Returns:
-        U, ``(rows, steps, columns)``; what has not left, ``(rows, columns)``; and of each removal columns and rises.
+        U, ``(rows, steps, columns)``; the columns not removed, ``(rows, columns)``; columns and rises of each removal.
     """
     at = torch.arange(len(weights), device=weights.device)
     diagonal = inverse.diagonal(dim1=1, dim2=2).clone()
@@ -125,7 +132,9 @@ def _panel(
     order, rises = [], []
     for k in range(steps):
         allowed = room.allowed(free, left)
-        q = torch.where(allowed, weights.square() / diagonal, torch.inf).argmin(dim=1)
+        saliency = torch.where(allowed, weights.square() / diagonal, torch.inf)
+        q = saliency.argmin(dim=1)
+        # Column q of the inverse as it is now: the old one, minus the removals of this panel.
         column = torch.baddbmm(inverse[at, q][:, None], scaled[at, :k, q][:, None], scaled[:, :k], alpha=-1)[:, 0]
         pivot, weight = column[at, q], weights[at, q]
         weights -= (weight / pivot)[:, None] * column
@@ -139,12 +148,12 @@ def _panel(
 
 
 def _take(matrices: Tensor, columns: Tensor) -> Tensor:
-    """Return, of each matrix ``(n, columns)``, its own choice of columns."""
+    """Return each matrix ``(n, columns)`` with its own choice of columns."""
     return matrices.gather(2, columns[:, None].expand(-1, matrices.shape[1], -1))
 
 
 class _Room:
-    """How many weights may still leave from each block of columns."""
+    """How many weights may still be removed from each block of a pattern."""
 
     def __init__(self, pattern: Pattern | None, rows: int, columns: int, device: torch.device) -> None:
         self.pattern = pattern
@@ -152,10 +161,13 @@ class _Room:
             self.left = torch.full((rows, columns // pattern.of), pattern.of - pattern.stay, device=device)
 
     def allowed(self, free: Tensor, columns: Tensor) -> Tensor:
-        """Tell which of the free columns lie in blocks that are not used up."""
-        return free if self.pattern is None else free & (self.left.gather(1, self.pattern.block_of(columns)) > 0)
+        """Return which of the free columns may be removed."""
+        if self.pattern is None:
+            return free
+        return free & (self.left.gather(1, self.pattern.block_of(columns)) > 0)
 
     def take(self, columns: Tensor) -> None:
-        """Count one column of each row."""
+        """Record the removal of one column of each row."""
         if self.pattern is not None:
-            self.left[torch.arange(len(columns), device=columns.device), self.pattern.block_of(columns)] -= 1
+            rows = torch.arange(len(columns), device=columns.device)
+            self.left[rows, self.pattern.block_of(columns)] -= 1

@@ -1,4 +1,4 @@
-"""Splits a number of weights to be removed over layers so that the sum of their errors is least; knows no layers."""
+"""Allocation of a number of removed weights to layers so that the sum of their errors is least."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Curve", "split"]
 
 @dataclass(frozen=True)
 class Curve:
-    """What removing ever more weights of one layer costs.
+    """The error of one layer against the number of its removed weights.
 
     Attributes:
-        counts: How many are gone, rising from 0.
-        errors: The error then, in a unit that all layers share.
+        counts: Numbers of removed weights, rising from 0.
+        errors: The error at each, in a unit that all layers share.
     """
 
     counts: Sequence[int]
@@ -26,19 +26,19 @@ class Curve:
 
 
 def split(curves: Mapping[str, Curve], total: int) -> dict[str, int]:
-    """Choose how many weights each layer loses: the same marginal error everywhere.
+    """Choose how many weights each layer loses, so that the marginal error is the same everywhere.
 
-    Errors between the points of a curve are taken from the convex hull below it.
+    Between its points, a curve is replaced by the convex hull below it.
 
     Args:
         curves: Name of a layer -> its curve.
-        total: How many weights leave altogether.
+        total: Number of weights to remove in all.
 
     Returns:
         Name -> count; they add up to ``total``.
 
     Raises:
-        ValueError: If the curves do not reach that far.
+        ValueError: If the curves do not cover ``total``.
 
     Examples:
         >>> split({"robust": Curve([0, 10], [0.0, 1.0]), "frail": Curve([0, 5, 10], [0.0, 0.1, 9.0])}, 15)
@@ -46,12 +46,18 @@ def split(curves: Mapping[str, Curve], total: int) -> dict[str, int]:
     """
     reach = sum(curve.counts[-1] for curve in curves.values())
     if not 0 <= total <= reach:
-        raise ValueError(f"total={total}: from 0 to {reach} weights can leave.")
+        raise ValueError(f"total={total}: from 0 to {reach} weights can be removed.")
+    steps = []
+    for name, curve in curves.items():
+        for slope, width in _steps(curve):
+            steps.append((slope, name, width))
     counts = dict.fromkeys(curves, 0)
-    steps = [(slope, name, width) for name, curve in curves.items() for slope, width in _steps(curve)]
+    missing = total
+    # Slopes of a convex hull rise, so the sides of one layer come in order.
     for _, name, width in sorted(steps, key=lambda step: step[0]):
-        taken = min(width, total - sum(counts.values()))
+        taken = min(width, missing)
         counts[name] += taken
+        missing -= taken
     return counts
 
 

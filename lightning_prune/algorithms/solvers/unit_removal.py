@@ -1,7 +1,7 @@
-r"""Removes whole units, read by several matrices at once, greedily; what is left of each row makes up for them.
+r"""Greedy removal of whole units that several matrices read, while the remaining columns compensate.
 
 The block form of Optimal Brain Surgeon: without the columns u of a unit, a row's error rises by
-:math:`\frac{1}{2} w_u ([H^{-1}]_{uu})^{-1} w_u^T` and the row moves by :math:`-w_u ([H^{-1}]_{uu})^{-1} [H^{-1}]_{u:}`.
+:math:`\frac{1}{2} w_u ([H^{-1}]_{uu})^{-1} w_u^T`; the row changes by :math:`-w_u ([H^{-1}]_{uu})^{-1} [H^{-1}]_{u:}`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Reader:
     Attributes:
         weights: ``(rows, columns)``.
         inverse: The inverse Hessian of its inputs, ``(columns, columns)``.
-        columns: The columns that each unit takes up, ``(units, n)`` int64.
-        scale: What its error counts for beside those of other readers.
+        columns: The columns of each unit, ``(units, n)`` int64.
+        scale: Weight of its error in the sum over all readers.
     """
 
     weights: Tensor
@@ -34,7 +34,7 @@ class Reader:
     scale: float = 1.0
 
     def alone(self) -> Tensor:
-        """Return what the error rises by without each unit alone, ``(units,)``."""
+        """Return the rise of the error when each unit is removed alone, ``(units,)``."""
         return _State(self.weights, self.inverse, self.columns, self.scale).rises(torch.arange(len(self.columns)))
 
 
@@ -42,18 +42,18 @@ def unit_rises(readers: Sequence[Reader]) -> Tensor:
     """Remove units one by one, each time the one that raises the sum of all readers' errors least.
 
     Args:
-        readers: All that read these units.
+        readers: All matrices that read these units.
 
     Returns:
-        For each unit the highest rise up to its removal, ``(units,)``: to keep the highest is to follow the path. The
-        unit that would go last has an infinite one.
+        For each unit the highest rise up to its removal, ``(units,)``, so that keeping the highest follows the greedy
+        path. The last unit has infinity.
 
     Raises:
-        PruningError: If a Hessian is singular on what is left.
+        PruningError: If a Hessian is singular on the remaining columns.
     """
-    states = [
-        _State(reader.weights.clone(), reader.inverse.clone(), reader.columns, reader.scale) for reader in readers
-    ]
+    states = []
+    for reader in readers:  # copies, which the removals change
+        states.append(_State(reader.weights.clone(), reader.inverse.clone(), reader.columns, reader.scale))
     count = len(readers[0].columns)
     left = torch.ones(count, dtype=torch.bool, device=readers[0].weights.device)
     rises = torch.full((count,), torch.inf, dtype=readers[0].weights.dtype, device=left.device)
@@ -74,7 +74,7 @@ def unit_rises(readers: Sequence[Reader]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """A reader on the way; what has left holds numbers that nobody reads any more."""
+    """A reader after some removals; entries of removed columns are meaningless and never read."""
 
     weights: Tensor
     inverse: Tensor
@@ -82,14 +82,16 @@ class _State:
     scale: float
 
     def rises(self, units: Tensor) -> Tensor:
-        """Return what the error rises by without each of some units, ``(n,)``."""
+        """Return the rise of the error when each of some units is removed alone, ``(n,)``."""
         columns = self.columns[units]  # (n, k)
         factor = cholesky(self.inverse[columns[:, :, None], columns[:, None, :]])
         weights = self.weights[:, columns].permute(1, 2, 0)  # (n, k, rows)
-        return 0.5 * self.scale * torch.linalg.solve_triangular(factor, weights, upper=False).square().sum(dim=(1, 2))
+        # w A^-1 w^T with A = L L^T is the squared length of L^-1 w^T, summed over rows.
+        whitened = torch.linalg.solve_triangular(factor, weights, upper=False)
+        return 0.5 * self.scale * whitened.square().sum(dim=(1, 2))
 
     def remove_(self, unit: int) -> None:
-        """Take one unit out; the weights move to make up for it."""
+        """Remove one unit; the remaining weights compensate."""
         columns = self.columns[unit]
         factor = cholesky(self.inverse[columns[:, None], columns])
         scaled = torch.linalg.solve_triangular(factor, self.inverse[columns], upper=False)  # (k, columns)

@@ -1,4 +1,4 @@
-"""What each operator does to labels: one table, filled by the files of this folder."""
+"""Coupling rules: how each operator passes labels from its inputs to its outputs."""
 
 from lightning_prune.structure.rules import contraction as contraction
 from lightning_prune.structure.rules import frozen_sizes as frozen_sizes

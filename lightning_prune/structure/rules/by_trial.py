@@ -1,7 +1,7 @@
-"""Finds what an operator without a rule does to labels, by trying it on random numbers; knows no operator.
+"""Labels through an operator without a rule, found by running it on random inputs.
 
-An operator works on the indices along a dimension one by one if selecting some of them before it gives what selecting
-them after it does: ``op(x.index_select(d, i)) == op(x).index_select(e, i)``. Then labels pass from ``d`` to ``e``.
+An operator treats the indices along a dimension one by one if selecting some of them commutes with it:
+``op(x.index_select(d, i)) == op(x).index_select(e, i)``. Then labels pass from dimension ``d`` to ``e``.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from lightning_prune.structure.rules.table import Call, Dims, tensors_among
 __all__ = ["tested"]
 
 Place = tuple[int, int]
-"""A tensor among those that go into an operator, or come out of it, and one of its dimensions."""
+"""Index of a tensor among the inputs or outputs of an operator, and one of its dimensions."""
 
 _UNTESTABLE = (
     torch.Tag.nondeterministic_seeded,
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
 )
-_MOST_PAIRS = 6  # of dimensions that are tried as two that correspond
+_MOST_PAIRS = 6  # pairs of dimensions to try
 
 
 @dataclass(frozen=True)
 class _Passing:
-    """Dimensions of inputs that correspond, and those of outputs along which the same indices come out."""
+    """Dimensions of inputs that shrink together, and the dimensions of outputs that shrink with them."""
 
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
 
 
 class _Question:
-    """An operator, what it is called with, and the dimensions of its tensors that carry labels.
+    """The cache key of a trial: an operator, its arguments, and the dimensions of its tensors that carry labels.
 
-    Two questions are equal if they have the same answer; ``call`` is dropped once there is one.
+    Two questions are equal if they have the same answer. ``call`` is dropped once the answer is known.
     """
 
     def __init__(self, call: Call, asked: Sequence[Place]) -> None:
@@ -58,55 +58,72 @@ class _Question:
 
 
 def tested(call: Call) -> Dims | list[Dims]:
-    """Pass labels along the dimensions on which the operator turns out to work one by one, and pin the others."""
+    """Pass labels along the dimensions that the operator treats one by one, and pin all others."""
     if not call.func._schema.returns and not call.func._schema.is_mutable:
-        return {}  # it looks at numbers, and refuses some
+        return {}  # it only checks its arguments
     operands = call.tensors()
-    asked = [(which, dim) for which, tensor in enumerate(operands) for dim in sorted(call.labels(tensor).dims)]
-    passings: tuple[_Passing, ...] | None = None
-    outputs = tensors_among((call.out,))
-    if outputs and all(out.numel() for out in (*outputs[:1], *operands)) and _testable(call.func):
-        question = _Question(call, asked)
-        passings = _answer(question)
-        question.call = None  # the answer is kept, the tensors are not
+    asked: list[Place] = []
+    for which, tensor in enumerate(operands):
+        asked += [(which, dim) for dim in sorted(call.labels(tensor).dims)]
+    passings = _passings(call, asked)
     name = call.func.overloadpacket
-    teach = "teach one with @coupling_rule"
-    dims: list[Dims] = [{} for _ in outputs]
+    dims: list[Dims] = [{} for _ in tensors_among((call.out,))]
     passed: set[Place] = set()
     for passing in passings or ():
         passed.update(passing.inputs)
         sides = [call.labels(operands[which]).at(dim) for which, dim in passing.inputs]
-        found = sides[0] if len(sides) == 1 else call.ledger.tie(sides, f"meets a tensor of fixed size in {name}")
+        found = sides[0]
+        if len(sides) > 1:
+            found = call.ledger.tie(sides, f"meets a tensor of fixed size in {name}")
         for which, dim in passing.outputs:
-            if dim in dims[which]:  # no operator that works one by one does that
+            if dim in dims[which]:  # two dimensions cannot pass to the same one
                 call.ledger.pin((*found, *dims[which].pop(dim)), f"{name} has no coupling rule")
             else:
                 dims[which][dim] = found
     for which, dim in asked:
-        if (which, dim) not in passed:
-            mixes = f"it mixes entries along dimension {dim} of shape {tuple(operands[which].shape)}; "
-            reason = f"{name} has no coupling rule; {'' if passings is None else mixes}{teach}"
-            call.ledger.pin(call.labels(operands[which]).at(dim), reason)
+        if (which, dim) in passed:
+            continue
+        reason = f"{name} has no coupling rule; "
+        if passings is not None:
+            reason += f"it mixes entries along dimension {dim} of shape {tuple(operands[which].shape)}; "
+        call.ledger.pin(call.labels(operands[which]).at(dim), f"{reason}add one with @coupling_rule")
     return _arranged(call.out, dims)
 
 
+def _passings(call: Call, asked: Sequence[Place]) -> tuple[_Passing, ...] | None:
+    """Return what passes through an operator, or None if it cannot be tried."""
+    outputs = tensors_among((call.out,))
+    if not outputs or not _testable(call.func):
+        return None
+    if not all(tensor.numel() for tensor in (outputs[0], *call.tensors())):
+        return None
+    question = _Question(call, asked)
+    passings = _answer(question)
+    question.call = None  # the cache keeps the question, but need not keep the tensors
+    return passings
+
+
 def _arranged(out: Any, dims: list[Dims]) -> Dims | list[Dims]:
-    """Return the labels of the tensors of an output, in the places that these have there."""
+    """Return the labels of an output's tensors in the structure of the output."""
     if isinstance(out, Tensor):
         return dims[0]
+    if not isinstance(out, list | tuple):
+        return {}
     found = iter(dims)
-    return [next(found) if isinstance(part, Tensor) else {} for part in out] if isinstance(out, list | tuple) else {}
+    return [next(found) if isinstance(part, Tensor) else {} for part in out]
 
 
 def _testable(func: Any) -> bool:
-    """Return whether an operator gives the same each time, and writes into its first argument at most."""
-    written = [argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments]
-    return not any(tag in func.tags for tag in _UNTESTABLE) and not any(written[1:])
+    """Return whether an operator is deterministic and writes into no argument but the first."""
+    if any(tag in func.tags for tag in _UNTESTABLE):
+        return False
+    later = func._schema.arguments[1:]
+    return not any(argument.alias_info is not None and argument.alias_info.is_write for argument in later)
 
 
 @lru_cache(maxsize=512)
 def _answer(question: _Question) -> tuple[_Passing, ...] | None:
-    """Try an operator out; return None if it does not take random numbers of any kind."""
+    """Try an operator on random inputs; return None if it accepts no kind of them."""
     assert question.call is not None
     for double in (True, False):
         for fill in (_normal, _inside, _definite):
@@ -118,12 +135,12 @@ def _answer(question: _Question) -> tuple[_Passing, ...] | None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """An operator on random numbers.
+    """An operator and its outputs on random inputs.
 
     Attributes:
         apply: Computes the operator's outputs from its tensors, which it does not change.
-        operands: Its tensors.
-        outputs: What it makes of them.
+        operands: The random inputs, and index tensors as given.
+        outputs: The outputs.
     """
 
     apply: Callable[[Sequence[Tensor]], list[Tensor]]
@@ -132,21 +149,22 @@ class _Trial:
 
     @staticmethod
     def of(call: Call, fill: Callable[[Tensor, torch.Generator], Tensor], double: bool) -> _Trial | None:
-        """Run an operator on random numbers of some kind, or return None if it does not take those."""
+        """Run an operator on random inputs of some kind, or return None if it does not accept those."""
         random = torch.Generator().manual_seed(0)
         operands = []
         for tensor in call.tensors():
-            numbers = tensor.is_floating_point() or tensor.is_complex()
-            unknown = _is_mask(tensor) and call.labels(tensor).hollow
-            drawn = (numbers or unknown) and tensor.layout is torch.strided
-            operands.append(_random(tensor, fill, double, random) if drawn else tensor)
+            values = tensor.is_floating_point() or tensor.is_complex()
+            unknown_mask = _is_mask(tensor) and call.labels(tensor).hollow
+            if (values or unknown_mask) and tensor.layout is torch.strided:
+                tensor = _random(tensor, fill, double, random)
+            operands.append(tensor)
 
         def apply(tensors: Sequence[Tensor]) -> list[Tensor]:
             remaining = iter(tensors)
             args = _with(call.args, remaining)
             kwargs = {name: _with((value,), remaining)[0] for name, value in call.kwargs.items()}
             if call.func._schema.is_mutable:
-                args = [args[0].clone(), *args[1:]]
+                args[0] = args[0].clone()
             return tensors_among((call.func(*args, **kwargs),))
 
         try:
@@ -154,12 +172,12 @@ class _Trial:
         except Exception:
             return None
         expected = [out.shape for out in tensors_among((call.out,))]
-        if [out.shape for out in outputs] != expected or not any(map(_tells, outputs)):
+        if [out.shape for out in outputs] != expected or not any(map(_varies, outputs)):
             return None
         return _Trial(apply, operands, outputs)
 
     def passings(self, asked: Sequence[Place]) -> Iterator[_Passing]:
-        """Yield what passes of the dimensions asked about, and together with which others."""
+        """Yield which of the dimensions asked about pass, and with which others together."""
         done: set[Place] = set()
         for place in asked:
             if place in done:
@@ -174,24 +192,32 @@ class _Trial:
                     break
 
     def _candidates(self, place: Place) -> Iterator[tuple[Place, ...]]:
-        """Yield dimensions that may have to shrink together: one alone, those in the same place, any two as long."""
+        """Yield sets of dimensions that may shrink together: one alone, those at one place, pairs of one size."""
         which, dim = place
         rank, size = self.operands[which].dim(), self.operands[which].shape[dim]
-        others = [
-            (other, along)
-            for other, tensor in enumerate(self.operands)
-            for along in range(tensor.dim())
-            if tensor.layout is torch.strided and tensor.shape[along] == size and other != which
-        ]
-        ranks = [tensor.dim() for tensor in self.operands]
-        alike = [(other, along) for other, along in others if ranks[other] == rank and along == dim]
-        back = [(other, along) for other, along in others if along - ranks[other] == dim - rank]
-        front = [(other, along) for other, along in others if along == dim]
-        sets = [[], alike, back, front, *([other] for other in others[:_MOST_PAIRS])]
+        others: list[Place] = []
+        alike: list[Place] = []  # the same dimension of tensors of the same rank
+        back: list[Place] = []  # the same dimension, counted from the last
+        front: list[Place] = []  # the same dimension, counted from the first
+        for other, tensor in enumerate(self.operands):
+            if other == which or tensor.layout is not torch.strided:
+                continue
+            for along in range(tensor.dim()):
+                if tensor.shape[along] != size:
+                    continue
+                others.append((other, along))
+                if along == dim:
+                    front.append((other, along))
+                if along - tensor.dim() == dim - rank:
+                    back.append((other, along))
+                if along == dim and tensor.dim() == rank:
+                    alike.append((other, along))
+        sets = [[], alike, back, front]
+        sets += [[other] for other in others[:_MOST_PAIRS]]
         yield from dict.fromkeys(tuple(sorted([place, *more])) for more in sets)
 
     def _outputs(self, together: tuple[Place, ...]) -> tuple[Place, ...] | None:
-        """Return the dimensions of outputs along which indices come out that are selected, or None if they mix."""
+        """Return the output dimensions that shrink with the given ones, or None if the operator mixes indices."""
         first, along = together[0]
         found: tuple[Place, ...] | None = None
         for chosen in _selections(self.operands[first].shape[along]):
@@ -212,7 +238,7 @@ class _Trial:
 def _selections(size: int) -> Iterator[Tensor]:
     """Yield indices to select: the second half, every other one, and random ones.
 
-    One index alone would stretch over anything, so it comes twice.
+    A single index is selected twice, since a dimension of size one would be broadcast.
     """
     if size == 2:
         yield from (torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 1]))
@@ -241,7 +267,7 @@ def _same(full: list[Tensor], part: list[Tensor], chosen: Tensor, size: int) -> 
             whole = whole.index_select(dim, chosen.to(whole.device))
             places.append((which, dim))
         elif not (whole.is_floating_point() or whole.is_complex()):
-            return None  # whole numbers may well be the same by chance
+            return None  # integers may agree by chance
         if not _close(whole, some):
             return None
     return tuple(places)
@@ -257,8 +283,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0.0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
 
 
-def _tells(out: Tensor) -> bool:
-    """Return whether numbers differ, so that mixing them up would show."""
+def _varies(out: Tensor) -> bool:
+    """Return whether entries differ, so that mixing them would show."""
     if not out.numel():
         return False
     if not (out.is_floating_point() or out.is_complex()):
@@ -270,7 +296,7 @@ def _tells(out: Tensor) -> bool:
 def _random(
     tensor: Tensor, fill: Callable[[Tensor, torch.Generator], Tensor], double: bool, random: torch.Generator
 ) -> Tensor:
-    """Return random numbers of a tensor's shape, of double precision if asked."""
+    """Return a random tensor like another one, in double precision if asked."""
     if _is_mask(tensor):
         return (torch.rand(tensor.shape, generator=random) < 0.5).to(tensor.device)
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
@@ -283,13 +309,13 @@ def _normal(made: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _inside(made: Tensor, random: torch.Generator) -> Tensor:
-    """Fill with numbers between 0.1 and 0.9, which are probabilities, scales, and lie inside most domains."""
+    """Fill with numbers between 0.1 and 0.9, which are valid as probabilities and scales, and in most domains."""
     real = torch.rand(made.shape, generator=random, dtype=torch.float64) * 0.8 + 0.1
     return made.copy_(real)
 
 
 def _definite(made: Tensor, random: torch.Generator) -> Tensor:
-    """Fill with positive definite matrices where there can be some."""
+    """Fill with positive definite matrices, if the last two dimensions are square."""
     made = _normal(made, random)
     if made.dim() < 2 or made.shape[-1] != made.shape[-2]:
         return made
@@ -301,26 +327,27 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _with(values: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Return arguments with other tensors in place of those they hold."""
-    return [
-        next(tensors)
-        if isinstance(value, Tensor)
-        else _with(value, tensors)
-        if isinstance(value, list | tuple)
-        else value
-        for value in values
-    ]
+    """Return arguments with their tensors replaced."""
+    replaced: list[Any] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            replaced.append(next(tensors))
+        elif isinstance(value, list | tuple):
+            replaced.append(_with(value, tensors))
+        else:
+            replaced.append(value)
+    return replaced
 
 
 def _described(call: Call, value: Any) -> Any:
-    """Describe an argument by all that an answer depends on."""
+    """Return a hashable description of an argument, of all that the answer depends on."""
     if isinstance(value, list | tuple):
         return tuple([_described(call, item) for item in value])
     if not isinstance(value, Tensor):
-        return int(value) if isinstance(value, int) else repr(value)  # numbers that remember would note a comparison
+        return int(value) if isinstance(value, int) else repr(value)  # comparing a traced Number would be recorded
     entries: object = None
     if value.layout is not torch.strided or value.is_quantized:
-        entries = object()  # taken as it is, and slow to compare: equal to no other
+        entries = object()  # used as it is, and slow to compare: equal to no other
     elif not (value.is_floating_point() or value.is_complex()) and not call.labels(value).hollow:
         entries = hashlib.sha1(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
     return tuple(value.shape), value.dtype, value.layout, str(value.device), entries

@@ -1,4 +1,4 @@
-"""Rules for operators that multiply and sum: matrix products, convolutions, embeddings."""
+"""Rules for matrix products, convolutions and embeddings."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ _GROUPS_AT = {
     "convolution": 8,
 }  # fmt: skip
 """Python function -> position of its argument ``groups``."""
-OUTER, INNER = "whole groups", "the same share of every group"
+_OUTER, _INNER = "whole groups", "the same share of every group"
 
 
 @coupling_rule("aten.mm", reduces=True)
 def mm(call: Call) -> Dims:
-    """``(m, k) @ (k, n)``: the summed dimension meets, the others pass."""
+    """``(m, k) @ (k, n)``: the summed dimensions are tied, the others pass."""
     return _product(call, call.args[0], call.args[1])
 
 
 @coupling_rule("aten.addmm", "aten.baddbmm", reduces=True)
 def addmm(call: Call) -> Dims:
-    """A product, and an addend that meets it element by element."""
+    """A matrix product, tied to the addend element by element."""
     addend, a, b = call.args[:3]
     return _added(call, addend, _product(call, a, b))
 
 
 @coupling_rule("aten._sparse_addmm")
 def sparse_addmm(call: Call) -> Dims:
-    """A sparse matrix, whose entries lie where they lie, times ``(k, n)``: columns pass, rows keep their number."""
+    """A sparse matrix times ``(k, n)``: columns pass; rows are pinned, since sparse indices are data."""
     addend, _, dense = call.args[:3]
     call.ledger.pin(call.labels(dense).at(0), "multiplied with a sparse tensor")
     dims = {1: _made(call, dense, 1)}
-    # torch adds zeros as wide as the product by itself
-    return dims if call.labels(addend).blank else _added(call, addend, dims)
+    if call.labels(addend).blank:  # zeros that torch itself adds, as wide as the product
+        return dims
+    return _added(call, addend, dims)
 
 
 @coupling_rule("aten.bmm", reduces=True)
 def bmm(call: Call) -> Dims:
-    """``(b, m, k) @ (b, k, n)``: the batch and the summed dimension meet, the others pass."""
+    """``(b, m, k) @ (b, k, n)``: batch and summed dimensions are tied, the others pass."""
     return _product(call, call.args[0], call.args[1])
 
 
 @coupling_rule("aten._grouped_mm", reduces=True)
 def grouped_mm(call: Call) -> Dims:
-    """Rows ``(m, k)``, each with the one of the matrices ``(e, k, n)`` that data chose: so their number stays."""
+    """Rows ``(m, k)``, each times one of the matrices ``(e, k, n)``, whose number is pinned: data choose them."""
     a, b = call.args[:2]
     if (a.dim(), b.dim()) != (2, 3):
         return unknown(call)
@@ -81,7 +82,7 @@ def dot(call: Call) -> Dims:
 
 @coupling_rule("aten.linear", reduces=True)
 def linear(call: Call) -> Dims:
-    """``(..., k), (n, k) -> (..., n)``, on the backends that do not take it apart."""
+    """``(..., k), (n, k) -> (..., n)``, on backends that do not decompose it."""
     x, weight = call.args[:2]
     bias = call.argument("bias")
     _contract(call, x, x.dim() - 1, weight, 1)
@@ -89,29 +90,34 @@ def linear(call: Call) -> Dims:
     if bias is not None:
         made = call.ledger.tie([made, call.labels(bias).at(0)], "bias of fixed size")
     call.ledger.cost("linear", 1.0, *call.sizes(x), *call.sizes(weight, 0))
-    return {**{d: f for d, f in call.labels(x).dims.items() if d < x.dim() - 1}, x.dim() - 1: made}
+    last = x.dim() - 1
+    dims = {dim: found for dim, found in call.labels(x).dims.items() if dim < last}
+    return {**dims, last: made}
 
 
 @coupling_rule("aten._trilinear", reduces=True)
 def trilinear(call: Call) -> Dims:
-    """Three tensors, stretched over each other's dimensions, multiplied and summed over some: a bilinear layer."""
+    """Three tensors broadcast to each other, multiplied and summed over some dimensions: a bilinear layer."""
     summed = call.argument("sumdim")
     rank = call.args[0].dim() + len(call.args[3])
-    own = [[dim for dim in range(rank) if dim not in stretched] for stretched in call.args[3:6]]
+    operands = list(zip(call.args[:3], call.args[3:6], strict=True))  # each with the dimensions it is expanded along
     dims: Dims = {}
     for dim in range(rank):
-        sides = [
-            (labels.weight, labels.at(has.index(dim)))
-            for labels, has in zip(map(call.labels, call.args[:3]), own, strict=True)
-            if dim in has
-        ]
-        tied = call.ledger.tie([side for _, side in sides], "multiplied with a tensor of fixed size")
-        for weight, side in sides:
-            if weight:
-                call.ledger.use("consumer" if dim in summed else "producer", side)
+        sides, of_weights = [], []
+        for tensor, expanded in operands:
+            if dim in expanded:
+                continue
+            own = dim - sum(other < dim for other in expanded)
+            side = call.labels(tensor).at(own)
+            sides.append(side)
+            if call.labels(tensor).weight:
+                of_weights.append(side)
+        tied = call.ledger.tie(sides, "multiplied with a tensor of fixed size")
+        for side in of_weights:
+            call.ledger.use("consumer" if dim in summed else "producer", side)
         if dim not in summed:
             dims[dim - sum(gone < dim for gone in summed)] = tied
-        elif not any(weight for weight, _ in sides):
+        elif not of_weights:
             call.ledger.mix(tied)
     x, weight = call.args[:2]
     call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight))
@@ -121,7 +127,7 @@ def trilinear(call: Call) -> Dims:
 
 @coupling_rule("aten.embedding")
 def embedding(call: Call) -> Dims:
-    """Rows are looked up by data, so their number is fixed; their entries pass."""
+    """The number of rows is pinned, since indices are data; their entries pass."""
     weight, indices = call.args[:2]
     call.ledger.pin(call.labels(weight).at(0), "rows are looked up by index")
     return {**call.labels(indices).dims, indices.dim(): _made(call, weight, 1)}
@@ -129,22 +135,22 @@ def embedding(call: Call) -> Dims:
 
 @coupling_rule("aten._embedding_bag", "aten._embedding_bag_forward_only", reduces=True)
 def embedding_bag(call: Call) -> list[Dims]:
-    """Rows are looked up by data and summed, so their number is fixed; their entries pass."""
+    """The number of rows is pinned, since indices are data; their entries pass."""
     weight = call.args[0]
     call.ledger.pin(call.labels(weight).at(0), "rows are looked up by index")
     for other in call.tensors()[1:]:
         for found in call.labels(other).dims.values():
             call.ledger.pin(found, "used as indices")
     made = _made(call, weight, 1)
-    # the last output names the rows that a maximum came from, entry by entry, or is empty
+    # The last output holds the row of each maximum, entry by entry, or is empty.
     return [{1: made}, {}, {}, {1: made} if call.out[3].dim() == 2 else {}]
 
 
 @coupling_rule("aten.convolution", reduces=True)
 def convolution(call: Call) -> Dims:
-    """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels meet, batch passes, positions keep their number.
+    """``(N, C, ...)`` with ``(O, C / groups, ...)``: channels are tied, batch passes, positions are pinned.
 
-    Positions that the kernel takes one by one pass.
+    Positions along which kernel and stride are 1 pass.
     """
     x, weight, bias = call.args[:3]
     transposed, groups = call.argument("transposed"), call.argument("groups")
@@ -165,12 +171,14 @@ def convolution(call: Call) -> Dims:
         channels = _grouped(call, x, weight, groups, transposed)
     if bias is not None:
         channels = call.ledger.tie([channels, call.labels(bias).at(0)], "bias of fixed size")
-    positions = [passing.get(dim) or size for dim, size in enumerate((x if transposed else call.out).shape) if dim > 1]
+    counted = x if transposed else call.out  # the kernel is applied once for each of its positions
+    positions = [passing.get(dim) or size for dim, size in enumerate(counted.shape) if dim > 1]
     call.ledger.cost("conv", math.prod(weight.shape[2:]), *call.sizes(x, 0), *call.sizes(weight, 0, 1), *positions)
     return {0: labels.at(0), 1: channels, **passing}
 
 
 def _one_by_one(call: Call, dim: int) -> bool:
+    """Return whether a convolution reads positions along a dimension one by one."""
     stride, padding, spread = (call.argument(name) for name in ("stride", "padding", "output_padding"))
     at = dim - 2
     alone = call.args[1].shape[dim] == 1 and stride[at % len(stride)] == 1
@@ -178,7 +186,7 @@ def _one_by_one(call: Call, dim: int) -> bool:
 
 
 def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: bool) -> tuple[Label, ...]:
-    """Let the channels of a grouped convolution meet: either whole groups leave, or every group shrinks alike.
+    """Tie the channels of a grouped convolution: whole groups are pruned, or the same channels of every group.
 
     The weight is ``(O, I / groups, ...)``, or transposed ``(I, O / groups, ...)``: its dimension 0 holds the groups one
     after another, its dimension 1 is shared by all of them.
@@ -192,7 +200,7 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
     if not (entering and stacked):
         ledger.pin((*entering, *stacked, *shared), "groups of a convolution whose input has fixed channels")
         return ()
-    if labels.weight == call.labels(x).weight:  # no one parameter to silence the sum with
+    if labels.weight == call.labels(x).weight:  # neither or both are parameters: none alone can silence a term
         ledger.mix((*entering, *shared))
     if transposed:
         entering = ledger.tie([entering, stacked], "")
@@ -203,26 +211,40 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
         ledger.meet(inputs[:, :1], inputs)
         _follow_groups(call, entering)
         return stacked
+    # Each block is a matrix of atoms, those of one column to be pruned together. If whole groups are pruned, the shared
+    # dimension keeps its size. If the same channels of every group are, its entries are tied to those channels.
     alike = rows.transpose(0, 2, 1).reshape(-1, rows.shape[1])
     fixed = [np.append(label.atoms, PINNED)[:, None] for label in shared]
+    shrinking = [label.atoms[None] for label in shared]
     if transposed:
-        ways = {OUTER: [inputs.T, *fixed], INNER: [alike, *(label.atoms[None] for label in shared)]}
-    else:
-        whole = np.concatenate([inputs, outputs], axis=1).T
-        if (whole == whole[:, :1]).all():  # examples with kernels of their own: groups are alike, none can leave alone
-            for block in (np.concatenate([alike, *(s.atoms[None] for s in shared)]), outputs):
-                ledger.meet(block[:1], block[1:])
-            return stacked
-        ways = {OUTER: [whole, *fixed], INNER: [np.concatenate([alike, *(s.atoms[None] for s in shared)]), outputs]}
-    handed = ledger.choose("groups", ways)
-    _follow_groups(call, handed[:1])
-    if not transposed:
+        handed = ledger.choose("groups", {_OUTER: [inputs.T, *fixed], _INNER: [alike, *shrinking]})
+        _follow_groups(call, handed[:1])
+        return _transposed_outputs(handed, groups, weight.shape[1], len(fixed))
+    whole = np.concatenate([inputs, outputs], axis=1).T
+    inner = np.concatenate([alike, *shrinking])
+    if (whole == whole[:, :1]).all():  # examples with kernels of their own: groups are alike, none can leave alone
+        for block in (inner, outputs):
+            ledger.meet(block[:1], block[1:])
         return stacked
-    every = [Label(np.repeat(handed[0].atoms, weight.shape[1]), conditional=True)]
-    return (*every, *(Label(np.tile(label.atoms, groups), conditional=True) for label in handed[len(fixed) + 2 :]))
+    handed = ledger.choose("groups", {_OUTER: [whole, *fixed], _INNER: [inner, outputs]})
+    _follow_groups(call, handed[:1])
+    return stacked
+
+
+def _transposed_outputs(handed: Sequence[Label], groups: int, width: int, fixed: int) -> tuple[Label, ...]:
+    """Return the output labels of a grouped transposed convolution, group after group, ``width`` channels each.
+
+    ``handed`` are the labels of the choice: whole groups, ``fixed`` pinned ones, the channels of a group, and the
+    shared dimension.
+    """
+    labels = [Label(np.repeat(handed[0].atoms, width), conditional=True)]
+    for label in handed[fixed + 2 :]:
+        labels.append(Label(np.tile(label.atoms, groups), conditional=True))
+    return tuple(labels)
 
 
 def _follow_groups(call: Call, labels: Sequence[Label]) -> None:
+    """Let the number of groups follow the labels that count them."""
     found = tuple(labels)
     call.ledger.count("groups", found)
     position = _GROUPS_AT.get(getattr(call.function, "__name__", ""))
@@ -231,19 +253,20 @@ def _follow_groups(call: Call, labels: Sequence[Label]) -> None:
 
 
 def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
+    """Return the labels of a matrix product, batched or not."""
     last = a.dim() - 1
-    batch = range(last - 1)
-    tied = {
-        dim: call.ledger.tie([call.labels(a).at(dim), call.labels(b).at(dim)], "batch of a product") for dim in batch
-    }
-    for dim in batch:
-        call.ledger.prefer((*call.labels(a).at(dim), *call.labels(b).at(dim)))
+    dims: Dims = {}
+    for dim in range(last - 1):
+        left, right = call.labels(a).at(dim), call.labels(b).at(dim)
+        dims[dim] = call.ledger.tie([left, right], "batch of a product")
+        call.ledger.prefer((*left, *right))  # attention heads, of which whole ones are pruned if possible
     _contract(call, a, last, b, last - 1)
     call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
-    return {**tied, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}
+    return {**dims, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}
 
 
 def _added(call: Call, addend: Tensor, dims: Dims) -> Dims:
+    """Return the labels of a sum of an output and an addend that is broadcast to it."""
     for dim in range(call.out.dim()):
         own = dim - call.out.dim() + addend.dim()
         if own >= 0 and addend.shape[own] > 1 and call.out.shape[dim] > 1:
@@ -258,7 +281,7 @@ def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
     for mine, other, dim in ((left, right, a_dim), (right, left, b_dim)):
         if mine.weight and not other.weight:
             call.ledger.use("consumer", mine.at(dim))
-    if left.weight == right.weight:  # no one parameter to silence the sum with
+    if left.weight == right.weight:  # neither or both are parameters: none alone can silence a term
         call.ledger.mix(left.at(a_dim) + right.at(b_dim))
 
 

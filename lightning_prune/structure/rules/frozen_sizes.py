@@ -1,4 +1,4 @@
-"""What numbers frozen in code follow: the labels along the dimension that an operator was asked to make so long."""
+"""Integers in code and on modules that must change with a width: each follows the labels that it counts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def follow(call: Call, dims: Dims) -> Dims:
-    """Let the numbers that code asked for follow the labels that the output carries, and return those."""
+    """Let the sizes that code requested follow the labels of the output, and return those."""
     if isinstance(call.module[1], nn.MultiheadAttention):
         _follow_heads(call, dims)
         return dims
@@ -35,7 +35,7 @@ def follow(call: Call, dims: Dims) -> Dims:
 
 
 def follow_number(call: Call, found: tuple[Label, ...], number: int) -> None:
-    """Let a number follow labels: an attribute will be set, anything else must come out right."""
+    """Let a number follow labels: an attribute will be set, any other number must agree by itself."""
     if not isinstance(number, Number):
         return
     origin = number.origin
@@ -46,31 +46,31 @@ def follow_number(call: Call, found: tuple[Label, ...], number: int) -> None:
 
 
 def follow_argument(call: Call, found: tuple[Label, ...], given: Any, value: int, attribute: str) -> None:
-    """Let a number that an operator takes, and that no shape shows, follow labels.
+    """Let a number that an operator takes, and that appears in no shape, follow labels.
 
     Args:
-        call: The operator at hand.
-        found: The labels of which so many must be left.
-        given: The number as the Python function was given it, or None where that is not known.
-        value: The number that the operator took.
-        attribute: Where modules of ``torch.nn`` hold it; they hand it on without memory.
+        call: The operator.
+        found: The labels that the number counts.
+        given: The number as Python gave it, or None if unknown.
+        value: The number as the operator took it.
+        attribute: Attribute by which modules of ``torch.nn`` hold it, whose numbers do not remember their origin.
     """
     path, module = call.module
     if isinstance(given, Number) and int(given) == value:
         follow_number(call, found, given)
     elif hands_on(call, module) and int(getattr(module, attribute, -1)) == value:
         call.ledger.attributes.append(Attribute(path, attribute, found, where=call.ledger.where))
-    else:  # nothing tells where it comes from, so that it stays
+    else:  # of unknown origin, so it keeps its value
         call.ledger.equations.append(Equation(found, value, call.ledger.where))
 
 
 def hands_on(call: Call, module: nn.Module | None) -> bool:
-    """Return whether a module's numbers do not remember where they are held."""
+    """Return whether a module's numbers do not remember their origin."""
     return not call.ledger.numbers or type(module).__module__.startswith("torch.nn.")
 
 
 def compared(ledger: Ledger, number: Number, other: Number) -> None:
-    """Two numbers turned out equal, and the code goes on because they are: let one that is held follow a size."""
+    """Let a number that a module holds follow a size that it was equal to when code compared them."""
     sides = [number, other]
     for held, size in (sides, sides[::-1]):
         if isinstance(held.origin, Held) and isinstance(size.origin, Size):
@@ -85,22 +85,24 @@ def _same(some: tuple[Label, ...], others: tuple[Label, ...]) -> bool:
 
 
 def _follow_heads(call: Call, dims: Dims) -> None:
-    """Attention of torch works its numbers out of sight: its width is the width of its inputs, in so many heads."""
+    """Let the numbers of ``nn.MultiheadAttention`` follow: torch computes sizes from them out of sight."""
     path, module = call.module
     source, ledger = call.args[0], call.ledger
     assert isinstance(module, nn.MultiheadAttention)
     heads, width = int(module.num_heads), int(module.embed_dim) // int(module.num_heads)
     if call.out.dim() != 3 or source.shape[-1] != heads * width or call.out.shape[-1] != width:
         return
-    projected = [module.in_proj_weight] if module.in_proj_weight is not None else [
-        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-    ]  # fmt: skip
-    entering = [call.labels(weight).at(1) for weight in projected] * (4 - len(projected))
+    if module.in_proj_weight is not None:
+        projected = [module.in_proj_weight] * 3
+    else:
+        projected = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    query, key, value = (call.labels(weight).at(1) for weight in projected)
     inner = call.labels(source).at(source.dim() - 1)
-    one_batch = tuple(Label(label.atoms[:heads], label.conditional) for label in dims.get(1, ()))
+    # Dimension 1 of the output holds the heads of one example after those of another.
+    one_example = tuple(Label(label.atoms[:heads], label.conditional) for label in dims.get(1, ()))
     for name, labels in (
-        ("embed_dim", entering[0]), ("kdim", entering[1]), ("vdim", entering[2]), ("embed_dim", inner),
-        ("num_heads", one_batch), ("head_dim", dims.get(2, ())),
+        ("embed_dim", query), ("kdim", key), ("vdim", value), ("embed_dim", inner),
+        ("num_heads", one_example), ("head_dim", dims.get(2, ())),
     ):  # fmt: skip
         if labels:
             ledger.attributes.append(Attribute(path, name, labels, where=ledger.where))
@@ -111,10 +113,10 @@ def _follow_heads(call: Call, dims: Dims) -> None:
     "aten.new_ones", "aten.new_empty", "aten.new_full",
 )  # fmt: skip
 def made_anew(call: Call) -> Dims:
-    """A tensor of one value carries the labels that the sizes it was asked for remember."""
+    """A new tensor carries the labels of the numbers that set its sizes."""
     dims: Dims = {}
     for like in call.tensors()[:1]:
-        if [*like.shape[:2]] == [*call.out.shape[:2]]:  # padding makes room for positions, not for channels
+        if [*like.shape[:2]] == [*call.out.shape[:2]]:  # a padded copy: batch and channels are as before
             dims = {dim: found for dim, found in call.labels(like).dims.items() if dim < 2}
     for dim, number in aligned(call.asked, call.out.shape):
         if found := counted_by(number):
@@ -126,7 +128,9 @@ def made_anew(call: Call) -> Dims:
 
 def counted_by(number: int) -> tuple[Label, ...]:
     """Return the labels that a number counts, if it is the size of a tensor."""
-    return number.origin.labels if isinstance(number, Number) and isinstance(number.origin, Size) else ()
+    if isinstance(number, Number) and isinstance(number.origin, Size):
+        return number.origin.labels
+    return ()
 
 
 @coupling_rule(
@@ -134,13 +138,13 @@ def counted_by(number: int) -> tuple[Label, ...]:
     "aten.log_normal_", "aten.cauchy_", "aten.rand_like", "aten.randn_like", "aten.randint_like", "aten.normal",
 )  # fmt: skip
 def random_fill(call: Call) -> Dims | list[Dims]:
-    """Random numbers, each on its own, in the shape of a tensor: made anew, as long as that is."""
+    """Independent random numbers in the shape of a tensor, whose labels they carry."""
     return pointwise(call)
 
 
 @coupling_rule("aten.copy_")
 def copied(call: Call) -> Dims | list[Dims]:
-    """Element by element; what is copied into a part of a blank tensor labels the whole of it."""
+    """Element-wise; a copy into a part of a blank tensor labels the whole tensor."""
     target, source = call.args[:2]
     blank = target if target._base is None else target._base
     labels = call.labels(blank)
@@ -148,13 +152,20 @@ def copied(call: Call) -> Dims | list[Dims]:
         return pointwise(call)
     shift = target.dim() - source.dim()
     dims = {dim + shift: found for dim, found in call.labels(source).dims.items()}
-    whole = {_along(blank, target, dim): found for dim, found in dims.items()}
-    call.ledger.pin(whole.pop(None, ()), "copied into a part of a tensor")
-    call.lay(blank, Labels({dim: found for dim, found in whole.items() if dim is not None}, weight=False))
+    whole: Dims = {}
+    for dim, found in dims.items():
+        along = _along(blank, target, dim)
+        if along is None:  # the part covers this dimension of the tensor only in part
+            call.ledger.pin(found, "copied into a part of a tensor")
+        else:
+            whole[along] = found
+    call.lay(blank, Labels(whole, weight=False))
     return dims
 
 
 def _along(base: Tensor, view: Tensor, dim: int) -> int | None:
-    """Return which dimension of a tensor a dimension of a view of it runs along from end to end."""
-    stride, size = view.stride(dim), view.shape[dim]
-    return next((d for d in range(base.dim()) if (base.stride(d), base.shape[d]) == (stride, size)), None)
+    """Return the dimension of a tensor that a dimension of a view covers from end to end, if there is one."""
+    for own in range(base.dim()):
+        if (base.stride(own), base.shape[own]) == (view.stride(dim), view.shape[dim]):
+            return own
+    return None

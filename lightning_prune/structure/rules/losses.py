@@ -1,4 +1,4 @@
-"""Rules for losses: element by element where nothing is summed up, a statistic over all that goes in where it is."""
+"""Rules for losses: element-wise with ``reduction="none"``, else a statistic over all entries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 __all__: list[str] = []
 
 _NONE = 0
-"""``reduction="none"``, as operators are told it."""
+"""``reduction="none"``, as operators receive it."""
 
 
 @coupling_rule(
@@ -17,14 +17,17 @@ _NONE = 0
     reduces=True,
 )  # fmt: skip
 def loss(call: Call) -> Dims | list[Dims]:
-    """What is compared meets entry by entry; the sum or mean changes when some entries leave."""
+    """Compared entries are tied; the sum or mean changes when some of them are pruned."""
     if call.argument("reduction") == _NONE:
         return pointwise(call)
     operands = [tensor for tensor in call.tensors() if tensor.dim()]
     rank = max(tensor.dim() for tensor in operands)
     for dim in range(rank):
-        along = [(tensor, dim - rank + tensor.dim()) for tensor in operands]
-        sides = [call.labels(tensor).at(own) for tensor, own in along if own >= 0 and tensor.shape[own] > 1]
+        sides = []
+        for tensor in operands:
+            own = dim - rank + tensor.dim()  # the same dimension, counted from the last
+            if own >= 0 and tensor.shape[own] > 1:
+                sides.append(call.labels(tensor).at(own))
         if any(sides):
             call.ledger.mix(call.ledger.tie(sides, "compared with a tensor of fixed size"))
     return {}
@@ -32,9 +35,10 @@ def loss(call: Call) -> Dims | list[Dims]:
 
 @coupling_rule("aten.nll_loss_forward", "aten.nll_loss2d_forward", reduces=True)
 def nll_loss(call: Call) -> list[Dims]:
-    """``(N, C, ...)`` and targets ``(N, ...)``: classes are chosen by data, examples and positions meet."""
+    """``(N, C, ...)`` and targets ``(N, ...)``: classes, chosen by data, are pinned; the others are tied."""
     x, target, weight = call.args[:3]
-    labels, classes = call.labels(x), x.dim() - 1 if x.dim() < 3 else 1
+    labels = call.labels(x)
+    classes = 1 if x.dim() > 2 else x.dim() - 1
     chosen = () if weight is None else call.labels(weight).at(0)
     call.ledger.pin((*labels.at(classes), *chosen), "classes are chosen by data")
     dims: Dims = {}

@@ -1,7 +1,9 @@
-"""Rules for operators that only move elements: what each of them does to tensors, it does to labels."""
+"""Rules for operators that only move elements, and which therefore can be run on labels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.structure.labels import PINNED, Label
-from lightning_prune.structure.rules.attach import attach, merge_, unknown
+from lightning_prune.structure.rules.attach import attach, mapped, merge_, unknown
 from lightning_prune.structure.rules.frozen_sizes import counted_by
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
@@ -18,7 +20,7 @@ __all__ = ["repeat"]
 
 @coupling_rule("aten.index", "aten._unsafe_index")
 def index(call: Call) -> Dims:
-    """Indices are numbers frozen in the data: a dimension indexed by a tensor keeps its size."""
+    """A dimension indexed by a tensor is pinned, since the indices are data."""
     source, indices = call.args
     for dim, chosen in enumerate(indices):
         if chosen is not None:
@@ -28,25 +30,23 @@ def index(call: Call) -> Dims:
 
 @coupling_rule("aten.roll", "aten.index_select")
 def shifted(call: Call) -> Dims:
-    """Shifts and indices are numbers frozen in code or data: the dimensions that they count along keep their size."""
+    """Dimensions that shifts and indices count along are pinned, since those are constants or data."""
     source = call.args[0]
     dims = call.argument("dims" if call.has("dims") else "dim")
-    along = [dims] if isinstance(dims, int) else range(source.dim()) if dims is None else dims or range(source.dim())
-    for dim in along:
+    if isinstance(dims, int):
+        dims = [dims]
+    for dim in dims or range(source.dim()):
         call.ledger.pin(call.labels(source).at(dim % max(source.dim(), 1)), "counted along by fixed numbers")
     return moved(call)
 
 
 @coupling_rule(
-    "aten.flip", "aten.rot90",
-    "aten.reflection_pad1d", "aten.reflection_pad2d",
-    "aten.reflection_pad3d", "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d",
-    "aten.unfold",
-    "aten.diagonal", "aten.tile",
-    "aten.repeat_interleave.self_int",
+    "aten.flip", "aten.rot90", "aten.reflection_pad1d", "aten.reflection_pad2d", "aten.reflection_pad3d",
+    "aten.replication_pad1d", "aten.replication_pad2d", "aten.replication_pad3d", "aten.unfold", "aten.diagonal",
+    "aten.tile", "aten.repeat_interleave.self_int",
 )  # fmt: skip
 def moved(call: Call) -> Dims:
-    """Whatever the operator does to elements, it does to labels: run it on them."""
+    """Run the operator on the labels, which it moves like elements."""
     source = call.args[0]
     dims: Dims = {}
     for other in call.tensors():
@@ -57,18 +57,18 @@ def moved(call: Call) -> Dims:
         for number, label in enumerate(found):
             shape = [1] * source.dim()
             shape[dim] = source.shape[dim]
-            carried = torch.from_numpy(np.require(label.atoms, requirements="W")).reshape(shape).expand(source.shape)
-            moved_label = _rerun(call, carried)
-            free = [d for d in range(moved_label.dim()) if moved_label.stride(d) == 0]
-            for d in free:
-                moved_label = moved_label.narrow(d, 0, 1)
-            merge_(dims, attach(call, (dim, number), moved_label.numpy(), range(call.out.dim()), label.conditional))
+            atoms = torch.from_numpy(np.require(label.atoms, requirements="W"))
+            output = _rerun(call, atoms.reshape(shape).expand(source.shape))
+            for d in range(output.dim()):
+                if output.stride(d) == 0:  # still expanded: one entry stands for all
+                    output = output.narrow(d, 0, 1)
+            merge_(dims, attach(call, (dim, number), output.numpy(), range(call.out.dim()), label.conditional))
     return dims
 
 
 @coupling_rule("aten.repeat")
 def repeat(call: Call) -> Dims:
-    """Labels repeat as elements do; what was one is as many as was asked for."""
+    """Labels repeat like elements; a dimension of size one takes the labels of the number it is repeated by."""
     source = call.args[0]
     dims = moved(call)
     shift = call.out.dim() - source.dim()
@@ -83,7 +83,7 @@ def repeat(call: Call) -> Dims:
 
 @coupling_rule("aten.channel_shuffle", "aten.native_channel_shuffle")
 def channel_shuffle(call: Call) -> Dims:
-    """So many groups of channels are dealt out like cards: all of them must lose the same share."""
+    """All groups of channels must lose the same channels, since they are interleaved."""
     source, groups = call.args[:2]
     for label in call.labels(source).at(1):
         rows = label.atoms.reshape(groups, -1)
@@ -93,103 +93,110 @@ def channel_shuffle(call: Call) -> Dims:
 
 @coupling_rule("aten.im2col")
 def unfold(call: Call) -> Dims:
-    """``(N, C, H, W) -> (N, C r s, L)``: a channel becomes several rows, whose padding goes with it."""
+    """``(N, C, H, W) -> (N, C r s, L)``: each channel becomes ``r s`` rows."""
     source, kernel = call.args[0], call.argument("kernel_size")
     labels, channel = call.labels(source), source.dim() - 3
     call.ledger.pin((*labels.at(channel + 1), *labels.at(channel + 2)), "positions of unfold")
-    rows = tuple(Label(np.repeat(f.atoms, kernel[0] * kernel[1]), f.conditional) for f in labels.at(channel))
-    return {**{dim: found for dim, found in labels.dims.items() if dim < channel}, channel: rows}
+    batch = {dim: found for dim, found in labels.dims.items() if dim < channel}
+    rows = mapped(labels.at(channel), lambda atoms: np.repeat(atoms, kernel[0] * kernel[1]))
+    return {**batch, channel: rows}
 
 
 @coupling_rule("aten.constant_pad_nd")
 def constant_pad(call: Call) -> Dims:
-    """What is added along a dimension stays; along the others, a channel is padded with more of itself."""
+    """Padding is pinned along its own dimension; along the others, it belongs to its channel."""
     source, pads = call.args[:2]
     dims: Dims = {}
     for dim, found in call.labels(source).dims.items():
-        before, after = pads[2 * (source.dim() - 1 - dim) :][:2] or (0, 0)
+        before, after = pads[2 * (source.dim() - 1 - dim) :][:2] or (0, 0)  # torch counts pads from the last dimension
         if min(before, after) < 0:
             call.ledger.pin(found, "cropped by fixed numbers")
         else:
-            padded = (np.pad(label.atoms, (before, after), constant_values=PINNED) for label in found)
-            dims[dim] = tuple(Label(atoms, label.conditional) for atoms, label in zip(padded, found, strict=True))
+            dims[dim] = mapped(found, partial(np.pad, pad_width=(before, after), constant_values=PINNED))
     return dims
 
 
 @coupling_rule("aten.index_add", "aten.index_add_", "aten.index_copy", "aten.index_copy_")
 def put_by_index(call: Call) -> Dims:
-    """Rows go where indices say, so that their number stays; what a row holds meets entry by entry."""
+    """The indexed dimension is pinned; the entries of rows are tied."""
     target, along, _, source = call.args[:4]
     mine, other = call.labels(target), call.labels(source)
     along %= max(target.dim(), 1)
     call.ledger.pin((*mine.at(along), *other.at(along)), "indexed by a tensor")
-    return {
-        dim: call.ledger.tie([mine.at(dim), other.at(dim)], "meets a tensor of fixed size")
-        for dim in range(target.dim())
-        if dim != along and (mine.at(dim) or other.at(dim))
-    }
+    dims: Dims = {}
+    for dim in range(target.dim()):
+        if dim != along and (mine.at(dim) or other.at(dim)):
+            dims[dim] = call.ledger.tie([mine.at(dim), other.at(dim)], "meets a tensor of fixed size")
+    return dims
 
 
 @coupling_rule("aten.pixel_shuffle")
 def pixel_shuffle(call: Call) -> Dims:
-    """``(..., C r², H, W) -> (..., C, H r, W r)``: the channels that become one leave together."""
+    """``(..., C r², H, W) -> (..., C, H r, W r)``: channels that become one are tied."""
     source, factor = call.args
     channel = source.dim() - 3
     dims = _positions_pinned(call, channel)
-    rows = [label.atoms.reshape(-1, factor * factor) for label in dims.get(channel, ())]
-    for row in rows:
-        call.ledger.meet(row[:, :1], row[:, 1:])
-    pairs = zip(rows, dims.get(channel, ()), strict=True)
-    return {**dims, channel: tuple(Label(row[:, 0], label.conditional) for row, label in pairs)}
+    return {**dims, channel: _each_block_one(call, dims.get(channel, ()), factor * factor)}
 
 
 @coupling_rule("aten.pixel_unshuffle")
 def pixel_unshuffle(call: Call) -> Dims:
-    """``(..., C, H r, W r) -> (..., C r², H, W)``: a channel becomes several, side by side."""
+    """``(..., C, H r, W r) -> (..., C r², H, W)``: each channel becomes ``r²`` neighbours."""
     source, factor = call.args
     channel = source.dim() - 3
     dims = _positions_pinned(call, channel)
-    spread = (Label(np.repeat(label.atoms, factor * factor), label.conditional) for label in dims.get(channel, ()))
-    return {**dims, channel: tuple(spread)}
+    spread = mapped(dims.get(channel, ()), lambda atoms: np.repeat(atoms, factor * factor))
+    return {**dims, channel: spread}
 
 
 @coupling_rule("aten.col2im")
 def fold(call: Call) -> Dims:
-    """``(N, C r s, L) -> (N, C, H, W)``: the rows that become one channel leave together."""
+    """``(N, C r s, L) -> (N, C, H, W)``: rows that become one channel are tied."""
     source, kernel = call.args[0], call.argument("kernel_size")
     labels, rows = call.labels(source), source.dim() - 2
     call.ledger.pin(labels.at(rows + 1), "positions of fold")
-    blocks = [label.atoms.reshape(-1, kernel[0] * kernel[1]) for label in labels.at(rows)]
-    for block in blocks:
-        call.ledger.meet(block[:, :1], block[:, 1:])
-    pairs = zip(blocks, labels.at(rows), strict=True)
-    channels = tuple(Label(block[:, 0], label.conditional) for block, label in pairs)
-    return {**{dim: found for dim, found in labels.dims.items() if dim < rows}, rows: channels}
+    batch = {dim: found for dim, found in labels.dims.items() if dim < rows}
+    return {**batch, rows: _each_block_one(call, labels.at(rows), kernel[0] * kernel[1])}
+
+
+def _each_block_one(call: Call, labels: tuple[Label, ...], size: int) -> tuple[Label, ...]:
+    """Tie the atoms of each block of ``size`` neighbours, and return one atom for each block."""
+    for label in labels:
+        blocks = label.atoms.reshape(-1, size)
+        call.ledger.meet(blocks[:, :1], blocks[:, 1:])
+    return mapped(labels, lambda atoms: atoms.reshape(-1, size)[:, 0])
 
 
 @coupling_rule("aten.as_strided")
 def as_strided(call: Call) -> Dims:
-    """Reads memory: lay labels out in memory as the elements are, and read those."""
+    """Write labels to memory where the elements are, and read them like those."""
     source, size, stride = call.args[:3]
     offset = call.argument("storage_offset")
     start = 0 if offset is None else offset - source.storage_offset()
-    behind = start + sum(step * (length - 1) for step, length in zip(stride, size, strict=True))
-    held = 1 + sum(step * (length - 1) for step, length in zip(source.stride(), source.shape, strict=True))
-    if not source.numel() or not call.out.numel() or start < 0 or behind >= held:
-        return unknown(call)  # reaches beyond what the source shows
+    last = start + _reach(size, stride)
+    held = 1 + _reach(source.shape, source.stride())
+    if not source.numel() or not call.out.numel() or start < 0 or last >= held:
+        return unknown(call)  # it reads memory beyond the source
     dims: Dims = {}
     for dim, found in call.labels(source).dims.items():
         for number, label in enumerate(found):
             memory = torch.full((held,), PINNED)
             shape = [1] * source.dim()
             shape[dim] = source.shape[dim]
-            memory.as_strided(source.shape, source.stride()).copy_(torch.from_numpy(label.atoms.copy()).reshape(shape))
+            atoms = torch.from_numpy(label.atoms.copy())
+            memory.as_strided(source.shape, source.stride()).copy_(atoms.reshape(shape))
             read = memory.as_strided(size, stride, start).numpy()
             merge_(dims, attach(call, (dim, number), read, range(call.out.dim()), label.conditional))
     return dims
 
 
+def _reach(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Return the offset in memory of the last element from the first."""
+    return sum(step * (length - 1) for step, length in zip(stride, size, strict=True))
+
+
 def _positions_pinned(call: Call, channel: int) -> Dims:
+    """Pin the two dimensions behind the channels, and return the labels of the others."""
     dims = dict(call.labels(call.args[0]).dims)
     for dim in (channel + 1, channel + 2):
         call.ledger.pin(dims.pop(dim, ()), f"positions of {call.func._opname}")
@@ -198,14 +205,12 @@ def _positions_pinned(call: Call, channel: int) -> Dims:
 
 def _rerun(call: Call, carried: Tensor) -> Tensor:
     """Run the operator on labels."""
-    args: list[Any] = [carried, *call.args[1:]]
-    kwargs = dict(call.kwargs)
-    args = [_at_hand(a) for a in args]
-    return call.func(*args, **kwargs)
+    args = [_on_cpu(value) for value in call.args[1:]]
+    return call.func(carried, *args, **call.kwargs)
 
 
-def _at_hand(value: Any) -> Any:
-    """Bring indices to where labels are."""
+def _on_cpu(value: Any) -> Any:
+    """Return arguments with tensors (indices) on the CPU, where labels are."""
     if isinstance(value, list | tuple):
-        return [_at_hand(item) for item in value]
+        return [_on_cpu(item) for item in value]
     return value.cpu() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Rules for operators that normalise: channels meet their statistics and their affine parameters."""
+"""Rules for normalisation layers, softmax and observers: channels are tied to statistics and affine parameters."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ __all__: list[str] = []
     reduces=True,
 )  # fmt: skip
 def batch_norm(call: Call) -> list[Dims]:
-    """Each channel has statistics and affine parameters of its own."""
+    """Channels are tied to their statistics and affine parameters."""
     x = call.args[0]
     labels = call.labels(x)
     own = [tensor for tensor in call.tensors()[1:] if tensor.dim() == 1]
-    channels = call.ledger.tie([labels.at(1), *(call.labels(t).at(0) for t in own)], "normalised by fixed statistics")
+    sides = [labels.at(1)]
+    sides += [call.labels(tensor).at(0) for tensor in own]
+    channels = call.ledger.tie(sides, "normalised by fixed statistics")
     if call.has("training") and call.argument("training"):
         for dim, found in labels.dims.items():
             if dim != 1:
                 call.ledger.mix(found)
     affine = call.args[1] is not None
-    if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch turns it into a batch norm
+    if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch decomposes it into a batch norm
         call.ledger.cost("instance_norm", 5 if affine else 4, *call.sizes(x))
     else:
         call.ledger.cost("batch_norm", 2 if affine else 1, *call.sizes(x))
@@ -41,24 +43,25 @@ def batch_norm(call: Call) -> list[Dims]:
 
 @coupling_rule("aten.native_layer_norm", "aten._fused_rms_norm", reduces=True)
 def layer_norm(call: Call) -> list[Dims]:
-    """The last dimensions share one statistic, and meet the affine parameters entry by entry."""
+    """The last dimensions share one statistic, and are tied to the affine parameters entry by entry."""
     x, shape = call.args[:2]
     first = x.dim() - len(shape)
     labels, affine = call.labels(x), [tensor for tensor in call.tensors()[1:] if tensor.dim()]
     dims = dict(labels.dims)
     for entry in range(len(shape)):
-        dims[first + entry] = call.ledger.tie(
-            [labels.at(first + entry), *(call.labels(t).at(entry) for t in affine)], "normalised by fixed parameters"
-        )
-        call.ledger.mix(dims[first + entry])
-        if dims[first + entry]:
-            _follow_shape(call, dims[first + entry], shape, entry)
+        sides = [labels.at(first + entry)]
+        sides += [call.labels(tensor).at(entry) for tensor in affine]
+        tied = call.ledger.tie(sides, "normalised by fixed parameters")
+        call.ledger.mix(tied)
+        if tied:
+            _follow_shape(call, tied, shape, entry)
+        dims[first + entry] = tied
     call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
     return [dims] + [{}] * (len(call.out) - 1)
 
 
 def _follow_shape(call: Call, found: tuple[Label, ...], shape: Sequence[int], entry: int) -> None:
-    """Let an entry of the shape that a norm was asked for follow the labels along that dimension."""
+    """Let an entry of ``normalized_shape`` follow the labels along its dimension."""
     given = call.python_argument("normalized_shape", 1)
     number = given[entry] if isinstance(given, list | tuple) and len(given) == len(shape) else None
     path, module = call.module
@@ -70,7 +73,7 @@ def _follow_shape(call: Call, found: tuple[Label, ...], shape: Sequence[int], en
 
 
 def _follow_normalized(call: Call) -> None:
-    """Let the shape that an RMS norm was asked for follow: torch takes it apart, and no operator takes that shape."""
+    """Let ``normalized_shape`` of an RMS norm follow: torch decomposes the norm, and no operator takes the shape."""
     x = call.args[0]
     given = call.python_argument("normalized_shape", 1)
     shape = [given] if isinstance(given, int) else list(given or ())
@@ -81,7 +84,7 @@ def _follow_normalized(call: Call) -> None:
 
 @coupling_rule("aten.pow")
 def power(call: Call) -> Dims | list[Dims]:
-    """Element by element; an RMS norm, which torch takes apart, begins with it."""
+    """Element-wise; the first operator of an RMS norm, which torch decomposes."""
     if getattr(call.function, "__name__", "") == "rms_norm":
         _follow_normalized(call)
     if isinstance(call.module[1], nn.RMSNorm):
@@ -91,7 +94,7 @@ def power(call: Call) -> Dims | list[Dims]:
 
 @coupling_rule("aten._weight_norm_interface", reduces=True)
 def weight_norm(call: Call) -> list[Dims]:
-    """A weight divided by its norm over all dimensions but one, along which it is scaled."""
+    """The scale is tied to the one dimension that norms do not run over."""
     weight, scale = call.args[:2]
     dim = call.argument("dim") % weight.dim()
     labels = call.labels(weight)
@@ -104,7 +107,7 @@ def weight_norm(call: Call) -> list[Dims]:
 
 @coupling_rule("aten.native_group_norm", reduces=True)
 def group_norm(call: Call) -> list[Dims]:
-    """Channels of one group share a statistic: whole groups leave, or every group shrinks alike."""
+    """Channels of one group share a statistic: whole groups are pruned, or the same share of every group."""
     x, groups = call.args[0], call.args[6]
     labels = call.labels(x)
     affine = [call.labels(tensor).at(0) for tensor in call.args[1:3] if tensor is not None]
@@ -113,21 +116,20 @@ def group_norm(call: Call) -> list[Dims]:
     for dim, found in labels.dims.items():
         if dim > 1:
             call.ledger.mix(found)
-    if channels and groups > 1:
-        columns = np.concatenate([label.atoms.reshape(groups, -1).T for label in channels])
-        if x.shape[1] == groups:
-            _follow(call, channels)
-        else:
-            alike = np.concatenate([label.atoms.reshape(groups, -1) for label in channels])
-            whole, _ = call.ledger.choose(
-                "groups", {"whole groups": [columns], "the same share of every group": [alike]}
-            )
-            _follow(call, (whole,))
+    if channels and x.shape[1] == groups > 1:  # a group is a channel
+        _follow(call, channels)
+    elif channels and groups > 1:
+        by_group = [label.atoms.reshape(groups, -1) for label in channels]
+        columns = np.concatenate([atoms.T for atoms in by_group])
+        alike = np.concatenate(by_group)
+        whole, _ = call.ledger.choose("groups", {"whole groups": [columns], "the same share of every group": [alike]})
+        _follow(call, (whole,))
     call.ledger.cost("group_norm", 5 if affine else 4, *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
 def _follow(call: Call, labels: tuple[Label, ...]) -> None:
+    """Let the number of groups follow the labels that count them."""
     call.ledger.count("group", labels)
     native = getattr(call.function, "__name__", "") == "native_group_norm"
     given = call.python_argument("group", 6) if native else call.python_argument("num_groups", 1)
@@ -136,7 +138,7 @@ def _follow(call: Call, labels: tuple[Label, ...]) -> None:
 
 @coupling_rule("aten._softmax", "aten._log_softmax", "aten._safe_softmax", reduces=True)
 def softmax(call: Call) -> Dims:
-    """Shares of a sum: they grow when some of them leave."""
+    """Labels pass; the others grow when entries along the dimension are pruned."""
     x = call.args[0]
     labels = call.labels(x)
     call.ledger.mix(labels.at(call.argument("dim") % max(x.dim(), 1)))
@@ -147,13 +149,15 @@ def softmax(call: Call) -> Dims:
     "aten._fused_moving_avg_obs_fq_helper", "aten._fused_moving_avg_obs_fq_helper_functional", reduces=True
 )  # fmt: skip
 def observed(call: Call) -> list[Dims]:
-    """Rounding, with the least and the largest number seen as bounds: of all entries, or of each channel's."""
+    """Fake quantisation with observed bounds, of all entries or of each channel."""
     x = call.args[0]
     labels, dims = call.labels(x), dict(call.labels(x).dims)
     axis = call.argument("ch_axis") % x.dim() if call.argument("per_row_fake_quant") else -1
     if axis in dims:
         bounds = [tensor for tensor in call.args[3:7] if tensor.numel() > 1]
-        dims[axis] = call.ledger.tie([labels.at(axis), *(call.labels(t).at(0) for t in bounds)], "rounded per channel")
+        sides = [labels.at(axis)]
+        sides += [call.labels(tensor).at(0) for tensor in bounds]
+        dims[axis] = call.ledger.tie(sides, "rounded per channel")
     for dim, found in labels.dims.items():
         if dim != axis:
             call.ledger.mix(found)

@@ -1,4 +1,4 @@
-"""Rules for operators that work element by element: what lies on one element leaves together."""
+"""Rules for element-wise operators: labels at the same element are tied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["pointwise"]
     "aten.threshold_", "aten.mish_", "aten.abs_",
 )  # fmt: skip
 def pointwise(call: Call) -> Dims | list[Dims]:
-    """Labels along one dimension meet; a tensor of fixed size pins what it meets, size one stretches to anything."""
+    """Labels along each dimension are tied; a tensor of fixed size pins them, unless its size is one (broadcast)."""
     out = call.out if isinstance(call.out, Tensor) else call.out[0]
     operands = [(tensor, call.labels(tensor)) for tensor in call.tensors() if tensor.dim()]
     if len(operands) == 1 and operands[0][0].dim() == out.dim():

@@ -1,4 +1,4 @@
-"""Rules for operators that run along a dimension: reductions, sums so far, orders."""
+"""Rules for reductions, cumulative sums and sorting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__: list[str] = []
     "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.sort", "aten.topk", "aten.cummax", "aten.cummin"
 )
 def along_one_dimension(call: Call) -> Dims | list[Dims]:
-    """Positions along the dimension count, so it keeps its size; the others pass."""
+    """Order matters along the dimension, so it is pinned; the others pass."""
     x = call.args[0]
     dim = call.argument("dim") % max(x.dim(), 1)
     labels = call.labels(x)
-    call.ledger.pin(labels.at(dim), f"order counts in {call.func.overloadpacket}")
+    call.ledger.pin(labels.at(dim), f"order matters in {call.func.overloadpacket}")
     dims = {d: found for d, found in labels.dims.items() if d != dim}
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
 
@@ -30,7 +30,7 @@ def along_one_dimension(call: Call) -> Dims | list[Dims]:
     reduces=True,
 )  # fmt: skip
 def reduction(call: Call) -> Dims | list[Dims]:
-    """Statistics over reduced dimensions change when some of their entries leave; the other dimensions pass."""
+    """Statistics over reduced dimensions change when entries are pruned; the other dimensions pass."""
     return _reduced(call, ordered=False)
 
 
@@ -38,7 +38,7 @@ def reduction(call: Call) -> Dims | list[Dims]:
     "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue", reduces=True
 )
 def ordered_reduction(call: Call) -> Dims | list[Dims]:
-    """The result tells positions, so the reduced dimension keeps its size."""
+    """The result holds positions, so the reduced dimension is pinned."""
     if call.func._overloadname == "other":  # max(a, b) is element by element
         return pointwise(call)
     return _reduced(call, ordered=call.func._overloadname != "default" or "arg" in str(call.func))
@@ -47,17 +47,18 @@ def ordered_reduction(call: Call) -> Dims | list[Dims]:
 def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
     x = call.args[0]
     labels = call.labels(x)
-    gone = call.argument("dim") if call.has("dim") else None
-    gone = [gone] if isinstance(gone, int) else (gone or range(x.dim()))
-    gone = {dim % max(x.dim(), 1) for dim in gone}
+    given = call.argument("dim") if call.has("dim") else None
+    reduced = [given] if isinstance(given, int) else given or range(x.dim())
+    gone = {dim % max(x.dim(), 1) for dim in reduced}
     keepdim = bool(call.has("keepdim") and call.argument("keepdim"))
     dims: Dims = {}
     for dim in range(x.dim()):
         found = labels.at(dim)
         if dim not in gone:
-            dims[dim if keepdim else dim - sum(g < dim for g in gone)] = found
+            removed_before = 0 if keepdim else sum(g < dim for g in gone)
+            dims[dim - removed_before] = found
         elif ordered:
-            call.ledger.pin(found, f"positions count in {call.func.overloadpacket}")
+            call.ledger.pin(found, f"positions matter in {call.func.overloadpacket}")
         else:
             call.ledger.mix(found)
     if _pooled(call, gone, keepdim):
@@ -66,5 +67,5 @@ def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
 
 
 def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:
-    """Tell global average pooling, which torch turns into this very mean, from a mean that was asked for."""
+    """Return whether a mean is global average pooling, which torch decomposes into it."""
     return call.func._opname == "mean" and keepdim and call.args[0].dim() == 4 and list(call.args[1]) == [-1, -2]

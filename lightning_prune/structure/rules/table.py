@@ -1,4 +1,4 @@
-"""The one table of coupling rules, and what a rule gets to see; knows no single operator."""
+"""The table of coupling rules, and the operator call that a rule receives."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lightning_prune.structure.traced_ints import numbers_in
 __all__ = ["REDUCES", "RULES", "Call", "Dims", "Rule", "coupling_rule", "reduces", "rule_for", "tensors_among"]
 
 Dims = dict[int, tuple[Label, ...]]
-"""Dimension of an output -> the labels along it."""
+"""Dimension of an output -> its labels."""
 
 
 class Call:
     """One call of one operator, as its rule sees it.
 
     Attributes:
-        ledger: Where meetings are written down.
+        ledger: Records ties, pins and costs.
         func: The operator.
-        args: Its positional arguments, as they were given.
-        kwargs: Its keyword arguments, as they were given.
-        out: What it returned.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        out: Its output.
         module: Path of the module that was running, and the module itself.
-        lay: Gives labels to another tensor than the output.
-        function: The Python function that called it, ``F.group_norm`` say, or None where that is not known.
-        given: The positional and the keyword arguments of that function, as they were given.
-        asked: The whole numbers among those, flattened; worked out when a rule first looks.
+        lay: Attaches labels to a tensor other than the output.
+        function: The Python function that called the operator, such as ``F.group_norm``, or None if unknown.
+        given: The positional and the keyword arguments of that function.
+        asked: The integers among those, flattened; computed on first use.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Call:
         arguments: Any,
         lay: Callable[[Tensor, Labels], None],
     ) -> None:
-        """Bundle what one call consists of."""
+        """Store the parts of the call."""
         self.ledger = ledger
         self.func = func
         self.args = args
@@ -60,19 +60,19 @@ class Call:
 
     @cached_property
     def asked(self) -> tuple[int, ...]:
-        """Return the whole numbers that Python asked for."""
+        """Integers among the arguments of the Python function."""
         args, kwargs = self.given
         return tuple(numbers_in((args, tuple(kwargs.values()))))
 
     def python_argument(self, name: str, position: int) -> Any:
-        """Return an argument of the Python function that called the operator, or None where it was not given."""
+        """Return an argument of the Python function that called the operator, or None if it was not given."""
         args, kwargs = self.given
         if name in kwargs:
             return kwargs[name]
         return args[position] if position < len(args) else None
 
     def argument(self, name: str) -> Any:
-        """Return an argument by the name it has in the operator's schema, or its default."""
+        """Return an argument by its name in the operator's schema, or its default."""
         if name in self.kwargs:
             return self.kwargs[name]
         position, default = _positions(self.func)[name]
@@ -87,13 +87,13 @@ class Call:
         return tensors_among((*self.args, *self.kwargs.values()) if self.kwargs else self.args)
 
     def sizes(self, tensor: Tensor, *dims: int) -> list[int | tuple[Label, ...]]:
-        """Return, for each dimension (all of them by default), its labels or else its fixed size."""
+        """Return, for each dimension (all by default), its labels, or its size if it has none."""
         labels = self.labels(tensor)
         return [labels.at(dim) or tensor.shape[dim] for dim in dims or range(tensor.dim())]
 
 
 Rule = Callable[[Call], "Dims | list[Dims]"]
-"""Given a call, writes down what meets and returns the labels of the output (a list for several outputs)."""
+"""From a call to the labels of its output (a list for several outputs); records ties and pins on the way."""
 
 _Rule = TypeVar("_Rule", bound=Rule)
 
@@ -101,21 +101,21 @@ RULES: dict[Any, Rule] = {}
 """Operator (an overload or all overloads of a name) -> its rule."""
 
 REDUCES: set[Any] = set()
-"""Operators (as in RULES) whose outputs sum, contract or take a statistic over dimensions that may shrink."""
+"""Operators (as in RULES) that sum, contract or take a statistic over dimensions that may shrink."""
 
 
 def coupling_rule(*operators: str, reduces: bool = False) -> Callable[[_Rule], _Rule]:
-    """Teach the trace how an operator passes labels on.
+    """Register a function as the coupling rule of operators.
 
-    The rule gets a :class:`Call`; it lets labels meet with ``call.ledger.tie``, pins with ``call.ledger.pin`` and
-    returns the labels of the output, dimension by dimension (a dimension left out has a fixed size). Whatever a rule
-    says, no cut is made that the proof does not confirm.
+    The rule receives a :class:`Call`. It ties labels with ``call.ledger.tie``, pins them with ``call.ledger.pin`` and
+    returns the labels of the output by dimension (a dimension left out has a fixed size). A wrong rule does no harm:
+    the verification refuses its plans.
 
     Args:
-        operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names this torch does not have are
-            passed over.
-        reduces: Whether an entry of the output depends on several entries along a dimension that may shrink (a sum, a
-            product of matrices, a norm, a softmax), so that what is left of it changes when some of them leave.
+        operators: Names as in ``torch.ops``: ``"aten.glu"``, ``"mylib.rotate"``. Names that this version of torch does
+            not have are ignored.
+        reduces: Whether an entry of the output depends on several entries along a dimension that may shrink (a sum,
+            matrix product, norm or softmax), so that pruning some of them changes it.
 
     Examples:
         >>> @coupling_rule("mylib.scale_channels")
@@ -131,27 +131,29 @@ def coupling_rule(*operators: str, reduces: bool = False) -> Callable[[_Rule], _
             namespace, _, name = operator.partition(".")
             name, _, overload = name.partition(".")
             packet = getattr(getattr(torch.ops, namespace), name, None)
-            if packet is not None:
-                RULES[getattr(packet, overload) if overload else packet] = rule
-                if reduces:
-                    REDUCES.add(getattr(packet, overload) if overload else packet)
+            if packet is None:
+                continue
+            func = getattr(packet, overload) if overload else packet
+            RULES[func] = rule
+            if reduces:
+                REDUCES.add(func)
         return rule
 
     return register
 
 
 def rule_for(func: Any) -> Rule | None:
-    """Return the rule of an operator, or None where nobody taught one."""
+    """Return the rule of an operator, or None if there is none."""
     return RULES.get(func) or RULES.get(func.overloadpacket)
 
 
 def reduces(func: Any) -> bool:
-    """Return whether the rule of an operator says that it sums or takes a statistic over labelled dimensions."""
+    """Return whether an operator's rule declares a sum or statistic over dimensions that may shrink."""
     return func in REDUCES or func.overloadpacket in REDUCES
 
 
 def tensors_among(values: Iterable[Any]) -> list[Tensor]:
-    """Return the tensors in a flat or nested sequence of arguments."""
+    """Return the tensors in a nested sequence of arguments, in order."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -163,5 +165,8 @@ def tensors_among(values: Iterable[Any]) -> list[Tensor]:
 
 @cache
 def _positions(func: Any) -> dict[str, tuple[int, Any]]:
-    arguments = func._schema.arguments
-    return {a.name: (i, a.default_value if a.has_default_value() else None) for i, a in enumerate(arguments)}
+    positions = {}
+    for position, argument in enumerate(func._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        positions[argument.name] = (position, default)
+    return positions

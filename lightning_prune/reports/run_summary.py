@@ -1,0 +1,92 @@
+"""Summaries of a run's history: stages between pruning steps, kept fractions, metrics to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lightning_prune.reports.history import History
+
+__all__ = ["Stage", "main_metric", "metric_change", "shares", "shown_metrics", "stages", "staying"]
+
+_SHARES = {
+    "prune/params_kept": "parameters",
+    "prune/flops_kept": "FLOPs",
+    "prune/latency_kept": "latency",
+    "prune/nonzero_kept": "nonzero parameters",
+}
+_MOST_METRICS = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The time between two pruning steps.
+
+    Attributes:
+        epoch: Epoch in which it began.
+        step: Optimizer steps made until then.
+        left: What was kept of the model, by logged name.
+        first: Metrics of its first validation, right after the pruning step; empty if there was none.
+        last: Metrics of its last validation, when the model had recovered.
+    """
+
+    epoch: int
+    step: int
+    left: Mapping[str, float]
+    first: Mapping[str, float]
+    last: Mapping[str, float]
+
+
+def shares(history: History) -> dict[str, str]:
+    """Return the kept fractions that the run logged: logged name -> what it is a fraction of."""
+    return {key: name for key, name in _SHARES.items() if key in history.left}
+
+
+def stages(history: History) -> list[Stage]:
+    """Return the stages between pruning steps, with the metrics at their beginning and end."""
+    found: list[Stage] = []
+    for moment in history.moments:
+        if not found or moment.left != found[-1].left:
+            found.append(Stage(moment.epoch, moment.step, moment.left, moment.metrics, moment.metrics))
+        else:
+            stage = found[-1]
+            first = stage.first or moment.metrics
+            found[-1] = replace(stage, first=first, last=moment.metrics or stage.last)
+    return found
+
+
+def shown_metrics(history: History) -> list[str]:
+    """Return the names of the metrics to show: the first that validation logged."""
+    names: list[str] = []
+    for moment in history.moments:
+        names += [name for name in moment.metrics if name not in names]
+    return names[:_MOST_METRICS]
+
+
+def metric_change(first: float | None, last: float | None) -> str:
+    """Return a metric before and after as text; empty if it was not logged."""
+    if first is None or last is None:
+        return ""
+    return f"{first:.4g}" if first == last else f"{first:.4g} → {last:.4g}"
+
+
+def main_metric(history: History) -> str | None:
+    """Return the metric to draw: the first that is not a loss, else the first."""
+    names = shown_metrics(history)
+    for name in names:
+        if "loss" not in name.lower():
+            return name
+    return names[0] if names else None
+
+
+def staying(history: History) -> dict[str, list[str]]:
+    """Return, by reason, the tensors with channels that cannot be pruned, and the weights that cannot be masked."""
+    found: dict[str, list[str]] = {}
+    for pin in history.pinned:
+        many = "" if pin.count == pin.size else f" ({pin.count} of {pin.size})"
+        found.setdefault(pin.reason, []).append(f"{pin.tensor}{many}")
+    for name, reason in history.dense.items():
+        found.setdefault(reason, []).append(name)
+    if history.branching:
+        found["branches on its input: only the path that the example inputs took was traced"] = list(history.branching)
+    return found

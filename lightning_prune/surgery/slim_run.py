@@ -1,0 +1,75 @@
+"""Runs the slim model along a trace, checks its sizes and counts, and keeps a fingerprint of each output."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from lightning_prune.structure.labels import Ran
+from lightning_prune.surgery.expected_outputs import Lefts, OtherOperatorsError
+from lightning_prune.surgery.replay import Counted, DifferentError, Exchanges, Facts, Replay, Seen, tensors_of
+
+__all__ = ["Slim"]
+
+
+class Slim(Replay):
+    """The run of the slim model.
+
+    Attributes:
+        seen: Index of a traced operator -> what is left of its run.
+    """
+
+    slim = True
+
+    def __init__(self, ran: list[Ran], lefts: Lefts, instead: Exchanges, counts: Counted, fewer: bool = False) -> None:
+        """Prepare a run; ``fewer`` says that its inputs hold fewer positions than those of the trace."""
+        super().__init__(ran, lefts, instead, counts)
+        self.seen: dict[int, Seen] = {}
+        self._fewer = fewer
+
+    def look(self, at: int, facts: Facts, plain: tuple[Any, ...], out: Any) -> None:
+        """Check sizes and counts, and keep fingerprints."""
+        ran = self._ran[at]
+        seen = self.seen[at] = Seen(plain)
+        if at in self._counts:
+            self._check_count(ran, seen, *self._counts[at])
+        for which, tensor in enumerate(tensors_of(out)):
+            if which < len(ran.made):
+                self._check_sizes(ran, which, tensor)
+                seen.prints.append(self.print_of(at, facts, which, tensor))
+            seen.shapes.append(tuple(tensor.shape))
+        if isinstance(out, Tensor) and _is_constant(ran, out):
+            seen.value = float(out)
+
+    def _check_sizes(self, ran: Ran, which: int, out: Tensor) -> None:
+        labels, full = ran.made[which], ran.leaving[which]
+        expected = self._lefts.shape(labels, full)
+        if out.shape == expected:
+            return
+        if len(out.shape) != len(expected):
+            raise DifferentError(f"an output of shape {tuple(full)} becomes {tuple(out.shape)}", ran)
+        for dim, size in enumerate(out.shape):
+            carries = dim in labels.dims
+            if size == expected[dim] or (labels.blank and not carries):
+                continue
+            # Of smaller inputs, a dimension may count channels and positions, and one position left alone broadcasts.
+            if self._fewer and (carries or size == 1):
+                raise OtherOperatorsError("fewer positions tell less", ran)
+            if carries:
+                raise DifferentError(
+                    f"an output of shape {tuple(full)} becomes {tuple(out.shape)}, not {expected}", ran
+                )
+
+    def _check_count(self, ran: Ran, seen: Seen, name: str, count: int) -> None:
+        names = [argument.name for argument in ran.func._schema.arguments]
+        found = seen.plain[names.index(name)]
+        if found != count:
+            raise DifferentError(f"{name} is {found}, not {count}", ran)
+
+
+def _is_constant(ran: Ran, out: Tensor) -> bool:
+    """Return whether an output is one number that was made of single numbers, and of no data."""
+    single = out.numel() == 1 and not out.is_complex() and ran.made[0].weight and not ran.made[0].blank
+    return single and all(math.prod(shape) <= 1 for shape in ran.entering)
