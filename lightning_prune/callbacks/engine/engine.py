@@ -9,11 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
-from lightning_prune.callbacks.engine.example_inputs import inputs_of
+from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
 from lightning_prune.callbacks.engine.guard import guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
-from lightning_prune.callbacks.engine.run_inputs import RunInputs
 from lightning_prune.callbacks.engine.run_log import RunLog
 from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.model.inference_mode import refuse_inference_tensors

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import Clock
+from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import guards
-from lightning_prune.callbacks.engine.run_inputs import RunInputs
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 
