@@ -87,10 +87,8 @@ class UnitRemoval(Strategy):
         """Refuse a first pruning step before what the criterion must see."""
         unseen = self.gathering.looks_at_training
         if unseen and schedule.progress(0) > 0:
-            raise ValueError(
-                f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut. Start at "
-                f"{schedule.by[:-1]} 1."
-            )
+            told = f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut."
+            raise ValueError(f"{told} Start at {schedule.by[:-1]} 1.")
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no unit can be removed."""
@@ -99,8 +97,7 @@ class UnitRemoval(Strategy):
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether consumer layers, or BatchNorm, will be run on training batches."""
-        recalibrates = bool(self.arguments.recalibrate and batch_norms(pl_module))
-        return recalibrates or self._reads_consumers
+        return self._reads_consumers or bool(self.arguments.recalibrate and batch_norms(pl_module))
 
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
@@ -222,7 +219,7 @@ class UnitRemoval(Strategy):
     def _plan(self, run: Run, structure: Structure, scores: Scores, progress: float, adding_up: bool = False) -> Plan:
         """Select the units to remove, and verify the cut."""
         start, schedule = self.start, run.own.schedule
-        asked = self.arguments.budget  # limits are those of the dense model's layers
+        asked = self.arguments  # limits are those of the dense model's layers
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
         plan = plan_filters(
             run.module,
