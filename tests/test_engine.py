@@ -17,7 +17,7 @@ from lightning_prune import (
 )
 from lightning_prune.callbacks.engine import run_log
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
-from tests.runs import Net, fit, net, widths
+from tests.runs import Net, fit, net, watch_scores, widths
 
 
 def pair():
@@ -156,3 +156,24 @@ def test_callbacks_are_one_level_above_their_base():
     }  # fmt: skip
     functions = {name for name, value in vars(PruningCallback).items() if callable(value)} - {"__init__"}
     assert not any(functions & set(vars(kind)) for kind in kinds)
+
+
+def test_scores_follow_cuts_of_another_callback():
+    """What one callback gathers for units that stay counts on, whatever another callback removes meanwhile."""
+    expansions = []
+
+    class Expands(Net):
+        def on_before_optimizer_step(self, optimizer):
+            head = self.head.weight
+            expansions.append((head * head.grad).detach().double().sum(0).square())
+
+    taylor = TaylorFilterPruning({"hidden": 0.5}, schedule=OneShot(2))
+    seen = watch_scores(taylor)
+    module = net(Expands, dropout=0.0)
+    fit(module, taylor, FilterL1Pruning({"first": 0.5}, schedule=OneShot(1)))
+    ((scores, gathered),) = seen
+    assert widths(module) == {"first": 4, "second": 6, "hidden": 5}
+    assert {name: (len(total), count) for name, (total, count) in gathered.items() if "/" not in name} == {
+        "first": (4, 8), "second": (6, 8), "hidden": (10, 8),
+    }  # fmt: skip
+    torch.testing.assert_close(scores["hidden"].double(), torch.stack(expansions[:8]).mean(0), rtol=1e-4, atol=1e-10)

@@ -80,4 +80,4 @@ class FilterL1Pruning(PruningCallback):
             amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
         )
         strategy = UnitRemoval(arguments, gathering_for("l1"))
-        super().__init__(arguments, OneShot() if schedule is None else schedule, strategy)
+        super().__init__(OneShot() if schedule is None else schedule, strategy)

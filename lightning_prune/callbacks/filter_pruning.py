@@ -106,7 +106,7 @@ class FilterPruning(PruningCallback):
         repairs = by_obs if repair is None else repair
         self._repair = ConsumerRepair(batches) if repairs else None
         strategy = UnitRemoval(arguments, gathering, self._repair, narrow=_scored_by_consumers if by_obs else None)
-        super().__init__(arguments, OneShot() if schedule is None else schedule, strategy)
+        super().__init__(OneShot() if schedule is None else schedule, strategy)
         self.criterion = criterion
         self.batches = batches
         self.repair = repair

@@ -82,7 +82,7 @@ class IterativeMagnitudePruning(PruningCallback):
         arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
         choice = SmallestWeights(scope, pattern, rewind_to, control)
         schedule = OneShot() if schedule is None else schedule
-        super().__init__(arguments, schedule, WeightMasking(arguments, choice))
+        super().__init__(schedule, WeightMasking(arguments, choice))
         choice.check(type(self).__name__, schedule)
         self.rewind_to = rewind_to
         self.control: Control | None = control

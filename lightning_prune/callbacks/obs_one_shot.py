@@ -86,7 +86,7 @@ class OBSOneShot(PruningCallback):
         )
         self._surgeon = BrainSurgeon(asked, batches, recalibrate)
         schedule = AfterTraining() if epoch is None else OneShot(at=epoch)
-        super().__init__(arguments, schedule, WeightMasking(arguments, self._surgeon))
+        super().__init__(schedule, WeightMasking(arguments, self._surgeon))
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"OBSOneShot(batches={batches!r}): it is a number of training batches, from 1.")
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:

@@ -92,7 +92,7 @@ class TaylorFilterPruning(PruningCallback):
         if flops_penalty:
             gathering.adding_up = False  # else the same would be weighed twice
         strategy = UnitRemoval(arguments, gathering, adjust=partial(_penalized, flops_penalty))
-        super().__init__(arguments, OneShot(at=1) if schedule is None else schedule, strategy)
+        super().__init__(OneShot(at=1) if schedule is None else schedule, strategy)
         self.form = form
         self.flops_penalty = flops_penalty
 

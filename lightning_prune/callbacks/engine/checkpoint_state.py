@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_prune.callbacks.engine.run_inputs import RunInputs
+from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.run_log import RunLog
 from lightning_prune.callbacks.engine.strategy import Member
 from lightning_prune.model.errors import PruningError

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
-from lightning_prune.callbacks.engine.checkpoint_state import restore_, state_to_save
-from lightning_prune.callbacks.engine.example_inputs import inputs_of
+from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
 from lightning_prune.callbacks.engine.guard import guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
-from lightning_prune.callbacks.engine.run_inputs import RunInputs
 from lightning_prune.callbacks.engine.run_log import RunLog
 from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.model.inference_mode import refuse_inference_tensors
@@ -208,14 +205,6 @@ class Engine:
         keep_metadata_(checkpoint)
         state = checkpoint["callbacks"][own.callback.state_key]
         own.strategy.before_save(self._run(own, trainer, pl_module), state)
-
-    def state_dict(self, own: Member) -> dict[str, Any]:
-        """Return the state to save."""
-        return state_to_save(own, self.log, self.inputs)
-
-    def load_state_dict(self, own: Member, state: Mapping[str, Any]) -> None:
-        """Restore a saved state."""
-        restore_(own, self.log, self.inputs, state)
 
     def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
         return Run(trainer, pl_module, self.members, own, self.inputs)

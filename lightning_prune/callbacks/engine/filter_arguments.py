@@ -38,17 +38,8 @@ class FilterArguments:
             ValueError: If an argument is out of range or unknown.
             TypeError: If an argument is of a wrong kind.
         """
-        check_arguments(
-            where,
-            self.amount,
-            "l1",
-            self.target,
-            self.scope,
-            self.round_to,
-            self.min_width,
-            self.max_amount,
-            self.ignore,
-        )
+        limits = self.round_to, self.min_width, self.max_amount
+        check_arguments(where, self.amount, "l1", self.target, self.scope, *limits, self.ignore)
         check_traced(where, self.trace, self.example_inputs)
         recalibrate = self.recalibrate
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:

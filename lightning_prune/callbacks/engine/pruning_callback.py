@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.callbacks.engine.checkpoint_state import restore_, state_to_save
 from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.engine import Engine
-from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.packages import AnyCallback
 from lightning_prune.callbacks.engine.strategy import Member, Strategy
-from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.reports import History
 
 __all__ = ["PruningCallback", "engine_of", "pruning_callbacks"]
@@ -27,9 +26,8 @@ class PruningCallback(AnyCallback, ABC):
     """Base of the callbacks that prune: arguments, and a strategy that the engine of a run calls.
 
     Args:
-        arguments: The arguments that several callbacks share; each becomes an attribute.
         schedule: When to prune, and how far.
-        strategy: What to do.
+        strategy: What to do. Each of its arguments becomes an attribute of the callback.
 
     Attributes:
         member: This callback's part in a run.
@@ -37,8 +35,8 @@ class PruningCallback(AnyCallback, ABC):
     """
 
     @abstractmethod
-    def __init__(self, arguments: FilterArguments | WeightArguments, schedule: Schedule, strategy: Strategy) -> None:
-        where = type(self).__name__
+    def __init__(self, schedule: Schedule, strategy: Strategy) -> None:
+        where, arguments = type(self).__name__, strategy.arguments
         arguments.check(where)
         if not isinstance(schedule, Schedule):
             raise TypeError(f"{where}(schedule={schedule!r}): pass OneShot, Linear, Cubic or another Schedule.")
@@ -56,7 +54,7 @@ class PruningCallback(AnyCallback, ABC):
     @property
     def state_key(self) -> str:
         """A key of the state in checkpoints that tells callbacks of one class apart by the parts that they prune."""
-        key = self._generate_state_key(**self.member.strategy.parts)
+        key = self._generate_state_key(**self.member.strategy.arguments.parts)
         # A Trainer refuses equal keys when it is made, and does not say what to do; setup does.
         return key if self.engine.members else f"{key} {id(self)}"
 
@@ -90,18 +88,15 @@ class PruningCallback(AnyCallback, ABC):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Gather scores."""
-        if self.member.strategy.listener is not None:
-            self.member.strategy.listener.before_backward(loss)
+        self.member.strategy.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather scores."""
-        if self.member.strategy.listener is not None:
-            self.member.strategy.listener.after_backward(trainer)
+        self.member.strategy.after_backward(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gather scores, or mask gradients."""
-        if self.member.strategy.listener is not None:
-            self.member.strategy.listener.before_step(trainer, pl_module, optimizer)
+        self.member.strategy.before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Do what belongs to the end of a batch."""
@@ -133,11 +128,11 @@ class PruningCallback(AnyCallback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save, as plain numbers and tensors."""
-        return self.engine.state_dict(self.member)
+        return state_to_save(self.member, self.engine.log, self.engine.inputs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a saved state."""
-        self.engine.load_state_dict(self.member, state_dict)
+        restore_(self.member, self.engine.log, self.engine.inputs, state_dict)
 
 
 def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:

@@ -56,16 +56,7 @@ class Start:
 
     def to_plain(self) -> dict[str, Any]:
         """Return the same as dicts, lists, strings and numbers."""
-        return {
-            "widths": dict(self.widths),
-            "params": self.params,
-            "flops": self.flops,
-            "layers": {path: list(cost) for path, cost in self.layers.items()},
-            "amount": dict(self.amount) if isinstance(self.amount, Mapping) else self.amount,
-            "budget": asdict(self.budget),
-            "shapes": None if self.shapes is None else asdict(self.shapes),
-            "units": self.units,
-        }
+        return {**asdict(self), "layers": {path: list(cost) for path, cost in self.layers.items()}}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Start:

@@ -19,12 +19,12 @@ __all__ = ["call_of", "guarded", "new_metrics", "report"]
 
 
 @contextmanager
-def guarded(what: str) -> Iterator[None]:
+def guarded(failed: str) -> Iterator[None]:
     """Warn of what fails in the body and go on: a run that has ended shall not be lost for its report."""
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"{what} failed: {error!r}")
+        rank_zero_warn(f"{failed}: {error!r}")
 
 
 def new_metrics(trainer: Trainer, before: Mapping[str, Any]) -> dict[str, float]:
@@ -53,11 +53,13 @@ def report(trainer: Trainer, history: History, unlogged: bool, tables: bool = Tr
     What is left is logged, too, where the last log does not say it. Above an error of the user's no tables are printed.
     """
     console = Console(markup=False)  # names of modules and metrics may hold brackets
-    with guarded("Printing the tables of the pruning"):
+    with guarded("The tables of the pruning could not be printed"):
         for table in run_tables(history) if tables else ():
             console.print(table)
     for logger in trainer.loggers:
-        with guarded(f"Handing the report of the pruning to {type(logger).__name__}"):  # by a full disk, for example
+        with guarded(
+            f"The report of the pruning could not be handed to {type(logger).__name__}"
+        ):  # by a full disk, for example
             if unlogged:
                 logger.log_metrics(history.left, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
             written = _way_of(logger)(logger, history)

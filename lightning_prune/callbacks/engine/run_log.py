@@ -69,7 +69,7 @@ class RunLog:
     def report_end(self, run: Run) -> None:
         """Report what became of the model: in the terminal and to the loggers."""
         self._reported = True
-        with guarded("The report of the pruning"):
+        with guarded("The report of the pruning failed"):
             logged = self.history.left
             unlogged = self._note(run) != logged  # by a pruning step after the last batch, or one rolled back
             if run.trainer.is_global_zero:
@@ -83,7 +83,7 @@ class RunLog:
         name, epoch, step = type(exception).__name__, run.trainer.current_epoch, run.trainer.global_step
         self.history.stopped = f"{name} in epoch {epoch}, after step {step}"
         if run.trainer.is_global_zero:
-            with guarded("The report of the pruning"):
+            with guarded("The report of the pruning failed"):
                 report(run.trainer, self.history, unlogged=False, tables=isinstance(exception, KeyboardInterrupt))
 
     def _note(self, run: Run) -> dict[str, float]:

@@ -6,7 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -14,26 +14,15 @@ from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import Clock
+from lightning_prune.callbacks.engine.example_inputs import RunInputs
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import guards
-from lightning_prune.callbacks.engine.run_inputs import RunInputs
+from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 
-__all__ = ["Member", "Run", "RunEvents", "StepListener", "Strategy"]
+__all__ = ["Member", "Run", "RunEvents", "Strategy"]
 
 _Strategy = TypeVar("_Strategy", bound="Strategy")
-
-
-class StepListener(Protocol):
-    """What looks at a training step."""
-
-    def before_backward(self, loss: Tensor) -> None:
-        """Look at a loss before it is differentiated."""
-
-    def after_backward(self, trainer: Trainer) -> None:
-        """Look at what one backward pass has left."""
-
-    def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradients that an optimizer is about to step by, before they are clipped."""
 
 
 class RunEvents:
@@ -44,6 +33,15 @@ class RunEvents:
 
     def after_epoch_start(self, run: Run) -> None:
         """Do what belongs to the start of an epoch, after any pruning."""
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Look at a loss before it is differentiated."""
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Look at what one backward pass has left."""
+
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradients that an optimizer is about to step by, before they are clipped."""
 
     def after_batch(self, run: Run) -> None:
         """Do what belongs to the end of a training batch."""
@@ -64,19 +62,14 @@ class Strategy(RunEvents, ABC):
     A strategy lives as long as its callback. What it knows of one run alone is dropped by :meth:`release`.
     """
 
-    listener: StepListener | None = None
-    """Looks at each training step, where something is to be seen or changed in it."""
+    arguments: FilterArguments | WeightArguments
+    """What the user asked for."""
     example_inputs: Any = None
     """Inputs of forward that the user gave, if any."""
 
     @abstractmethod
     def check_schedule(self, where: str, schedule: Schedule) -> None:
         """Refuse schedules that this way of pruning cannot follow, when the callback is made."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> dict[str, Any]:
-        """The arguments that say which parts of a model are pruned: a key of the state in checkpoints."""
 
     @abstractmethod
     def refuse(self, run: Run) -> None:

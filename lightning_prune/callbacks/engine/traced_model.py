@@ -14,7 +14,7 @@ from lightning_prune.pruning.arguments import with_ignored
 from lightning_prune.structure import Structure
 from lightning_prune.surgery import find_groups, recipe_of
 
-__all__ = ["Narrow", "TracedModel"]
+__all__ = ["Narrow", "TracedModel", "written_with"]
 
 Narrow = Callable[[LightningModule, Structure, ExampleInputs], Structure]
 """Leaves out groups that a criterion cannot score."""
@@ -52,8 +52,11 @@ class TracedModel:
         """Return all channel groups of the model as it stands."""
         return find_groups(pl_module, self.inputs)
 
-    def prunable(self, pl_module: LightningModule, structure: Structure, refused: Mapping[str, str]) -> Structure:
+    def prunable(
+        self, pl_module: LightningModule, refused: Mapping[str, str], structure: Structure | None = None
+    ) -> Structure:
         """Return the groups that may be pruned: not ignored, nor refused earlier; the recipe notes what may change."""
+        structure = self.groups(pl_module) if structure is None else structure
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self._arguments.ignore)
         structure = structure.without_each({name: why for name, why in refused.items() if name in structure.groups})
@@ -64,3 +67,8 @@ class TracedModel:
         if self._flops is None:
             self._flops = count(pl_module, self.inputs)
         return self._flops
+
+
+def written_with(structure: Structure) -> list[str]:
+    """Return the tensors that a cut of all groups would write."""
+    return [slot.tensor for group in structure.groups.values() for slot in group.slots]

@@ -7,8 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.apply_plan import apply_plan_
@@ -23,7 +25,7 @@ from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_f
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
-from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel
+from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
 from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import check_optimizers, check_prunable
@@ -57,18 +59,13 @@ class UnitRemoval(Strategy):
         adjust: Adjust | None = None,
         narrow: Narrow | None = None,
     ) -> None:
-        self.arguments = arguments
-        self.gathering = self.listener = gathering
+        self.arguments: FilterArguments = arguments
+        self.gathering = gathering
         self.example_inputs = arguments.example_inputs
         self.state = RemovalState()
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
         self._reads_consumers = repair is not None or narrow is not None
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The arguments that say which channels are pruned."""
-        return self.arguments.parts
 
     @property
     def ready(self) -> bool:
@@ -90,10 +87,8 @@ class UnitRemoval(Strategy):
         """Refuse a first pruning step before what the criterion must see."""
         unseen = self.gathering.looks_at_training
         if unseen and schedule.progress(0) > 0:
-            raise ValueError(
-                f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut. Start at "
-                f"{schedule.by[:-1]} 1."
-            )
+            told = f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut."
+            raise ValueError(f"{told} Start at {schedule.by[:-1]} 1.")
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no unit can be removed."""
@@ -102,8 +97,7 @@ class UnitRemoval(Strategy):
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether consumer layers, or BatchNorm, will be run on training batches."""
-        recalibrates = bool(self.arguments.recalibrate and batch_norms(pl_module))
-        return recalibrates or self._reads_consumers
+        return self._reads_consumers or bool(self.arguments.recalibrate and batch_norms(pl_module))
 
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
@@ -115,11 +109,11 @@ class UnitRemoval(Strategy):
         self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
         structure = self.traced.groups(run.module)
         self._refuse_overlap(run, structure)
-        structure = self.traced.prunable(run.module, structure, self.state.refused)
+        structure = self.traced.prunable(run.module, self.state.refused, structure)
         self.state.pinned, self.state.branching = structure.pinned, list(structure.branching)
         if self.state.start is None:
             check_prunable(run.module, structure)
-            self._refuse_not_finite(run, structure)
+            refuse_not_finite(run.where, run.module, written_with(structure))
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module))
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
@@ -135,8 +129,8 @@ class UnitRemoval(Strategy):
 
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove units up to the sparsity that the schedule asks for at ``progress``."""
-        structure = self._prunable(run.module)
-        self._refuse_not_finite(run, structure)
+        structure = self.traced.prunable(run.module, self.state.refused)
+        refuse_not_finite(run.where, run.module, written_with(structure))
         scores = self.gathering.scores(run.trainer, run.module, structure)
         if self._adjust is not None:
             scores = self._adjust(structure, scores)
@@ -165,6 +159,18 @@ class UnitRemoval(Strategy):
             self.gathering.rest()
             self.gathering.take_up(of_kept_units(gathered, plan.keep))
             self._watch_on(run.module)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Show the graph of a loss to the criterion."""
+        self.gathering.before_backward(loss)
+
+    def after_backward(self, trainer: Trainer) -> None:
+        """Show what one backward pass has left to the criterion."""
+        self.gathering.after_backward(trainer)
+
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Show the gradients of a step to the criterion."""
+        self.gathering.before_step(trainer, pl_module, optimizer)
 
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""
@@ -210,17 +216,10 @@ class UnitRemoval(Strategy):
                 shared = own & other.strategy.arguments.claims(run.module, structure)
                 refuse_shared(run.own.callback, other.callback, shared, "the modules between them by ignore=")
 
-    def _refuse_not_finite(self, run: Run, structure: Structure) -> None:
-        written = [slot.tensor for group in structure.groups.values() for slot in group.slots]
-        refuse_not_finite(run.where, run.module, written)
-
-    def _prunable(self, pl_module: LightningModule) -> Structure:
-        return self.traced.prunable(pl_module, self.traced.groups(pl_module), self.state.refused)
-
     def _plan(self, run: Run, structure: Structure, scores: Scores, progress: float, adding_up: bool = False) -> Plan:
         """Select the units to remove, and verify the cut."""
         start, schedule = self.start, run.own.schedule
-        asked = self.arguments.budget  # limits are those of the dense model's layers
+        asked = self.arguments  # limits are those of the dense model's layers
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
         plan = plan_filters(
             run.module,
@@ -241,7 +240,7 @@ class UnitRemoval(Strategy):
 
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self.gathering.looks_at_training:
-            self.gathering.watch(pl_module, self._prunable(pl_module))
+            self.gathering.watch(pl_module, self.traced.prunable(pl_module, self.state.refused))
 
     def _warn_if_short(self, run: Run, plan: Plan, done: bool = False) -> None:
         """Warn once if less is removed than was asked: at once for widths, for all else when pruning is done."""

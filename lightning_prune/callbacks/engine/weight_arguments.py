@@ -6,10 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning.pytorch import LightningModule, Trainer
+from torch import optim
+from torch.optim import Optimizer
+
+from lightning_prune.callbacks.engine.packages import overrides
 from lightning_prune.pruning.arguments import shown
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
+
+_ELEMENTWISE: tuple[type[Optimizer], ...] = (
+    optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.Adagrad,
+    optim.Adadelta, optim.ASGD, optim.Rprop,
+)  # fmt: skip
 
 MaskGradients = bool | Literal["auto"]
 """Whether gradients of masked weights are zeroed; ``auto`` where it changes steps of the others."""
@@ -43,3 +53,10 @@ class WeightArguments:
         named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
         parameters = None if self.parameters is None else list(map(shown, self.parameters))
         return {"amount": named, "parameters": parameters, "ignore": list(map(shown, self.ignore))}
+
+    def masks_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Return whether to mask gradients: by default where they would change steps of the weights that are kept."""
+        if self.mask_gradients != "auto":
+            return bool(self.mask_gradients)
+        clips = bool(trainer.gradient_clip_val) or overrides(pl_module, "configure_gradient_clipping")
+        return clips or any(type(optimizer) not in _ELEMENTWISE for optimizer in trainer.optimizers)

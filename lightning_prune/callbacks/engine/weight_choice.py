@@ -24,11 +24,13 @@ class MaskedWeights:
     Attributes:
         to_prune: Which weights, and how much of them in the end.
         masks: What of them is kept.
+        masks_gradients: Whether their gradients are masked, too.
         counts: How many entries of each.
     """
 
     to_prune: ToPrune
     masks: Masks
+    masks_gradients: bool
     counts: tuple[WeightCount, ...] = field(default_factory=tuple)
 
 

@@ -9,11 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import FewUnits, Schedule
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.clock import share_due
-from lightning_prune.callbacks.engine.gradient_masks import GradientMasks, masks_gradients
 from lightning_prune.callbacks.engine.processes import refuse_apart
 from lightning_prune.callbacks.engine.refusals import (
     refuse_foreign,
@@ -45,7 +45,7 @@ class WeightMasking(Strategy):
     """
 
     def __init__(self, arguments: WeightArguments, choice: WeightChoice) -> None:
-        self.arguments = arguments
+        self.arguments: WeightArguments = arguments
         self.choice = choice
         self.params = 0  # of the dense model
         self.in_run: MaskedWeights | None = None
@@ -56,11 +56,6 @@ class WeightMasking(Strategy):
         """The weights in this run."""
         assert self.in_run is not None  # set when training begins
         return self.in_run
-
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The arguments that say which weights are pruned."""
-        return self.arguments.parts
 
     def check_schedule(self, where: str, schedule: Schedule) -> None:
         """Refuse schedules that count units."""
@@ -92,7 +87,7 @@ class WeightMasking(Strategy):
         refuse_unmaskable(run.where, optimizers)
         to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern)
         refuse_not_finite(run.where, module, to_prune.weights)
-        self.in_run = MaskedWeights(to_prune, Masks(module))
+        self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
         for name, reason in to_prune.stay.items() if run.own.clock.progress == 0 else ():
             rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
@@ -101,8 +96,6 @@ class WeightMasking(Strategy):
         refuse_foreign(run.where, module, keep)
         self.own.masks.let_fall_(keep)
         self.own.masks.hold(optimizers)
-        if masks_gradients(arguments.mask_gradients, run.trainer, module):
-            self.listener = GradientMasks(self.own.masks)
         self._count()
         self.params = self.params or count_params(module)
         self.choice.prepare(run, self.own)
@@ -138,6 +131,11 @@ class WeightMasking(Strategy):
         """Hold the masks after the steps of optimizers that were added since, too."""
         if self.in_run is not None:
             self.in_run.masks.hold(run.trainer.optimizers)
+
+    def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Zero the gradients of masked weights, where that makes a difference to the others."""
+        if self.in_run is not None and self.in_run.masks_gradients:
+            self.in_run.masks.mask_gradients_(optimizer)
 
     def after_batch(self, run: Run) -> None:
         """Do what the choice needs at the end of a training batch."""
@@ -177,11 +175,11 @@ class WeightMasking(Strategy):
         """Remove the hooks from the optimizers."""
         if self.in_run is not None:
             self.in_run.masks.release()
-        self.in_run = self.listener = None
+        self.in_run = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the run, to which the model belongs."""
-        return {**self.__dict__, "in_run": None, "listener": None}
+        return {**self.__dict__, "in_run": None}
 
     def _changed(self) -> None:
         self._packed = self.own.masks.packed()
