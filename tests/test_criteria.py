@@ -136,6 +136,26 @@ def test_moments_of_activations(criterion):
     assert_scores(scores_of(criterion), expected)
 
 
+def test_activations_that_attention_reads():
+    """What ``nn.MultiheadAttention`` receives counts beside what layers receive."""
+    torch.manual_seed(0)
+    model, inputs = NETS["Attention"].build().double().eval(), NETS["Attention"].inputs
+    found = score_units(model, find_structure(trace(model, inputs)), "activation_mean", [inputs])["enter"]
+    with torch.no_grad():
+        entered = model.enter(inputs)
+        x = model.norm(entered + model.attention(entered, entered, entered, need_weights=False)[0])
+        last = x + model.fc2(model.fc1(x).relu())
+    channels = torch.cat([entered, x, last]).mean((0, 1))
+    units = found_units(model, inputs)
+    torch.testing.assert_close(found, by_l2(torch.zeros(len(found)).double().index_add(0, units, channels)), **EXACT)
+
+
+def found_units(model, inputs):
+    """The unit of each channel that the first layer makes."""
+    (slot,) = [s for s in find_structure(trace(model, inputs)).groups["enter"].slots if s.tensor == "enter.weight"]
+    return torch.from_numpy(slot.units)
+
+
 def test_activations_need_no_loss():
     """Without a loss, the model is called on the batches themselves."""
     model, structure, batches = normed()
