@@ -15,13 +15,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.measure.footprint import count
 from lightning_prune.measure.latency import ROUNDS, Turn, circumstances
 from lightning_prune.model.calls import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import seen
 from lightning_prune.pruning.limits import channels, step_of
-from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, find_groups, temporarily_cut
 
 __all__ = ["LatencyReport", "Timing", "compare_latency"]
@@ -103,15 +102,14 @@ def compare_latency(
     structure = find_groups(dense, example_inputs)
     widths = _widths(structure, pruned)
     rounder = _rounder(structure, widths)
-    flops = {_DENSE: count(dense, example_inputs, structure).total, _PRUNED: count(pruned, example_inputs).total}
-    whole = structure.flops({})
+    flops = {_DENSE: structure.flops({}), _PRUNED: find_structure(trace(pruned, example_inputs)).flops({})}
     shapes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
     for multiple, keep in rounder.items():
         cut = draft(dense, structure, keep)
         shape = partial(temporarily_cut, dense, cut, cut.tensors(dense))
         if _runs(dense, example_inputs, shape):
             shapes[f"round_to={multiple}"] = shape
-            flops[f"round_to={multiple}"] = flops[_DENSE] - whole + structure.flops(keep)
+            flops[f"round_to={multiple}"] = structure.flops(keep)
     timings = []
     with Progress(transient=True, disable=not (progress and seen())) as bar, undisturbed(dense), undisturbed(pruned):
         task = bar.add_task("latency", total=ROUNDS * len(batch_sizes))

@@ -225,8 +225,7 @@ def _measure(
     values = {}
     for count in gone:
         prepared = prepare(
-            model, example_inputs, structure, scores, {name: count / group.width}, Budget(), dense=dense,
-            flops=flops,
+            model, example_inputs, structure, scores, {name: count / group.width}, Budget(), dense=dense
         )  # fmt: skip
         if prepared.refused:
             return _reason(group, prepared.structure)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.measure.flops import FlopCount, count_flops
-from lightning_prune.measure.footprint import Footprint, count, measure, saved_by_one_unit
+from lightning_prune.measure.flops import BY_TRACE
+from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.model.calls import ExampleInputs
@@ -71,7 +71,7 @@ class Report:
     Attributes:
         params_before: Parameters of the model before.
         params_after: Parameters after.
-        flops_before: Multiply-adds of one forward pass on the example inputs before, as fvcore counts.
+        flops_before: Multiply-adds of one forward pass on the example inputs before, counted as fvcore does.
         flops_after: Multiply-adds after.
         groups: Name and widths of every channel group.
         kept: For every parameter or buffer that changed, dimension -> indices kept.
@@ -105,7 +105,7 @@ class Report:
     measured: str = ""
     asked: float = 0.0
     reached: float = 0.0
-    counted: str = "by fvcore"
+    counted: str = BY_TRACE
     constants: tuple[Constant, ...] = ()
     scaled: tuple[str, ...] = ()
 
@@ -179,11 +179,7 @@ def prune_filters(
     check_optimizers("prune_filters", optimizers)
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
-    counted = count(model, example_inputs, structure)
-    dense = Dense(
-        {name: group.width for name, group in structure.groups.items()},
-        Footprint(count_params(model), counted.total),
-    )
+    dense = Dense({name: group.width for name, group in structure.groups.items()}, measure(model, structure, {}))
     amount = amount_by_group(structure, amount)
     budget = budget_by_group(structure, Budget(target, scope, round_to, min_width, max_amount))
     with each(batches or (), "batches", progress and batches is not None) as seen:
@@ -197,13 +193,12 @@ def prune_filters(
             amount,
             budget,
             dense=dense,
-            flops=dense.footprint.flops,
             latency=latency,
             adding_up=adds_up(criterion),
         )
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     carry_out_(model, prepared, prepared.tensors, optimizers)
-    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, counted, kept)
+    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, kept)
     outcome.warn("prune_filters")
     return report
 
@@ -241,7 +236,6 @@ def prepare(
     budget: Budget,
     *,
     dense: Dense,
-    flops: int,
     latency: Callable[[Structure, Keep], float] | None = None,
     at_most: int | None = None,
     adding_up: bool = False,
@@ -258,7 +252,6 @@ def prepare(
         amount: Fraction of what ``dense`` says was there, or one fraction per group.
         budget: What ``amount`` is a fraction of, and what every group keeps.
         dense: What was there at the start.
-        flops: Multiply-adds of the model as it stands, as counted.
         latency: Measures the share of the latency at the start that a choice leaves.
         at_most: Units that may be gone after the cut, of all that were there at the start, though more were asked for.
         adding_up: Whether scores are losses that add up over units, so that a budget for the whole model takes first
@@ -267,12 +260,11 @@ def prepare(
     Raises:
         PruningError: If the amount cannot be reached.
     """
-    uncounted = flops - structure.flops({})  # what only the counter knows of, taken as fixed
     refused: list[str] = []
     first = structure
     while True:
         stopped: CutDoesNotRunError | None = None
-        footprint = partial(measure, model, structure, uncounted=uncounted)
+        footprint = partial(measure, model, structure)
         priced = adding_up and budget.scope == "global"
         try:
             keep = plan(
@@ -338,7 +330,6 @@ def reported(
     amount: Amount,
     budget: Budget,
     dense: Dense,
-    counted: FlopCount,
     latency_kept: float | None,
 ) -> tuple[Report, Outcome]:
     """Report a cut that has been made, and set it against what was asked. Nothing in it fails: the model is cut.
@@ -351,11 +342,9 @@ def reported(
         amount: What was asked, a fraction or fractions by group name.
         budget: What it is a fraction of, and the limits.
         dense: What was there before.
-        counted: What was counted before.
         latency_kept: Share of the latency that is left, where that was the target.
     """
-    flops, by = _flops_after(model, example_inputs, made, counted)
-    now = Footprint(count_params(model), flops)
+    now = Footprint(count_params(model), made.structure.flops(made.keep))
     widths = {width.name: width.after for width in made.widths}
     left = dense.without(name for name in dense.widths if name not in made.structure.groups)
     why = {**kept_whole_by(made.structure, budget, left, widths), **reasons_of(structure, made.structure)}
@@ -376,21 +365,9 @@ def reported(
         measured="" if latency_kept is None else circumstances(model, example_inputs),
         asked=outcome.asked,
         reached=outcome.reached,
-        counted=by,
         constants=made.proof.constants,
         scaled=made.proof.scaled,
     ), outcome
-
-
-def _flops_after(model: nn.Module, example_inputs: ExampleInputs, made: Prepared, before: FlopCount) -> tuple[int, str]:
-    """Count the slim model as the whole one was counted; what the plan predicted stands in where that fails."""
-    predicted = before.total - made.structure.flops({}) + made.structure.flops(made.keep)
-    if before.counted != FlopCount.counted:
-        return predicted, before.counted
-    try:
-        return count_flops(model, example_inputs).total, before.counted
-    except Exception as error:  # the cut is made and proved, so a count that fails must not say otherwise
-        return predicted, f"{before.counted} before the cut, and after it as planned, since the count failed: {error!r}"
 
 
 def count_params(model: nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_prune.measure.calibration import Calibration, Run
-from lightning_prune.measure.footprint import Footprint, count
+from lightning_prune.measure.footprint import measure
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import ExampleInputs, call_on
@@ -19,7 +19,7 @@ from lightning_prune.model.progress_bars import each
 from lightning_prune.pruning.arguments import Amount, amount_by_group, check_arguments, check_prunable, with_ignored
 from lightning_prune.pruning.budget import Budget, Dense, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
-from lightning_prune.pruning.filters import Report, carry_out_, clock, count_params, prepare, reported
+from lightning_prune.pruning.filters import Report, carry_out_, clock, prepare, reported
 from lightning_prune.pruning.repair import Repair, repaired
 from lightning_prune.pruning.scoring import Criterion, adds_up, score_units
 from lightning_prune.surgery import find_groups
@@ -118,21 +118,18 @@ def prune_filters_obs(
         with each(calibration.batches, "batches", progress) as seen:
             scores = score_units(model, structure, criterion, seen, loss)
     amount = amount_by_group(structure, amount)
-    counted, budget = count(model, example_inputs, structure), Budget(target, scope, round_to)
-    dense = Dense(
-        {name: group.width for name, group in structure.groups.items()},
-        Footprint(count_params(model), counted.total),
-    )
+    budget = Budget(target, scope, round_to)
+    dense = Dense({name: group.width for name, group in structure.groups.items()}, measure(model, structure, {}))
     with clock(model, example_inputs, structure, progress and target == "latency") as latency:
         prepared = prepare(
             model, example_inputs, structure, scores, amount, budget, dense=dense,
-            flops=dense.footprint.flops, latency=latency, adding_up=criterion == "obs" or adds_up(criterion),
+            latency=latency, adding_up=criterion == "obs" or adds_up(criterion),
         )  # fmt: skip
         kept = latency(prepared.structure, prepared.keep) if target == "latency" else None
     tensors, repairs, skipped = repaired(
         model, structure, prepared.cut, prepared.tensors, products, calibration, sequential, damping, progress
     )
     carry_out_(model, prepared, tensors)
-    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, counted, kept)
+    report, outcome = reported(model, example_inputs, structure, prepared, amount, budget, dense, kept)
     outcome.warn("prune_filters_obs")
     return RepairReport(report, repairs, skipped, damping)

@@ -142,11 +142,12 @@ class StructuredPruning(Pruning):
         if inputs is None:
             return False
         state = self._state
-        state.inputs, state.flops = on_device_of(trainer, pl_module, inputs), None
+        state.inputs = on_device_of(trainer, pl_module, inputs)
         structure = find_groups(pl_module, state.inputs)
         refuse_overlap(self, structured_callbacks(trainer), pl_module, structure)
         structure = self._prunable(pl_module, structure)
         state.pinned, state.branching = structure.pinned, list(structure.branching)
+        state.flops = count(pl_module, state.inputs, structure)
         if state.start is None:
             check_prunable(pl_module, structure)
             self._refuse_not_finite(pl_module, structure)
@@ -183,6 +184,7 @@ class StructuredPruning(Pruning):
             if self.target == "latency":  # measured before the cut, which nothing that fails may follow
                 self._state.latency = self._latency(trainer, pl_module, prepared.structure, prepared.keep)
             self._cut(trainer, pl_module, self.mended(trainer, pl_module, structure, prepared))
+            self._state.flops = count(pl_module, self._inputs, prepared.structure, prepared.keep)
             recalibrate_(trainer, pl_module, self.recalibrate)
         self._state.widths |= {width.name: width.after for width in prepared.widths}
         self._state.pinned = prepared.structure.pinned
@@ -346,7 +348,6 @@ class StructuredPruning(Pruning):
             due,
             self._budget,
             dense=self._start.dense.without(state.refused),
-            flops=self._count_flops(pl_module).total,
             latency=partial(self._latency, trainer, pl_module),
             at_most=schedule.at_most(progress),
             adding_up=adding_up,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,7 +59,6 @@ def grouped_mm(call: Call) -> Dims:
         return unknown(call)
     call.ledger.pin(call.labels(b).at(0), "chosen by data")
     _contract(call, a, 1, b, 1)
-    call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, 2))
     return {0: call.labels(a).at(0), 1: _made(call, b, 2)}
 
 
@@ -88,7 +86,6 @@ def linear(call: Call) -> Dims:
     made = _made(call, weight, 0)
     if bias is not None:
         made = call.ledger.tie([made, call.labels(bias).at(0)], "bias of fixed size")
-    call.ledger.cost("linear", 1.0, *call.sizes(x), *call.sizes(weight, 0))
     return {**{d: f for d, f in call.labels(x).dims.items() if d < x.dim() - 1}, x.dim() - 1: made}
 
 
@@ -113,9 +110,6 @@ def trilinear(call: Call) -> Dims:
             dims[dim - sum(gone < dim for gone in summed)] = tied
         elif not any(weight for weight, _ in sides):
             call.ledger.mix(tied)
-    x, weight = call.args[:2]
-    call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight))
-    call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight, 0, 2))
     return dims
 
 
@@ -165,8 +159,6 @@ def convolution(call: Call) -> Dims:
         channels = _grouped(call, x, weight, groups, transposed)
     if bias is not None:
         channels = call.ledger.tie([channels, call.labels(bias).at(0)], "bias of fixed size")
-    positions = [passing.get(dim) or size for dim, size in enumerate((x if transposed else call.out).shape) if dim > 1]
-    call.ledger.cost("conv", math.prod(weight.shape[2:]), *call.sizes(x, 0), *call.sizes(weight, 0, 1), *positions)
     return {0: labels.at(0), 1: channels, **passing}
 
 
@@ -239,7 +231,6 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
     for dim in batch:
         call.ledger.prefer((*call.labels(a).at(dim), *call.labels(b).at(dim)))
     _contract(call, a, last, b, last - 1)
-    call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
     return {**tied, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import nn
 
 from lightning_prune.structure.labels import Attribute, Label
 from lightning_prune.structure.rules.frozen_sizes import follow_argument, hands_on
@@ -31,11 +30,6 @@ def batch_norm(call: Call) -> list[Dims]:
         for dim, found in labels.dims.items():
             if dim != 1:
                 call.ledger.mix(found)
-    affine = call.args[1] is not None
-    if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch turns it into a batch norm
-        call.ledger.cost("instance_norm", 5 if affine else 4, *call.sizes(x))
-    else:
-        call.ledger.cost("batch_norm", 2 if affine else 1, *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
@@ -53,7 +47,6 @@ def layer_norm(call: Call) -> list[Dims]:
         call.ledger.mix(dims[first + entry])
         if dims[first + entry]:
             _follow_shape(call, dims[first + entry], shape, entry)
-    call.ledger.cost("layer_norm", 5 if affine else 4, *call.sizes(x))
     return [dims] + [{}] * (len(call.out) - 1)
 
 
@@ -84,8 +77,6 @@ def power(call: Call) -> Dims | list[Dims]:
     """Element by element; an RMS norm, which torch takes apart, begins with it."""
     if getattr(call.function, "__name__", "") == "rms_norm":
         _follow_normalized(call)
-    if isinstance(call.module[1], nn.RMSNorm):
-        call.ledger.cost("rms_norm", 2 if call.module[1].weight is None else 3, *call.sizes(call.args[0]))
     return pointwise(call)
 
 
@@ -123,7 +114,6 @@ def group_norm(call: Call) -> list[Dims]:
                 "groups", {"whole groups": [columns], "the same share of every group": [alike]}
             )
             _follow(call, (whole,))
-    call.ledger.cost("group_norm", 5 if affine else 4, *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 

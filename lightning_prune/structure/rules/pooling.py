@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
@@ -47,7 +45,6 @@ def spatial(call: Call) -> Dims | list[Dims]:
             call.ledger.pin(found, f"positions of {name}")
     if name.startswith("max_unpool"):  # each entry goes where its index says, channel by channel
         dims = {dim: call.ledger.tie([found, call.labels(call.args[1]).at(dim)], name) for dim, found in dims.items()}
-    _pooling_cost(call, x, name)
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
 
 
@@ -58,11 +55,3 @@ def _one_by_one(call: Call, place: int) -> bool:
     kernel, stride, padding = (call.argument(name) for name in ("kernel_size", "stride", "padding"))
     size, step, pad = (along[place % len(along)] for along in (kernel, stride or kernel, padding or (0,)))
     return (size, step, pad) == (1, 1, 0)
-
-
-def _pooling_cost(call: Call, x: Tensor, name: str) -> None:
-    if name == "_adaptive_avg_pool2d":
-        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
-    factor = {"upsample_nearest2d": 1, "upsample_bilinear2d": 4, "grid_sampler_2d": 4}.get(name, 0)
-    if factor:
-        call.ledger.cost(name, factor, *call.sizes(x, 0, 1), math.prod(call.out.shape[2:]))

@@ -60,11 +60,4 @@ def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
             call.ledger.pin(found, f"positions count in {call.func.overloadpacket}")
         else:
             call.ledger.mix(found)
-    if _pooled(call, gone, keepdim):
-        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
     return dims if isinstance(call.out, Tensor) else [dims] * len(call.out)
-
-
-def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:
-    """Tell global average pooling, which torch turns into this very mean, from a mean that was asked for."""
-    return call.func._opname == "mean" and keepdim and call.args[0].dim() == 4 and list(call.args[1]) == [-1, -2]
