@@ -152,26 +152,35 @@ def refuse_shapeless(model: nn.Module) -> None:
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    for path, module in modules_of(model):
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
-                name = f"{path}.{leaf}".lstrip(".")
-                raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once before.")
+    _refuse_shapeless(modules_of(model))
+
+
+def _refuse_shapeless(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for path, module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for leaf, tensor in tensors.items():
+                if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
+                    name = f"{path}.{leaf}".lstrip(".")
+                    raise PruningError(
+                        f"{name} gets its shape only at the first forward pass. Run the model once before."
+                    )
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return every module once, with its path, as ``named_modules`` does, in a fraction of the time."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
+    waiting = [("", model)]  # the next one comes last
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
         seen.add(id(module))
         found.append((path, module))
-        for name, child in module._modules.items():
-            if child is not None and id(child) not in seen:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", model)
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
     return found
 
 
@@ -202,8 +211,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    refuse_shapeless(model)
-    modules = [module for _, module in modules_of(model)]
+    named = modules_of(model)
+    _refuse_shapeless(named)
+    modules = [module for _, module in named]
     training = [module.training for module in modules]
     own = {id(buffer): buffer for module in modules for buffer in module._buffers.values() if buffer is not None}
     attributes = [vars(module).copy() for module in modules]
