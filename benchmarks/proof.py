@@ -586,7 +586,7 @@ def tried(subject: Subject, setting: str, seed: int) -> list[dict[str, Any]]:
         widths = {name: group.width for name, group in structure.groups.items()}
         prepared = prepare(
             model, subject.example, structure, scores, r.choice((0.3, 0.5)), Budget(),
-            dense=Dense(widths, Footprint(count_params(model), 0)), flops=0,
+            dense=Dense(widths, Footprint(count_params(model), 0)),
         )  # fmt: skip
     except PruningError:
         return []
