@@ -105,7 +105,7 @@ def test_a_busy_machine_hits_both_models(monkeypatch):
 
 @pytest.mark.parametrize("reached", [0.2, 0.59])
 def test_latencies_that_are_missed_are_warned_of(reached, monkeypatch, clock):
-    """Where the latency measured of the plan is another than was asked, a warning names both, too little or too much."""
+    """Where the latency measured of the plan is another than was asked, a warning names both, whichever is larger."""
     measured = iter([*itertools.repeat(0.5, 3), *itertools.repeat(1 - reached, 1000)])
     monkeypatch.setattr(filters, "latency_kept", lambda *_: next(measured))
     monkeypatch.setattr(filters, "plan", lambda structure, *_, **options: halves(structure, options["latency"]))
