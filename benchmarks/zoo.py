@@ -15,7 +15,7 @@ Networks that are there already are not run again unless they are named.
 ``torch_pruning``, told which layers make the outputs, passes on the same terms; it verifies nothing. ``checked``
 prunes once more, in float64, and compares the float outputs of every module with those of the full network, pruned
 units silenced (``benchmarks/comparison.py``); it passes where none differs. Seconds are of this process's CPU, the
-median of ``--repeats`` runs on new networks after one that warms up; ours are without those that counting FLOPs takes.
+median of ``--repeats`` runs on new networks after one that warms up.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -44,7 +43,6 @@ with contextlib.suppress(ImportError):  # where torchvision was built for anothe
 
 from benchmarks.comparison import Comparison, compare, in_double, with_ordinary_sizes_
 from benchmarks.zoos import ZOOS, Inputs
-from lightning_prune.measure.flops import count_flops
 from lightning_prune.model.calls import run, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
@@ -74,19 +72,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def ours(model: nn.Module, inputs: Inputs) -> Found:
     """Cut a network and say what is left, what was proved, what stays, and what it took."""
-    counting = 0.0
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal counting
-        start = time.process_time()
-        found = count_flops(*arguments)
-        counting += time.process_time() - start
-        return found
-
-    with mock.patch("lightning_prune.pruning.plan.count_flops", counted):
-        start = time.process_time()
-        report = prune_filters(model, inputs, AMOUNT)
-        seconds = time.process_time() - start - counting
+    start = time.process_time()
+    report = prune_filters(model, inputs, AMOUNT)
+    seconds = time.process_time() - start
     reasons: dict[str, int] = {}
     for pin in report.pinned:
         reasons[pin.reason] = reasons.get(pin.reason, 0) + 1

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, prune_filters
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.measure.latency import latency_kept, shapes_of
+from lightning_prune.pruning import plan
 from lightning_prune.pruning.budget import Budget, Dense, select_units
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery import cut_, draft
@@ -64,6 +65,60 @@ def test_the_latency_asked_for_leaves(scope, amount, clock):
     assert channels(model) == 60 * (1 - amount)
     assert report.latency_kept == pytest.approx(1 - amount)
     assert report.measured == f"on cpu, threads: {torch.get_num_threads()}, inputs: (3, 4)"
+
+
+class Busy(Clock):
+    """Another program takes half of the machine from time to time, for many calls in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.rest = random.Random(0)
+        self.calls_until_change, self.slow = 10, False
+
+    def spend(self, seconds):
+        self.calls_until_change -= 1
+        if self.calls_until_change == 0:
+            self.calls_until_change, self.slow = self.rest.randint(25, 60), not self.slow
+        self.now += seconds * (2.0 if self.slow else 1.0)
+
+
+def test_a_busy_machine_hits_both_models(monkeypatch):
+    """The whole and the slim model are called in short turns, so that a load that comes and goes changes no share."""
+    clock = Busy()
+    monkeypatch.setattr("lightning_prune.measure.latency.perf_counter", clock)
+    turns = []
+
+    class Net(Slow):
+        def forward(self, x):
+            turns.append(self.first.out_features)
+            self.clock.spend(1e-3 * self.first.out_features)
+            return x
+
+    model, x = Net(clock), torch.ones(1, 4)
+    structure = find_structure(trace(Slow(Clock()), x))
+    for _ in range(10):
+        share = latency_kept(model, x, structure, {"first": np.arange(20) < 10}, shapes_of(model, structure))
+        assert share == pytest.approx(0.5, rel=0.01)
+    lengths = [len(list(run)) for _, run in itertools.groupby(turns)]
+    assert max(lengths) <= 4
+
+
+@pytest.mark.parametrize("reached", [0.2, 0.59])
+def test_latencies_that_are_missed_are_warned_of(reached, monkeypatch, clock):
+    """Where the latency measured of the plan is another than was asked, a warning names both, whichever is larger."""
+    measured = iter([*itertools.repeat(0.5, 3), *itertools.repeat(1 - reached, 1000)])
+    monkeypatch.setattr(plan, "latency_kept", lambda *_: next(measured))
+    monkeypatch.setattr(plan, "select_units", lambda structure, *_, **options: halves(structure, options["latency"]))
+    with pytest.warns(UserWarning, match=f"prune_filters: asked for 50.0% of the latency, reached {reached:.1%}"):
+        report = prune_filters(Slow(clock), torch.ones(1, 4), 0.5, target="latency")
+    assert report.reached == pytest.approx(reached)
+
+
+def halves(structure, latency):
+    keep = {name: np.arange(group.width) % 2 > 0 for name, group in structure.groups.items()}
+    for _ in range(3):
+        latency(keep)
+    return keep
 
 
 def test_latencies_out_of_reach_are_refused(clock):

@@ -3,13 +3,15 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import lightning_prune
 from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot, PruningError, prune_filters
-from lightning_prune.measure.flops import UntraceableError
+from lightning_prune.measure import footprint
+from lightning_prune.measure.flops import BY_TRACE, UntraceableError
 from lightning_prune.pruning import plan
 from lightning_prune.surgery import Disproof
 from tests.runs import IMAGE, Known, fit, net
@@ -120,13 +122,13 @@ def test_runs_remember_why_a_group_was_refused():
 
 @pytest.mark.parametrize("target", ["filters", "params", "flops"])
 def test_what_the_counter_cannot_trace_is_counted_by_the_structure(target):
-    """A model that torch.jit cannot trace is pruned to any budget; its count is that of the operators it runs."""
+    """A model that torch.jit cannot trace is pruned to any budget; its count is that of the label trace."""
     model = Force()
     with pytest.raises(UntraceableError, match="runs on the example inputs, but torch.jit cannot trace it"):
         lightning_prune.count_flops(model, X)
     before = copy.deepcopy(model)
     report = prune_filters(model, X, 0.5, target=target, progress=False)
-    assert "torch.jit cannot trace" in report.counted
+    assert report.counted == BY_TRACE
     assert report.reached >= 0.5 - 1e-9
     slim = prune_filters(before, X, 0.0, progress=False)  # the same count of the whole
     assert slim.flops_before == slim.flops_after == report.flops_before
@@ -136,23 +138,42 @@ def test_what_the_counter_cannot_trace_is_counted_by_the_structure(target):
 def test_repair_counts_what_the_counter_cannot_trace():
     """The same where what is left is refitted."""
     report = prune_filters(Force(), X, 0.5, batches=[torch.randn(64, 6)], repair=True, progress=False)
-    assert "torch.jit cannot trace" in report.counted
+    assert report.counted == BY_TRACE
 
 
-@pytest.mark.parametrize("fails", ["count", "memory"])
-def test_what_fails_after_the_cut_does_not_fail_the_call(monkeypatch, fails):
-    """A count that fails after the cut gives way to what was planned, and the report says so."""
-    expected = prune_filters(mlp(), X, 0.5, progress=False)
+def test_a_run_counts_what_the_counter_cannot_trace():
+    """Where fvcore cannot trace a module its run logs the count of the label trace, and the report says why."""
 
-    def broken(*_):
-        raise torch.OutOfMemoryError("no memory") if fails == "memory" else PruningError("no count")
+    class OnSizes(Known):
+        def forward(self, images):
+            channels = np.ceil(np.log(images.shape[1])).astype("int").item()  # which no torch.jit trace takes
+            return super().forward(images) + 0 * channels
 
-    monkeypatch.setattr(plan, "count_flops", broken)
-    model = mlp()
-    report = prune_filters(model, X, 0.5, progress=False)
-    assert model[0].out_features == 8
-    assert report.flops_after == expected.flops_after
-    assert "as planned, since the count failed" in report.counted
+    twin, module, callbacks = net(Known), net(OnSizes), [FilterL1Pruning(0.5, schedule=OneShot(1)) for _ in range(2)]
+    fit(twin, callbacks[0], max_epochs=2)
+    fit(module, callbacks[1], max_epochs=2)
+    left = [callback.history.left["prune/flops"] for callback in callbacks]
+    assert left[0] == left[1] == lightning_prune.count_flops(twin, IMAGE).total
+    assert callbacks[0].history.counted == "by fvcore"
+    assert callbacks[1].history.counted.startswith(f"{BY_TRACE}, since fvcore cannot: ")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), PruningError("no count")], ids=["memory", "no"])
+def test_a_count_that_fails_after_a_cut_does_not_fail_the_run(monkeypatch, error):
+    """A run goes on when fvcore fails on the slim model, and logs what was planned."""
+    twin, module, callback = net(Known), net(Known), FilterL1Pruning(0.5, schedule=OneShot(1))
+    fit(twin, FilterL1Pruning(0.5, schedule=OneShot(1)), max_epochs=2)
+
+    def broken(model, inputs):
+        if model.first.out_channels < 8:
+            raise error
+        return lightning_prune.count_flops(model, inputs)
+
+    monkeypatch.setattr(footprint, "count_flops", broken)
+    fit(module, callback, max_epochs=2)
+    assert module.first.out_channels == 4
+    assert callback.history.left["prune/flops"] == lightning_prune.count_flops(twin, IMAGE).total
+    assert str(error) in callback.history.counted
 
 
 class Wide(Known):

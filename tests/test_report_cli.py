@@ -66,6 +66,16 @@ def test_latency_is_measured_of_the_run(run, capsys, monkeypatch):
     assert "4 (first), 3 (second), 5 (hidden)" in text
 
 
+def test_a_dense_checkpoint_is_not_timed_as_the_pruned_one(run, tmp_path, capsys):
+    """A checkpoint from before the first pruning step is refused, with what to give instead."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    path = tmp_path / "best.ckpt"
+    torch.save({**saved, "state_dict": runs.Known().state_dict()}, path)
+    with pytest.raises(SystemExit) as stop:
+        shown(capsys, run, "--latency", "--ckpt_path", path)
+    assert "best.ckpt holds the dense model" in str(stop.value) and "Give --ckpt_path" in str(stop.value)
+
+
 def test_latency_of_a_model_by_import_path(run, capsys):
     """Without a config, --model and --input_shape make it."""
     arguments = ["--latency", "--batch_sizes", "1", "--model", "tests.runs.Net", "--input_shape", "1,2,6,6"]

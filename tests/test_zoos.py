@@ -9,6 +9,8 @@ from benchmarks.zoo import ENOUGH, checked, doubled, ours, tried
 from benchmarks.zoos import ZOOS
 from benchmarks.zoos.of_others import NETWORKS
 from benchmarks.zoos.of_timm import FAMILIES
+from lightning_prune import count_flops, prune_filters
+from tests.counts import assert_counts_agree
 
 
 def imported(library):
@@ -21,8 +23,7 @@ def imported(library):
         pytest.skip(f"{library} cannot be imported: {error}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+OF_LIBRARIES = pytest.mark.parametrize(
     ("zoo", "name"),
     [("torchvision", name) for name in (
         "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "regnet_y_400mf", "swin_t", "vit_b_32",
@@ -31,6 +32,22 @@ def imported(library):
     + [("timm", name) for name in ("coat_tiny", "halonet_h1", "nf_regnet_b0", "res2next50", "shvit_s1", "skresnet18")]
     + [("transformers", name) for name in ("falcon", "longformer", "funnel", "deit", "levit", "mobilevitv2")],
 )  # fmt: skip
+
+
+@pytest.mark.slow
+@OF_LIBRARIES
+def test_multiply_adds_are_those_of_fvcore(zoo, name):
+    """The label trace counts what fvcore counts, in every module, before a cut and after it."""
+    imported("torchvision.models" if zoo == "torchvision" else zoo)
+    model, inputs = ZOOS[zoo].build(name)
+    assert_counts_agree(model, inputs)
+    report = prune_filters(model, inputs, 0.3, progress=False)
+    assert_counts_agree(model, inputs)
+    assert report.flops_after == count_flops(model, inputs).total
+
+
+@pytest.mark.slow
+@OF_LIBRARIES
 def test_networks_of_other_libraries_are_cut(zoo, name):
     """At 30 % of the channels a network proves, keeps its outputs' shapes and loses 15 % of its parameters."""
     imported("torchvision.models" if zoo == "torchvision" else zoo)

@@ -15,13 +15,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.measure.footprint import count
-from lightning_prune.measure.latency import ROUNDS, Turn, circumstances
+from lightning_prune.measure.latency import ROUNDS, Turn, circumstances, rounds
 from lightning_prune.model.calls import ExampleInputs, run, tensors_in, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import seen
 from lightning_prune.pruning.limits import channels, step_of
-from lightning_prune.structure import Keep, Structure, named_tensors
+from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, find_groups, temporarily_cut
 
 __all__ = ["LatencyReport", "Timing", "compare_latency"]
@@ -37,8 +36,8 @@ class Timing:
 
     Attributes:
         batch_size: Examples in a call.
-        seconds: Version -> seconds of the fastest call of a turn, the median over turns.
-        kept: Version -> median, over turns taken together, of the share of the dense model's latency.
+        seconds: Version -> seconds of the fastest call of a round, the median over rounds.
+        kept: Version -> median, over rounds, of the share of the dense model's latency.
     """
 
     batch_size: int
@@ -79,7 +78,8 @@ def compare_latency(
 ) -> LatencyReport:
     """Measure, on this machine, a pruned model beside the whole one, and whether rounder widths would be faster.
 
-    All versions run by turns, in eval mode and without gradients, so that what else the machine does hits them alike.
+    All versions run in turns of a few calls, in eval mode and without gradients, so that what else the machine does
+    hits them alike.
     Versions with rounder widths are made for the length of their turn: the whole model, cut to the pruned one's widths
     rounded up to a multiple of 8, 16 and 32. Both models are left as found.
 
@@ -103,15 +103,14 @@ def compare_latency(
     structure = find_groups(dense, example_inputs)
     widths = _widths(structure, pruned)
     rounder = _rounder(structure, widths)
-    flops = {_DENSE: count(dense, example_inputs, structure).total, _PRUNED: count(pruned, example_inputs).total}
-    whole = structure.flops({})
+    flops = {_DENSE: structure.flops({}), _PRUNED: find_structure(trace(pruned, example_inputs)).flops({})}
     shapes: dict[str, Callable[[], AbstractContextManager[None]]] = {}
     for multiple, keep in rounder.items():
         cut = draft(dense, structure, keep)
         shape = partial(temporarily_cut, dense, cut, cut.tensors(dense))
         if _runs(dense, example_inputs, shape):
             shapes[f"round_to={multiple}"] = shape
-            flops[f"round_to={multiple}"] = flops[_DENSE] - whole + structure.flops(keep)
+            flops[f"round_to={multiple}"] = structure.flops(keep)
     timings = []
     with Progress(transient=True, disable=not (progress and seen())) as bar, undisturbed(dense), undisturbed(pruned):
         task = bar.add_task("latency", total=ROUNDS * len(batch_sizes))
@@ -134,17 +133,17 @@ def _timed(
 ) -> Timing:
     turns = {_DENSE: Turn(dense, batch, nullcontext), _PRUNED: Turn(pruned, batch, nullcontext)}
     turns |= {name: Turn(dense, batch, shape) for name, shape in shapes.items()}
-    rounds: list[dict[str, float]] = []
+    found: list[dict[str, float]] = []
     try:
-        for _ in range(ROUNDS):
-            rounds.append({name: turn.seconds() for name, turn in turns.items()})
+        for fastest in rounds(list(turns.values())):
+            found.append(dict(zip(turns, fastest, strict=True)))
             advance()
     except Exception as error:
         raise PruningError(f"The model does not run on a batch of {size}: {type(error).__name__}: {error}") from error
     return Timing(
         size,
-        {name: median(seconds[name] for seconds in rounds) for name in turns},
-        {name: median(seconds[name] / seconds[_DENSE] for seconds in rounds) for name in turns},
+        {name: median(seconds[name] for seconds in found) for name in turns},
+        {name: median(seconds[name] / seconds[_DENSE] for seconds in found) for name in turns},
     )
 
 

@@ -13,7 +13,7 @@ def latency_table(report: LatencyReport) -> Table:
     """List, batch size by batch size, the time of a call of every version, and the share of the dense model's."""
     table = Table(
         title=f"Latency, measured {report.measured}",
-        caption="Fastest call of each turn, median over turns, in eval mode.",
+        caption="Fastest call of each round, median over rounds, in eval mode.",
     )
     table.add_column("batch", justify="right")
     for name in report.flops:

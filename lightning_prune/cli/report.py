@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from rich.console import Console
+from torch import nn
 
 from lightning_prune.analysis.latency_comparison import compare_latency
 from lightning_prune.cli.runs import (
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         files = write_run(history, options.out)
         console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
     if options.latency:
-        _latency(options, rest, console)
+        _latency(options, rest, console, history)
 
 
 def _history(path: Path) -> History:
@@ -100,7 +101,7 @@ def _latest(folder: Path) -> Path | None:
     return max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _latency(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+def _latency(options: argparse.Namespace, rest: list[str], console: Console, history: History) -> None:
     """Measure and print the latency of the dense and the pruned model."""
     path: Path = options.run_path
     folder = path if path.is_dir() else path.parent
@@ -124,6 +125,7 @@ def _latency(options: argparse.Namespace, rest: list[str], console: Console) -> 
         dense.trainer = None  # it cannot be copied
     pruned = copy.deepcopy(dense)
     load_weights_(pruned, checkpoint)
+    _refuse_dense(dense, pruned, checkpoint, history)
     try:
         inputs = move_data_to_device(inputs, torch.device(options.device))
         dense, pruned = dense.to(options.device), pruned.to(options.device)
@@ -132,3 +134,14 @@ def _latency(options: argparse.Namespace, rest: list[str], console: Console) -> 
     report = compare_latency(dense, pruned, inputs, batch_sizes=options.batch_sizes)
     console.print(latency_table(report))
     console.print(latency_advice(report), soft_wrap=True, markup=False)
+
+
+def _refuse_dense(dense: nn.Module, pruned: nn.Module, checkpoint: Path, history: History) -> None:
+    """Refuse to measure a model that lost nothing, where the run removed units: it would be called the pruned one."""
+    shapes = [parameter.shape for parameter in dense.parameters()]
+    removes = "prune/params_kept" in history.left
+    if removes and shapes == [parameter.shape for parameter in pruned.parameters()]:
+        raise PruningError(
+            f"{checkpoint} holds the dense model: it was saved before the first pruning step. Give --ckpt_path of a "
+            "checkpoint that was saved after the last one."
+        )

@@ -21,11 +21,18 @@ with warnings.catch_warnings():
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import conv_flop_count, elementwise_flop_counter, get_shape
 
-__all__ = ["FlopCount", "UntraceableError", "count_flops"]
+__all__ = ["BY_FVCORE", "BY_TRACE", "FlopCount", "UntraceableError", "count_flops", "may_multiply"]
+
+
+BY_FVCORE, BY_TRACE = "by fvcore", "from the label trace"
 
 
 class UntraceableError(PruningError):
-    """A model runs, and ``torch.jit`` cannot trace it."""
+    """A model runs, and ``torch.jit`` cannot trace it; ``reason`` is why."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class FlopCount:
     by_module: dict[str, int]
     by_operator: dict[str, int]
     uncounted: dict[str, int]
-    counted: str = "by fvcore"
+    counted: str = BY_FVCORE
 
 
 def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
@@ -90,7 +97,7 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
         total=int(analysis.total()),
         by_module={_own_path(name): int(flops) for name, flops in by_module.items()},
         by_operator={name: int(flops) for name, flops in analysis.by_operator().items()},
-        uncounted={kind: calls for kind, calls in analysis.unsupported_ops().items() if _may_multiply(kind)},
+        uncounted={kind: calls for kind, calls in analysis.unsupported_ops().items() if may_multiply(kind)},
     )
 
 
@@ -166,11 +173,12 @@ def _refuse(model: nn.Module, example_inputs: ExampleInputs, error: Exception) -
             "They must be what its forward takes in eval mode: a tensor, a tuple of positional inputs or a dict of "
             "keyword inputs. Pass other example inputs."
         ) from failure
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     raise UntraceableError(
-        f"count_flops: {type(model).__name__} runs on the example inputs, but torch.jit cannot trace it: "
-        f"{type(error).__name__}: {str(error).partition(chr(10))[0]}. The trace takes no torch.jit.script modules, "
-        "reentrant checkpoints or flex_attention. Leave them out in eval mode. Pruning "
-        "counts such models by its own trace."
+        f"count_flops: {type(model).__name__} runs on the example inputs, but torch.jit cannot trace it: {reason}. The "
+        "trace takes no torch.jit.script modules, reentrant checkpoints, flex_attention, numpy on sizes or slashes in "
+        "module names. Leave them out in eval mode. Pruning counts such models from its own trace.",
+        reason,
     ) from error
 
 
@@ -186,6 +194,11 @@ def _contraction(left: int, dim: int = -1) -> Callable[[_Values, _Values], int]:
         return math.prod(get_shape(outputs[0])) * get_shape(inputs[left])[dim]
 
     return multiply_adds
+
+
+def _grouped_mm(inputs: _Values, outputs: _Values) -> int:
+    # Each row of the first input is multiplied with one of the matrices.
+    return math.prod(get_shape(inputs[0])) * get_shape(inputs[1])[-1]
 
 
 def _addbmm(inputs: _Values, outputs: _Values) -> int:
@@ -295,6 +308,8 @@ _RULES: dict[str, Callable[[_Values, _Values], int | float | Counter[str]]] = {
     "aten::inner": _contraction(0),
     "aten::addmv": _contraction(1),
     "aten::baddbmm": _contraction(1),
+    "aten::_grouped_mm": _grouped_mm,
+    "aten::linalg_matmul": _contraction(0),
     "aten::baddbmm_": _contraction(1),
     "aten::addbmm": _addbmm,
     "aten::tensordot": _tensordot,
@@ -320,36 +335,40 @@ _RULES: dict[str, Callable[[_Values, _Values], int | float | Counter[str]]] = {
 """What fvcore has no rule for, or a wrong one."""
 
 _MOVEMENT = """
-    affine_grid_generator alpha_dropout argsort bernoulli block_diag broadcast_tensors bucketize cartesian_prod
-    channel_shuffle col2im complex diag diag_embed dropout embedding empty_like exponential eye
-    feature_alpha_dropout feature_dropout fill flip hann_window hstack im2col index_add index_copy index_fill
-    index_put index_select lift_fresh linspace logspace masked_scatter masked_select meshgrid new_ones normal
-    numpy_T one_hot ones_like _pack_padded_sequence pad _pad_packed_sequence pixel_shuffle pixel_unshuffle polar
-    rand rand_like randint randn randn_like random randperm reflection_pad1d reflection_pad2d reflection_pad3d
-    repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d scalar_tensor scatter scatter_add
-    scatter_reduce searchsorted sort take take_along_dim tile topk tril tril_indices triu triu_indices uniform
-    _unique2 unique_consecutive unique_dim unsafe_chunk unsafe_split unsafe_split_with_sizes vstack where
+    affine_grid_generator alpha_dropout arange argsort bernoulli bitwise_not block_diag broadcast_tensors bucketize
+    cartesian_prod cat channel_shuffle col2im complex constant_pad_nd copy detach diag diag_embed dropout embedding
+    empty empty_like empty_strided exponential eye feature_alpha_dropout feature_dropout fill flip floor_divide full
+    full_like gather hann_window hstack im2col index index_add index_copy index_fill index_put index_select lift_fresh
+    linspace _local_scalar_dense logspace masked_fill masked_scatter masked_select meshgrid new_empty new_full
+    new_ones new_zeros nonzero normal numpy_T one_hot ones ones_like _pack_padded_sequence pad _pad_packed_sequence
+    pin_memory pixel_shuffle pixel_unshuffle polar rand rand_like randint randn randn_like random randperm
+    reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
+    replication_pad3d _reshape_alias resize _resize_output roll scalar_tensor scatter scatter_add scatter_reduce
+    searchsorted set sort stack take take_along_dim tile _to_copy topk tril tril_indices triu triu_indices uniform
+    _unique2 unique_consecutive unique_dim unsafe_chunk _unsafe_index unsafe_split unsafe_split_with_sizes
+    _unsafe_view vstack where zero zeros zeros_like
 """
 _REDUCTIONS = """
     all amax amin aminmax any argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff frobenius_norm
-    histc kthvalue linalg_norm linalg_vector_norm logcumsumexp logsumexp max mean median min mode nanmean
-    nanquantile nansum norm prod quantile std std_mean sum sum_to_size trapezoid var var_mean
+    histc kthvalue linalg_norm linalg_vector_norm logcumsumexp logsumexp max mean median min mode nanmean nanquantile
+    nansum norm prod quantile std std_mean sum sum_to_size trapezoid var var_mean
 """
 _POOLING_ACTIVATIONS_LOSSES = """
     adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d
     avg_pool2d avg_pool3d binary_cross_entropy binary_cross_entropy_with_logits cosine_similarity cross
     cross_entropy_loss fractional_max_pool2d fractional_max_pool3d glu hardshrink hardswish huber_loss kl_div kron
-    l1_loss linalg_cross log_sigmoid log_softmax max_pool1d max_pool1d_with_indices max_pool2d
+    l1_loss linalg_cross log_sigmoid _log_softmax log_softmax max_pool1d max_pool1d_with_indices max_pool2d
     max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool2d max_unpool3d mse_loss multinomial
-    nll_loss nll_loss2d nll_loss_nd outer pairwise_distance prelu relu6 rrelu selu smooth_l1_loss softmax softplus
-    softshrink triplet_margin_loss upsample_nearest1d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm
+    native_dropout nll_loss nll_loss2d nll_loss_nd outer pairwise_distance prelu _prelu_kernel relu6 rrelu
+    _safe_softmax selu smooth_l1_loss softmax _softmax softplus softshrink triplet_margin_loss upsample_nearest1d
+    upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm
+    _weight_norm_interface
 """
 _FREE = frozenset(f"{_MOVEMENT} {_REDUCTIONS} {_POOLING_ACTIVATIONS_LOSSES}".split())
 """Operators of aten that fvcore's convention leaves out and whose schema does not show it."""
 
 
-def _may_multiply(kind: str) -> bool:
+def may_multiply(kind: str) -> bool:
     """Tell whether an operator without a rule may carry multiply-adds; what is not known to carry none may."""
     namespace, _, name = kind.partition("::")
     operator = getattr(torch.ops.aten, name.removesuffix("_"), None) or getattr(torch.ops.aten, name, None)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from lightning_prune.measure.flops import FlopCount, UntraceableError, count_flops
-from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.measure.flops import BY_TRACE, FlopCount, UntraceableError, count_flops, may_multiply
+from lightning_prune.model.calls import ExampleInputs, modules_of
 from lightning_prune.structure import Keep, Structure, find_structure, trace
+from lightning_prune.structure.costs import COSTS
 from lightning_prune.structure.labels import Cost
 from lightning_prune.structure.width_ties import Without, left
 
-__all__ = ["Footprint", "count", "measure", "saved_by_one_unit"]
+__all__ = ["Footprint", "count", "count_traced", "measure", "saved_by_one_unit"]
+
+_WHOLE: Keep = {}
 
 
 @dataclass(frozen=True)
@@ -28,37 +31,78 @@ class Footprint:
     flops: int
 
 
-def count(model: nn.Module, example_inputs: ExampleInputs, structure: Structure | None = None) -> FlopCount:
-    """Count the multiply-adds of a model; where ``torch.jit`` cannot trace it, by what its own trace tells.
+def count_traced(model: nn.Module, structure: Structure, keep: Keep = _WHOLE) -> FlopCount:
+    """Count the multiply-adds of a model from its trace, without running it.
+
+    The count is fvcore's: the same operators count, and only those that an output depends on.
+
+    Args:
+        model: The model that ``structure`` was traced from, before or after a cut.
+        structure: What the trace found.
+        keep: For every group which units are kept, all by default.
+    """
+    ledger = structure.ledger
+    by_module = dict.fromkeys([path for path, _ in modules_of(model)], 0)
+    by_operator: Counter[str] = Counter()
+    for cost, flops in zip(ledger.costs, structure.multiply_adds(keep), strict=True):
+        by_operator[cost.operator] += flops
+        for path in _itself_and_above(ledger.ran[cost.at].path):
+            by_module[path] += flops
+    kinds = [ledger.ran[at].func for at in sorted(ledger.needed)]
+    free = Counter([f"{func.namespace}::{func._opname}" for func in kinds if str(func.overloadpacket) not in COSTS])
+    uncounted = {kind: calls for kind, calls in free.items() if may_multiply(kind)}
+    return FlopCount(by_module[""], by_module, dict(by_operator), uncounted, BY_TRACE)
+
+
+def count(
+    model: nn.Module, example_inputs: ExampleInputs, structure: Structure | None = None, keep: Keep = _WHOLE
+) -> FlopCount:
+    """Count the multiply-adds of a model by fvcore, or by the label trace where fvcore cannot.
+
+    The trace counts, too, where the two differ, since plans are made with its numbers. ``counted`` of the result says
+    which of them counted, and why.
 
     Args:
         model: Any module that runs.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        structure: What a trace of the model found, if that is known; else it is traced if need be.
+        structure: What a trace of the model found; by default the model is traced. With it, nothing raises.
+        keep: For every group of ``structure`` which units are kept, where the model was cut since it was traced.
 
     Raises:
         PruningError: If the model fails on the inputs or returns no tensor.
     """
+    if structure is None:
+        structure = find_structure(trace(model, example_inputs))
+    traced = count_traced(model, structure, keep)
     try:
-        return count_flops(model, example_inputs)
-    except UntraceableError:
-        found = find_structure(trace(model, example_inputs)) if structure is None else structure
-        by_operator = {name: round(flops) for name, flops in found.costs_by_operator(found.alive({})).items()}
-        told = "by the trace of the structure, not layer by layer, since torch.jit cannot trace the model"
-        return FlopCount(found.flops({}), {}, by_operator, {}, told)
+        found = count_flops(model, example_inputs)
+    except Exception as error:  # whatever it is, the trace has run, and a count must not end a run
+        why = f"{type(error).__name__}: {error}" if not isinstance(error, UntraceableError) else error.reason
+        return replace(traced, counted=f"{BY_TRACE}, since fvcore cannot: {why}")
+    if found.total != traced.total:
+        return replace(traced, counted=f"{BY_TRACE}; fvcore finds {found.total:,}, see count_flops")
+    return found
 
 
-def measure(model: nn.Module, structure: Structure, keep: Keep, uncounted: int = 0) -> Footprint:
-    """Predict what the model costs once the units with ``keep == False`` have gone.
+def _itself_and_above(path: str) -> list[str]:
+    """Return the path of a module and of all that it is part of.
 
-    ``uncounted`` are multiply-adds that the structure does not know of.
+    Examples:
+        >>> _itself_and_above("body.0.conv")
+        ['', 'body', 'body.0', 'body.0.conv']
     """
+    names = path.split(".") if path else []
+    return [".".join(names[:depth]) for depth in range(len(names) + 1)]
+
+
+def measure(model: nn.Module, structure: Structure, keep: Keep) -> Footprint:
+    """Predict what the model costs once the units with ``keep == False`` have gone."""
     alive = structure.alive(keep)
     sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for slot in structure.ledger.slots:
         if slot.tensor in sizes:
             sizes[slot.tensor][slot.dim] = int(alive[slot.start : slot.start + slot.size].sum())
-    return Footprint(sum(map(math.prod, sizes.values())), structure.flops(keep) + uncounted)
+    return Footprint(sum(map(math.prod, sizes.values())), structure.flops(keep))
 
 
 def saved_by_one_unit(model: nn.Module, structure: Structure) -> dict[str, Footprint]:
@@ -81,11 +125,11 @@ def saved_by_one_unit(model: nn.Module, structure: Structure) -> dict[str, Footp
             for dim, start, size in ranges[tensor]:
                 slim[dim] = int(np.count_nonzero(without[np.arange(start, start + size)]))
             params += math.prod(sizes[tensor]) - math.prod(slim)
-        flops = 0.0
+        flops = 0
         for cost in costs[name]:
             whole = math.prod(len(labels[0].atoms) for labels in cost.sizes)
             flops += cost.factor * (whole - math.prod(left(labels, without) for labels in cost.sizes))
-        saved[name] = Footprint(params, round(flops))
+        saved[name] = Footprint(params, flops)
     return saved
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,11 @@ from lightning_prune.model.calls import ExampleInputs, run, tensors_in, undistur
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import AttributeChange, Cut, draft, held_number, shape_attributes, temporarily_cut
 
-__all__ = ["ROUNDS", "CutDoesNotRunError", "Shapes", "Turn", "circumstances", "latency_kept", "shapes_of"]
+__all__ = ["ROUNDS", "CutDoesNotRunError", "Shapes", "Turn", "circumstances", "latency_kept", "rounds", "shapes_of"]
 
 ROUNDS = 5
-_BLOCK = 0.02  # seconds that one model runs before it is the other's turn
+_ROUND = 0.02  # seconds that each model runs in a round
+_IN_A_ROW = 0.002  # seconds that one model runs before it is the other's turn
 
 
 class CutDoesNotRunError(Exception):
@@ -60,8 +61,8 @@ def latency_kept(
 ) -> float:
     """Return the latency of the model with the units of ``keep == False`` gone, as a share of the whole model's.
 
-    Both run here and now, by turns, for some hundredths of a second each, in eval mode and without gradients; of
-    each turn the fastest run counts, and of the ratios of all turns the median, so that what else the machine does
+    Both run here and now, a few calls of one and a few of the other in turns, in eval mode and without gradients. Of
+    each round the fastest call counts, and of the ratios of all rounds the median, so that what else the machine does
     matters little. The model is left as found.
 
     Args:
@@ -79,7 +80,7 @@ def latency_kept(
     with undisturbed(model):
         turns = [Turn(model, example_inputs, shape) for shape in (_stand_in(model, whole), slim)]
         try:
-            ratios = [turns[1].seconds() / turns[0].seconds() for _ in range(ROUNDS)]
+            ratios = [slim / dense for dense, slim in rounds(turns)]
         except Exception as error:
             raise CutDoesNotRunError(keep) from error
     return median(ratios)
@@ -96,23 +97,20 @@ def circumstances(model: nn.Module, example_inputs: ExampleInputs) -> str:
 
 
 class Turn:
-    """Runs a model in one shape for a while, whenever it is its turn."""
+    """One version of a model, which is called whenever it is its turn."""
 
     def __init__(
         self, model: nn.Module, example_inputs: ExampleInputs, shape: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self._call = partial(run, model, example_inputs)
         self._shape = shape
-        self._runs = 0
         self._devices = {tensor.device for tensor in named_tensors(model).values() if tensor.device.type != "cpu"}
 
-    def seconds(self) -> float:
-        """Return the fastest of some runs: what else the machine does can only add to them."""
+    def seconds(self, calls: int) -> float:
+        """Return the fastest of so many calls in a row: what else the machine does can only add to them."""
         with self._shape():
-            self._timed()  # the first run of a shape prepares what the others reuse
-            if not self._runs:
-                self._runs = min(100, max(3, math.ceil(_BLOCK / min(self._timed() for _ in range(3)))))
-            return min(self._timed() for _ in range(self._runs))
+            self._timed()  # the first call of a shape prepares what the others reuse
+            return min([self._timed() for _ in range(calls)])
 
     def _timed(self) -> float:
         start = perf_counter()
@@ -120,6 +118,23 @@ class Turn:
         for device in self._devices:
             torch.accelerator.synchronize(device)
         return max(perf_counter() - start, 1e-9)
+
+
+def rounds(turns: Sequence[Turn]) -> Iterator[list[float]]:
+    """Yield, for each of ``ROUNDS`` rounds, the seconds of the fastest call of each turn.
+
+    Turns change after a few calls and several times in a round, so that whatever else the machine does for longer than
+    some milliseconds hits all of them.
+    """
+    one = turns[0].seconds(1)
+    calls = min(10, max(1, math.ceil(_IN_A_ROW / one)))
+    changes = min(10, max(3, math.ceil(_ROUND / (one * calls))))
+    for _ in range(ROUNDS):
+        fastest = [math.inf] * len(turns)
+        for _ in range(changes):
+            for place, turn in enumerate(turns):
+                fastest[place] = min(fastest[place], turn.seconds(calls))
+        yield fastest
 
 
 def _stand_in(model: nn.Module, whole: Shapes) -> Callable[[], AbstractContextManager[None]]:

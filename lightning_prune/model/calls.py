@@ -156,26 +156,35 @@ def refuse_shapeless(model: nn.Module) -> None:
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    for path, module in modules_of(model):
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
-                name = f"{path}.{leaf}".lstrip(".")
-                raise PruningError(f"{name} gets its shape only at the first forward pass. Run the model once first.")
+    _refuse_shapeless(modules_of(model))
+
+
+def _refuse_shapeless(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for path, module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for leaf, tensor in tensors.items():
+                if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
+                    name = f"{path}.{leaf}".lstrip(".")
+                    raise PruningError(
+                        f"{name} gets its shape only at the first forward pass. Run the model once first."
+                    )
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return every module once, with its path: ``named_modules`` in a fraction of the time."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
+    waiting = [("", model)]  # the next one comes last
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
         seen.add(id(module))
         found.append((path, module))
-        for name, child in module._modules.items():
-            if child is not None and id(child) not in seen:
-                visit(f"{path}.{name}" if path else name, child)
-
-    visit("", model)
+        children = module._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            waiting += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
     return found
 
 
@@ -206,8 +215,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    refuse_shapeless(model)
-    before = _ModuleState([module for _, module in modules_of(model)])
+    named = modules_of(model)
+    _refuse_shapeless(named)
+    before = _ModuleState([module for _, module in named])
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=before.cuda_devices()):
         try:
             for module in before.modules:

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.expansions import outputs_of
-from lightning_prune.measure.footprint import count
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import ExampleInputs, call_on
@@ -131,7 +130,6 @@ def prune_filters(
     check_optimizers(where, optimizers)
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
-    flops = count(model, example_inputs, structure)
     if repair or by_obs:
         if batches is None:
             raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
@@ -152,7 +150,6 @@ def prune_filters(
         scores,
         amount_by_group(model, structure, amount),
         budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount)),
-        flops=flops,
         adding_up=adds_up(criterion),
         progress=progress,
     )

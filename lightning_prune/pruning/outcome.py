@@ -24,7 +24,8 @@ class Outcome:
     Attributes:
         asked: Share of the target that was to leave; for amounts by group, of the filters of all that are named.
         reached: The share that left.
-        short: Where less left than was asked, both in words, with the reasons; else empty.
+        short: Where less left than was asked, both in words, with the reasons; of the latency, which is measured, also
+            where more left; else empty.
     """
 
     asked: float
@@ -68,8 +69,10 @@ def outcome_of(
     else:
         assert not isinstance(amount, Mapping)  # amounts by group are of filters
         asked, reached = amount, _reached(target, dense, now, latency_kept)
-    tolerance = NEAR * (1 - asked) if target == "latency" else _ROUNDING
-    short = reached < asked - tolerance
+    near = NEAR * (1 - asked) if target == "latency" else _ROUNDING
+    short = reached < asked - near
+    if target == "latency":  # a measurement that was disturbed removes too much, too; one unit may weigh something
+        short = short or reached > asked + 2 * near
     if isinstance(amount, Mapping):  # what one layer gave more does not make up for another
         short = bool(behind)
     if not short:

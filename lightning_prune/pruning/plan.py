@@ -9,7 +9,7 @@ from functools import cache, partial
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.measure.flops import FlopCount, count_flops
+from lightning_prune.measure.flops import BY_TRACE
 from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.model.calls import ExampleInputs
@@ -40,7 +40,6 @@ class Plan:
         amount: What was asked for, relative to ``dense``.
         budget: What ``amount`` is a fraction of, and the limits of each layer.
         dense: The model that amounts are relative to.
-        flops: Multiply-adds of the model as it stands.
         structure: Its channel groups, without those that were refused.
         keep: For every group which units are kept.
         cut: What changes in the model.
@@ -59,7 +58,6 @@ class Plan:
     amount: Amount
     budget: Budget
     dense: Dense
-    flops: FlopCount
     structure: Structure
     keep: Keep
     cut: Cut
@@ -83,7 +81,7 @@ class Plan:
         return self.outcome.reached
 
     def apply_(self, optimizers: Iterable[Optimizer] = ()) -> Report:
-        """Make the cut and count what it reached.
+        """Make the cut and report what it reached; FLOPs before and after come from the trace.
 
         Args:
             optimizers: The optimizers that train the model; their state follows.
@@ -93,13 +91,12 @@ class Plan:
         """
         params_before = count_params(self.model)
         self.write_(optimizers)
-        flops, by = self._count_after()
-        now = Footprint(count_params(self.model), flops)
+        now = Footprint(count_params(self.model), self.structure.flops(self.keep))
         outcome = _outcome(self, now)
         return Report(
             params_before=params_before,
             params_after=now.params,
-            flops_before=self.flops.total,
+            flops_before=self.structure.flops({}),
             flops_after=now.flops,
             groups=self.widths,
             kept=self.cut.kept,
@@ -112,7 +109,7 @@ class Plan:
             measured="" if self.latency_kept is None else circumstances(self.model, self.example_inputs),
             asked=outcome.asked,
             reached=outcome.reached,
-            counted=by,
+            counted=BY_TRACE,
             constants=self.proof.constants,
             scaled=self.proof.scaled,
             repairs=self.repairs,
@@ -133,17 +130,6 @@ class Plan:
         recipe.note((attribute.module, attribute.name) for attribute in self.structure.ledger.attributes)
         recipe.needed = True
 
-    def _count_after(self) -> tuple[int, str]:
-        """Count the slim model as the whole one was counted, or else predict; return the count and what counted."""
-        predicted = _flops_after(self.structure, self.keep, self.flops)
-        if self.flops.counted != FlopCount.counted:
-            return predicted, self.flops.counted
-        try:
-            return count_flops(self.model, self.example_inputs).total, self.flops.counted
-        except Exception as error:  # the cut is made and verified: a count that fails must not say otherwise
-            failed = f"and after it as planned, since the count failed: {error!r}"
-            return predicted, f"{self.flops.counted} before the cut, {failed}"
-
 
 def plan_filters(
     model: nn.Module,
@@ -154,7 +140,6 @@ def plan_filters(
     budget: Budget | None = None,
     *,
     dense: Dense | None = None,
-    flops: FlopCount | None = None,
     latency: Latency | None = None,
     at_most: int | None = None,
     adding_up: bool = False,
@@ -173,7 +158,6 @@ def plan_filters(
         amount: Fraction, in [0, 1), of the target, relative to ``dense``; or fractions by group name.
         budget: What ``amount`` is a fraction of, and the limits of each layer. By default filters, without limits.
         dense: The model that amounts are relative to. By default the model as it stands.
-        flops: Multiply-adds of the model as it stands. By default as its trace counts them.
         latency: Measures the share of the latency that is kept, for ``target="latency"``. By default against the model
             as it stands.
         at_most: Units that may be gone after the cut, relative to ``dense``, though more were asked for.
@@ -186,13 +170,11 @@ def plan_filters(
     Raises:
         PruningError: If the amount cannot be reached.
     """
-    if flops is None:
-        flops = FlopCount(structure.flops({}), {}, {}, {}, "by the trace of the structure")
     if dense is None:
         widths = {name: group.width for name, group in structure.groups.items()}
-        dense = Dense(widths, Footprint(count_params(model), flops.total))
+        dense = Dense(widths, measure(model, structure, {}))
     budget = budget or Budget()
-    ask = _Ask(model, example_inputs, amount, budget, dense, flops, at_most, adding_up)
+    ask = _Ask(model, example_inputs, amount, budget, dense, at_most, adding_up)
     earlier = refused or {}
     if budget.target != "latency" or latency is not None:
         return _verified(ask, structure, scores, earlier, latency)
@@ -216,7 +198,6 @@ class _Ask:
     amount: Amount
     budget: Budget
     dense: Dense
-    flops: FlopCount
     at_most: int | None
     adding_up: bool
 
@@ -250,11 +231,10 @@ def _verified(
     kept = latency(structure, keep) if ask.budget.target == "latency" and latency is not None else None
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     plan = Plan(
-        model, ask.example_inputs, ask.amount, ask.budget, ask.dense, ask.flops, structure, keep, cut, tensors(),
+        model, ask.example_inputs, ask.amount, ask.budget, ask.dense, structure, keep, cut, tensors(),
         refused, widths, proof, kept, Outcome(0.0, 0.0, ""),
     )  # fmt: skip
-    now = measure(model, structure, keep, uncounted=_uncounted(structure, ask.flops))
-    return replace(plan, outcome=_outcome(plan, now))
+    return replace(plan, outcome=_outcome(plan, measure(model, structure, keep)))
 
 
 def _selected(
@@ -270,7 +250,7 @@ def _selected(
         ask.amount,
         budget,
         dense=ask.dense.without(refused),
-        footprint=partial(measure, ask.model, structure, uncounted=_uncounted(structure, ask.flops)),
+        footprint=partial(measure, ask.model, structure),
         latency=None if latency is None else partial(latency, structure),
         at_most=ask.at_most,
     )
@@ -285,15 +265,6 @@ def _outcome(plan: Plan, now: Footprint) -> Outcome:
     free = plan.dense.without(name for name in plan.dense.widths if name not in plan.structure.groups)
     why = {**kept_whole_by(plan.structure, plan.budget, free, widths), **plan.refused}
     return outcome_of(plan.amount, plan.budget.target, plan.dense, widths, now, plan.latency_kept, why)
-
-
-def _uncounted(structure: Structure, flops: FlopCount) -> int:
-    """Return the multiply-adds that only the counter knows of; no cut changes them."""
-    return flops.total - structure.flops({})
-
-
-def _flops_after(structure: Structure, keep: Keep, flops: FlopCount) -> int:
-    return structure.flops(keep) + _uncounted(structure, flops)
 
 
 def count_params(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_prune.measure.flops import BY_TRACE
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery import AttributeChange, Constant, Kept
 
@@ -73,7 +74,7 @@ class Report:
     measured: str = ""
     asked: float = 0.0
     reached: float = 0.0
-    counted: str = "by fvcore"
+    counted: str = BY_TRACE
     constants: tuple[Constant, ...] = ()
     scaled: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()

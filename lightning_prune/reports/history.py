@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_prune.measure.flops import BY_FVCORE
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.weights import WeightCount
 from lightning_prune.reports.model_tables import LayerCost
@@ -69,7 +70,7 @@ class History:
     dense: dict[str, str] = field(default_factory=dict)
     branching: list[str] = field(default_factory=list)
     stopped: str = ""
-    counted: str = "by fvcore"
+    counted: str = BY_FVCORE
 
     @property
     def left(self) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -98,22 +97,22 @@ class Structure:
 
     def flops(self, keep: Keep) -> int:
         """Return the multiply-adds of the model after pruning, by fvcore's convention."""
-        alive = self.alive(keep)
-        return round(sum(self.costs_by_operator(alive).values()))
+        return sum(self.multiply_adds(keep))
 
-    def costs_by_operator(self, alive: NDArray[np.bool_]) -> dict[str, float]:
-        """Return multiply-adds by kind of operator, given which atoms are kept."""
-        total: dict[str, float] = defaultdict(float)
+    def multiply_adds(self, keep: Keep) -> list[int]:
+        """Return the multiply-adds of the model after pruning, one number for each of ``ledger.costs``."""
+        alive = self.alive(keep)
         counts: dict[tuple[int, ...], int] = {}  # many operators share labels, which are counted once
+        found = []
         for cost in self.ledger.costs:
             product = cost.factor
             for labels in cost.sizes:
-                key = tuple(id(label.atoms) for label in labels)
+                key = tuple([id(label.atoms) for label in labels])
                 if key not in counts:
                     counts[key] = left(labels, alive)
                 product *= counts[key]
-            total[cost.operator] += product
-        return total
+            found.append(product)
+        return found
 
     def without(self, names: Iterable[str], reason: str) -> Structure:
         """Return the structure with some groups pinned, and the groups linked to them."""

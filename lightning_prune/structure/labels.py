@@ -6,7 +6,6 @@ of a tensor, which atom that slice of the tensor stands for. Atoms that meet mus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -153,10 +152,14 @@ class Equation:
 
 @dataclass(eq=False, slots=True)
 class Cost:
-    """Multiply-adds of an operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels."""
+    """Multiply-adds of an operator: ``factor`` times, for each of ``sizes``, how many indices keep all their labels.
+
+    ``at`` is the operator's place in ``ran``.
+    """
 
     operator: str
-    factor: float
+    at: int
+    factor: int
     sizes: tuple[tuple[Label, ...], ...]
 
 
@@ -184,7 +187,8 @@ class Ledger:
         self.unseen: set[str] = set()  # parameters and buffers that no operator took
         self.idle: list[str] = []  # parameters of those that go with nothing that an operator took
         self.whole: list[Atoms] = []
-        self.costs: list[Cost] = []
+        self.costs: list[Cost] = []  # of one call in eval mode
+        self.needed: set[int] = set()  # places in ``ran`` of the operators that the outputs in eval mode depend on
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}
         self.statistics: list[Atoms] = []
         self.output_shapes: list[tuple[int, ...]] = []
@@ -323,11 +327,6 @@ class Ledger:
     def prefer(self, labels: Iterable[Label]) -> None:
         """Write down that these labels run along a batch of products: of several ways, whole ones of these leave."""
         self.whole.extend(label.atoms for label in labels if label.conditional)
-
-    def cost(self, operator: str, factor: float, *sizes: int | tuple[Label, ...]) -> None:
-        """Write down the multiply-adds of an operator as a product of fixed and labelled sizes."""
-        fixed = math.prod([size for size in sizes if isinstance(size, int)])
-        self.costs.append(Cost(operator, factor * fixed, tuple([size for size in sizes if not isinstance(size, int)])))
 
     def _hand_out(self, count: int) -> Atoms:
         start, self.size = self.size, self.size + count

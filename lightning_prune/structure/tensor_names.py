@@ -18,6 +18,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen: set[int] = set()
     for path, module in modules_of(model):  # one walk; named_parameters and named_buffers take one each
         for found, own in ((parameters, module._parameters), (buffers, module._buffers)):
+            if not own:  # most modules of a network hold neither
+                continue
             for leaf, tensor in own.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model.calls import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import decided_by, impose_
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
@@ -85,10 +86,13 @@ def watch(
     ledger.running = ("", None)
     unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
     ledger.unseen = ledger.unseen & unseen if training else unseen
-    for tensor in tensors_in(outputs):
+    returned = list(tensors_in(outputs))
+    for tensor in returned:
         ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
+    if not training:
+        drop_unneeded_(ledger, map(mode.labels_of, returned))
     if mode.refusal is not None:  # the model's own code may have caught it
         raise mode.refusal
 
@@ -163,6 +167,7 @@ class _Known(NamedTuple):
 
     func: Any
     rule: Rule
+    cost: CostRule | None
     shaped: Shaped | None
     reads: bool
     writes: bool
@@ -209,9 +214,12 @@ class _LabelMode(Watch):
             ledger.decided.append(path)
         blank = known.rule is made_anew
         dims: Any = {}
-        if labelled or (known.rule in _STRETCHING and self.arguments and out.numel()):
+        ruled = labelled or (known.rule in _STRETCHING and self.arguments and out.numel())
+        if ruled or known.cost is not None:
+            call = Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
+        if ruled:
             ledger.running = (path, func)
-            dims = known.rule(Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay))
+            dims = known.rule(call)
         outputs = [(out, dims)] if isinstance(out, Tensor) else list(_outputs(out, dims))
         seen = blank or not outputs or any(tensor.numel() for tensor, _ in outputs)
         if labelled and not seen and func.overloadpacket not in _PIECES:  # a piece is empty before anything meets in it
@@ -226,6 +234,8 @@ class _LabelMode(Watch):
             ran.made.append(Labels(own, made, blank or shows_blank, hollow))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
+        if known.cost is not None:
+            known.cost(call)
         if not (weight or hollow or known.writes or aliases(func)):
             self._decide(ran, tensors, [tensor for tensor, _ in outputs])
         return out
@@ -255,7 +265,7 @@ class _LabelMode(Watch):
 
     def _learnt(self, func: Any) -> _Known:
         rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
-        known = self._known[id(func)] = _Known(func, rule, shaper(func), reads(func), writes(func))
+        known = self._known[id(func)] = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func))
         return known
 
     def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from lightning.pytorch import LightningModule
 
@@ -11,7 +12,7 @@ from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import count
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.pruning.arguments import with_ignored
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import find_groups, recipe_of
 
 __all__ = ["Narrow", "TracedModel", "written_with"]
@@ -62,8 +63,18 @@ class TracedModel:
         structure = structure.without_each({name: why for name, why in refused.items() if name in structure.groups})
         return structure if self._narrow is None else self._narrow(pl_module, structure, self.inputs)
 
+    def count(self, pl_module: LightningModule, structure: Structure, keep: Keep = MappingProxyType({})) -> None:
+        """Count the multiply-adds of the model as it stands.
+
+        Args:
+            pl_module: The model.
+            structure: Its channel groups, before the last cut if there was one.
+            keep: The units of every group that this cut kept.
+        """
+        self._flops = count(pl_module, self.inputs, structure, keep)
+
     def flops(self, pl_module: LightningModule) -> FlopCount:
-        """Return the multiply-adds of the model as it stands."""
+        """Return the multiply-adds of the model as it stands, as last counted."""
         if self._flops is None:
             self._flops = count(pl_module, self.inputs)
         return self._flops

@@ -108,6 +108,7 @@ class UnitRemoval(Strategy):
             return False
         self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
         structure = self.traced.groups(run.module)
+        self.traced.count(run.module, structure)
         self._refuse_overlap(run, structure)
         structure = self.traced.prunable(run.module, self.state.refused, structure)
         self.state.pinned, self.state.branching = structure.pinned, list(structure.branching)
@@ -143,6 +144,7 @@ class UnitRemoval(Strategy):
             if self._repair is not None:
                 plan = self._repair.repair(run, plan)
             apply_plan_(run, plan)
+            self.traced.count(run.module, plan.structure, plan.keep)
             recalibrate_(run.trainer, run.module, self.arguments.recalibrate)
         self.state.widths |= {width.name: width.after for width in plan.widths}
         self.state.pinned = plan.structure.pinned
@@ -229,7 +231,6 @@ class UnitRemoval(Strategy):
             share_due(start.amount, schedule, progress),
             budget,
             dense=start.dense,
-            flops=self.traced.flops(run.module),
             latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs, start.shapes),
             at_most=schedule.at_most(progress),
             adding_up=adding_up,

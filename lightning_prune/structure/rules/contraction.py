@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,7 +60,6 @@ def grouped_mm(call: Call) -> Dims:
         return unknown(call)
     call.ledger.pin(call.labels(b).at(0), "chosen by data")
     _contract(call, a, 1, b, 1)
-    call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, 2))
     return {0: call.labels(a).at(0), 1: _made(call, b, 2)}
 
 
@@ -89,7 +87,6 @@ def linear(call: Call) -> Dims:
     made = _made(call, weight, 0)
     if bias is not None:
         made = call.ledger.tie([made, call.labels(bias).at(0)], "bias of fixed size")
-    call.ledger.cost("linear", 1.0, *call.sizes(x), *call.sizes(weight, 0))
     last = x.dim() - 1
     dims = {dim: found for dim, found in call.labels(x).dims.items() if dim < last}
     return {**dims, last: made}
@@ -119,9 +116,6 @@ def trilinear(call: Call) -> Dims:
             dims[dim - sum(gone < dim for gone in summed)] = tied
         elif not of_weights:
             call.ledger.mix(tied)
-    x, weight = call.args[:2]
-    call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight))
-    call.ledger.cost("bilinear", 1.0, *call.sizes(x, 0), *call.sizes(weight, 0, 2))
     return dims
 
 
@@ -171,9 +165,6 @@ def convolution(call: Call) -> Dims:
         channels = _grouped(call, x, weight, groups, transposed)
     if bias is not None:
         channels = call.ledger.tie([channels, call.labels(bias).at(0)], "bias of fixed size")
-    counted = x if transposed else call.out  # the kernel is applied once for each of its positions
-    positions = [passing.get(dim) or size for dim, size in enumerate(counted.shape) if dim > 1]
-    call.ledger.cost("conv", math.prod(weight.shape[2:]), *call.sizes(x, 0), *call.sizes(weight, 0, 1), *positions)
     return {0: labels.at(0), 1: channels, **passing}
 
 
@@ -262,7 +253,6 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Dims:
         dims[dim] = call.ledger.tie([left, right], "batch of a product")
         call.ledger.prefer((*left, *right))  # attention heads, of which whole ones are pruned if possible
     _contract(call, a, last, b, last - 1)
-    call.ledger.cost("matmul", 1.0, *call.sizes(a), *call.sizes(b, last))
     return {**dims, last - 1: _made(call, a, last - 1), last: _made(call, b, last)}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import nn
 
 from lightning_prune.structure.labels import Attribute, Label
 from lightning_prune.structure.rules.frozen_sizes import follow_argument, hands_on
@@ -33,11 +32,6 @@ def batch_norm(call: Call) -> list[Dims]:
         for dim, found in labels.dims.items():
             if dim != 1:
                 call.ledger.mix(found)
-    affine = call.args[1] is not None
-    if isinstance(call.module[1], nn.modules.instancenorm._InstanceNorm):  # torch decomposes it into a batch norm
-        call.ledger.cost("instance_norm", 4 + affine, *call.sizes(x))
-    else:
-        call.ledger.cost("batch_norm", 1 + affine, *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 
@@ -56,7 +50,6 @@ def layer_norm(call: Call) -> list[Dims]:
         if tied:
             _follow_shape(call, tied, shape, entry)
         dims[first + entry] = tied
-    call.ledger.cost("layer_norm", 4 + bool(affine), *call.sizes(x))  # as fvcore counts
     return [dims] + [{}] * (len(call.out) - 1)
 
 
@@ -87,9 +80,6 @@ def power(call: Call) -> Dims | list[Dims]:
     """Element-wise; the first operator of an RMS norm, which torch decomposes."""
     if getattr(call.function, "__name__", "") == "rms_norm":
         _follow_normalized(call)
-    if isinstance(call.module[1], nn.RMSNorm):
-        affine = call.module[1].weight is not None
-        call.ledger.cost("rms_norm", 2 + affine, *call.sizes(call.args[0]))
     return pointwise(call)
 
 
@@ -125,7 +115,6 @@ def group_norm(call: Call) -> list[Dims]:
         alike = np.concatenate(by_group)
         whole, _ = call.ledger.choose("groups", {"whole groups": [columns], "the same share of every group": [alike]})
         _follow(call, (whole,))
-    call.ledger.cost("group_norm", 4 + bool(affine), *call.sizes(x))
     return [{**labels.dims, 1: channels}] + [{}] * (len(call.out) - 1)
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
@@ -47,7 +43,6 @@ def spatial(call: Call) -> Dims | list[Dims]:
         indices = call.labels(call.args[1])
         for dim, found in dims.items():
             dims[dim] = call.ledger.tie([found, indices.at(dim)], name)
-    _pooling_cost(call, x, name)
     return call.each_output(dims)
 
 
@@ -60,11 +55,3 @@ def _one_by_one(call: Call, place: int) -> bool:
     padding = call.argument("padding") or (0,)
     size, step, pad = (values[place % len(values)] for values in (kernel, stride, padding))
     return (size, step, pad) == (1, 1, 0)
-
-
-def _pooling_cost(call: Call, x: Tensor, name: str) -> None:
-    if name == "_adaptive_avg_pool2d":
-        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
-    factor = {"upsample_nearest2d": 1, "upsample_bilinear2d": 4, "grid_sampler_2d": 4}.get(name, 0)
-    if factor:
-        call.ledger.cost(name, factor, *call.sizes(x, 0, 1), math.prod(call.out.shape[2:]))

@@ -59,11 +59,4 @@ def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
             call.ledger.pin(found, f"positions matter in {call.func.overloadpacket}")
         else:
             call.ledger.mix(found)
-    if _pooled(call, gone, keepdim):
-        call.ledger.cost("adaptive_avg_pool2d", 1.0, *call.sizes(x))
     return call.each_output(dims)
-
-
-def _pooled(call: Call, gone: set[int], keepdim: bool) -> bool:
-    """Return whether a mean is global average pooling, which torch decomposes into it."""
-    return call.func._opname == "mean" and keepdim and call.args[0].dim() == 4 and list(call.args[1]) == [-1, -2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_prune.structure.labels import Label, Labels, Ledger
+from lightning_prune.structure.labels import Cost, Label, Labels, Ledger
 from lightning_prune.structure.traced_ints import numbers_in
 
 __all__ = ["REDUCES", "RULES", "Call", "Dims", "Rule", "coupling_rule", "reduces", "rule_for", "tensors_among"]
@@ -91,9 +92,15 @@ class Call:
         return dims if isinstance(self.out, Tensor) else [dims] * len(self.out)
 
     def sizes(self, tensor: Tensor, *dims: int) -> list[int | tuple[Label, ...]]:
-        """Return, for each dimension (all by default), its labels, or its size if it has none."""
-        labels = self.labels(tensor)
-        return [labels.at(dim) or tensor.shape[dim] for dim in dims or range(tensor.dim())]
+        """Return, for each dimension (all of them by default), its labels or else its fixed size."""
+        labels, shape = self.labels(tensor), tensor.shape
+        return [labels.at(dim % len(shape)) or shape[dim] for dim in dims or range(len(shape))]
+
+    def cost(self, operator: str, factor: int, *sizes: int | tuple[Label, ...]) -> None:
+        """Record multiply-adds: the product of a factor and of fixed and labelled sizes."""
+        fixed = math.prod([size for size in sizes if isinstance(size, int)])
+        labelled = tuple([size for size in sizes if not isinstance(size, int)])
+        self.ledger.costs.append(Cost(operator, len(self.ledger.ran) - 1, factor * fixed, labelled))
 
 
 Rule = Callable[[Call], "Dims | list[Dims]"]
