@@ -49,7 +49,6 @@ from lightning_prune.surgery import (
     verify,
 )
 from lightning_prune.surgery.expected_outputs import Lefts
-from lightning_prune.surgery.masks import follow_cut_
 
 __all__ = [
     "GroupWidth", "Prepared", "Report", "carry_out_", "clock", "count_params", "prepare", "prune_filters", "reported",
@@ -323,11 +322,9 @@ def carry_out_(
     """Make a cut that was prepared, and let the model's state dicts tell of it from then on."""
     if not made.cut.kept:
         return
+    # Noted before the cut, so that nothing that can be interrupted follows it.
+    recipe_of(model).note((attribute.module, attribute.name) for attribute in made.structure.ledger.attributes)
     cut_(model, made.cut, tensors, optimizers)
-    follow_cut_(model, made.cut.kept)
-    recipe = recipe_of(model)
-    recipe.note((attribute.module, attribute.name) for attribute in made.structure.ledger.attributes)
-    recipe.needed = True
 
 
 def reported(

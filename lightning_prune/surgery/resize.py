@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 
-__all__ = ["Kept", "followed", "narrowed", "replace_tensors_"]
+__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_"]
 
 Kept = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
@@ -41,6 +43,43 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             else:
                 for module, leaf in aliases[id(old)]:
                     module._buffers[leaf] = new.to(old.device)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[str] = ()) -> Iterator[None]:
+    """Take back all that the body wrote if it does not come to its end, be it by Ctrl-C or for want of memory.
+
+    That is tensors in place of others, gradients, attributes, buffers, what optimizers hold, and what hooks keep.
+
+    Args:
+        model: The model that the body writes to.
+        optimizers: The optimizers whose state it writes to.
+        values: Names of tensors into which it writes values; they are copied before.
+    """
+    own = named_tensors(model)
+    modules = [module for _, module in modules_of(model)]
+    hooks = [hook for module in modules for hook in module._state_dict_hooks.values() if hasattr(hook, "__dict__")]
+    states = [optimizer.state for optimizer in optimizers]
+    # Shallow copies are enough: shapes change by putting new objects in the place of old ones.
+    tables = [vars(owner) for owner in (*modules, *hooks)] + [module._buffers for module in modules]
+    tables += [state[p] for state in states for p in model.parameters() if p in state]
+    before = [(table, table.copy()) for table in tables]
+    data = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    written = [(own[name], own[name].detach().clone()) for name in values]
+    try:
+        yield
+    except BaseException:
+        for parameter, old, gradient in data:
+            if parameter.shape != old.shape or parameter.data_ptr() != old.data_ptr():
+                _set_data(parameter, old)
+            parameter.grad = gradient
+        for table, content in before:
+            table.clear()
+            table.update(content)
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, value in written:
+                tensor.copy_(value)
+        raise
 
 
 def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
