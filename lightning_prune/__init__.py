@@ -14,7 +14,7 @@ from lightning_prune.callbacks import (
     OBSOneShot,
     TaylorFilterPruning,
 )
-from lightning_prune.callbacks.engine.loading import Prunable, load_from_checkpoint, load_state_dict_
+from lightning_prune.callbacks.engine.loading import load_from_checkpoint
 from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
 from lightning_prune.measure.flops import count_flops
 from lightning_prune.model.batch_norm import recalibrate_batch_norm
@@ -27,6 +27,7 @@ from lightning_prune.pruning.obs import ObsReport, prune_obs
 from lightning_prune.pruning.weights import WeightReport, prune_weights
 from lightning_prune.reports import History
 from lightning_prune.structure import coupling_rule
+from lightning_prune.surgery.loading import Prunable, load_state_dict_, recipe_json, slim_loading
 from lightning_prune.surgery.masks import apply_masks_, hold_masks, masks_on
 from lightning_prune.surgery.semi_structured import to_semi_structured_
 from lightning_prune.surgery.sparse_files import load_sparse, load_sparse_, save_sparse
@@ -74,8 +75,10 @@ __all__ = [
     "prune_obs",
     "prune_weights",
     "recalibrate_batch_norm",
+    "recipe_json",
     "save_sparse",
     "sensitivity",
+    "slim_loading",
     "to_semi_structured_",
     "trainer_sensitivity",
     "trainer_weight_sensitivity",

@@ -16,6 +16,7 @@ from lightning_prune import (
     masks_on,
     prune_weights,
 )
+from lightning_prune.surgery import recipes_in
 from tests.magnitude import SIZES, TOTAL, Falling, WithAdam, pruning, zeros
 from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
 
@@ -78,7 +79,9 @@ def test_masks_are_bits_in_a_checkpoint(tmp_path):
     fit(net(), pruning(), saver, enable_checkpointing=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     state = next(value for key, value in saved["callbacks"].items() if key.startswith("IterativeMagnitude"))
-    for masks in (state["masks"], saved["state_dict"]._metadata[""]["lightning_prune"]["masks"]):
+    told = recipes_in(saved["state_dict"])
+    beside = {f"{path}.{leaf}": mask for path, recipe in told.items() for leaf, mask in recipe["masks"].items()}
+    for masks in (state["masks"], beside):
         assert {name: len(bits) for name, (bits, _) in masks.items()} == {n: -(-s // 8) for n, s in SIZES.items()}
 
 

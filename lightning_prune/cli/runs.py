@@ -16,7 +16,7 @@ from torch import nn
 from lightning_prune.callbacks.validation import inputs_from_validation
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
-from lightning_prune.surgery import take_shapes_
+from lightning_prune.surgery.loading import load_state_dict_
 
 __all__ = [
     "RUN", "add_model_options", "add_run_options", "load_run", "load_weights_", "model_and_inputs", "saved_weights",
@@ -91,10 +91,8 @@ def saved_weights(path: Path) -> Any:
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:
-    """Let a model take the shapes and numbers of a checkpoint."""
-    state = saved_weights(path)
-    take_shapes_(model, state, "", getattr(state, "_metadata", {}).get("", {}))
-    model.load_state_dict(state)
+    """Load the weights of a checkpoint into a model, which takes their shapes."""
+    load_state_dict_(model, saved_weights(path))
 
 
 def _settings(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[str] = ()) -> Iterator[None]:
+def all_or_nothing(
+    model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[str] = ()
+) -> Iterator[None]:
     """Take back all that the body wrote if it does not come to its end, be it by Ctrl-C or for want of memory.
 
     That is tensors in place of others, gradients, attributes, buffers, what optimizers hold, and what hooks keep.

@@ -103,6 +103,7 @@ def refit(
     mean_before: Tensor,
     mean_after: Tensor,
     damping: float,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Fit rows to new inputs y so that they give what others gave for x: :math:`W x \approx \hat W y + s`.
 
@@ -114,6 +115,7 @@ def refit(
         mean_before: Mean of x, ``(groups, columns)``; zeros where no shift can be had.
         mean_after: Mean of y, ``(groups, new columns)``; likewise.
         damping: Share of the mean variance of y.
+        keep: False where :math:`\hat W` is held at zero, ``(groups, rows, new columns)`` bool; by default nowhere.
 
     Returns:
         :math:`\hat W`, and the shift s, ``(groups, rows)``.
@@ -126,6 +128,8 @@ def refit(
     regular = damped(after, damping, whole)
     pull = weights @ cross + start @ (regular - after)
     new = torch.cholesky_solve(pull.transpose(1, 2), cholesky(regular)).transpose(1, 2)
+    if keep is not None:
+        new = nearer_on_support(new, regular, keep, start)
     return new, (weights @ mean_before[..., None] - new @ mean_after[..., None])[..., 0]
 
 
