@@ -86,7 +86,7 @@ def prune_exact(
         method: ``"obs"``; ``"obd"``, which looks at the Hessian's diagonal and moves nothing; or ``"magnitude"``.
         alpha: What the Hessian's diagonal starts from.
         ignore: Patterns of module paths whose weights stay.
-        masks: True for each weight that had not left before, by parameter name, beside the masks that the model carries.
+        masks: True for each weight that had not left before, by parameter name, beside masks that the model carries.
         accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone. If it
             raises, the model is as it was.
         progress: Whether to show a progress bar.

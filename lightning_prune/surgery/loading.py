@@ -7,6 +7,7 @@ import binascii
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,7 @@ def slim_loading(recipe: str | None = None) -> Iterator[None]:
     given = None if recipe is None else _read(recipe)
     load = nn.Module.load_state_dict
 
+    @wraps(load)
     def load_slim(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         told = recipes_in(state_dict)
         if not told and given is not None and given.keys() <= dict(self.named_modules(remove_duplicate=False)).keys():

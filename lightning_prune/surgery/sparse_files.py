@@ -92,7 +92,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
         stored = _write(state, unfinished)
         found = load_sparse(unfinished)
         for name, tensor in state.items():
-            if not torch.equal(found[name].nan_to_num(), tensor.detach().cpu().nan_to_num()):
+            if not torch.equal(_comparable(found[name]), _comparable(tensor.detach().cpu())):
                 raise PruningError(f"{name} was read back otherwise than it was written")
         size = unfinished.stat().st_size
         os.replace(unfinished, path)
@@ -236,8 +236,15 @@ def _firsts(state: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+def _comparable(value: Tensor) -> Tensor:
+    """Return a tensor with numbers in place of NaN, in a type that has operators: floats of one byte have none."""
+    return (value.float() if value.is_floating_point() and value.element_size() == 1 else value).nan_to_num()
+
+
 def _not_zero(value: Tensor) -> Tensor:
-    """Tell which entries are not a zero without a sign."""
+    """Return which entries are not a zero without a sign."""
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()
     found = value != 0
     return found | value.signbit() if value.is_floating_point() else found
 
