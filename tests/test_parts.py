@@ -59,7 +59,7 @@ class Lit(pl.LightningModule):
     def training_step(self, batch, _):
         return F.cross_entropy(self(batch[0]), batch[1])
 
-    def test_step(self, batch, _):
+    def test_step(self, batch, batch_idx):
         return None
 
     def configure_optimizers(self):
@@ -322,7 +322,7 @@ def test_what_is_zero_stays_zero_in_second_order_pruning(again, amount):
 
 
 def test_what_is_zero_stays_zero_in_exact_pruning():
-    """The net that is pruned weight by weight goes on from the masks it carries, and is as it was if ``accept`` fails."""
+    """Pruning weight by weight goes on from the masks that are there, and is undone if ``accept`` fails."""
     model = nn.Linear(8, 2)
     apply_masks_(model, {"weight": torch.arange(16).view(2, 8) % 2 == 0})
     before = copy.deepcopy(model.state_dict())
