@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pkgutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,16 @@ def load_run(
 
 def saved_weights(path: Path) -> Any:
     """Return the state dict of a checkpoint, or the one that is saved alone."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    return checkpoint.get("state_dict", checkpoint)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of torch's reader
+        raise PruningError(f"{path} cannot be read by torch.load: {str(error).partition(chr(10))[0]}") from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state, Mapping):
+        raise PruningError(f"{path} holds {type(state).__name__}, not a state dict.")
+    return state
 
 
 def load_weights_(model: nn.Module, path: Path) -> None:

@@ -173,9 +173,11 @@ def recipes_in(state_dict: Any) -> Told:
         PruningError: If it is not what this version writes.
     """
     metadata = getattr(state_dict, "_metadata", None)
-    if not isinstance(metadata, Mapping):
+    if metadata is None:
         return {}
-    return checked({path: of[RECIPE] for path, of in metadata.items() if isinstance(of, Mapping) and RECIPE in of})
+    if not isinstance(metadata, Mapping) or not all(isinstance(of, Mapping) for of in metadata.values()):
+        raise PruningError("The metadata of the state dict cannot be read: the file is damaged. Load an earlier one.")
+    return checked({path: of[RECIPE] for path, of in metadata.items() if RECIPE in of})
 
 
 def checked(told: Told) -> Told:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.surgery import RECIPE, PackedMasks, checked, recipes_in
+from lightning_prune.surgery import RECIPE, PackedMasks, Told, checked, recipes_in
 from lightning_prune.surgery.loading import load_told_
 
 __all__ = ["SparseReport", "StoredTensor", "load_sparse", "load_sparse_", "save_sparse"]
@@ -85,11 +85,12 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
     state = model.state_dict() if isinstance(model, nn.Module) else model
     for name, value in state.items():
         _refuse_unstorable(name, value)
+    recipes = recipes_in(state)
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = _write(state, unfinished)
+        stored = _write(state, recipes, unfinished)
         found = load_sparse(unfinished)
         for name, tensor in state.items():
             if not torch.equal(_comparable(found[name]), _comparable(tensor.detach().cpu())):
@@ -123,9 +124,8 @@ def _refuse_unstorable(name: str, value: Any) -> None:
         )
 
 
-def _write(state: Mapping[str, Tensor], path: Path) -> list[StoredTensor]:
+def _write(state: Mapping[str, Tensor], recipes: Told, path: Path) -> list[StoredTensor]:
     """Write each tensor in its smallest form; tensors under several names under the first."""
-    recipes = recipes_in(state)
     masks: PackedMasks = {
         f"{path}.{leaf}".removeprefix("."): mask
         for path, recipe in recipes.items()

@@ -46,6 +46,8 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
             ) from error
         if isinstance(error, RuntimeError) and "loading state_dict" in str(error):  # torch's words
             raise PruningError(f"load_from_checkpoint: {checkpoint_path} is of another class. {error}") from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise PruningError(f"load_from_checkpoint: {checkpoint_path} cannot be read. {error}") from error
         raise
 
 
@@ -61,8 +63,7 @@ def _wrong_with(path: Path) -> str | None:
         raise
     except Exception as error:
         # Objects that are not plain are read where the caller allows it, so that the first failure tells more.
-        foreign = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
-        return None if foreign else f"cannot be read ({type(error).__name__}: {error})"
+        return None if "Unsupported global" in str(error) else f"cannot be read ({type(error).__name__}: {error})"
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         return None if "pytorch-lightning_version" in found else "does not say which Lightning wrote it"
     holds = ", ".join(map(repr, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
