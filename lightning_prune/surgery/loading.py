@@ -218,7 +218,7 @@ def slim_loading(recipe: str | None = None) -> Iterator[None]:
         take_told_(self, state_dict, told)
         try:
             return load(self, state_dict, *args, **kwargs)
-        except RuntimeError as error:
+        except _OF_THE_FILE as error:
             if not told:
                 _refuse_other_shapes("slim_loading", self, state_dict)
                 raise

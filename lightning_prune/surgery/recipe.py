@@ -67,8 +67,8 @@ class _Part:
 
     def values(self, module: nn.Module) -> dict[str, Any]:
         """Return the numbers that are still there, by name."""
-        held = {name: held_number(module, name) for name in self.attributes}
-        return {name: _plain(value) for name, value in held.items() if value is not ABSENT}
+        held = {name: _plain(held_number(module, name)) for name in self.attributes}
+        return {name: value for name, value in held.items() if _is_whole(value) or _are_whole(value)}
 
     def masks_on(self, module: nn.Module) -> PackedMasks:
         """Return the masks that still hold. Weights that were written to since have ended theirs."""
@@ -338,7 +338,10 @@ def _refuse_impossible(module: nn.Module, change: AttributeChange, largest: int)
         change: What would be written.
         largest: Entries of the largest tensor that is loaded, and so more than any width.
     """
-    if change.old != change.new and not (follows_cuts(module, change.name) and _possible(change, largest)):
+    number = isinstance(change.old, int | np.integer | tuple | list)
+    if number and change.old == change.new:
+        return
+    if not (number and follows_cuts(module, change.name) and _possible(change, largest)):
         raise PruningError(
             f"The pruning metadata asks to set {_joined(change.module, change.name)} from {change.old!r} to "
             f"{change.new!r}, which no pruning does: the file is damaged, or of another model. Nothing was changed; "

@@ -58,6 +58,9 @@ def _wrong_with(path: Path) -> str | None:
     if not zipfile.is_zipfile(path):
         return "was not written by torch.save, or only in part"
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return "is damaged"
         found = torch.load(path, map_location="meta", weights_only=True)
     except MemoryError:
         raise
