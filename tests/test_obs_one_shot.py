@@ -150,7 +150,6 @@ def test_contract():
     assert arguments_of(rebuilt) == arguments_of(callback) == arguments_of(pickle.loads(pickle.dumps(callback)))
     model, before = net(), global_hooks()
     own = {name: id(parameter) for name, parameter in model.named_parameters()}
-    hooks = hooks_of(model)
     fit(model, callback)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == own
     assert global_hooks() == before
