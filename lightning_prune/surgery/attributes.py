@@ -60,7 +60,7 @@ _SIZES: dict[type[nn.Module], dict[str, tuple[tuple[str, ...], int, str | None]]
 }
 
 _COUNTS = frozenset({"groups", "num_groups", "normalized_shape"})  # on modules of torch.nn, beside those above
-_TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)  # of them, those whose numbers the trace follows
+_TELLING = (nn.MultiheadAttention, nn.RNNBase, nn.Transformer, nn.Unflatten)  # of them, those whose numbers follow
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
