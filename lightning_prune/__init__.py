@@ -40,7 +40,7 @@ __all__ = [
     "recalibrate_batch_norm",
     "save_sparse",
     "sensitivity",
-    "to_semi_structured_",
+    "slim_loading",
     "weight_sensitivity",
 ]
 
@@ -50,7 +50,7 @@ _HOMES = {
     "analysis.latency_comparison": ("compare_latency",),
     "analysis.layer_sensitivity": ("sensitivity",),
     "analysis.weight_sensitivity": ("weight_sensitivity",),
-    "callbacks.engine.loading": ("Prunable", "load_from_checkpoint", "load_state_dict_"),
+    "callbacks.engine.loading": ("load_from_checkpoint",),
     "callbacks.filter_l1": ("FilterL1Pruning",),
     "callbacks.filter_pruning": ("FilterPruning",),
     "callbacks.iterative_magnitude": ("IterativeMagnitudePruning",),
@@ -64,8 +64,8 @@ _HOMES = {
     "pruning.obs": ("prune_obs",),
     "pruning.weights": ("prune_weights",),
     "structure.rules": ("coupling_rule",),
+    "surgery.loading": ("Prunable", "load_state_dict_", "slim_loading"),
     "surgery.masks": ("apply_masks_", "hold_masks"),
-    "surgery.semi_structured": ("to_semi_structured_",),
     "surgery.sparse_files": ("load_sparse", "load_sparse_", "save_sparse"),
 }
 
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from lightning_prune.analysis.latency_comparison import compare_latency
     from lightning_prune.analysis.layer_sensitivity import sensitivity
     from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
-    from lightning_prune.callbacks.engine.loading import Prunable, load_from_checkpoint, load_state_dict_
+    from lightning_prune.callbacks.engine.loading import load_from_checkpoint
     from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
     from lightning_prune.callbacks.filter_pruning import FilterPruning
     from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
@@ -88,8 +88,8 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.obs import prune_obs
     from lightning_prune.pruning.weights import prune_weights
     from lightning_prune.structure.rules import coupling_rule
+    from lightning_prune.surgery.loading import Prunable, load_state_dict_, slim_loading
     from lightning_prune.surgery.masks import apply_masks_, hold_masks
-    from lightning_prune.surgery.semi_structured import to_semi_structured_
     from lightning_prune.surgery.sparse_files import load_sparse, load_sparse_, save_sparse
 
     __version__: str

@@ -57,6 +57,12 @@ def hooks_of(module):
     ]
 
 
+def recipe_hooks(module):
+    """The hooks that write and read the recipe of a pruned model, as :func:`hooks_of` names them."""
+    kinds = ("_load_state_dict_pre_hooks", "_state_dict_hooks")
+    return sorted((path, kind) for path, _ in module.named_modules() for kind in kinds)
+
+
 def global_hooks():
     found = vars(torch.nn.modules.module)
     return [len(value) for name, value in found.items() if name.startswith("_global") and isinstance(value, dict)]
@@ -279,18 +285,18 @@ def test_no_hooks_stay(kind, module_kind):
     callback = kind(amount=0.5)
     fit(module, callback)
     fit(module, callback)
-    assert [(path, name) for path, name, _ in hooks_of(module)] == [("", "_state_dict_hooks")]
+    assert sorted((path, name) for path, name, _ in hooks_of(module)) == recipe_hooks(module)
     assert global_hooks() == everywhere
 
 
-@pytest.mark.parametrize("amount, left", [(0.0, []), (0.5, [("", "_state_dict_hooks")])], ids=["whole", "cut"])
-def test_no_hooks_stay_after_an_exception(kind, amount, left):
+@pytest.mark.parametrize("amount", [0.0, 0.5], ids=["whole", "cut"])
+def test_no_hooks_stay_after_an_exception(kind, amount):
     """When training fails, no more hangs on the model than after a run that ends well."""
     everywhere = global_hooks()
     module = net(Fails)
     with pytest.raises(ZeroDivisionError):
         fit(module, kind(amount=amount, schedule=Linear(1, 2)))
-    assert [(path, name) for path, name, _ in hooks_of(module)] == left
+    assert sorted((path, name) for path, name, _ in hooks_of(module)) == (recipe_hooks(module) if amount else [])
     assert global_hooks() == everywhere
     assert_agrees_with_shapes(module)
 
@@ -313,4 +319,4 @@ def test_pruned_model_pickles(kind):
     module.trainer = None
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert_same_weights(other, weights(module))
-        assert other.state_dict()._metadata[""] == module.state_dict()._metadata[""]
+        assert str(other.state_dict()._metadata) == str(module.state_dict()._metadata)

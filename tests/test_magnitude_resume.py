@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_prune import Cubic, Geometric, IterativeMagnitudePruning, Linear, load_from_checkpoint, prune_weights
+from lightning_prune.surgery import recipes_in
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, Falling, WithAdam, gone_of, pruning, zeros
 from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
@@ -71,7 +72,9 @@ def test_masks_are_bits_in_a_checkpoint(tmp_path):
     fit(net(), pruning(), saver, enable_checkpointing=True)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     state = next(value for key, value in saved["callbacks"].items() if key.startswith("IterativeMagnitude"))
-    for masks in (state["masks"], saved["state_dict"]._metadata[""]["lightning_prune"]["masks"]):
+    told = recipes_in(saved["state_dict"])
+    beside = {f"{path}.{leaf}": mask for path, recipe in told.items() for leaf, mask in recipe["masks"].items()}
+    for masks in (state["masks"], beside):
         assert {name: len(bits) for name, (bits, _) in masks.items()} == {n: -(-s // 8) for n, s in SIZES.items()}
 
 

@@ -13,7 +13,7 @@ from torch import nn, optim
 from lightning_prune import apply_masks_, hold_masks, load_state_dict_, prune_obs, prune_weights
 from lightning_prune.pruning.exact import prune_exact
 from lightning_prune.pruning.fisher import prune_fisher
-from lightning_prune.surgery import take_shapes_
+from lightning_prune.surgery import recipes_in, take_shapes_
 from lightning_prune.surgery.masks import Masks, masks_on
 
 OPTIMIZERS = {
@@ -260,7 +260,8 @@ def test_a_state_dict_tells_its_masks():
     torch.save(model.state_dict(), file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    packed = saved._metadata[""]["lightning_prune"]["masks"]
+    told = recipes_in(saved)
+    packed = {f"{path}.{leaf}": mask for path, recipe in told.items() for leaf, mask in recipe["masks"].items()}
     assert {name: (bits.dtype, len(bits), shape) for name, (bits, shape) in packed.items()} == {
         "conv.weight": (torch.uint8, 9, [4, 2, 3, 3]),
         "head.weight": (torch.uint8, 2, [3, 4]),
@@ -277,7 +278,9 @@ def test_masks_that_do_not_hold_are_not_told():
     model = small()
     apply_masks_(model, KEEP)
     step(model, optim.SGD([model.conv.weight], 0.1))
-    assert list(model.state_dict()._metadata[""]["lightning_prune"]["masks"]) == ["head.weight"]
+    told = recipes_in(model.state_dict())
+    assert [path for path, recipe in told.items() if recipe["masks"]] == ["head"]
+    assert list(masks_on(model)) == ["head.weight"]
 
 
 def test_masks_of_another_model_are_refused():

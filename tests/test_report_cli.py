@@ -73,7 +73,8 @@ def test_a_dense_checkpoint_is_not_timed_as_the_pruned_one(run, tmp_path, capsys
     torch.save({**saved, "state_dict": runs.Known().state_dict()}, path)
     with pytest.raises(SystemExit) as stop:
         shown(capsys, run, "--latency", "--ckpt_path", path)
-    assert "best.ckpt holds the dense model" in str(stop.value) and "Give --ckpt_path" in str(stop.value)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and "best.ckpt holds the dense model" in told and "Give --ckpt_path" in told
 
 
 def test_latency_of_a_model_by_import_path(run, capsys):

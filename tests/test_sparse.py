@@ -20,11 +20,11 @@ from lightning_prune import (
     load_sparse_,
     prune_weights,
     save_sparse,
-    to_semi_structured_,
 )
 from lightning_prune.cli import main
 from lightning_prune.surgery import semi_structured
 from lightning_prune.surgery.masks import masks_on
+from lightning_prune.surgery.semi_structured import to_semi_structured_
 from tests.runs import Depthwise, Net, assert_agrees_with_shapes, fit, net, weights
 
 

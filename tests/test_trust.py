@@ -50,7 +50,9 @@ def test_nothing_gathers(case, width, times):
     assert max(half) - min(half) <= times // 2 + 8  # one a cut, which the history of the run notes
     assert not any(seen["old storages alive"])
     assert len(set(seen["hooks"])) == 1
-    assert seen["left behind"] == ["._state_dict_hooks"]  # the recipe of a model that was pruned
+    kinds = {name.rpartition(".")[2] for name in seen["left behind"]}
+    assert kinds == {"_state_dict_hooks", "_load_state_dict_pre_hooks"}  # the recipe of a model that was pruned
+    assert len(set(seen["left behind"])) == len(seen["left behind"])
     assert times < 1000 or seen["memory"][-1] - seen["memory"][len(seen["memory"]) // 2] < 4 * 2**20
 
 

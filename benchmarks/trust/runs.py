@@ -27,6 +27,7 @@ from lightning_prune import (
     OBSOneShot,
     TaylorFilterPruning,
 )
+from lightning_prune.surgery import recipes_in
 
 EPOCHS, BATCHES, CLASSES = 5, 4, 3
 IMAGE = (2, 6, 6)
@@ -170,6 +171,6 @@ def train(folder: Path, case: str, every: str) -> dict[str, Any]:
 def outcome(module: pl.LightningModule, made: pl.Trainer) -> dict[str, Any]:
     """Return weights, masks, attributes and momentum as plain tensors and lists."""
     state = module.state_dict()
-    recipe = getattr(state, "_metadata", {}).get("", {}).get("lightning_prune", {})
+    recipe = recipes_in(state)
     momenta = [optimizer.state_dict()["state"] for optimizer in made.optimizers]
     return {"weights": dict(state), "recipe": recipe, "momenta": momenta, "steps": made.global_step}

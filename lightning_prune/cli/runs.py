@@ -18,7 +18,7 @@ from torch import nn
 from lightning_prune.callbacks.validation import inputs_from_validation
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
-from lightning_prune.surgery import take_shapes_
+from lightning_prune.surgery.loading import load_state_dict_
 
 __all__ = [
     "RUN", "add_model_options", "add_run_options", "existing_file", "load_checkpoint", "load_run", "load_weights_",
@@ -121,10 +121,8 @@ def load_weights_(model: nn.Module, path: Path) -> None:
     Raises:
         PruningError: If the checkpoint is of another model.
     """
-    state = saved_weights(path)
-    take_shapes_(model, state, "", getattr(state, "_metadata", {}).get("", {}))
     try:
-        model.load_state_dict(state)
+        load_state_dict_(model, saved_weights(path))
     except RuntimeError as error:
         raise PruningError(f"{path} does not fit {type(model).__name__}: {error}") from error
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.model.calls import ExampleInputs, run, tensors_in, undisturbed
+from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import AttributeChange, Cut, draft, held_number, shape_attributes, temporarily_cut
 
@@ -82,6 +83,7 @@ def latency_kept(
         try:
             ratios = [slim / dense for dense, slim in rounds(turns)]
         except Exception as error:
+            reraise_out_of_memory(error)
             raise CutDoesNotRunError(keep) from error
     return median(ratios)
 

@@ -1,7 +1,28 @@
-"""The exception of this package."""
+"""The exception of this package, and the failures that say nothing about a model."""
 
-__all__ = ["PruningError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["PruningError", "failures_suppressed", "reraise_out_of_memory"]
 
 
 class PruningError(RuntimeError):
     """The model, the data or the run cannot be pruned as requested; the model is unchanged."""
+
+
+def reraise_out_of_memory(error: BaseException) -> None:
+    """Raise an error again if memory ran out: that says nothing about the model, so no conclusion may be drawn."""
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
+    if on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        raise error
+
+
+@contextmanager
+def failures_suppressed() -> Iterator[None]:
+    """Go on after the body if it fails, unless memory ran out."""
+    try:
+        yield
+    except Exception as error:
+        reraise_out_of_memory(error)

@@ -20,7 +20,7 @@ from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning.arguments import Parameters, check_choice, check_fraction, check_ignored, names_module
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import count_unmasked, weight_report
-from lightning_prune.surgery.masks import apply_masks_
+from lightning_prune.surgery.masks import apply_masks_, masks_on
 
 __all__ = ["Removal", "Removals", "prune_exact"]
 
@@ -78,8 +78,9 @@ def prune_exact(
         max_rise: Stop before a removal of which a larger rise of the loss is predicted.
         method: ``"obs"``; ``"obd"``, which looks at the Hessian's diagonal and moves nothing; or ``"magnitude"``.
         alpha: What the Hessian's diagonal starts from.
-        masks: True for each weight that had not left before, by parameter name; to go on after some training.
-        accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone.
+        masks: True for each weight that had not left before, by parameter name, beside masks that the model carries.
+        accept: Tells of the model after a removal whether it is still good enough; if not, the removal is undone. If it
+            raises, the model is as it was.
         progress: Whether to show progress bars.
 
     Raises:
@@ -104,25 +105,33 @@ def prune_exact(
     patient = _Patient.of(model, ignore, masks)
     least = patient.left.numel() - number_to_prune(amount, patient.left.numel())
     removals: list[Removal] = []
+    at_first = patient.values()
     before = current = _measured(model, batches, loss)
     if not math.isfinite(before):
         raise PruningError(f"prune_exact: the loss on the batches is {before}. Pass a trained model and finite data.")
     stopped = "amount reached"
-    with counted("weights", max(0, int(patient.left.sum()) - least), progress) as advance:
-        while int(patient.left.sum()) > least:
-            step = _STEPS[method](patient, batches, loss, alpha)
-            if step.rise > max_rise:
-                stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
-                break
-            undo = patient.values()
-            at = patient.take(step)
-            current = _measured(model, batches, loss)
-            if current > max_loss or (accept is not None and not accept(model)):
-                patient.put_back(at, undo)
-                stopped = f"the next removal would take the loss to {current:.3g}"
-                break
-            removals.append(Removal(*patient.place(at), step.rise, current))
-            advance(f"(loss {current:.3g})")
+    try:
+        with counted("weights", max(0, int(patient.left.sum()) - least), progress) as advance:
+            while int(patient.left.sum()) > least:
+                step = _STEPS[method](patient, batches, loss, alpha)
+                if step.rise > max_rise:
+                    stopped = f"the next removal would raise the loss by {step.rise:.3g}, predicted"
+                    break
+                undo = patient.values()
+                at = patient.take(step)
+                current = _measured(model, batches, loss)
+                refused = "" if current <= max_loss else f"the next removal would take the loss to {current:.3g}"
+                if not refused and accept is not None and not accept(model):
+                    refused = "accept refused the next removal"
+                if refused:
+                    patient.put_back(at, undo)
+                    stopped = refused
+                    break
+                removals.append(Removal(*patient.place(at), step.rise, current))
+                advance(f"(loss {current:.3g})")
+    except BaseException:  # of accept, or Ctrl-C
+        patient.write(at_first)
+        raise
     unmasked = count_unmasked(model)
     apply_masks_(model, patient.masks())
     details = Removals(tuple(removals), before, stopped)
@@ -151,10 +160,11 @@ class _Patient:
                 f"prune_exact: {count:,} weights; from 1 to {_MOST:,} have a Hessian that fits into memory. "
                 "Use prune_obs for larger nets."
             )
-        left = [
-            (masks or {}).get(name, torch.ones_like(p, dtype=torch.bool)).flatten() for name, p in parameters.items()
-        ]
-        return cls(model, parameters, torch.cat(left))
+        left = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in parameters.items()}
+        for earlier in (masks or {}, masks_on(model)):
+            for name in left.keys() & earlier.keys():
+                left[name] = left[name] & earlier[name].to(left[name].device)
+        return cls(model, parameters, torch.cat([stays.flatten() for stays in left.values()]))
 
     def values(self) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
@@ -163,12 +173,12 @@ class _Patient:
         """Write what a step over the weights that are left came to, and return the place of the one that left."""
         at = int(self.left.nonzero()[step.which])
         values = self.values()
-        self._write(values.index_put((self.left,), step.weights.to(values.dtype)))
+        self.write(values.index_put((self.left,), step.weights.to(values.dtype)))
         self.left[at] = False
         return at
 
     def put_back(self, at: int, values: Tensor) -> None:
-        self._write(values)
+        self.write(values)
         self.left[at] = True
 
     def place(self, at: int) -> tuple[str, int]:
@@ -184,7 +194,8 @@ class _Patient:
         parts = zip(self.parameters.items(), self.left.split(sizes), strict=True)
         return {name: part.view_as(parameter).clone() for (name, parameter), part in parts}
 
-    def _write(self, values: Tensor) -> None:
+    def write(self, values: Tensor) -> None:
+        """Give the parameters these values."""
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         with torch.no_grad():
             for parameter, part in zip(self.parameters.values(), values.split(sizes), strict=True):

@@ -19,7 +19,7 @@ from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.obs import write_
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import count_unmasked, weight_report
-from lightning_prune.surgery.masks import apply_masks_
+from lightning_prune.surgery.masks import apply_masks_, masks_on
 
 __all__ = ["FisherFit", "block_fisher", "prune_fisher"]
 
@@ -61,7 +61,8 @@ def prune_fisher(
     """Set the weights that the loss needs least to zero, in place; their neighbours make up for them.
 
     The loss's Hessian is taken to be the mean over examples of the outer products of their gradients, in blocks of
-    neighbouring weights. What leaves is compared across all layers, by the rise of the loss itself.
+    neighbouring weights. What leaves is compared across all layers, by the rise of the loss itself. What an earlier
+    call set to zero stays zero, and counts.
 
     Args:
         model: The model. Examples run one by one in eval mode.
@@ -109,12 +110,18 @@ def prune_fisher(
         paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(matrix)) for part, matrix in each_part]
     reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
     leaving = torch.zeros_like(reached, dtype=torch.bool)
-    leaving[torch.argsort(reached, stable=True)[: number_to_prune(amount, len(reached))]] = True
+    earlier = masks_on(model)
+    alive = {n: earlier[n].expand(w.parameter.shape).flatten() for n, w in found.found.items() if n in earlier}
+    gone = sum(len(stays) - int(stays.sum()) for stays in alive.values())
+    # What is zero already costs nothing, so it leaves first.
+    leaving[torch.argsort(reached, stable=True)[: max(gone, number_to_prune(amount, len(reached)))]] = True
     keep = {name: torch.ones_like(values, dtype=torch.bool) for name, values in flat.items()}
     predicted = 0.0
     counts = [int(gone.sum()) for gone in leaving.split([path.rises.numel() for path in paths])]
     for part, matrix, path, count in zip(parts, fisher, paths, counts, strict=True):
         stays = keep_along(path, count)
+        if part.name in alive:
+            stays = stays & part.of(alive[part.name]).to(stays.device)
         weights = part.of(flat[part.name])
         new = best_on_support(weights[:, None], matrix, stays[:, None])[:, 0]
         change = (new - weights)[:, None]

@@ -11,7 +11,15 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_prune.algorithms.solvers import Curve, Pattern, RowSolver, damped, rise
+from lightning_prune.algorithms.solvers import (
+    Curve,
+    Pattern,
+    RowSolver,
+    best_on_support,
+    damped,
+    nearer_on_support,
+    rise,
+)
 from lightning_prune.algorithms.solvers.damping import cholesky
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import Gram, fitting, gather_grams, gather_pair
@@ -26,6 +34,7 @@ Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
 
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
+_WIDE = 320  # columns from which rows are refitted by conjugate gradients
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time
 
 
@@ -58,6 +67,7 @@ class Surgery:
         solver: Prunes the rows of one layer.
         damping: Share of the mean diagonal entry that is added to Hessians.
         tensors: The model's parameters and buffers, by name.
+        masks: What earlier calls left of parameters, as bool, by name; what they zeroed stays zero.
     """
 
     model: nn.Module
@@ -66,6 +76,7 @@ class Surgery:
     solver: type[RowSolver]
     damping: float
     tensors: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     _held: dict[str, _Patient] = field(default_factory=dict)
 
     def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
@@ -82,6 +93,25 @@ class Surgery:
         """Return a layer's weights as ``(groups, rows, columns)``."""
         return self.products.readings[name].rows(self.tensors[name].detach()).to(self.calibration.dtype)
 
+    def solve(self, name: str, solver: RowSolver, leaving: int | Pattern) -> tuple[Tensor, Tensor]:
+        """Return the new rows of a layer and what stays of them, which is nothing that was zeroed before."""
+        new, keep = solver.solve(leaving)
+        if name not in self.masks:
+            return new, keep
+        alive = self.products.readings[name].rows(self.masks[name].to(new.device).expand(self.tensors[name].shape))
+        revived = int((keep & ~alive).sum())
+        if not revived:
+            return new, keep
+        keep = keep & alive
+        if not isinstance(leaving, Pattern):
+            # As many others stay instead: those that matter most by the Hessian's diagonal.
+            worth = solver.weights.square() * solver.hessian.diagonal(dim1=1, dim2=2)[:, None]
+            worth = worth.masked_fill(keep | ~alive, -torch.inf).flatten()
+            keep = keep.flatten().index_fill(0, worth.topk(revived).indices, True).view_as(keep)
+        if keep.shape[2] > _WIDE:
+            return nearer_on_support(solver.weights, solver.hessian, keep, new), keep
+        return best_on_support(solver.weights, solver.hessian, keep), keep
+
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
         """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
 
@@ -96,7 +126,8 @@ class Surgery:
         others = {}
         if (shift := self.products.shifts.get(name)) is not None:
             held = self.tensors[shift.name].detach()
-            others[shift.name] = held + shift.sign * lost.flatten().to(held)
+            moved = held + shift.sign * lost.flatten().to(held)
+            others[shift.name] = moved * self.masks[shift.name].to(moved) if shift.name in self.masks else moved
         weight = reading.weight(rows).to(self.tensors[name].dtype)
         return Solved(weight, reading.weight(keep), error, others)
 
@@ -129,7 +160,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
     for _ in _shown("pruned", list(leaving), progress):
         name, patient = next(patients)
         with told_of(name):
-            new, keep = patient.solver.solve(leaving[name])
+            new, keep = surgery.solve(name, patient.solver, leaving[name])
         lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
         found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
@@ -156,7 +187,7 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
         pull = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
         with told_of(name):
             aim = torch.cholesky_solve(pull.transpose(1, 2), cholesky(hessian)).transpose(1, 2)
-            new, keep = surgery.solver(aim, hessian).solve(leaving[name])
+            new, keep = surgery.solve(name, surgery.solver(aim, hessian), leaving[name])
         energy = rise(weights, pair.before).sum()
         lost = energy + rise(new, pair.after).sum() - ((weights @ pair.cross) * new).sum()
         mean = (weights @ pair.mean_before[..., None] - new @ pair.mean_after[..., None])[..., 0]

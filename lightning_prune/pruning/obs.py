@@ -37,7 +37,7 @@ from lightning_prune.pruning.layerwise import (
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import check_weight_arguments, count_unmasked, weight_report
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.masks import apply_masks_
+from lightning_prune.surgery.masks import apply_masks_, masks_on
 
 __all__ = [
     "Asked", "LayerFit", "ObsPlan", "Solver", "Split", "plan_obs", "prune_obs", "refuse_beyond_reach",
@@ -79,7 +79,8 @@ def prune_obs(
 
     No labels, no loss and no training: every layer keeps its outputs on the batches as well as it can. Weights of
     linear and convolution layers, attention's projections and any other parameter that is multiplied with inputs are
-    pruned. What does more than that, such as a weight shared with an embedding, stays; the report says so.
+    pruned. What does more than that, such as a weight shared with an embedding, stays; the report says so. What an
+    earlier call set to zero stays zero, and counts.
 
     Args:
         model: The model. The batches run in eval mode.
@@ -186,9 +187,9 @@ def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPla
     products = find_products(model, calibration.batches[0], calibration.forward)
     names, skipped = _prunable(model, products, asked)
     solver = SOLVERS[asked.solver]
-    surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model))
+    surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model), masks_on(model))
     solve = one_by_one if asked.sequential else all_together
-    solved = solve(surgery, _leaving(surgery, names, asked), asked.progress)
+    solved = solve(surgery, _with_earlier(surgery, _leaving(surgery, names, asked)), asked.progress)
     tensors = {name: layer.weight for name, layer in solved.items()}
     masks = {name: layer.keep for name, layer in solved.items()}
     fits = []
@@ -257,6 +258,24 @@ def _leaving(surgery: Surgery, names: Sequence[str], asked: Asked) -> Leaving:
         return {name: number_to_prune(amount, size) for name, size in sizes.items()}
     refuse_beyond_reach(sizes, asked)
     return split(error_curves(surgery, names, amount, asked.progress), total)
+
+
+def _with_earlier(surgery: Surgery, leaving: Leaving) -> Leaving:
+    """Return how much leaves each layer, at least what earlier calls zeroed, and if possible as much in all."""
+    found = dict(leaving)
+    asked = sum(count for count in leaving.values() if isinstance(count, int))
+    gone = dict.fromkeys(leaving, 0)
+    for name in leaving.keys() & surgery.masks.keys():
+        mask = surgery.masks[name].expand(surgery.tensors[name].shape)
+        gone[name] = mask.numel() - int(mask.sum())
+    for name, count in leaving.items():
+        found[name] = max(count, gone[name]) if isinstance(count, int) else count
+    beyond = sum(count for count in found.values() if isinstance(count, int)) - asked
+    for name, count in found.items() if beyond else ():
+        if isinstance(count, int):
+            fewer = min(beyond, count - gone[name])
+            found[name], beyond = count - fewer, beyond - fewer
+    return found
 
 
 def refuse_beyond_reach(sizes: Mapping[str, int], asked: Asked) -> None:

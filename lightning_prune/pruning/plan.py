@@ -22,7 +22,6 @@ from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, 
 from lightning_prune.pruning.report import GroupWidth, Repair, Report
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import Cut, Proof, compensated, cut_, draft, recipe_of, verify
-from lightning_prune.surgery.masks import follow_cut_
 
 __all__ = ["Latency", "Plan", "count_params", "plan_filters"]
 
@@ -124,11 +123,9 @@ class Plan:
         """
         if not self.cut.kept:
             return
+        # Noted before the cut, so that nothing that can be interrupted follows it.
+        recipe_of(self.model).note((attribute.module, attribute.name) for attribute in self.structure.ledger.attributes)
         cut_(self.model, self.cut, self.tensors, optimizers)
-        follow_cut_(self.model, self.cut.kept)
-        recipe = recipe_of(self.model)
-        recipe.note((attribute.module, attribute.name) for attribute in self.structure.ledger.attributes)
-        recipe.needed = True
 
 
 def plan_filters(

@@ -19,6 +19,7 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.report import Repair
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, temporarily_cut
+from lightning_prune.surgery.masks import masks_on
 from lightning_prune.surgery.resize import narrowed
 
 __all__ = ["DAMPING", "repaired"]
@@ -124,11 +125,20 @@ def _refitted(
     start = slim.rows(tensors[name]).to(rows)
     added = products.shifts.get(name)
     moments = pair if added is not None else _uncentred(pair)
-    weights, shift = refit(rows, start, moments.cross, moments.after, moments.mean_before, moments.mean_after, damping)
+    masks = masks_on(model)
+    keep = None
+    if name in masks:  # what was zeroed before stays zero
+        keep = slim.rows(narrowed(masks[name].expand(own[name].shape), cut.kept[name])).to(start.device)
+    weights, shift = refit(
+        rows, start, moments.cross, moments.after, moments.mean_before, moments.mean_after, damping, keep
+    )
     new = {name: slim.weight(weights).to(tensors[name])}
     if added is not None:
         held = tensors.get(added.name, own[added.name].detach())
         new[added.name] = held + added.sign * shift.flatten().to(held)
+        if added.name in masks:
+            stays = narrowed(masks[added.name], cut.kept.get(added.name, {}))
+            new[added.name] = new[added.name] * stays.to(held)
     return new, Repair(name, _lost(rows, start, pair, torch.zeros_like(shift)), _lost(rows, weights, pair, shift))
 
 

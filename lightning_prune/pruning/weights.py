@@ -215,7 +215,15 @@ def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> 
 
     Raises:
         ValueError: If a function of the user's gives scores of another shape.
+        PruningError: If a weight has been converted, such as to a sparse layout.
     """
+    for name, weight in weights.items():
+        tensor = weight.parameter
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.itemsize == 1:
+            raise PruningError(
+                f"{name} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}: only dense weights of 16 "
+                "bits or more can be scored. Prune before weights are converted."
+            )
     score = _CRITERIA[criterion] if isinstance(criterion, str) else lambda name, weight: criterion(weight)
     scores = {name: score(name, weight.parameter.detach()) for name, weight in weights.items()}
     for name, weight in weights.items():

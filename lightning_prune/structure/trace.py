@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -21,7 +20,7 @@ from lightning_prune.model.calls import (
     tensors_in,
     undisturbed,
 )
-from lightning_prune.model.errors import PruningError
+from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
 from lightning_prune.structure.solve_ints import add_unknowns_
 from lightning_prune.structure.tensor_names import named_tensors
@@ -48,11 +47,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[L
     refuse_shapeless(model)
     refuse_empty(example_inputs)
     for hollow in (True, False):
-        with suppress(Exception):  # some code takes plain numbers alone
+        with failures_suppressed():  # some code takes plain numbers alone
             return _in_both_modes(model, example_inputs, literals, numbers=True, hollow=hollow)
     try:
         return _in_both_modes(model, example_inputs, literals, numbers=False, hollow=False)
     except Exception as error:
+        reraise_out_of_memory(error)
         where, name = f"({type(error).__name__}: {error})", type(model).__name__
         if isinstance(example_inputs, Instead):
             told = f"{example_inputs.function.__name__} of {name} does not run in eval mode, without gradients {where}."
@@ -88,6 +88,7 @@ def _in_both_modes(
                     _drop_if_alike(ledger, first)
                 break
             except Exception as error:
+                reraise_out_of_memory(error)
                 failure = f"{type(error).__name__}: {error}"
                 ledger, labels = eval_mode()  # what half of a pass wrote down does not count
                 ledger.untrained = failure

@@ -13,7 +13,9 @@ from torch import nn
 
 from lightning_prune.model.calls import modules_of
 
-__all__ = ["ABSENT", "AttributeChange", "attributes_set", "held_number", "set_attributes_", "shape_attributes"]
+__all__ = [
+    "ABSENT", "AttributeChange", "attributes_set", "follows_cuts", "held_number", "set_attributes_", "shape_attributes",
+]  # fmt: skip
 
 ABSENT = object()
 """What :func:`held_number` returns where there is nothing."""
@@ -56,6 +58,24 @@ _SIZES: dict[type[nn.Module], dict[str, tuple[tuple[str, ...], int, str | None]]
     },
     nn.modules.conv._ConvNd: {"in_channels": (("weight",), 1, "groups"), "out_channels": (("weight",), 0, None)},
 }
+
+_COUNTS = frozenset({"groups", "num_groups", "normalized_shape"})  # on modules of torch.nn, beside those above
+_TELLING = (nn.MultiheadAttention, nn.RNNBase, nn.Transformer, nn.Unflatten)  # of them, those whose numbers follow
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def follows_cuts(module: nn.Module, name: str) -> bool:
+    """Return whether a cut may change an attribute: a whole number, or several, that a module or its class holds."""
+    root = name.partition(".")[0]
+    held = held_number(module, name)
+    items = held if isinstance(held, tuple | list) else [held]
+    whole = all(isinstance(item, int | np.integer) and not isinstance(item, bool) for item in items)
+    if not whole or root in _INTERNAL or root.startswith("__"):
+        return False
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
+        sizes = next((table for kind, table in _SIZES.items() if isinstance(module, kind)), {})
+        return name in _COUNTS or name in sizes
+    return root in vars(module) or isinstance(getattr(type(module), root, None), int | tuple | list)
 
 
 def shape_attributes(

@@ -15,7 +15,8 @@ from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.solve_ints import place_of
 from lightning_prune.structure.width_ties import Counts
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
-from lightning_prune.surgery.resize import Kept, followed, narrowed, replace_tensors_
+from lightning_prune.surgery.recipe import recipe_of
+from lightning_prune.surgery.resize import Kept, all_or_nothing, followed, narrowed, replace_tensors_
 
 __all__ = ["Cut", "cut_", "draft"]
 
@@ -76,14 +77,15 @@ def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:
 
 
 def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
-    """Write a cut into the model and the state of its optimizers.
+    """Write a cut into the model, the masks that it carries and the state of its optimizers, or nothing of it.
 
-    Parameters stay the same objects, and what has gathered in their gradients is cut like themselves.
+    Parameters stay the same objects, and what has gathered in their gradients is cut like themselves. Whatever stops
+    the writing, Ctrl-C or a lack of memory, the model is whole afterwards, or cut.
 
     Raises:
         PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
     """
-    own = named_tensors(model)
+    own, optimizers = named_tensors(model), list(optimizers)
     parameters = [(tensor, kept) for name, kept in cut.kept.items() if isinstance(tensor := own[name], nn.Parameter)]
     states = [
         (optimizer.state[parameter], followed(optimizer, parameter, kept))
@@ -92,12 +94,17 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
         if parameter in optimizer.state
     ]
     gradients = [(p, narrowed(p.grad, kept)) for p, kept in parameters if p.grad is not None]
-    for state, slim in states:
-        state.update(slim)
-    replace_tensors_(model, tensors)
-    for parameter, gradient in gradients:
-        parameter.grad = gradient
-    set_attributes_(model, cut.attributes)
+    recipe = recipe_of(model)
+    masks = recipe.followed(cut.kept)
+    with all_or_nothing(model, optimizers):
+        for state, slim in states:
+            state.update(slim)
+        replace_tensors_(model, tensors)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        set_attributes_(model, cut.attributes)
+        recipe.write_masks_(masks)
+        recipe.needed = True
 
 
 def _counted(model: nn.Module, structure: Structure, alive: np.ndarray) -> list[AttributeChange]:

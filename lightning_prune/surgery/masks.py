@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.model.bits import pack_bits, unpack_bits
+from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
-__all__ = ["Masks", "apply_masks_", "follow_cut_", "hold_masks", "masks_on", "unpacked"]
+__all__ = ["Masks", "apply_masks_", "hold_masks", "masks_on", "unpacked"]
 
 
 class Masks:
@@ -130,12 +131,9 @@ class Masks:
         return {name: [pack_bits(keep), list(keep.shape)] for name, keep in self.keep.items()}
 
     def _changed(self, lifted: Iterable[str] = ()) -> None:
-        """Tell the recipe, which may hold masks of others, too."""
+        """Write the masks into the recipe, which may hold masks of others, too."""
         self._pairs = {}
-        recipe = recipe_of(self._model)
-        others = {name: mask for name, mask in recipe.masks.items() if name not in lifted}
-        recipe.masks = others | self.packed()
-        recipe.needed = recipe.needed or bool(recipe.masks)
+        recipe_of(self._model).write_masks_(self.packed(), lifted)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         pairs = self._pairs_of(optimizer)
@@ -163,22 +161,13 @@ class _Pairs(NamedTuple):
 
 
 def masks_on(model: nn.Module) -> dict[str, Tensor]:
-    """Return what stays of every parameter that a model carries a mask of, as bool, by name."""
-    return unpacked(next((hook.masks for hook in model._state_dict_hooks.values() if isinstance(hook, Recipe)), {}))
+    """Return the masks that a model and its parts carry, as bool, by name; weights set to other values have none."""
+    return unpacked(Recipe(model).masks)
 
 
 def unpacked(masks: PackedMasks) -> dict[str, Tensor]:
     """Return what a checkpoint holds of masks as bool, by name."""
     return {name: unpack_bits(packed, shape) for name, (packed, shape) in masks.items()}
-
-
-def follow_cut_(model: nn.Module, kept: Kept) -> None:
-    """Let the masks that a model carries follow a cut that removed entries of the parameters themselves."""
-    recipe = recipe_of(model)
-    for name, stays in masks_on(model).items():
-        if name in kept:
-            slim = _followed(stays, kept[name])
-            recipe.masks[name] = [pack_bits(slim), list(slim.shape)]
 
 
 @changes_model
@@ -198,6 +187,12 @@ def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         >>> model.weight[0, 1].item(), masks_on(model)
         (0.0, {'weight': tensor([[ True, False]])})
     """
+    model = _unwrapped(model)
+    _check_keep(model, keep)
+    Masks(model).let_fall_(keep)
+
+
+def _check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     own = dict(model.named_parameters())
     for name, stays in keep.items():
         if name not in own:
@@ -207,7 +202,17 @@ def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         except RuntimeError:
             shapes = f"{tuple(stays.shape)}, of a parameter of shape {tuple(own[name].shape)}"
             raise ValueError(f"keep[{name!r}] is of shape {shapes}. Give masks of this model.") from None
-    Masks(model).let_fall_(keep)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile and the wrappers that run it on several devices: its names are known."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 @changes_model
@@ -218,13 +223,17 @@ def hold_masks(
     """Keep zeros zero while the body trains, in plain PyTorch.
 
     Args:
-        model: The model.
+        model: The model, also compiled, or wrapped for several devices.
         optimizer: The optimizer or optimizers that train it.
         keep: Name of a parameter -> what stays, as bool; by default the masks that the model carries, as
             :func:`~lightning_prune.prune_weights` left them.
 
     Yields:
         The masks, whose ``mask_gradients_`` the body may call before it clips gradients.
+
+    Raises:
+        ValueError: If ``keep`` is not for this model.
+        PruningError: If there is nothing to hold.
 
     Examples:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -236,8 +245,18 @@ def hold_masks(
         True
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    model = _unwrapped(model)
+    if keep is None:
+        keep = masks_on(model)
+    _check_keep(model, keep)
+    if not keep:
+        raise PruningError(
+            f"hold_masks: {type(model).__name__} carries no masks, so there are no zeros to hold: it was not pruned, "
+            "weights were written to since, or they were loaded by load_state_dict. Prune it, load it by "
+            "load_state_dict_, or pass keep=."
+        )
     masks = Masks(model)
-    masks.let_fall_(masks_on(model) if keep is None else keep, optimizers)
+    masks.let_fall_(keep, optimizers)
     masks.hold(optimizers)
     try:
         yield masks

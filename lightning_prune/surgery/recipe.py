@@ -1,7 +1,12 @@
-"""Makes a model take the shapes of a checkpoint, fatter or slimmer than itself, and says what shapes cannot tell."""
+"""Makes a model take the shapes of a state dict, fatter or slimmer than itself, and saves what shapes cannot tell.
+
+Each module carries what concerns itself: numbers that follow a cut, and masks of its own parameters. So a part of a
+model tells of itself, wherever it was pruned and into whatever it was put.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,59 +15,284 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.model.bits import unpack_bits
+from lightning_prune.model.bits import pack_bits, unpack_bits
+from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.attributes import ABSENT, AttributeChange, held_number, set_attributes_, shape_attributes
-from lightning_prune.surgery.resize import replace_tensors_
+from lightning_prune.surgery.attributes import (
+    ABSENT,
+    AttributeChange,
+    follows_cuts,
+    held_number,
+    set_attributes_,
+    shape_attributes,
+)
+from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
 
-__all__ = ["RECIPE", "PackedMasks", "Recipe", "drop_unused_recipe_", "recipe_of", "resize_", "take_shapes_"]
+__all__ = [
+    "RECIPE", "PackedMasks", "Recipe", "Told", "checked", "drop_unused_recipe_", "recipe_of", "recipes_in", "resize_",
+    "take_shapes_", "take_told_",
+]  # fmt: skip
 
 RECIPE = "lightning_prune"
-"""The key under which the metadata of a state dict carries its recipe."""
+"""The key under which the metadata of a module in a state dict carries its part of the recipe."""
 
-_PLAIN = (int, float, list, type(None))
-"""What the value of an attribute may be in a recipe."""
+_VERSION = 1
 
 PackedMasks = dict[str, list[Any]]
-"""Name of a parameter -> what of it stays, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
+"""Name of a parameter -> its mask, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
+
+Told = dict[str, dict[str, Any]]
+"""Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name."""
 
 
 @dataclass(eq=False)
-class Recipe:
-    """A hook that a model carries: writes into its state dicts what the shapes of their tensors cannot tell.
-
-    It stays on a model that was cut, whose checkpoints could not be loaded otherwise, whoever saves them and when.
+class _Part:
+    """A hook that a module carries: writes its part of the recipe into the metadata of its state dicts.
 
     Attributes:
-        places: Attributes of modules to write, as ``(module path, name)``.
-        masks: Which weights are zero for good. They are written as long as it is true: who trains without what holds
-            them loses them.
-        needed: Whether the model's shapes may differ from those that its constructor gave, or masks lie on it.
+        attributes: Names of the numbers to write; they may lead through a config.
+        masks: The masks of the module's own parameters.
+        needed: Whether the model was pruned, so that the hook stays after a run.
     """
 
-    places: list[tuple[str, str]] = field(default_factory=list)
+    attributes: list[str] = field(default_factory=list)
     masks: PackedMasks = field(default_factory=dict)
     needed: bool = False
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        """Write the values of the attributes and the masks, as plain numbers, lists and tensors."""
-        masks = {name: mask for name, mask in self.masks.items() if _holds(mask, state_dict.get(prefix + name))}
-        local_metadata[RECIPE] = {"attributes": self.values(module), "masks": masks}
+        """Write plain numbers, lists and tensors, and never fail: state dicts are saved by code that is not ours."""
+        masks = {leaf: m for leaf, m in self.masks.items() if _holds(m, state_dict.get(prefix + leaf))}
+        local_metadata[RECIPE] = {"version": _VERSION, "attributes": self.values(module), "masks": masks}
 
-    def values(self, module: nn.Module) -> list[list[Any]]:
-        """Return ``[module path, name, value]`` of every attribute that is still there."""
-        modules = dict(module.named_modules(remove_duplicate=False))
-        values = []
-        for path, name in self.places:
-            value = held_number(modules.get(path), name)
-            if value is not ABSENT:
-                values.append([path, name, _plain(value)])
-        return values
+    def values(self, module: nn.Module) -> dict[str, Any]:
+        """Return the numbers that are still there, by name."""
+        held = {name: _plain(held_number(module, name)) for name in self.attributes}
+        return {name: value for name, value in held.items() if _is_whole(value) or _are_whole(value)}
+
+    def masks_on(self, module: nn.Module) -> PackedMasks:
+        """Return the masks that still hold. Weights that were written to since have ended theirs."""
+        own = module._parameters
+        return {leaf: m for leaf, m in self.masks.items() if own.get(leaf) is not None and _holds(m, own[leaf])}
+
+
+class Recipe:
+    """What a model's state dicts tell of its pruning, read from and written to the parts that its modules carry."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parts = {path: part for path, module in modules_of(model) if (part := _part_of(module)) is not None}
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """The attributes to write, as ``(module path, name)``."""
+        return [(path, name) for path, part in self._parts.items() for name in part.attributes]
 
     def note(self, places: Iterable[tuple[str, str]]) -> None:
-        """Add attributes that are to be written."""
-        self.places = list(dict.fromkeys([*self.places, *places]))
+        """Add attributes to write, as ``(module path, name)``."""
+        for path, name in places:
+            part = self._parts.get(path) or _part_of(self._model.get_submodule(path))  # a path may be another name
+            if part is not None and name not in part.attributes:
+                part.attributes = [*part.attributes, name]
+
+    def values(self) -> list[list[Any]]:
+        """Return ``[module path, name, value]`` of every attribute that is still there."""
+        modules = dict(modules_of(self._model))
+        return [
+            [path, name, value]
+            for path, part in self._parts.items()
+            for name, value in part.values(modules[path]).items()
+        ]
+
+    @property
+    def needed(self) -> bool:
+        """Whether the model's shapes may differ from those that its constructor gave, or masks lie on it."""
+        return any(part.needed for part in self._parts.values())
+
+    @needed.setter
+    def needed(self, needed: bool) -> None:
+        for part in self._parts.values():
+            part.needed = needed
+
+    @property
+    def masks(self) -> PackedMasks:
+        """The masks that hold, under the first name of each parameter."""
+        found: PackedMasks = {}
+        names: dict[int, str] = {}
+        for path, module in modules_of(self._model):
+            for leaf, parameter in module._parameters.items():
+                names.setdefault(id(parameter), _joined(path, leaf))
+            for leaf, mask in self._parts[path].masks_on(module).items() if path in self._parts else ():
+                found.setdefault(names[id(module._parameters[leaf])], mask)
+        return found
+
+    def write_masks_(self, masks: PackedMasks, lifted: Iterable[str] = ()) -> None:
+        """Set masks of parameters and lift others, by name; a shared parameter has its mask wherever it lies."""
+        own = dict(self._model.named_parameters())
+        new = {id(own[name]): mask for name, mask in masks.items()}
+        gone = {id(own[name]) for name in lifted if name in own}
+        for path, module in modules_of(self._model):
+            if (part := self._parts.get(path)) is None:
+                continue
+            leaves = {leaf: id(p) for leaf, p in module._parameters.items() if p is not None}
+            others = {leaf: mask for leaf, mask in part.masks.items() if leaves.get(leaf) not in gone}
+            part.masks = others | {leaf: new[key] for leaf, key in leaves.items() if key in new}
+            part.needed = part.needed or bool(masks)
+
+    def followed(self, kept: Kept) -> PackedMasks:
+        """Return what the masks become after a cut that removes entries of the parameters themselves."""
+        masks = {name: mask for name, mask in self.masks.items() if name in kept}
+        return {name: _followed(mask, kept[name]) for name, mask in masks.items()}
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """Return the recipe that a model carries, an empty one if it carries none."""
+    for _, module in modules_of(model):
+        if _part_of(module) is None and not isinstance(module, torch.jit.ScriptModule):
+            module.register_load_state_dict_pre_hook(take_shapes_)
+            module.register_state_dict_post_hook(_Part())
+    return Recipe(model)
+
+
+def drop_unused_recipe_(model: nn.Module) -> None:
+    """Take the recipe off the modules of a model that was never pruned."""
+    for _, module in modules_of(model):
+        part = _part_of(module)
+        if part is None or part.needed:
+            continue
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if hook is part or getattr(hook, "hook", hook) is take_shapes_:
+                    del hooks[key]
+
+
+def recipes_in(state_dict: Any) -> Told:
+    """Return what the metadata of a state dict tells, by module path.
+
+    Raises:
+        PruningError: If it is not what this version writes.
+    """
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(isinstance(of, Mapping) for of in metadata.values()):
+        raise PruningError("The metadata of the state dict cannot be read: the file is damaged. Load an earlier one.")
+    return checked({path: of[RECIPE] for path, of in metadata.items() if RECIPE in of})
+
+
+def checked(told: Told) -> Told:
+    """Return parts of a recipe, once it is known that they are what this version writes.
+
+    Raises:
+        PruningError: If they are something else.
+    """
+    for path, recipe in told.items():
+        _refuse_unreadable(path, recipe)
+    return told
+
+
+def take_shapes_(
+    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
+    """Take the shapes and masks of a state dict that is about to be loaded, if it tells them; a hook before loading.
+
+    Where the state dict has a part of a module's tensors alone, the model stays as it is, and loading says why.
+
+    Raises:
+        PruningError: If what it tells cannot be, or is not for this model. The model stays as it is.
+    """
+    if hasattr(state_dict, "_metadata"):  # of a whole model; torch does not hand it on to its parts
+        told = {
+            whole.removeprefix(prefix).removesuffix("."): of
+            for path, of in recipes_in(state_dict).items()
+            if (whole := f"{path}." if path else "").startswith(prefix)
+        }
+    elif isinstance(local_metadata, Mapping) and RECIPE in local_metadata:
+        told = checked({"": local_metadata[RECIPE]})
+    else:
+        return
+    own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    take_told_(module, own, told)
+
+
+def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> set[str]:
+    """Take the shapes, numbers and masks that parts of a recipe tell; return the names of the tensors made anew.
+
+    Raises:
+        PruningError: If they are not for this model. The model stays as it is.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    told = {path: recipe for path, recipe in told.items() if path in modules}
+    names = _names_of(module)
+    if not all(_tells_all(path, modules[path], state_dict, names) for path in told):
+        return set()
+    tensors = {
+        name: saved
+        for path in told
+        for leaf in (*modules[path]._parameters, *modules[path]._buffers)
+        if isinstance(saved := state_dict.get(name := _joined(path, leaf)), Tensor)
+    }
+    masks = {path: _fitting_masks(path, modules[path], state_dict, recipe["masks"]) for path, recipe in told.items()}
+    attributes = [[path, name, value] for path, of in told.items() for name, value in of["attributes"].items()]
+    with all_or_nothing(module):
+        changed = resize_(module, tensors, attributes)
+        for path, own in masks.items():
+            if (part := _part_of(modules[path])) is not None:
+                part.masks = own
+    return changed
+
+
+def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> set[str]:
+    """Give parameters and buffers the shapes they have in a state dict; their values are to be loaded next.
+
+    Parameters stay the same objects. Tensors of another rank, or that one of the two does not have, are left alone.
+
+    Args:
+        model: The model to resize.
+        state_dict: Tensors by name.
+        attributes: ``[module path, name, value]`` as :meth:`Recipe.values` gave when the state dict was saved. What
+            the model does not have is passed over: loading says what is missing.
+
+    Returns:
+        The first names of the tensors that were resized.
+
+    Raises:
+        PruningError: If an attribute is none that a cut may change, or a size is none. The model stays as it is.
+    """
+    own, names = named_tensors(model), _names_of(model)
+    shapes = {}
+    for name, saved in state_dict.items():
+        first = names.get(name)
+        if first is None or saved.dim() != own[first].dim() or saved.shape == own[first].shape:
+            continue
+        _refuse_hollow(name, saved)
+        shapes[first] = tuple(saved.shape)
+    largest = max((tensor.numel() for tensor in state_dict.values() if isinstance(tensor, Tensor)), default=0)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known = [
+        AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value)
+        for path, name, value in attributes
+        if path in modules and (old := held_number(modules[path], name)) is not ABSENT
+    ]
+    for change in known:
+        _refuse_impossible(modules[change.module], change, largest)
+    changes = shape_attributes(model, shapes, known)
+    new = {name: own[name].new_zeros(shape) for name, shape in shapes.items()}
+    recipe = recipe_of(model)
+    with all_or_nothing(model):
+        set_attributes_(model, changes)
+        replace_tensors_(model, new)
+        recipe.note((change.module, change.name) for change in known)
+        recipe.needed = True
+    return set(shapes)
+
+
+def _part_of(module: nn.Module) -> _Part | None:
+    return next((hook for hook in module._state_dict_hooks.values() if isinstance(hook, _Part)), None)
+
+
+def _joined(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
 
 
 def _plain(value: Any) -> Any:
@@ -72,103 +302,146 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def recipe_of(model: nn.Module) -> Recipe:
-    """Return the recipe that a model carries, a new one if it carries none."""
-    found = next((hook for hook in model._state_dict_hooks.values() if isinstance(hook, Recipe)), None)
-    if found is None:
-        found = Recipe()
-        model.register_state_dict_post_hook(found)
-    return found
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def drop_unused_recipe_(model: nn.Module) -> None:
-    """Take the recipe off a model that was never cut."""
-    for key, hook in list(model._state_dict_hooks.items()):
-        if isinstance(hook, Recipe) and not hook.needed:
-            del model._state_dict_hooks[key]
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(_is_whole(value) for value in values)
 
 
-def take_shapes_(
-    module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *_: Any
-) -> None:
-    """Take the shapes of a state dict that is about to be loaded, if a recipe lies beside it; a hook before loading.
-
-    Where the state dict has a part of a module's tensors alone, the model stays as it is, and loading says why.
-
-    Raises:
-        PruningError: If the recipe cannot be read. The model stays as it is.
-    """
-    recipe = local_metadata.get(RECIPE)
-    if recipe is not None:
-        _refuse_unreadable(module, recipe)
-    if recipe is not None and _tells_all(module, state_dict, prefix):
-        own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        resize_(module, own, recipe["attributes"])
-        recipe_of(module).masks = dict(recipe.get("masks", {}))
-
-
-def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> None:
-    """Give parameters and buffers the shapes they have in a state dict; their values are to be loaded next.
-
-    Parameters stay the same objects. Tensors of another rank, or that one of the two does not have, are left alone.
-
-    Args:
-        model: The model to resize.
-        state_dict: Tensors by name.
-        attributes: What the :class:`Recipe` wrote when the state dict was saved. Modules that the model does not have
-            are passed over: loading says what is missing.
-    """
-    own = named_tensors(model)
-    shapes = {
-        name: tuple(saved.shape)
-        for name, tensor in own.items()
-        if (saved := state_dict.get(name)) is not None and saved.dim() == tensor.dim() and saved.shape != tensor.shape
-    }
-    modules = dict(model.named_modules(remove_duplicate=False))
-    known = []
-    for path, name, value in attributes:
-        old = held_number(modules.get(path), name)
-        if old is not ABSENT:
-            known.append(AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value))
-    set_attributes_(model, shape_attributes(model, shapes, known))
-    replace_tensors_(model, {name: torch.zeros(shape).to(own[name]) for name, shape in shapes.items()})
-    recipe = recipe_of(model)
-    recipe.note((change.module, change.name) for change in known)
-    recipe.needed = True
-
-
-def _refuse_unreadable(module: nn.Module, recipe: Any) -> None:
+def _refuse_unreadable(path: Any, recipe: Any) -> None:
+    """Refuse a part of a recipe that this version did not write, before anything is made of it."""
     try:
-        for path, name, value in recipe["attributes"]:
-            if not (isinstance(path, str) and isinstance(name, str) and isinstance(value, _PLAIN)):
-                raise TypeError(f"{path!r}, {name!r}, {value!r}")
-        for packed, shape in recipe.get("masks", {}).values():
-            unpack_bits(packed, shape)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if recipe["version"] != _VERSION:
+            raise ValueError(f"version {recipe['version']!r} instead of {_VERSION}")
+        for name, value in recipe["attributes"].items():
+            if not isinstance(name, str) or not (_is_whole(value) or _are_whole(value)):
+                raise TypeError(f"{name!r}: {value!r}")
+        for name, (packed, shape) in recipe["masks"].items():
+            if not isinstance(name, str) or not _are_whole(shape) or min(shape, default=0) < 0:
+                raise TypeError(f"{name!r}: {shape!r}")
+            if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-math.prod(shape) // 8):
+                raise ValueError(f"{name!r}: {len(packed)} bytes for shape {shape!r}")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise PruningError(
-            f"What stands beside the weights of {type(module).__name__} in the state dict cannot be read ({error!r}): "
-            "the file is damaged, or another version of lightning_prune wrote it. Load an earlier checkpoint."
+            f"The pruning metadata in the state dict of {path or 'the model'} cannot be read ({error!r}): the file is "
+            "damaged, or another version of lightning_prune wrote it. Load an earlier checkpoint."
         ) from error
 
 
-def _tells_all(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-    """Tell whether a state dict has all tensors of each module that it has any of, with as many dimensions."""
-    told: dict[str, set[bool]] = {}
-    for name, tensor in nn.Module.state_dict(module, keep_vars=True).items():
-        saved = state_dict.get(prefix + name)
-        if isinstance(tensor, Tensor):
-            told.setdefault(name.rpartition(".")[0], set()).add(saved is not None)
-        fits = isinstance(saved, Tensor) and isinstance(tensor, Tensor) and saved.dim() == tensor.dim()
-        if isinstance(tensor, Tensor) and saved is not None and not fits:
+def _refuse_impossible(module: nn.Module, change: AttributeChange, largest: int) -> None:
+    """Refuse to write what no cut writes: other attributes than numbers that follow widths, and numbers beyond any.
+
+    Args:
+        module: The module that holds the attribute.
+        change: What would be written.
+        largest: Entries of the largest tensor that is loaded, and so more than any width.
+    """
+    number = isinstance(change.old, int | np.integer | tuple | list)
+    if number and change.old == change.new:
+        return
+    if not (number and follows_cuts(module, change.name) and _possible(change, largest)):
+        raise PruningError(
+            f"The pruning metadata asks to set {_joined(change.module, change.name)} from {change.old!r} to "
+            f"{change.new!r}, which no pruning does: the file is damaged, or of another model. Nothing was changed; "
+            "load an earlier checkpoint."
+        )
+
+
+def _possible(change: AttributeChange, largest: int) -> bool:
+    """Return whether a number can have become another by a cut: each changes by less than a width does."""
+    if isinstance(change.old, tuple | list) and isinstance(change.new, tuple | list):
+        pairs = list(zip(change.old, change.new, strict=False))
+        if len(change.old) != len(change.new):
             return False
-    return all(len(found) == 1 for found in told.values())
+    else:
+        pairs = [(change.old, change.new)]
+    return all(_is_whole(new) and (new == old or 1 <= new <= max(old, 1) * largest) for old, new in pairs)
 
 
-def _holds(mask: list[Any], weight: Tensor | None) -> bool:
-    """Tell whether a weight is zero wherever a mask says so; one that is not saved cannot say otherwise."""
+def _refuse_hollow(name: str, saved: Tensor) -> None:
+    """Refuse a tensor that claims more entries than its file holds: a small file must not ask for large memory."""
+    if saved.layout == torch.strided and saved.numel() * saved.element_size() > saved.untyped_storage().nbytes():
+        raise PruningError(
+            f"{name} is of shape {tuple(saved.shape)} in the state dict, which holds fewer entries: the file is "
+            "damaged. Load an earlier checkpoint."
+        )
+
+
+def _names_of(model: nn.Module) -> dict[str, str]:
+    """Return, for every name of a parameter or buffer, the first name of the same tensor."""
+    firsts = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    return {
+        _joined(path, leaf): firsts[id(tensor)]
+        for path, module in model.named_modules(remove_duplicate=False)
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+def _tells_all(path: str, module: nn.Module, state_dict: Mapping[str, Any], names: Mapping[str, str]) -> bool:
+    """Return whether a state dict has all tensors of a module that it has any of, with as many dimensions."""
+    there = {names[name] for name in state_dict if name in names}
+    found = set()
+    for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None or leaf in module._non_persistent_buffers_set:
+            continue
+        name = _joined(path, leaf)
+        found.add(names[name] in there)  # of a shared tensor one name is enough
+        if name in state_dict and not (isinstance(saved := state_dict[name], Tensor) and saved.dim() == tensor.dim()):
+            return False
+    return len(found) < 2
+
+
+def _fitting_masks(path: str, module: nn.Module, state_dict: Mapping[str, Any], masks: PackedMasks) -> PackedMasks:
+    """Return masks for the parameters that are loaded, as plain lists.
+
+    Raises:
+        PruningError: If one is of another shape than its parameter.
+    """
+    own = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
+    for leaf, (_, shape) in masks.items():
+        weight = state_dict.get(_joined(path, leaf), own.get(leaf))
+        if leaf in own and isinstance(weight, Tensor) and not _fits(shape, weight.shape):
+            raise PruningError(
+                f"The pruning metadata has a mask of shape {tuple(shape)} for {_joined(path, leaf)}, which is of shape "
+                f"{tuple(weight.shape)}: the file is damaged, or of another model. Load an earlier checkpoint."
+            )
+    return {leaf: [packed.cpu(), list(shape)] for leaf, (packed, shape) in masks.items() if leaf in own}
+
+
+def _fits(shape: Iterable[int], whole: Iterable[int]) -> bool:
+    """Return whether a mask of a shape spreads to a whole tensor's."""
+    shape, whole = list(shape), list(whole)
+    return len(shape) == len(whole) and all(size in (1, other) for size, other in zip(shape, whole, strict=True))
+
+
+def _followed(mask: list[Any], dims: Mapping[int, Tensor]) -> list[Any]:
+    """Return a packed mask narrowed along the dimensions in which it is not one for all."""
+    keep = unpack_bits(*mask)
+    slim = narrowed(keep, {dim: index for dim, index in dims.items() if keep.shape[dim] > 1})
+    return [pack_bits(slim), list(slim.shape)]
+
+
+def _holds(mask: list[Any], weight: Any) -> bool:
+    """Return whether a weight is zero wherever a mask says so; one that is not there cannot say otherwise."""
     packed, shape = mask
-    if weight is None:
+    if not isinstance(weight, Tensor) or weight.is_meta:
         return True
-    if len(shape) != weight.dim() or any(size not in (1, own) for size, own in zip(shape, weight.shape, strict=True)):
+    if not _fits(shape, weight.shape):
         return False
-    return not weight.detach().masked_fill(unpack_bits(packed, shape).to(weight.device), 0).any()
+    try:
+        return not _dense(weight).masked_fill(unpack_bits(packed, shape).to(weight.device), 0).any()
+    except (NotImplementedError, RuntimeError, TypeError):  # of a kind that does not say what it holds
+        return False
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Return a weight in a form that can be compared with zero: quantized, sparse and tiny floats cannot."""
+    weight = weight.detach()
+    if weight.is_quantized:
+        return weight.dequantize()
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+        weight = weight.to_dense()
+    return weight.float() if weight.is_floating_point() and weight.element_size() == 1 else weight

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_prune.model.calls import ExampleInputs, same_draws, undisturbed
+from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.structure.decisions import decisions_in_order
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
@@ -173,6 +174,7 @@ def _run_slim(model: nn.Module, structure: Structure, cut: Cut) -> tuple[Ledger,
         except NumbersNeededError as error:
             failure: Exception = error
         except Exception as error:
+            reraise_out_of_memory(error)
             return ledger, error
     return ledger, failure
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 
-__all__ = ["Kept", "followed", "narrowed", "replace_tensors_"]
+__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_"]
 
 Kept = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
 
 
+@torch.no_grad()
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """Return a copy of the tensor with only the kept indices of each dimension."""
-    with torch.no_grad():
-        for dim, indices in sorted(kept.items()):  # whole rows first: they lie together
-            tensor = tensor.index_select(dim, indices.to(tensor.device))
+    for dim, indices in sorted(kept.items()):  # whole rows first: they lie together
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor.detach()
 
 
+# Decorators rather than blocks: Ctrl-C on the last line of a block leaves torch without gradients.
+@torch.inference_mode(False)
+@torch.no_grad()
 def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give parameters and buffers new values of any shape; the parameters stay the same objects, without gradient."""
     own = named_tensors(model)
@@ -33,14 +38,60 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 aliases.setdefault(id(buffer), []).append((module, leaf))
-    with torch.inference_mode(False), torch.no_grad():
-        for name, new in tensors.items():
-            old = own[name]
-            if isinstance(old, nn.Parameter):
-                _set_data(old, new)
-            else:
-                for module, leaf in aliases[id(old)]:
-                    module._buffers[leaf] = new.to(old.device)
+    for name, new in tensors.items():
+        old = own[name]
+        if isinstance(old, nn.Parameter):
+            _set_data(old, new)
+        else:
+            for module, leaf in aliases[id(old)]:
+                module._buffers[leaf] = new.to(old.device)
+
+
+class all_or_nothing:  # noqa: N801, it is used like a function
+    """Take back all that the body wrote if it does not come to its end, be it by Ctrl-C or for want of memory.
+
+    That is tensors in place of others, gradients, attributes, buffers, what optimizers hold, and what hooks keep.
+    A class, since a generator that is never resumed would take things back when it is collected.
+
+    Args:
+        model: The model that the body writes to.
+        optimizers: The optimizers whose state it writes to.
+        values: Names of tensors into which it writes values; they are copied before.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[str] = ()) -> None:
+        own = named_tensors(model)
+        modules = [module for _, module in modules_of(model)]
+        hooks = [hook for module in modules for hook in module._state_dict_hooks.values() if hasattr(hook, "__dict__")]
+        states = [optimizer.state for optimizer in optimizers]
+        # Shallow copies are enough: shapes change by putting new objects in the place of old ones.
+        tables: list[dict[str, Any]] = [vars(owner) for owner in (*modules, *hooks)]
+        tables += [module._buffers for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        tables += [state[p] for state in states for p in model.parameters() if p in state]
+        self._tables = [(table, table.copy()) for table in tables]
+        self._data = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+        self._values = [(own[name], own[name].detach().clone()) for name in values]
+
+    def __enter__(self) -> None:
+        """Begin; everything is remembered already."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Take everything back if the body failed."""
+        if kind is not None:
+            self._take_back()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        for parameter, data, gradient in self._data:
+            if parameter.shape != data.shape or parameter.data_ptr() != data.data_ptr():
+                _set_data(parameter, data)
+            parameter.grad = gradient
+        for table, content in self._tables:
+            table.clear()
+            table.update(content)
+        for tensor, value in self._values:
+            tensor.copy_(value)
 
 
 def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def to_semi_structured_(model: nn.Module) -> SemiStructured:
     """
     faster, dense = [], {}
     for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is None or not _keeps_to_2_4(weight):
             continue
         name = f"{path}.weight".lstrip(".")
@@ -73,7 +73,9 @@ def to_semi_structured_(model: nn.Module) -> SemiStructured:
 
 def _keeps_to_2_4(weight: Tensor) -> bool:
     """Tell whether of every four neighbours along the inputs at most two are not zero."""
-    if weight.dim() < 2 or weight.shape[1] % 4 or not weight.is_floating_point():
+    if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
+        return False
+    if weight.dim() < 2 or weight.shape[1] % 4:
         return False
     return bool((weight.detach().unflatten(1, (-1, 4)).count_nonzero(dim=2) <= 2).all())
 

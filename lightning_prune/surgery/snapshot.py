@@ -20,7 +20,7 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str
     """Copy every parameter, buffer and optimizer state, and what shapes cannot tell, as plain dicts and tensors."""
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()},
-        "attributes": recipe_of(model).values(model),
+        "attributes": recipe_of(model).values(),
         "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
     }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +19,14 @@ from torch import Tensor, nn
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.surgery import RECIPE, PackedMasks, take_shapes_
+from lightning_prune.surgery import RECIPE, PackedMasks, Told, checked, recipes_in
+from lightning_prune.surgery.loading import load_told_
 
 __all__ = ["SparseReport", "StoredTensor", "load_sparse", "load_sparse_", "save_sparse"]
+
+
+_VERSION = 1
+_LEAST, _MOST_TIMES = 64 * 2**20, 1024  # bytes that a file may stand for: some, and so many times its own
 
 
 class StoredTensor(NamedTuple):
@@ -62,8 +69,8 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
         How each tensor is stored, and bytes before and after.
 
     Raises:
-        PruningError: If the state dict holds something that is no tensor, or the file does not give back what was
-            written.
+        PruningError: If the state dict holds something that is no dense tensor, or the file cannot be written or does
+            not give back what was written. An earlier file at ``path`` is as it was, and none is left half written.
 
     Examples:
         >>> import tempfile
@@ -76,29 +83,54 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
         ('bitmask', True)
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
-        kind = type(state[strange]).__name__
-        raise PruningError(f"save_sparse: {strange!r} is {kind}, and only tensors can be kept.")
+    for name, value in state.items():
+        _refuse_unstorable(name, value)
+    recipes = recipes_in(state)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    stored = _write(state, unfinished)
-    found = load_sparse(unfinished)
-    for name, tensor in state.items():
-        if not torch.equal(found[name].nan_to_num(), tensor.detach().cpu().nan_to_num()):
-            unfinished.unlink()
-            raise PruningError(
-                f"save_sparse: {name} was read back from {unfinished} otherwise than it was written. {path} is as it "
-                "was; look whether its disk is full or failing, and save again."
-            )
-    os.replace(unfinished, path)
-    return SparseReport(tuple(stored), sum(tensor.bytes_before for tensor in stored), path.stat().st_size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = _write(state, recipes, unfinished)
+        found = load_sparse(unfinished)
+        for name, tensor in state.items():
+            if not torch.equal(_comparable(found[name]), _comparable(tensor.detach().cpu())):
+                raise PruningError(f"{name} was read back otherwise than it was written")
+        size = unfinished.stat().st_size
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError, PruningError) as error:
+        raise PruningError(
+            f"save_sparse: {path} could not be written ({error}), and what was there is as it was. Look whether the "
+            "disk is full or failing and the folder can be written to, and save again."
+        ) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()  # gone already, unless something failed or was interrupted
+    return SparseReport(tuple(stored), sum(tensor.bytes_before for tensor in stored), size)
 
 
-def _write(state: Mapping[str, Tensor], path: Path) -> list[StoredTensor]:
+def _refuse_unstorable(name: str, value: Any) -> None:
+    """Refuse what is no tensor of plain numbers.
+
+    Raises:
+        PruningError: Saying what it is.
+    """
+    if not isinstance(value, Tensor):
+        raise PruningError(f"save_sparse: {name!r} is {type(value).__name__}, and only tensors can be kept.")
+    kind = type(value).__name__ if type(value) not in (Tensor, nn.Parameter) else ""
+    if value.is_meta or value.is_quantized or value.layout != torch.strided or kind:
+        what = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else kind or value.layout
+        raise PruningError(
+            f"save_sparse: {name!r} is {what}, and only dense tensors can be kept. Save before weights are converted."
+        )
+
+
+def _write(state: Mapping[str, Tensor], recipes: Told, path: Path) -> list[StoredTensor]:
     """Write each tensor in its smallest form; tensors under several names under the first."""
-    recipe = getattr(state, "_metadata", {}).get("", {}).get(RECIPE) or {}
-    masks: PackedMasks = recipe.get("masks", {})
+    masks: PackedMasks = {
+        f"{path}.{leaf}".removeprefix("."): mask
+        for path, recipe in recipes.items()
+        for leaf, mask in recipe["masks"].items()
+    }
     told: dict[str, dict[str, Any]] = {}
     arrays: dict[str, Tensor] = {}
     stored = []
@@ -113,7 +145,8 @@ def _write(state: Mapping[str, Tensor], path: Path) -> list[StoredTensor]:
         told[name] = {"form": form, "shape": list(value.shape), "masked": name in masks}
         arrays |= {f"{name}//{part}": array for part, array in found[form].items()}
         stored.append(StoredTensor(name, form, found[form]["values"].numel(), value.nbytes, _size(found[form])))
-    header = {"version": 1, "tensors": told, "attributes": recipe.get("attributes")}
+    attributes = {path: recipe["attributes"] for path, recipe in recipes.items()}
+    header = {"version": _VERSION, "tensors": told, "attributes": attributes}
     save_file(arrays, path, metadata={RECIPE: json.dumps(header)})
     return stored
 
@@ -124,41 +157,74 @@ def load_sparse(path: str | Path) -> dict[str, Tensor]:
     It carries what shapes cannot tell, so :func:`load_sparse_` is what loads it into a model of the original class.
 
     Raises:
-        PruningError: If the file holds something else.
+        PruningError: If the file holds something else, or is damaged.
     """
     try:
-        opened = safe_open(path, "pt")
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get(RECIPE, "null"))
+            if header is None:
+                raise PruningError(f"load_sparse: {path} was not written by save_sparse. Read it with safetensors.")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        return _decoded(header, arrays, Path(path).stat().st_size)
     except SafetensorError as error:
         raise PruningError(f"load_sparse: {path} is no safetensors file ({error}).") from error
-    with opened as file:
-        header = json.loads((file.metadata() or {}).get(RECIPE, "null"))
-        if header is None:
-            raise PruningError(f"load_sparse: {path} was not written by save_sparse. Read it with safetensors.")
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise PruningError(
+            f"load_sparse: {path} is damaged, or another version of lightning_prune wrote it ({error!r}). Save again."
+        ) from error
+
+
+def _decoded(header: dict[str, Any], arrays: Mapping[str, Tensor], size: int) -> OrderedDict[str, Tensor]:
+    """Make the state dict that a header and arrays of a file stand for.
+
+    Raises:
+        ValueError: If they contradict each other, before anything is made of them.
+    """
+    if header["version"] != _VERSION:
+        raise ValueError(f"version {header['version']!r} instead of {_VERSION}")
+    parts: dict[str, _Parts] = {name: {} for name in header["tensors"]}
+    for key, array in arrays.items():
+        name, _, part = key.rpartition("//")
+        parts[name][part] = array
+    whole = 0
+    for name, told in header["tensors"].items():
+        if "same" in told:
+            continue
+        if not isinstance(told["masked"], bool) or any(
+            type(length) is not int or length < 0 for length in told["shape"]
+        ):
+            raise ValueError(f"{name}: {told}")
+        whole += math.prod(told["shape"]) * parts[name]["values"].element_size()
+    if whole > _LEAST + _MOST_TIMES * size:
+        raise ValueError(f"{size} bytes that stand for {whole}")
     state: OrderedDict[str, Tensor] = OrderedDict()
-    masks: PackedMasks = {}
+    masks: dict[str, PackedMasks] = {}
     for name, told in header["tensors"].items():
         if "same" in told:
             state[name] = state[told["same"]]
             continue
-        parts = {key.rpartition("//")[2]: array for key, array in arrays.items() if key.rpartition("//")[0] == name}
-        left, value = _FORMS[told["form"]][1](parts, told["shape"])
-        state[name] = value
+        left, state[name] = _FORMS[told["form"]][1](parts[name], told["shape"])
         if told["masked"]:
-            masks[name] = [pack_bits(left), list(value.shape)]
-    metadata: dict[str, Any] = {"version": 1}
-    if header["attributes"] is not None:
-        metadata[RECIPE] = {"attributes": header["attributes"], "masks": masks}
-    state._metadata = OrderedDict({"": metadata})  # type: ignore[attr-defined]
+            path, _, leaf = name.rpartition(".")
+            masks.setdefault(path, {})[leaf] = [pack_bits(left), list(state[name].shape)]
+    metadata: dict[str, Any] = {"": {"version": 1}}
+    for path, attributes in header["attributes"].items():
+        recipe = {"version": 1, "attributes": attributes, "masks": masks.get(path, {})}
+        metadata[path] = {"version": 1, RECIPE: recipe}
+    checked({path: of[RECIPE] for path, of in metadata.items() if RECIPE in of})
+    state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
     return state
 
 
 @changes_model
 def load_sparse_(model: nn.Module, path: str | Path) -> None:
-    """Load what :func:`save_sparse` wrote into a model of the original class, which takes its shapes and masks."""
+    """Load what :func:`save_sparse` wrote into a model of the original class, which takes its shapes and masks.
+
+    Raises:
+        PruningError: If the file is damaged or of another model. The model is as it was.
+    """
     state = load_sparse(path)
-    take_shapes_(model, state, "", state._metadata[""])  # type: ignore[attr-defined]
-    model.load_state_dict(state)
+    load_told_("load_sparse_", model, state, recipes_in(state))
 
 
 def _firsts(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -170,8 +236,15 @@ def _firsts(state: Mapping[str, Tensor]) -> dict[str, str]:
     }
 
 
+def _comparable(value: Tensor) -> Tensor:
+    """Return a tensor with numbers in place of NaN, in a type that has operators: floats of one byte have none."""
+    return (value.float() if value.is_floating_point() and value.element_size() == 1 else value).nan_to_num()
+
+
 def _not_zero(value: Tensor) -> Tensor:
-    """Tell which entries are not a zero without a sign."""
+    """Return which entries are not a zero without a sign."""
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()
     found = value != 0
     return found | value.signbit() if value.is_floating_point() else found
 
@@ -188,6 +261,7 @@ def _to_dense(value: Tensor, left: Tensor) -> _Parts:
 
 
 def _from_dense(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
+    _agree(list(parts["values"].shape) == shape)
     return torch.ones(shape, dtype=torch.bool), parts["values"]
 
 
@@ -196,9 +270,12 @@ def _to_bitmask(value: Tensor, left: Tensor) -> _Parts:
 
 
 def _from_bitmask(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
-    left = unpack_bits(parts["bits"], shape)
-    value = torch.zeros(shape, dtype=parts["values"].dtype)
-    value[left] = parts["values"]
+    values, bits = parts["values"], parts["bits"]
+    _agree(bits.dtype == torch.uint8 and bits.dim() == 1 and len(bits) == -(-math.prod(shape) // 8))
+    left = unpack_bits(bits, shape)
+    _agree(values.dim() == 1 and len(values) == int(left.sum()))
+    value = torch.zeros(shape, dtype=values.dtype)
+    value[left] = values
     return left, value
 
 
@@ -212,13 +289,24 @@ def _to_csr(value: Tensor, left: Tensor) -> _Parts:
 
 
 def _from_csr(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
-    begins = parts["begins"].long()
+    values, columns, begins = parts["values"], parts["columns"].long(), parts["begins"].long()
+    count = shape[0] if shape else 1
+    width = math.prod(shape) // max(count, 1)
+    _agree(values.dim() == columns.dim() == begins.dim() == 1 and len(begins) == count + 1)
+    _agree(len(values) == len(columns) == int(begins[-1]) and int(begins[0]) == 0 and bool((begins.diff() >= 0).all()))
+    _agree(not len(columns) or (int(columns.min()) >= 0 and int(columns.max()) < width))
     left = torch.zeros(shape, dtype=torch.bool)
-    rows = torch.repeat_interleave(torch.arange(len(begins) - 1), begins.diff())
-    left.view(len(begins) - 1, left.numel() // max(len(begins) - 1, 1))[rows, parts["columns"].long()] = True
-    value = torch.zeros(shape, dtype=parts["values"].dtype)
-    value[left] = parts["values"]
+    left.view(count, width)[torch.repeat_interleave(torch.arange(count), begins.diff()), columns] = True
+    _agree(int(left.sum()) == len(values))  # no column twice in a row
+    value = torch.zeros(shape, dtype=values.dtype)
+    value[left] = values
     return left, value
+
+
+def _agree(fact: bool) -> None:
+    """Refuse parts of a tensor that contradict each other or its shape."""
+    if not fact:
+        raise ValueError("the parts of a tensor do not fit its shape")
 
 
 _FORMS: dict[str, tuple[Callable[[Tensor, Tensor], _Parts], Callable[[_Parts, list[int]], tuple[Tensor, Tensor]]]] = {

@@ -8,7 +8,6 @@ model, whose reducing operators (products, norms, statistics) were given only wh
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.model.calls import ExampleInputs, fewer_positions, run, same_draws, tensors_in, undisturbed
+from lightning_prune.model.errors import failures_suppressed, reraise_out_of_memory
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.labels import Kind
 from lightning_prune.structure.tensor_names import exchange_
@@ -124,12 +124,13 @@ def verify(
             if not error.numeric:
                 return _disproof(structure, cut, str(error), error)
             double = _Setting(structure.ledger.passes, torch.float64, setting.ordinary, _TOLERANCE_DOUBLE)
-            with suppress(Exception):  # float64 is out of reach for some code
+            with failures_suppressed():  # float64 is out of reach for some code
                 return _confirmed(model, structure, cut, tensors, double)
             return _disproof(structure, cut, str(error), error)
         except Exception as error:
+            reraise_out_of_memory(error)
             failure = error
-    with suppress(Exception):  # dimensions of size one may lead to other operators
+    with failures_suppressed():  # dimensions of size one may lead to other operators
         found = _with_two_left(model, structure, cut, tensors)
         if found is not None:
             return found
@@ -180,7 +181,7 @@ def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) 
         return cut, proof
     tensors = cache(partial(cut.tensors, model))
     for setting in _settings(model, structure):
-        with suppress(Exception):
+        with failures_suppressed():
             found = _compared(model, structure, cut, tensors, setting, scales)
             return replace(cut, scales=scales.rows), found
     return cut, proof

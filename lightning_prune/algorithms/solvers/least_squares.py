@@ -107,6 +107,7 @@ def refit(
     mean_before: Tensor,
     mean_after: Tensor,
     damping: float,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Fit rows to new inputs y so that their outputs match the old ones on x: :math:`W x \approx \hat W y + s`.
 
@@ -118,6 +119,7 @@ def refit(
         mean_before: Mean of x, ``(groups, columns)``; zeros if no shift can be applied.
         mean_after: Mean of y, ``(groups, new columns)``; likewise.
         damping: Fraction of the mean variance of y.
+        keep: False where :math:`\hat W` is held at zero, ``(groups, rows, new columns)`` bool; by default nowhere.
 
     Returns:
         :math:`\hat W`, and the shift s, ``(groups, rows)``.
@@ -131,6 +133,8 @@ def refit(
     regular = damped(covariance, damping, after)
     pull = weights @ cross_covariance + start @ (regular - covariance)
     new = torch.cholesky_solve(pull.transpose(1, 2), cholesky(regular)).transpose(1, 2)
+    if keep is not None:
+        new = nearer_on_support(new, regular, keep, start)
     shift = weights @ mean_before[..., None] - new @ mean_after[..., None]
     return new, shift[..., 0]
 

@@ -92,7 +92,7 @@ def _take_shapes_of(
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     loaded = model()
     if loaded is not None:
-        resize_(copy, own, recipe_of(loaded).values(loaded))
+        resize_(copy, own, recipe_of(loaded).values())
 
 
 def _is(callback: Any, name: str) -> bool:

@@ -31,6 +31,11 @@ class FilterArguments:
     recalibrate: int
     trace: Traced
 
+    def __post_init__(self) -> None:
+        """Hold sequences as lists, as YAML gives them."""
+        if not isinstance(self.ignore, str):  # one pattern, which ``check`` refuses
+            object.__setattr__(self, "ignore", list(self.ignore))
+
     def check(self, where: str) -> None:
         """Refuse arguments that no model could make sense of.
 

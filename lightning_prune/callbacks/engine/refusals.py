@@ -11,9 +11,9 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.gathering import Gathering
-from lightning_prune.callbacks.engine.loading import Prunable
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
+from lightning_prune.surgery.loading import Prunable
 
 __all__ = [
     "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_removal",

@@ -36,6 +36,13 @@ class WeightArguments:
     pattern: str | None
     mask_gradients: MaskGradients
 
+    def __post_init__(self) -> None:
+        """Hold sequences as lists, as YAML gives them."""
+        if not isinstance(self.ignore, str):  # one pattern, which ``check`` refuses
+            object.__setattr__(self, "ignore", list(self.ignore))
+        if self.parameters is not None and not isinstance(self.parameters, str):
+            object.__setattr__(self, "parameters", list(self.parameters))
+
     def check(self, where: str) -> None:
         """Refuse arguments that no model could make sense of.
 
