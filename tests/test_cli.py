@@ -145,9 +145,9 @@ def test_help(capsys):
     for words in (
         "{filters,params,flops,latency}",
         "{layer,global}",
-        "Fraction, in [0, 1), of the target",
+        "Fraction, in [0, 1), of ``target`` that is pruned",
         "lightning_prune.OneShot, lightning_prune.Linear, lightning_prune.Cubic",
-        "Widths after a cut, in channels (heads times their width), are multiples of this",
+        "Widths are rounded up to multiples of this, in channels (heads times their width).",
     ):
         assert words in shown
 
@@ -184,7 +184,7 @@ def test_bad_values_are_told(argument, told, capsys):
     [
         (
             "amount=30",
-            "FilterL1Pruning(amount=30.0): amount is the fraction that leaves and must lie in [0, 1). Write 0.3",
+            "FilterL1Pruning(amount=30.0): amount is the fraction that leaves and must lie in [0, 1)",
         ),
         ("round_to=0", "FilterL1Pruning(round_to=0)"),
         ("amount={first: 1.5}", "FilterL1Pruning(amount={'first': 1.5})"),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -291,17 +292,18 @@ def test_dense_weights_end_the_masks(load):
     assert zeros(model) == number_to_prune(0.3, WEIGHTS)
 
 
+OBS = partial(prune_obs, progress=False)
 X = [torch.randn(32, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 AGAIN = {
     "weights": lambda model, amount: prune_weights(model, amount, scope="global"),
     "obs exact": lambda model, amount: prune_obs(
         model, amount, batches=X, scope="global", solver="exact", progress=False
     ),
-    "obs admm": lambda model, amount: prune_obs(model, amount, batches=X, scope="global", progress=False),
+    "obs admm": lambda model, amount: OBS(model, amount, batches=X, scope="global"),
     "obs blocked": lambda model, amount: prune_obs(
         model, amount, batches=X, scope="global", solver="blocked", progress=False
     ),
-    "obs layers": lambda model, amount: prune_obs(model, amount, batches=X, scope="layer", progress=False),
+    "obs layers": lambda model, amount: OBS(model, amount, batches=X, scope="layer"),
     "obs in turn": lambda model, amount: prune_obs(
         model, amount, batches=X, scope="global", sequential=True, progress=False
     ),

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
@@ -159,7 +160,7 @@ def measure_each(
     with _bar(progress) as bar:
         task = bar.add_task("", total=sum(todo.values()))
         for name in todo:
-            bar.update(task, description=name)
+            bar.update(task, description=escape(name))
             measured = measure(name, partial(bar.advance, task))
             if isinstance(measured, str):
                 found = replace(found, skipped={**found.skipped, name: measured})

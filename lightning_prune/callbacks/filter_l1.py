@@ -26,8 +26,7 @@ class FilterL1Pruning(PruningCallback):
         amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
             of module paths or by module, of the units that these produce. What no pattern names is kept whole.
         target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
-            of the whole model. What ``amount`` is a fraction of: the filters that can leave, or the whole model's
-            parameters, FLOPs or latency. That is the time of one call on the example inputs, in eval mode, measured on
+            of the whole model. Latency is the time of one call on the example inputs, in eval mode, measured on
             this machine (on the first process) whenever a cut is due, and reached within 5 % where single units weigh
             less; it is logged as ``prune/latency_kept``. Pass ``example_inputs`` of the batch that counts; widths often
             run fastest in multiples of 8 or so, see ``round_to``.
