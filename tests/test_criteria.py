@@ -404,7 +404,7 @@ def test_an_accumulator_is_a_criterion():
     fit(module, callback)
     assert callback.schedule == OneShot(at=1)
     assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
-    report = prune_filters(model, batches[0][0], 0.4, Surprise, batches=batches, loss=cross_entropy)
+    report = prune_filters(model, batches[0][0], 0.4, criterion=Surprise, batches=batches, loss=cross_entropy)
     assert report.proved
 
 

@@ -18,6 +18,7 @@ from lightning_prune import (
 from lightning_prune.callbacks.engine import run_log
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from tests.runs import Net, fit, net, watch_scores, widths
+from tests.test_callback_contract import hooks_of, recipe_hooks
 
 
 def pair():
@@ -122,7 +123,7 @@ def test_a_report_that_fails_costs_nothing(monkeypatch):
     with pytest.warns(UserWarning, match="report of the pruning failed.*no table today"):
         made = fit(module, FilterL1Pruning(0.5))
     assert made.state.finished and widths(module)["first"] == 4
-    assert not module._load_state_dict_pre_hooks
+    assert sorted((path, name) for path, name, _ in hooks_of(module)) == recipe_hooks(module)
 
 
 @pytest.mark.parametrize("name", ["acc [top-1]", "acc[/all]", "iou [a]/[b]", "err [/mm]"])

@@ -110,7 +110,7 @@ def test_a_recipe_that_cannot_be_read_is_told(damage, tmp_path):
 
 STATES = {
     "progress": (FilterL1Pruning, lambda saved: ours(saved).update(progress="half"), "of it cannot be read.*'half'"),
-    "history": (FilterL1Pruning, lambda saved: ours(saved).update(history={}), "of it cannot be read.*'model'"),
+    "history": (FilterL1Pruning, lambda saved: ours(saved).update(history={}), "of it cannot be read.*'layers'"),
     "start": (
         FilterL1Pruning,
         lambda saved: ours(saved).update(start={"widths": {}}),

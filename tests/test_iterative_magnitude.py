@@ -187,7 +187,7 @@ def test_clipping_sees_what_is_left():
         torch.testing.assert_close(clipped.state_dict()[name], value * twin.held.get(name, 1), rtol=1e-5, atol=1e-6)
     other = net(dropout=0.0)
     fit(other, pruning(schedule=None, mask_gradients=False), gradient_clip_val=0.05)
-    assert not torch.allclose(other.second.weight, clipped.second.weight, rtol=1e-3)
+    assert not torch.allclose(other.hidden.weight, clipped.hidden.weight, rtol=1e-3)
 
 
 class _Forward(nn.Module):

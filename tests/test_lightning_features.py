@@ -20,7 +20,7 @@ from torch import nn
 
 from lightning_prune import Linear, prune_filters
 from tests.runs import IMAGE, Known, batches, fit, net, trainer, widths
-from tests.test_callback_contract import CALLBACKS
+from tests.test_callback_contract import CALLBACKS, hooks_of, recipe_hooks
 
 each_callback = pytest.mark.parametrize("kind", CALLBACKS.values(), ids=CALLBACKS)
 
@@ -132,7 +132,7 @@ def test_interrupted_run_leaves_a_model_that_works(kind):
     module = net()
     with pytest.raises(SystemExit):
         fit(module, half(kind), Interrupt(), max_epochs=5)
-    assert not any(part._load_state_dict_pre_hooks or part._forward_pre_hooks for part in module.modules())
+    assert sorted((path, name) for path, name, _ in hooks_of(module)) == recipe_hooks(module)
     assert_half_is_gone(fit(module, half(kind), max_epochs=5))
 
 

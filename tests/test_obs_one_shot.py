@@ -223,6 +223,6 @@ def test_batches_that_are_no_numbers_are_told():
 
     module = net(Blinded)
     before = weights(module)
-    with pytest.raises(PruningError, match=r"first.weight: The Hessian.*holds NaN or infinity: so do the batches"):
+    with pytest.raises(PruningError, match=r"first.weight: The Hessian.*holds NaN or infinity, as do the batches"):
         fit(module, OBSOneShot(0.5, epoch=0, scope="global"))
     assert_same_weights(module, before)

@@ -241,7 +241,7 @@ def with_wrapped_layer(model):
 def test_masks_are_held_whatever_is_around_them(wrap):
     """Zeros stay zero in training, whatever the pruned model was put into."""
     model = net()
-    keep = prune_weights(model, 0.6, scope="global").keep
+    keep = prune_weights(model, 0.6, scope="global").kept
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), 0.1, momentum=0.9)
     with hold_masks(wrapped, optimizer):

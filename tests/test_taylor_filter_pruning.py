@@ -463,7 +463,7 @@ class SideBranch(Net):
 def test_units_that_the_loss_does_not_need_leave_first(form):
     """A branch without gradients is worth nothing: it loses all but one of its units, and the run goes on."""
     module = net(SideBranch)
-    fit(module, TaylorFilterPruning(0.2, form=form))
+    fit(module, TaylorFilterPruning(0.2, scope="global", form=form))
     assert len(module.side.weight) == 1
     assert sum(widths(module).values()) == 24 - math.ceil(0.2 * 28 - 1e-9) + 3
 

@@ -36,7 +36,8 @@ class Prunable:
         TypeError: When a class is defined that names it too late to be heard.
 
     Examples:
-        >>> from lightning_prune import masks_on, prune_weights
+        >>> from lightning_prune import prune_weights
+        >>> from lightning_prune.surgery.masks import masks_on
         >>> class Net(Prunable, nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
