@@ -37,7 +37,7 @@ LIMITS = {
     "rooms: folders and loose modules at the top": 10,
     "arrows: pairs of rooms with imports between them": 39,
     "comprehensions": 46,
-    "nested comprehensions": 3.2,
+    "nested comprehensions": 3.0,
     "ternaries": 22.5,
     "methods of FilterPruning, inherited ones too": 24,
     "classes of FilterPruning": 3,
@@ -45,7 +45,7 @@ LIMITS = {
     "writes to another object's private attributes": 5,
     "docstrings that begin with Tell, Let, Give, Take, Do": 81,
     "public names": 30,
-    "lines": 24_200,
+    "lines": 26_000,
 }
 AT_LEAST = {"comment lines": 23}
 IMPORT = """

@@ -119,7 +119,7 @@ def test_cuts_by_steps_fall_between_windows_of_accumulation(schedule, precision)
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
-@pytest.mark.parametrize("kind", [FilterL1Pruning, TaylorFilterPruning])
+@pytest.mark.parametrize("kind", [pytest.param(FilterL1Pruning, marks=pytest.mark.slow), TaylorFilterPruning])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_resume_from_any_step(kind, schedule, tmp_path):
     """From the checkpoint of any step, a run with cuts by steps ends where the uninterrupted one does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from itertools import chain
 
 from torch import nn
 
@@ -47,6 +48,7 @@ def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> dict[str, s
         return left + search(links[half:], accepted + left)
 
     linked = [link for link in structure.links if not keep[link[0]].all()]
-    single = [(name,) for name, stays in keep.items() if not stays.all() and not any(name in link for link in linked)]
+    in_links = set(chain.from_iterable(linked))
+    single = [(name,) for name, stays in keep.items() if not stays.all() and name not in in_links]
     search([*single, *linked], [])
     return reasons

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -108,9 +109,8 @@ def _drop_if_alike(ledger: Ledger, first: int) -> None:
 
     Then one mode tells as much as both, and only one need be run again to verify a cut. What met in it still counts.
     """
-    usual, other = (
-        [ran for ran in rans if not _only_perturbs(ran.func)] for rans in (ledger.ran[:first], ledger.ran[first:])
-    )
+    usual = [ran for ran in ledger.ran[:first] if not _only_perturbs(ran.func)]
+    other = [ran for ran in ledger.ran[first:] if not _only_perturbs(ran.func)]
     if len(usual) == len(other) and all(map(_alike, usual, other)):
         del ledger.ran[first:]
         ledger.passes.pop()
@@ -245,13 +245,14 @@ def _read_the_same(ledger: Ledger, labels: Mapping[str, Labels], experts: list[l
 def _first_beside(ledger: Ledger, mine: set[int]) -> set[bytes] | None:
     """Return the atoms along the dimensions of the data at the first operator that takes it with labels of ``mine``."""
     for ran in ledger.ran:
-        taken = [[label for found in labels.dims.values() for label in found] for labels in ran.taken]
-        own = [any(id(label) in mine for label in found) for found in taken]
-        data = [
-            found
-            for found, labels, is_own in zip(taken, ran.taken, own, strict=True)
-            if not is_own and not labels.weight
-        ]
-        if data and any(own):
+        data: list[list[Label]] = []
+        takes_mine = False
+        for labels in ran.taken:
+            carried = list(chain.from_iterable(labels.dims.values()))
+            if not mine.isdisjoint(map(id, carried)):
+                takes_mine = True
+            elif not labels.weight:
+                data.append(carried)
+        if data and takes_mine:
             return {label.atoms.tobytes() for found in data for label in found}
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -249,7 +250,8 @@ def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> list[str]:
         left = search(links[:half], accepted)
         return left + search(links[half:], accepted + left)
 
-    linked = [link for link in structure.links if all(name in keep for name in link)]
-    single = [(name,) for name in keep if not any(name in link for link in linked)]
+    linked = [link for link in structure.links if keep.keys() >= set(link)]
+    in_links = set(chain.from_iterable(linked))
+    single = [(name,) for name in keep if name not in in_links]
     search([*single, *linked], [])
     return stuck

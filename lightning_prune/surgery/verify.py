@@ -312,9 +312,10 @@ def _compare_outputs(expected: list[Tensor], found: list[Tensor], tolerance: flo
     Raises:
         DifferentError: If it is something else.
     """
-    shapes = [[tuple(output.shape) for output in outputs] for outputs in (expected, found)]
-    if shapes[0] != shapes[1]:
-        raise DifferentError(f"the model's outputs changed shape: {shapes[0]} to {shapes[1]}", None)
+    before = [tuple(output.shape) for output in expected]
+    after = [tuple(output.shape) for output in found]
+    if before != after:
+        raise DifferentError(f"the model's outputs changed shape: {before} to {after}", None)
     for full, slim in zip(expected, found, strict=True):
         if full.is_floating_point() and full.numel():
             one, other = (fingerprint(output, None, [None] * output.dim()) for output in (full, slim))
