@@ -62,6 +62,7 @@ class UnitRemoval(Strategy):
         self.arguments: FilterArguments = arguments
         self.gathering = gathering
         self.example_inputs = arguments.example_inputs
+        self.traces = gathering.traces = arguments.trace
         self.state = RemovalState()
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
@@ -103,7 +104,7 @@ class UnitRemoval(Strategy):
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(run.where, run.trainer.optimizers)
         given = [self.example_inputs, *(member.strategy.example_inputs for member in run.members)]
-        inputs = run.inputs.find(run.module, self.arguments.trace, given, batch)
+        inputs = run.inputs.find(run.module, self.traces, given, batch)
         if inputs is None:
             return False
         self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
@@ -145,7 +146,7 @@ class UnitRemoval(Strategy):
                 plan = self._repair.repair(run, plan)
             apply_plan_(run, plan)
             self.traced.count(run.module, plan.structure, plan.keep)
-            recalibrate_(run.trainer, run.module, self.arguments.recalibrate)
+            recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
         self.state.widths |= {width.name: width.after for width in plan.widths}
         self.state.pinned = plan.structure.pinned
         if progress >= 1.0:
