@@ -56,6 +56,11 @@ class FilterArguments:
         return Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
 
     @property
+    def named(self) -> list[Any]:
+        """What the user named to be pruned."""
+        return list(self.amount) if isinstance(self.amount, Mapping) else []
+
+    @property
     def parts(self) -> dict[str, Any]:
         """The arguments that say which channels are pruned."""
         named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []

@@ -12,6 +12,7 @@ from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import count
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.pruning.arguments import with_ignored
+from lightning_prune.pruning.left_alone import with_left_alone
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import find_groups, recipe_of
 
@@ -32,6 +33,7 @@ class TracedModel:
     def __init__(self, arguments: FilterArguments, narrow: Narrow | None) -> None:
         self._arguments = arguments
         self._narrow = narrow
+        self.alone: dict[str, str] = {}  # networks that are not pruned, and why
         self._inputs: ExampleInputs | None = None
         self._flops: FlopCount | None = None  # of the model as it stands, once counted
 
@@ -60,6 +62,7 @@ class TracedModel:
         structure = self.groups(pl_module) if structure is None else structure
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self._arguments.ignore)
+        structure = with_left_alone(structure, self.alone)
         structure = structure.without_each({name: why for name, why in refused.items() if name in structure.groups})
         return structure if self._narrow is None else self._narrow(pl_module, structure, self.inputs)
 

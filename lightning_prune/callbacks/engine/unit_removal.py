@@ -20,6 +20,7 @@ from lightning_prune.callbacks.engine.example_inputs import on_device_of
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.kept_sums import of_kept_units
+from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
@@ -107,6 +108,7 @@ class UnitRemoval(Strategy):
         inputs = run.inputs.find(run.module, self.traces, given, batch)
         if inputs is None:
             return False
+        self.traced.alone = networks_left_alone(run, self.arguments.named)
         self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
         structure = self.traced.groups(run.module)
         self.traced.count(run.module, structure)

@@ -55,6 +55,11 @@ class WeightArguments:
             raise ValueError(f"{where}(mask_gradients={self.mask_gradients!r}): choose True, False or 'auto'.")
 
     @property
+    def named(self) -> list[Any]:
+        """What the user named to be pruned."""
+        return [*(self.amount if isinstance(self.amount, Mapping) else ()), *(self.parameters or ())]
+
+    @property
     def parts(self) -> dict[str, Any]:
         """The arguments that say which weights are pruned."""
         named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []

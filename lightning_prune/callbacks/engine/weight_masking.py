@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.algorithms.schedules import FewUnits, Schedule
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.clock import share_due
+from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import refuse_apart
 from lightning_prune.callbacks.engine.refusals import (
     refuse_foreign,
@@ -85,7 +86,9 @@ class WeightMasking(Strategy):
         """Find the weights, restore the masks that the model carries, and hold them from now on."""
         arguments, module, optimizers = self.arguments, run.module, run.trainer.optimizers
         refuse_unmaskable(run.where, optimizers)
-        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern)
+        alone = networks_left_alone(run, arguments.named)
+        ignore = [*arguments.ignore, *alone]
+        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, ignore, arguments.pattern)
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
