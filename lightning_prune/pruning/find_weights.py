@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.calls import refuse_shapeless
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import Parameters, names_module, near, path_of
@@ -52,7 +53,11 @@ class Weights(NamedTuple):
 
 
 def find_weights(
-    model: nn.Module, parameters: Parameters | None = None, ignore: Parameters = (), what: str = "parameters"
+    model: nn.Module,
+    parameters: Parameters | None = None,
+    ignore: Parameters = (),
+    what: str = "parameters",
+    part: Part = WHOLE,
 ) -> Weights:
     """Find the weights that masks may zero.
 
@@ -63,6 +68,7 @@ def find_weights(
             biases, norms and embeddings stay, and so do weights that are tied to an embedding.
         ignore: Patterns of modules or parameters that stay.
         what: The argument that the patterns were given by, as errors shall name it.
+        part: The part of the model whose weights are meant.
 
     Raises:
         ValueError: If a pattern names nothing.
@@ -76,14 +82,17 @@ def find_weights(
         found = {}
         for pattern in _patterns(model, parameters, what):
             found |= _weights_named(model, pattern, usual)
-    found = {name: weight for name, weight in found.items() if not _is_named(name, ignored)}
+    found = {name: weight for name, weight in found.items() if part.holds(name) and not _is_named(name, ignored)}
     if not found:
-        why = "; ".join(f"{name}: {reason}" for name, reason in usual.stay.items()) or "ignore= names all there are"
+        why = (
+            "; ".join(f"{name}: {reason}" for name, reason in usual.stay.items())
+            or "ignore= or module= leave out all there are"
+        )
         raise PruningError(
             f"Nothing is left to prune in {type(model).__name__}: none of the weights of its linear and convolutional "
             f"layers ({why}). Name others by parameters=."
         )
-    stay = {name: reason for name, reason in usual.stay.items() if name not in found}
+    stay = {name: reason for name, reason in usual.stay.items() if name not in found and part.holds(name)}
     return Weights(found, stay)
 
 

@@ -19,9 +19,20 @@ from lightning_prune.algorithms.selection import (
     number_to_prune,
     parse_pattern,
 )
+from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.pruning.arguments import Amount, Parameters, by_path, check_amount, check_choice, check_list
+from lightning_prune.pruning.arguments import (
+    Amount,
+    Parameters,
+    Parts,
+    by_path,
+    check_amount,
+    check_choice,
+    check_list,
+    check_module,
+    part_of,
+)
 from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights
 from lightning_prune.pruning.report import GroupWidth, WeightReport
 from lightning_prune.structure import Pinned
@@ -65,6 +76,7 @@ def prune_weights(
     *,
     criterion: WeightCriterion = "magnitude",
     scope: WeightScope = "layer",
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -85,6 +97,7 @@ def prune_weights(
             longer. ``magnitude`` or ``random``.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
             pattern are of each layer under both.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -109,7 +122,8 @@ def prune_weights(
         Mishra et al., Accelerating Sparse Deep Neural Networks, 2021 (arXiv:2104.08378).
     """
     check_weight_arguments("prune_weights", amount, scope, criterion, parameters, ignore, pattern)
-    found = weights_to_prune(model, amount, parameters, ignore, pattern)
+    check_module("prune_weights", module)
+    found = weights_to_prune(model, amount, parameters, ignore, pattern, part_of(model, module))
     keep = choose_weights(
         found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
     )
@@ -184,6 +198,7 @@ def weights_to_prune(
     parameters: Parameters | None,
     ignore: Parameters,
     pattern: str | None,
+    part: Part = WHOLE,
 ) -> ToPrune:
     """Find the weights that the arguments of :func:`prune_weights` mean, and the amounts asked for.
 
@@ -193,9 +208,9 @@ def weights_to_prune(
     """
     if isinstance(amount, Mapping):
         amount = by_path(model, amount, "amount")
-        weights, stay = find_weights(model, list(amount), ignore, what="amount")
+        weights, stay = find_weights(model, list(amount), ignore, what="amount", part=part)
     else:
-        weights, stay = find_weights(model, parameters, ignore)
+        weights, stay = find_weights(model, parameters, ignore, part=part)
     if pattern is not None:
         n, m = parse_pattern(pattern)
         inputs = {name: weight.inputs for name, weight in weights.items()}

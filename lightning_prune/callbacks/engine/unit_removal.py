@@ -118,7 +118,8 @@ class UnitRemoval(Strategy):
         if self.state.start is None:
             check_prunable(run.module, structure)
             refuse_not_finite(run.where, run.module, written_with(structure))
-            self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module))
+            part = self.traced.part(run.module)
+            self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
                 f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "

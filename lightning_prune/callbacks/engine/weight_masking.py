@@ -29,6 +29,7 @@ from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
 from lightning_prune.model.bits import pack_bits
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
 from lightning_prune.surgery import PackedMasks, recipe_of
@@ -88,7 +89,8 @@ class WeightMasking(Strategy):
         refuse_unmaskable(run.where, optimizers)
         alone = networks_left_alone(run, arguments.named)
         ignore = [*arguments.ignore, *alone]
-        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, ignore, arguments.pattern)
+        part = part_of(module, arguments.module)
+        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, ignore, arguments.pattern, part)
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
