@@ -29,7 +29,7 @@ def describe(run: Run, history: History) -> None:
     history.weights = [count for masking in maskings for count in masking.own.counts]
     history.dense = {}
     for masking in maskings:
-        history.dense |= masking.own.to_prune.stay
+        history.dense |= {**masking.own.to_prune.stay, **masking.own.to_prune.others}
     if removals:
         removal = removals[-1]
         flops = removal.traced.flops(run.module)

@@ -30,6 +30,7 @@ from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, Weight
 from lightning_prune.model.bits import pack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import part_of
+from lightning_prune.pruning.find_weights import warning_of
 from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
 from lightning_prune.surgery import PackedMasks, recipe_of
@@ -96,6 +97,9 @@ class WeightMasking(Strategy):
         self._refuse_overlap(run)
         for name, reason in to_prune.stay.items() if run.own.clock.progress == 0 else ():
             rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
+        told = warning_of(module, to_prune.others)
+        if told and run.own.clock.progress == 0:
+            rank_zero_warn(f"{run.where}: {told}")
         self._packed = {**self._carried(run), **self._packed}
         keep = unpacked(self._packed)
         refuse_foreign(run.where, module, keep)
