@@ -183,7 +183,7 @@ def test_resume_with_recalibration(tmp_path):
 
 
 class Needs(Net):
-    """Its forward takes nothing of the training batches."""
+    """Its forward takes nothing of the training batches, its training step does."""
 
     def forward(self, images, scale):
         return super().forward(images * scale)
@@ -191,10 +191,27 @@ class Needs(Net):
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self(batch[0], torch.ones(1, 1, 1, 1)), batch[1])
 
+    def validation_step(self, batch, batch_idx):
+        """Return nothing."""
+
+
+class Drops(Needs):
+    """Its training step runs in train mode only."""
+
+    def training_step(self, batch, batch_idx):
+        assert self.training
+        return super().training_step(batch, batch_idx)
+
 
 def test_batches_that_forward_does_not_take():
-    """Where forward takes nothing of a batch, the error says so."""
+    """Where forward takes nothing of a batch the step runs; where that does not run either, the error says so."""
     module = net(Needs)
+    fit(module, FilterL1Pruning(0.5, schedule=OneShot(1), recalibrate=1, example_inputs=(images()[0][0][None], 1)))
+    assert module.first.out_channels == 4
+    module = net(Drops)
     callback = FilterL1Pruning(0.5, schedule=OneShot(1), recalibrate=1, example_inputs=(images()[0][0][None], 1))
-    with pytest.raises(PruningError, match="Needs.forward accepts nothing of the training batches"):
+    with pytest.raises(
+        PruningError,
+        match="(?s)Drops.forward accepts nothing of the training batch.*training_step: Assert.*validation_step: .*None",
+    ):
         fit(module, callback)

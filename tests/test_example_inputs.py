@@ -1,5 +1,6 @@
 """What a model is traced and counted on: what forward takes of the first batch, or example inputs."""
 
+import re
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_prune import FilterL1Pruning, count_flops
+from lightning_prune import FilterL1Pruning, FilterPruning, OBSOneShot, PruningError, count_flops
 from tests.runs import CLASSES, IMAGE, Known, fit, images, net, trainer, widths
 
 
@@ -165,3 +166,127 @@ def test_example_inputs_stay():
     before = inputs.clone()
     fit(net(), FilterL1Pruning(amount=0.5, example_inputs=inputs), precision="64-true")
     assert torch.equal(inputs, before) and inputs.dtype == torch.float32
+
+
+# Batches that no person sees
+
+
+class Holds:
+    """A batch with attributes, as those of graphs are."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device):
+        return Holds(self.x.to(device), self.y.to(device))
+
+
+class OfObjects(Takes):
+    """Forward takes two attributes of the batch."""
+
+    def forward(self, x, y):
+        return F.cross_entropy(self.score(x), y)
+
+    def training_step(self, batch, _):
+        return self(batch.x, batch.y)
+
+
+class OfImages(TakesTensor):
+    """Forward takes one value of the batch, or one attribute."""
+
+    def training_step(self, batch, _):
+        return self(batch["image"] if isinstance(batch, dict) else batch.x).square().mean()
+
+
+class OfSteps(Takes):
+    """Forward takes what only the step makes of a batch, with a scale that no batch holds."""
+
+    def forward(self, pixels, scale):
+        return self.score(pixels * scale)
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self(batch["pixels"], 2.0), batch["labels"])
+
+
+class NoForward(Takes):
+    """All happens in the step."""
+
+    def training_step(self, batch, _):
+        return F.cross_entropy(self.score(batch["pixels"]), batch["labels"])
+
+
+class Manual(NoForward):
+    """Its training step trains; its validation step can be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        optimizer.step()
+
+    def validation_step(self, batch, index):
+        return super().training_step(batch, index)
+
+
+def together(parts):
+    """Stack examples that are objects."""
+    return Holds(torch.stack([part.x for part in parts]), torch.tensor([part.y for part in parts]))
+
+
+def pixels(x, y):
+    return {"pixels": x, "labels": y}
+
+
+HIDDEN = {
+    "value": (OfImages, lambda x, y: {"image": x, "mask": y}, None, r"forward of batch\['image'\]"),
+    "attribute": (OfImages, Holds, together, r"forward of batch\.x"),
+    "attributes": (OfObjects, Holds, together, r"forward of batch\.x, batch\.y"),
+    "step": (OfSteps, pixels, None, "training_step"),
+    "no-forward": (NoForward, pixels, None, "training_step"),
+    "manual": (Manual, pixels, None, "validation_step"),
+}
+
+
+@pytest.mark.parametrize("kind, make, collate, told", HIDDEN.values(), ids=HIDDEN)
+def test_a_way_in_is_found_and_told(kind, make, collate, told, caplog):
+    """Single values, attributes and steps are tried after forward on the batch, and the log says what was chosen."""
+    module = net(kind)
+    with caplog.at_level("INFO"):
+        trainer(FilterL1Pruning(amount=0.5), max_epochs=1).fit(module, DataLoader(Parts(make), 4, collate_fn=collate))
+    assert len(module.first.weight) == 4
+    assert re.search(f"{kind.__name__} is traced on {told}\\.", caplog.text)
+
+
+READERS = {
+    "obs": lambda: OBSOneShot(amount=0.5, batches=2),
+    "recalibrate": lambda: FilterL1Pruning(amount=0.5, recalibrate=1),
+    "criterion": lambda: FilterPruning(amount=0.5, criterion="obs", batches=2),
+    "repair": lambda: FilterPruning(amount=0.5, repair=True, batches=2),
+}
+
+
+@pytest.mark.parametrize("kind", [OfSteps, NoForward, Manual])
+@pytest.mark.parametrize("make", READERS.values(), ids=READERS)
+def test_batches_are_read_by_the_same_way(kind, make):
+    """What runs the model on training batches runs its step, too, where forward takes none of them."""
+    module = net(kind)
+    module.norm = nn.BatchNorm2d(2)
+    module.score = lambda x: Takes.score(module, module.norm(x))
+    callback = make()
+    trainer(callback, max_epochs=1).fit(module, DataLoader(Parts(pixels), 4))
+    zeros = int((module.first.weight == 0).sum())
+    assert zeros == 8 * 2 * 9 // 2 if isinstance(callback, OBSOneShot) else len(module.first.weight) == 4
+
+
+def test_inputs_of_a_forward_that_is_not_there():
+    """Example inputs for a module without forward are refused with advice that works."""
+    with pytest.raises(PruningError, match="NoForward has no forward.*Leave them out"):
+        trainer(FilterL1Pruning(amount=0.5, example_inputs=IMAGE)).fit(net(NoForward), DataLoader(Parts(pixels), 4))
+    module = net(NoForward)
+    module.example_input_array = IMAGE  # which only forward takes
+    trainer(FilterL1Pruning(amount=0.5), max_epochs=1).fit(module, DataLoader(Parts(pixels), 4))
+    assert len(module.first.weight) == 4

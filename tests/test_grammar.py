@@ -280,3 +280,104 @@ def test_callbacks_take_modules():
     fit(module, IterativeMagnitudePruning(parameters=[(module.hidden, "weight")]), max_epochs=1)
     assert zeros(module, "hidden") == -(-module.hidden.weight.numel() // 2)
     assert zeros(module, "second") == 0
+
+
+# A part of the model
+
+
+class Two(nn.Module):
+    """Two networks, the second on the outputs of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.other = mlp(), nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 1))
+
+    def forward(self, x):
+        return self.other(self.net(x))
+
+
+@pytest.mark.parametrize("target", ["filters", "params", "flops"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_part_is_pruned_as_if_it_were_alone(target, scope):
+    """Units and counts of a part are those of the part by itself; what lies outside, or is tied to it, is kept."""
+    whole, alone = Two(), mlp()
+    alone.load_state_dict(whole.net.state_dict())
+    reports = [prune_filters(whole, X[:1], 0.4, target=target, scope=scope, module=part) for part in ("net",)]
+    expected = prune_filters(alone, X[:1], 0.4, target=target, scope=scope)
+    found = reports[0]
+    assert [width[1:] for width in found.groups] == [width[1:] for width in expected.groups]
+    assert (found.params_before, found.params_after) == (expected.params_before, expected.params_after)
+    assert (found.flops_before, found.flops_after) == (expected.flops_before, expected.flops_after)
+    assert found.reached == pytest.approx(expected.reached)
+    assert whole.other[0].out_features == 40
+    assert all(torch.equal(one, two) for one, two in zip(whole.net.parameters(), alone.parameters(), strict=True))
+
+
+def test_what_is_tied_to_the_outside_of_a_part_is_kept():
+    """A channel group that reaches beyond the part stays, with the reason."""
+    model = mlp()
+    report = prune_filters(model, X[:1], 0.5, module=["2", model[3], "4"])
+    assert (model[0].out_features, model[2].out_features) == (35, 3)
+    reasons = {pin.tensor: pin.reason for pin in report.pinned}
+    assert reasons["0.weight"] == "it is tied to 0.weight, which is outside of module="
+
+
+def test_weights_of_a_part():
+    """Half of the weights of a part are zero, across its layers, and none outside."""
+    for call in (
+        lambda model: prune_weights(model, 0.5, scope="global", module="net"),
+        lambda model: prune_weights(model, 0.5, scope="global", module=model.net),
+        lambda model: prune_obs(model, 0.5, scope="global", batches=[X], module=["net"], progress=False),
+    ):
+        model = Two()
+        report = call(model)
+        assert sum(zeros(model, f"net.{path}") for path in (0, 2, 4)) == 214 and report.reached == 214 / 427
+        assert not zeros(model, "other.0") and not zeros(model, "other.2")
+
+
+@pytest.mark.parametrize("given, told", [
+    ("nets", "names no module of Two.* net"), (mlp(), "module: this Sequential is not part"), ([], "names no part"),
+])  # fmt: skip
+def test_parts_that_are_none_are_refused(given, told):
+    """Unknown paths, foreign modules and empty lists are refused alike."""
+    for call in (
+        lambda: prune_filters(Two(), X, module=given),
+        lambda: prune_weights(Two(), module=given),
+        lambda: prune_obs(Two(), batches=[X], module=given),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()
+    with pytest.raises(ValueError, match="latency is measured of the whole"):
+        prune_filters(Two(), X, module="net", target="latency")
+    with pytest.raises(TypeError, match="pass the path of a module"):
+        FilterL1Pruning(module=3)
+
+
+class Pair(Known):
+    """The network of the runs as a part of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.wide = Known(), nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 3))
+
+    def forward(self, images):
+        return super().forward(images) + self.wide(self.net(images))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [FilterL1Pruning, FilterPruning, TaylorFilterPruning, IterativeMagnitudePruning, OBSOneShot],
+    ids=lambda kind: kind.__name__,
+)
+def test_callbacks_prune_a_part(make):
+    """A callback prunes the part that is named, by half of its own widths or weights, and logs the part's share."""
+    module = net(Pair)
+    done = fit(module, make(0.5, module="net"), max_epochs=2)
+    assert module.first.out_channels == 8 and not zeros(module, "first")
+    assert not zeros(module, "wide.0") and module.wide[0].out_features == 50
+    if make in (IterativeMagnitudePruning, OBSOneShot):
+        assert zeros(module, "net.first") == module.net.first.weight.numel() // 2
+        return
+    assert (module.net.first.out_channels, module.net.hidden.out_features) == (4, 5)
+    dense, slim = (sum(p.numel() for p in part.parameters()) for part in (Known(), module.net))
+    assert done.callback_metrics["prune/params_kept"] == pytest.approx(slim / dense)

@@ -19,7 +19,7 @@ import lightning_prune
 from lightning_prune import Cubic, Geometric, IterativeMagnitudePruning, Linear, OneShot, prune_weights
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, TOTAL, Two, WithAdam, Zeros, gone_of, pruning, zeros
-from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
+from tests.runs import Attentive, Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import arguments_of, global_hooks, hooks_of, recipe_hooks
 
 RUNS = {
@@ -312,3 +312,12 @@ def test_cuts_draw_no_random_numbers(control):
         fit(net(), *callbacks)
         ends.append(torch.get_rng_state())
     assert torch.equal(*ends)
+
+
+def test_much_that_was_not_considered_is_warned_of():
+    """Where recurrent weights are more than a tenth of the model, a warning names them; named, they are pruned."""
+    with pytest.warns(UserWarning, match=r"lstm.weight_ih_l0, lstm.weight_hh_l0. Name them by parameters="):
+        fit(net(Attentive), IterativeMagnitudePruning(0.5), max_epochs=1)
+    module = net(Attentive)
+    fit(module, IterativeMagnitudePruning(0.5, parameters=["lstm"]), max_epochs=1)
+    assert int((module.lstm.weight_hh_l0 == 0).sum()) == 4 * 6 * 6 // 2

@@ -193,6 +193,7 @@ class Wants(Net):
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
+        assert self.training
         return F.cross_entropy(self(images, 1.0), labels)
 
 

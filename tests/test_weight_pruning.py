@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -137,7 +138,10 @@ def test_what_is_tied_to_an_embedding_stays():
     model.head.weight = model.embedding.weight
     report = prune_weights(model, 0.5, scope="global")
     assert report.kept.keys() == WEIGHTS - {"head.weight"}
-    assert {pin.tensor: pin.reason for pin in report.pinned} == {"head.weight": "it is tied to an embedding"}
+    assert {pin.tensor: pin.reason for pin in report.pinned} == {
+        "head.weight": "it is tied to an embedding",
+        "free": "it is no weight of a linear or convolutional layer",
+    }
     assert find_weights(model, ["embedding.weight"]).found.keys() == {"embedding.weight"}
 
 
@@ -266,3 +270,41 @@ def test_weights_without_a_shape_are_refused():
     """A lazy layer that has not run has no weights to choose from."""
     with pytest.raises(PruningError, match=r"0.weight gets its shape only at the first forward pass"):
         prune_weights(nn.Sequential(nn.LazyLinear(4)), 0.5, scope="global")
+
+
+# Weights of other layers
+
+
+def conv1d(inputs, outputs):
+    """Return a linear layer whose weight is ``(in, out)``, by the name under which transformers has it."""
+    made = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})()
+    made.weight, made.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+    return made
+
+
+def test_parameters_that_were_not_considered_are_named():
+    """An LSTM's weights stay, the report names them, and a warning says how much of the model they are."""
+    model = nn.ModuleDict({"lstm": nn.LSTM(8, 16), "head": nn.Linear(16, 2), "embedding": nn.Embedding(9, 8)})
+    size = sum(parameter.numel() for parameter in model.parameters())
+    held = 4 * 16 * (8 + 16) / size
+    with pytest.warns(UserWarning, match=f"{held:.0%} of the parameters.*lstm.weight_ih_l0, lstm.weight_hh_l0"):
+        report = prune_weights(model, 0.5)
+    assert {pin.tensor for pin in report.pinned} == {"lstm.weight_ih_l0", "lstm.weight_hh_l0", "embedding.weight"}
+    for more in ({"ignore": ["lstm"]}, {"parameters": ["lstm", "head"]}, {"module": "head"}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report = prune_weights(model, 0.5, **more)
+        assert "lstm.weight_ih_l0" not in {pin.tensor for pin in report.pinned}
+    assert int((model["lstm"].weight_ih_l0 == 0).sum()) == 4 * 16 * 8 // 2
+
+
+def test_n_of_m_along_inputs_wherever_they_lie():
+    """Two of every four inputs of an ``(in, out)`` weight stay; where no module tells which are inputs, it is dense."""
+    model = nn.Sequential(conv1d(16, 10), nn.Linear(8, 8))
+    model.free = nn.Parameter(torch.randn(8, 12))
+    report = prune_weights(model, pattern="2:4", parameters=["0", "1", "free"])
+    groups = model[0].weight.detach().mT.reshape(10, 4, 4)
+    assert ((groups != 0).sum(dim=-1) == 2).all() and bool(model.free.all())
+    assert "free" in {pin.tensor for pin in report.pinned}
+    prune_weights(model, 0.5)
+    assert report.kept["0.weight"].shape == (16, 10)

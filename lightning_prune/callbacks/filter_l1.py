@@ -10,6 +10,7 @@ from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
+from lightning_prune.pruning.arguments import Parts
 
 __all__ = ["FilterL1Pruning"]
 
@@ -34,6 +35,8 @@ class FilterL1Pruning(PruningCallback):
             pattern are of each layer under both. Norms are divided by their layer's mean.
         schedule: When how much of ``amount`` is pruned. By default everything before the first batch, as when a trained
             model is pruned and fine-tuned.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
+            Amounts, targets and limits are relative to it; what is tied to the rest is kept.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
         min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
@@ -67,6 +70,7 @@ class FilterL1Pruning(PruningCallback):
         target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
+        module: Parts = None,
         ignore: Sequence[str] = (),
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
@@ -76,7 +80,7 @@ class FilterL1Pruning(PruningCallback):
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
     ) -> None:
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
         )
         strategy = UnitRemoval(arguments, gathering_for("l1"))
         super().__init__(OneShot() if schedule is None else schedule, strategy)

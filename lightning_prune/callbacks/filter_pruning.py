@@ -17,6 +17,7 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import ExampleInputs, run
+from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.consumers import only_read
 from lightning_prune.pruning.report import Repair
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
@@ -50,6 +51,8 @@ class FilterPruning(PruningCallback):
             where training must be seen first.
         batches: Number of training batches of each process that are read at a pruning step. For criteria of second
             derivatives, ``output_change``, ``obs`` and ``repair``.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
+            Amounts, targets and limits are relative to it; what is tied to the rest is kept.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
         min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
@@ -85,6 +88,7 @@ class FilterPruning(PruningCallback):
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
         batches: int = 8,
+        module: Parts = None,
         ignore: Sequence[str] = (),
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
@@ -100,7 +104,7 @@ class FilterPruning(PruningCallback):
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
         )
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair

@@ -10,6 +10,7 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.smallest_weights import Control, SmallestWeights
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.pruning.arguments import Parts
 
 __all__ = ["IterativeMagnitudePruning"]
 
@@ -38,6 +39,7 @@ class IterativeMagnitudePruning(PruningCallback):
             pattern are of each layer under both.
         schedule: When how much of ``amount`` is pruned. By default everything before the first batch, as when a trained
             model is pruned and fine-tuned.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -72,6 +74,7 @@ class IterativeMagnitudePruning(PruningCallback):
         *,
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
+        module: Parts = None,
         ignore: Sequence[str] = (),
         parameters: Sequence[str] | None = None,
         pattern: str | None = None,
@@ -79,7 +82,7 @@ class IterativeMagnitudePruning(PruningCallback):
         rewind_to: int | None = None,
         control: Literal["reinitialize", "shuffle"] | None = None,
     ) -> None:
-        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
+        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module)
         choice = SmallestWeights(scope, pattern, rewind_to, control)
         schedule = OneShot() if schedule is None else schedule
         super().__init__(schedule, WeightMasking(arguments, choice))

@@ -13,6 +13,7 @@ from lightning_prune.callbacks.engine.clock import AfterTraining
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.obs import Asked, LayerFit, Solver
 
 __all__ = ["OBSOneShot"]
@@ -38,6 +39,7 @@ class OBSOneShot(PruningCallback):
             change least.
         batches: Number of training batches of each process that are read at a pruning step. Layers keep their outputs
             on these.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -69,6 +71,7 @@ class OBSOneShot(PruningCallback):
         *,
         scope: Literal["layer", "global"] = "layer",
         batches: int = 8,
+        module: Parts = None,
         ignore: Sequence[str] = (),
         parameters: Sequence[str] | None = None,
         pattern: str | None = None,
@@ -79,7 +82,7 @@ class OBSOneShot(PruningCallback):
         recalibrate: int = 0,
         mask_gradients: bool | Literal["auto"] = "auto",
     ) -> None:
-        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients)
+        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module)
         # what ignore= names has been taken out of what may be pruned
         asked = Asked(
             None if pattern is not None else amount, solver, scope, pattern, sequential, damping, (), False, None

@@ -13,6 +13,7 @@ from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
+from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
@@ -36,6 +37,8 @@ class TaylorFilterPruning(PruningCallback):
             pattern are of each layer under both.
         schedule: When how much of ``amount`` is pruned. Not before epoch 1, since gradients must be seen first; by
             default everything before epoch 1.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
+            Amounts, targets and limits are relative to it; what is tied to the rest is kept.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
         min_width: Channels that are kept of every layer at least; or by pattern of module paths or by module, the
@@ -71,6 +74,7 @@ class TaylorFilterPruning(PruningCallback):
         target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
+        module: Parts = None,
         ignore: Sequence[str] = (),
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
@@ -86,7 +90,7 @@ class TaylorFilterPruning(PruningCallback):
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
         )
         gathering = gathering_for(_CRITERIA[form])
         if flops_penalty:

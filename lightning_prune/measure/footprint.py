@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,47 @@ from lightning_prune.structure.costs import COSTS
 from lightning_prune.structure.labels import Cost
 from lightning_prune.structure.width_ties import Without, left
 
-__all__ = ["Footprint", "count", "count_traced", "measure", "saved_by_one_unit"]
+__all__ = ["WHOLE", "Footprint", "Part", "count", "count_traced", "measure", "saved_by_one_unit"]
 
 _WHOLE: Keep = {}
+
+
+class Part(NamedTuple):
+    """The part of a model that is pruned and counted, by paths of modules.
+
+    Attributes:
+        inside: The modules that it is made of; by default the whole model.
+        outside: Modules in these that do not belong to it.
+    """
+
+    inside: tuple[str, ...] = ("",)
+    outside: tuple[str, ...] = ()
+
+    def holds(self, path: str) -> bool:
+        """Return whether a module, parameter or buffer belongs to the part."""
+        above = {*_itself_and_above(path)}
+        return not above.isdisjoint(self.inside) and above.isdisjoint(self.outside)
+
+    def params(self, model: nn.Module) -> int:
+        """Count the parameters of the part, shared ones once."""
+        return sum(parameter.numel() for name, parameter in model.named_parameters() if self.holds(name))
+
+    def flops(self, structure: Structure, keep: Keep) -> int:
+        """Predict the multiply-adds that operators called in the part take once units have gone."""
+        ledger, counts = structure.ledger, structure.multiply_adds(keep)
+        if self == WHOLE:
+            return sum(counts)
+        return sum(
+            flops for cost, flops in zip(ledger.costs, counts, strict=True) if self.holds(ledger.ran[cost.at].path)
+        )
+
+    def counted(self, flops: FlopCount) -> int:
+        """Return the share of a count that belongs to the part."""
+        of_outside = [flops.by_module.get(path, 0) for path in self.outside if Part(self.inside).holds(path)]
+        return sum(flops.by_module.get(path, 0) for path in self.inside) - sum(of_outside)
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -95,14 +134,14 @@ def _itself_and_above(path: str) -> list[str]:
     return [".".join(names[:depth]) for depth in range(len(names) + 1)]
 
 
-def measure(model: nn.Module, structure: Structure, keep: Keep) -> Footprint:
-    """Predict what the model costs once the units with ``keep == False`` have gone."""
+def measure(model: nn.Module, structure: Structure, keep: Keep, part: Part = WHOLE) -> Footprint:
+    """Predict what the model, or a part of it, costs once the units with ``keep == False`` have gone."""
     alive = structure.alive(keep)
-    sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if part.holds(name)}
     for slot in structure.ledger.slots:
         if slot.tensor in sizes:
             sizes[slot.tensor][slot.dim] = int(alive[slot.start : slot.start + slot.size].sum())
-    return Footprint(sum(map(math.prod, sizes.values())), structure.flops(keep))
+    return Footprint(sum(map(math.prod, sizes.values())), part.flops(structure, keep))
 
 
 def saved_by_one_unit(model: nn.Module, structure: Structure) -> dict[str, Footprint]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_prune.measure.footprint import Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
@@ -22,6 +23,7 @@ __all__ = [
     "MinWidth",
     "Modules",
     "Parameters",
+    "Parts",
     "amount_by_group",
     "budget_by_group",
     "by_path",
@@ -32,19 +34,26 @@ __all__ = [
     "check_fraction",
     "check_ignored",
     "check_list",
+    "check_module",
     "check_optimizers",
     "check_prunable",
+    "listed",
     "names_module",
     "near",
+    "part_of",
     "path_of",
     "shown",
+    "told_apart",
     "with_ignored",
+    "within_part",
 ]
 
 Modules = Sequence[str | nn.Module]
 """Patterns of module paths, or modules of the model."""
 Parameters = Sequence[str | nn.Module | tuple[nn.Module, str]]
 """Patterns of paths of modules or parameters, modules of the model, or modules with the name of a parameter."""
+Parts = str | nn.Module | Sequence[str | nn.Module] | None
+"""The path of a module, or the module, or several: the part of a model that is pruned and counted."""
 Amount = float | Mapping[Any, float]
 """A fraction in [0, 1), or fractions by pattern of module paths or by module."""
 MinWidth = int | Mapping[Any, int]
@@ -264,6 +273,67 @@ def with_ignored(model: nn.Module, structure: Structure, ignore: Modules) -> Str
     for pattern in patterns:
         ignored += _groups_named(structure, pattern)
     return structure.without(dict.fromkeys(ignored), "named in ignore=")
+
+
+def check_module(where: str, module: Parts, target: str = "filters") -> None:
+    """Refuse parts of a model that cannot be parts, or cannot be counted.
+
+    Raises:
+        ValueError: For the latency, which only the whole model has.
+        TypeError: If it is neither a path nor a module, nor a list of them.
+    """
+    parts = listed(module)
+    if not all(isinstance(part, str | nn.Module) for part in parts):
+        raise TypeError(f"{where}(module={module!r}): pass the path of a module, the module, or a list of them.")
+    if module is not None and not parts:
+        raise ValueError(f"{where}(module={module!r}): it names no part. Leave it out to prune the whole model.")
+    if parts and target == "latency":
+        raise ValueError(
+            f"{where}(module={', '.join(map(_quoted, parts))}, target='latency'): a latency is measured of the whole "
+            "model. Use target='flops', or leave module= out."
+        )
+
+
+def part_of(model: nn.Module, module: Parts, outside: Iterable[str] = ()) -> Part:
+    """Return the part of a model that is named, without what lies ``outside``.
+
+    Raises:
+        ValueError: If a path or module is none of the model.
+    """
+    paths: list[str] = []
+    for given in listed(module):
+        pattern = path_of(model, given, "module")
+        found = [path for path, _ in model.named_modules() if path and fnmatchcase(path, pattern)]
+        if not found:
+            known = [path for path, _ in model.named_modules() if path]
+            raise ValueError(f"module={pattern!r} names no module of {type(model).__name__}.{near(pattern, known)}")
+        paths += found
+    tops = [path for path in dict.fromkeys(paths) if not Part(tuple({*paths} - {path})).holds(path)]
+    return Part(tuple(tops) if paths else ("",), tuple(outside))
+
+
+def within_part(structure: Structure, part: Part) -> Structure:
+    """Return the structure with the channels pinned that lie outside of a part, or are tied to what does."""
+    why: dict[str, str] = {}
+    for name, group in structure.groups.items():
+        outside = [slot.tensor for slot in group.slots if not part.holds(slot.tensor)]
+        if outside and any(part.holds(slot.tensor) for slot in group.slots):
+            why[name] = f"it is tied to {outside[0]}, which is outside of module="
+        elif outside:
+            why[name] = "it is outside of module="
+    return structure.without_each(why)
+
+
+def listed(module: Parts) -> list[Any]:
+    """Return the parts as a list; a module may be iterable, and is one part."""
+    if module is None:
+        return []
+    return list(module) if isinstance(module, list | tuple | set) else [module]
+
+
+def told_apart(module: Parts) -> dict[str, list[str]]:
+    """Return the named parts for the key of a callback's state, which has none where the whole model is meant."""
+    return {} if module is None else {"module": sorted(map(shown, listed(module)))}
 
 
 def amount_by_group(model: nn.Module, structure: Structure, amount: Amount) -> Amount:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.algorithms.selection import number_to_prune
-from lightning_prune.measure.footprint import Footprint
+from lightning_prune.measure.footprint import WHOLE, Footprint, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_widths, rooms_told
 from lightning_prune.pruning.steps import Levels, Walk, each_by_itself, within
@@ -40,6 +40,7 @@ class Budget:
         round_to: Numbers of channels after the cut are multiples of this, rounded up.
         min_width: Channels that stay at least: of every group, or by group name.
         max_amount: Largest fraction, in [0, 1], of a group's channels that may leave: of every group, or by group name.
+        part: What of the model is counted.
     """
 
     target: Target = "filters"
@@ -47,6 +48,7 @@ class Budget:
     round_to: int = 1
     min_width: int | Mapping[str, int] = 1
     max_amount: float | Mapping[str, float] = 1.0
+    part: Part = WHOLE
 
     def least(self, structure: Structure, dense: Dense) -> dict[str, Least]:
         """Return the smallest width that every group may have, and what says so."""

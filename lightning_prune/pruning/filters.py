@@ -21,13 +21,17 @@ from lightning_prune.pruning.arguments import (
     MaxAmount,
     MinWidth,
     Modules,
+    Parts,
     amount_by_group,
     budget_by_group,
     check_arguments,
     check_damping,
+    check_module,
     check_optimizers,
     check_prunable,
+    part_of,
     with_ignored,
+    within_part,
 )
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
@@ -51,6 +55,7 @@ def prune_filters(
     scope: Scope = "layer",
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    module: Parts = None,
     ignore: Modules = (),
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     round_to: int = 1,
@@ -88,6 +93,8 @@ def prune_filters(
             gradients, and for ``repair``.
         loss: A function of model and batch that returns the mean loss. For criteria that look at gradients; ``obs`` and
             ``repair`` run the model by it, too, if it is given.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
+            Amounts, targets and limits are relative to it; what is tied to the rest is kept.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         optimizer: The optimizer or optimizers that train the model; their state follows.
         round_to: Widths are rounded up to multiples of this, in channels (heads times their width).
@@ -125,10 +132,12 @@ def prune_filters(
     by_obs = criterion == "obs"
     repair = by_obs if repair is None else repair
     check_arguments(where, amount, criterion, target, scope, round_to, min_width, max_amount, ignore)
+    check_module(where, module, target)
     check_damping(where, damping, "inputs' mean variance")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
-    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
+    part = part_of(model, module)
+    structure = within_part(with_ignored(model, find_groups(model, example_inputs), ignore), part)
     check_prunable(model, structure)
     if repair or by_obs:
         if batches is None:
@@ -149,7 +158,7 @@ def prune_filters(
         structure,
         scores,
         amount_by_group(model, structure, amount),
-        budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount)),
+        budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
         adding_up=adds_up(criterion),
         progress=progress,
     )

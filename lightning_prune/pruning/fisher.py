@@ -133,7 +133,7 @@ def prune_fisher(
     masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
     before = count_unmasked(model)
     apply_masks_(model, masks)
-    return weight_report(model, before, masks, found.stay, amount, FisherFit(predicted, added))
+    return weight_report(model, before, masks, {**found.stay, **found.others}, amount, FisherFit(predicted, added))
 
 
 def block_fisher(

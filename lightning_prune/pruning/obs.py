@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.selection import number_to_prune, parse_pattern
 from lightning_prune.algorithms.solvers import SOLVERS, Pattern, split
 from lightning_prune.measure.calibration import Calibration, Run
+from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.measure.products import Products, find_products
 from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.calls import call_on
@@ -20,11 +21,14 @@ from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.pruning.arguments import (
     Amount,
     Parameters,
+    Parts,
     by_path,
     check_choice,
     check_damping,
     check_ignored,
+    check_module,
     names_module,
+    part_of,
 )
 from lightning_prune.pruning.layerwise import (
     Leaving,
@@ -65,6 +69,7 @@ def prune_obs(
     *,
     scope: Split = "layer",
     batches: Iterable[Any],
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     pattern: str | None = None,
@@ -91,6 +96,7 @@ def prune_obs(
             pattern are of each layer under both. Across layers, the weights are split so that the model's outputs
             change least.
         batches: Batches of data, a list or loader that can be read once. A few hundred examples like those trained on.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers. Here also whatever else is
@@ -123,8 +129,20 @@ def prune_obs(
         Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; Frantar and Alistarh, Optimal Brain
         Compression, NeurIPS 2022 (arXiv:2208.11580); Meng et al., ALPS, NeurIPS 2024 (arXiv:2406.07831).
     """
-    asked = Asked(amount, solver, scope, pattern, sequential, damping, ignore, progress, parameters=parameters)
+    asked = Asked(
+        amount,
+        solver,
+        scope,
+        pattern,
+        sequential,
+        damping,
+        ignore,
+        progress,
+        parameters=parameters,
+        part=part_of(model, module),
+    )
     asked.check("prune_obs")
+    check_module("prune_obs", module)
     plan = plan_obs(model, Calibration(list(ordinary(batches)), forward, dtype), asked)
     before = count_unmasked(model)
     write_(model, plan.tensors)
@@ -146,6 +164,7 @@ class Asked:
     progress: bool
     only: Collection[str] | None = None
     parameters: Parameters | None = None
+    part: Part = WHOLE
 
     def check(self, where: str) -> None:
         """Refuse what no model could make sense of; ``where`` it was asked."""
@@ -224,7 +243,7 @@ def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[
     wanted = None if asked.parameters is None else check_ignored(model, asked.parameters, what="parameters")
     skipped = {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or (only is not None and name not in only):
+        if parameter.dim() < 2 or not asked.part.holds(name) or (only is not None and name not in only):
             continue
         if any(_names(pattern, name) for pattern in ignore):
             skipped[name] = "named in ignore="
@@ -238,7 +257,11 @@ def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[
             skipped[name] = f"its rows do not part into blocks of {amount}"
         elif isinstance(amount, Mapping) and not any(_names(pattern, name) for pattern in amount):
             skipped[name] = "named in no pattern of amount="
-    names = [name for name in products.readings if name not in skipped and (only is None or name in only)]
+    names = [
+        name
+        for name in products.readings
+        if name not in skipped and asked.part.holds(name) and (only is None or name in only)
+    ]
     if not names:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every weight stays ({why}).")

@@ -88,14 +88,15 @@ class Plan:
         Raises:
             PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
         """
-        params_before = count_params(self.model)
+        part = self.budget.part
+        params_before = part.params(self.model)
         self.write_(optimizers)
-        now = Footprint(count_params(self.model), self.structure.flops(self.keep))
+        now = Footprint(part.params(self.model), part.flops(self.structure, self.keep))
         outcome = _outcome(self, now)
         return Report(
             params_before=params_before,
             params_after=now.params,
-            flops_before=self.structure.flops({}),
+            flops_before=part.flops(self.structure, {}),
             flops_after=now.flops,
             groups=self.widths,
             kept=self.cut.kept,
@@ -167,10 +168,10 @@ def plan_filters(
     Raises:
         PruningError: If the amount cannot be reached.
     """
+    budget = budget or Budget()
     if dense is None:
         widths = {name: group.width for name, group in structure.groups.items()}
-        dense = Dense(widths, measure(model, structure, {}))
-    budget = budget or Budget()
+        dense = Dense(widths, measure(model, structure, {}, budget.part))
     ask = _Ask(model, example_inputs, amount, budget, dense, at_most, adding_up)
     earlier = refused or {}
     if budget.target != "latency" or latency is not None:
@@ -231,7 +232,7 @@ def _verified(
         model, ask.example_inputs, ask.amount, ask.budget, ask.dense, structure, keep, cut, tensors(),
         refused, widths, proof, kept, Outcome(0.0, 0.0, ""),
     )  # fmt: skip
-    return replace(plan, outcome=_outcome(plan, measure(model, structure, keep)))
+    return replace(plan, outcome=_outcome(plan, measure(model, structure, keep, ask.budget.part)))
 
 
 def _selected(
@@ -247,7 +248,7 @@ def _selected(
         ask.amount,
         budget,
         dense=ask.dense.without(refused),
-        footprint=partial(measure, ask.model, structure),
+        footprint=partial(measure, ask.model, structure, part=budget.part),
         latency=None if latency is None else partial(latency, structure),
         at_most=ask.at_most,
     )

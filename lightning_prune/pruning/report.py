@@ -36,7 +36,7 @@ class Report:
     """What pruning units did.
 
     Attributes:
-        params_before: Parameters of the model before.
+        params_before: Parameters of the model, or of the part that ``module`` names, before.
         params_after: Parameters after.
         flops_before: Multiply-adds of one forward pass on the example inputs before.
         flops_after: Multiply-adds after.

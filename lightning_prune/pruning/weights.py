@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,10 +20,21 @@ from lightning_prune.algorithms.selection import (
     number_to_prune,
     parse_pattern,
 )
+from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.pruning.arguments import Amount, Parameters, by_path, check_amount, check_choice, check_list
-from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights
+from lightning_prune.pruning.arguments import (
+    Amount,
+    Parameters,
+    Parts,
+    by_path,
+    check_amount,
+    check_choice,
+    check_list,
+    check_module,
+    part_of,
+)
+from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights, warning_of
 from lightning_prune.pruning.report import GroupWidth, WeightReport
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, masks_on
@@ -65,6 +77,7 @@ def prune_weights(
     *,
     criterion: WeightCriterion = "magnitude",
     scope: WeightScope = "layer",
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -85,6 +98,7 @@ def prune_weights(
             longer. ``magnitude`` or ``random``.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
             pattern are of each layer under both.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -109,14 +123,18 @@ def prune_weights(
         Mishra et al., Accelerating Sparse Deep Neural Networks, 2021 (arXiv:2104.08378).
     """
     check_weight_arguments("prune_weights", amount, scope, criterion, parameters, ignore, pattern)
-    found = weights_to_prune(model, amount, parameters, ignore, pattern)
+    check_module("prune_weights", module)
+    found = weights_to_prune(model, amount, parameters, ignore, pattern, part_of(model, module))
     keep = choose_weights(
         found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
     )
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     before = count_unmasked(model)
     Masks(model).let_fall_(keep, optimizers)
-    return weight_report(model, before, keep, found.stay, found.amount)
+    told = warning_of(model, found.others)
+    if told:
+        warnings.warn(f"prune_weights: {told}", stacklevel=3)  # behind this, the function and its decorator
+    return weight_report(model, before, keep, {**found.stay, **found.others}, found.amount)
 
 
 def weight_report(
@@ -171,11 +189,15 @@ def count_unmasked(model: nn.Module) -> int:
 
 
 class ToPrune(NamedTuple):
-    """What is to be pruned: the weights, how much of all or of each by name, and which stay dense and why."""
+    """What is to be pruned: the weights, how much of all or of each by name, which stay dense and why; and others.
+
+    Others are parameters of two or more dimensions that were not considered, and what they are.
+    """
 
     weights: dict[str, Weight]
     amount: Amount
     stay: dict[str, str]
+    others: dict[str, str]
 
 
 def weights_to_prune(
@@ -184,6 +206,7 @@ def weights_to_prune(
     parameters: Parameters | None,
     ignore: Parameters,
     pattern: str | None,
+    part: Part = WHOLE,
 ) -> ToPrune:
     """Find the weights that the arguments of :func:`prune_weights` mean, and the amounts asked for.
 
@@ -193,21 +216,25 @@ def weights_to_prune(
     """
     if isinstance(amount, Mapping):
         amount = by_path(model, amount, "amount")
-        weights, stay = find_weights(model, list(amount), ignore, what="amount")
+        weights, stay, others = find_weights(model, list(amount), ignore, what="amount", part=part)
     else:
-        weights, stay = find_weights(model, parameters, ignore)
+        weights, stay, others = find_weights(model, parameters, ignore, part=part)
     if pattern is not None:
         n, m = parse_pattern(pattern)
-        inputs = {name: weight.inputs for name, weight in weights.items()}
+        unknown = [name for name, weight in weights.items() if weight.input_dim is None]
+        stay |= dict.fromkeys(
+            unknown, "its module does not tell along which dimension its inputs lie; prune_obs sees it"
+        )
+        inputs = {name: weight.inputs for name, weight in weights.items() if name not in stay}
         stay |= {name: f"its {size} inputs are no multiple of {m}" for name, size in inputs.items() if size % m}
         weights = {name: weight for name, weight in weights.items() if name not in stay}
         if not weights:
             raise PruningError(f"pattern={pattern!r}: no weight has a number of inputs that is a multiple of {m}.")
-        return ToPrune(weights, 1 - n / m, stay)
+        return ToPrune(weights, 1 - n / m, stay, others)
     if not isinstance(amount, Mapping):
-        return ToPrune(weights, 0.5 if amount is None else amount, stay)
+        return ToPrune(weights, 0.5 if amount is None else amount, stay, others)
     amounts = amount_by_weight(weights, amount)
-    return ToPrune({name: weights[name] for name in amounts}, amounts, stay)
+    return ToPrune({name: weights[name] for name in amounts}, amounts, stay, others)
 
 
 def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> dict[str, Tensor]:
@@ -263,7 +290,10 @@ def choose_weights(
         assert not isinstance(amount, Mapping)
         m = parse_pattern(pattern)[1]
         stays = _stays(m, amount)
-        chosen = {name: keep_n_of_m(ordered[name], stays, m, weight.input_dim) for name, weight in weights.items()}
+        chosen = {}
+        for name, weight in weights.items():
+            assert weight.input_dim is not None  # where it is not known, the weight stays
+            chosen[name] = keep_n_of_m(ordered[name], stays, m, weight.input_dim)
         return {name: keep & (ordered[name] > -math.inf) for name, keep in chosen.items()}
     if scope == "global" and not isinstance(amount, Mapping):
         return keep_best_of_all(ordered, min(_stays(sum(sizes.values()), amount), sum(left.values())))

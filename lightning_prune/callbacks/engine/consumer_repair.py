@@ -29,7 +29,7 @@ class ConsumerRepair:
 
     def repair(self, run: Run, plan: Plan) -> Plan:
         """Return the plan with refitted weights and biases, the same on all processes."""
-        with calibration_of(run.trainer, run.module, self.batches) as calibration:
+        with calibration_of(run.trainer, run.module, self.batches, run.own.strategy.traces) as calibration:
             products = find_products(run.module, calibration.batches[0], calibration.forward)
             plan = repaired(plan, products, calibration)
         self.repairs = plan.repairs

@@ -134,7 +134,9 @@ class Engine:
             self._prepare(run, batch)
         if own.prepared:
             if not own.inputs_verified and clock.unfinished and own.strategy.reads_batches(pl_module):
-                next(inputs_of(pl_module, [batch]))  # refuses what forward does not take before steps are spent on it
+                next(
+                    inputs_of(pl_module, [batch], own.strategy.traces)
+                )  # refuses what does not run before steps are spent
                 own.inputs_verified = True
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
                 self._advance(run)

@@ -1,4 +1,4 @@
-"""Finds, in a run, inputs that the model's forward accepts: from the user, the module or the first training batch."""
+"""Finds, in a run, inputs that the model's forward or a step accepts: from user, module or first batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,30 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_prune.callbacks.engine.packages import overrides
 from lightning_prune.callbacks.engine.step import Traced, instead_of_forward
-from lightning_prune.model.calls import ExampleInputs, hold_nothing, refuse_shapeless, run, tensors_in, undisturbed
+from lightning_prune.model.calls import (
+    ExampleInputs,
+    Instead,
+    hold_nothing,
+    refuse_shapeless,
+    run,
+    tensors_in,
+    undisturbed,
+)
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of"]
+
+_INPUTS = (
+    "image", "images", "img", "input", "inputs", "x", "pixel_values", "input_ids", "input_values", "input_features",
+    "features", "data", "feat", "waveform", "audio", "video", "text", "tokens", "sequence", "signal",
+)  # fmt: skip
+_Parameters = Mapping[str, inspect.Parameter]
 
 
 def on_device_of(trainer: Trainer, pl_module: LightningModule, inputs: ExampleInputs) -> ExampleInputs:
@@ -27,49 +43,65 @@ def on_device_of(trainer: Trainer, pl_module: LightningModule, inputs: ExampleIn
     return trainer.precision_plugin.convert_input(inputs)  # type: ignore[no-any-return]
 
 
-def batch_as_inputs(pl_module: LightningModule, batch: Any) -> ExampleInputs:
-    """Find what part of a training batch the module's forward takes; of the batch one example, where that works.
+def batch_as_inputs(pl_module: LightningModule, batch: Any, traced: Traced = "forward") -> tuple[str, ExampleInputs]:
+    """Return what runs on a training batch, in words, and its inputs: one example for forward, all of it for a step.
+
+    Tried in this order: forward on the first part of the batch, its named parts, all of it, and single tensors in it;
+    then the training step and the validation step.
 
     Raises:
-        PruningError: If forward accepts none of the parts tried.
+        PruningError: If nothing runs.
     """
     refuse_shapeless(pl_module)
     failures = []
-    for told, inputs in _candidates(pl_module, batch):
-        for found in (_one_example(inputs), inputs):
+    for told, inputs in _ways(pl_module, batch, traced):
+        one = None if isinstance(inputs, Instead) else _one_example(inputs)
+        for found in (one, inputs):
             if found is None:
                 continue
             failure = _failure(pl_module, found)
             if failure is None:
-                return found
+                return told, found
         failures.append(f"{told}: {failure}")
-    raise PruningError(
-        f"{type(pl_module).__name__}.forward accepts nothing of the first training batch ("
-        + "; ".join(failures)
-        + "). "
-        "Pass example_inputs=, or set the module's example_input_array, to what forward takes."
-    )
+    raise PruningError(_nothing_runs(pl_module, failures))
 
 
-def inputs_of(pl_module: LightningModule, batches: Iterable[Any]) -> Iterator[ExampleInputs]:
-    """Yield of each batch, whole, what the module's forward takes.
+def inputs_of(
+    pl_module: LightningModule, batches: Iterable[Any], traced: Traced = "forward"
+) -> Iterator[ExampleInputs]:
+    """Yield what runs on each batch, whole, in the way in which the first of them runs: see :func:`batch_as_inputs`.
 
     Raises:
-        PruningError: If forward accepts none of the parts tried.
+        PruningError: If nothing runs.
     """
-    place: int | None = None
+    way: str | None = None
     for batch in batches:
-        candidates = list(_candidates(pl_module, batch))
-        if place is None:
-            failures = [_failure(pl_module, inputs) for _, inputs in candidates]
-            if None not in failures:
-                tried = "; ".join(f"{told}: {why}" for (told, _), why in zip(candidates, failures, strict=True))
-                raise PruningError(
-                    f"{type(pl_module).__name__}.forward accepts nothing of the training batches ({tried}), on which "
-                    "the pruning callback runs it. Let forward take the batch, its first part or its keys."
-                )
-            place = failures.index(None)
-        yield candidates[place][1]
+        if way is None:
+            way = _way(pl_module, batch, traced)
+        yield next(inputs for told, inputs in _ways(pl_module, batch, traced) if told == way)
+
+
+def _way(pl_module: LightningModule, batch: Any, traced: Traced) -> str:
+    failures = []
+    for told, inputs in _ways(pl_module, batch, traced):
+        failure = _failure(pl_module, inputs)
+        if failure is None:
+            return told
+        failures.append(f"{told}: {failure}")
+    raise PruningError(_nothing_runs(pl_module, failures))
+
+
+def _nothing_runs(pl_module: LightningModule, failures: list[str]) -> str:
+    """Say what was tried on a batch, and what to change."""
+    name, tried = type(pl_module).__name__, "; ".join(failures)
+    step = "let training_step return its loss and optimize automatically, or validation_step return a tensor"
+    if not overrides(pl_module, "forward"):
+        return f"{name} has no forward, and no step of it runs on the training batch ({tried}). L{step[1:]}."
+    return (
+        f"{name}.forward accepts nothing of the training batch, and no step of it runs on it ({tried}). "
+        "Pass example_inputs=, or set the module's example_input_array, to what forward takes; or, where the callback "
+        f"runs the model on training batches, {step}."
+    )
 
 
 def is_plain(inputs: ExampleInputs | None) -> bool:
@@ -100,10 +132,19 @@ class RunInputs:
             batch = None
         if traced != "forward":  # a whole batch is too much for a checkpoint: a resumed run takes its own first one
             return None if batch is None else instead_of_forward(traced, batch)
-        if batch is not None:
-            self.example = batch_as_inputs(pl_module, batch)
-        known = [*given, pl_module.example_input_array, self.example]
-        return next((inputs for inputs in known if inputs is not None), None)
+        has_forward = overrides(pl_module, "forward")
+        known = [*given, pl_module.example_input_array if has_forward else None, self.example]
+        found = next((inputs for inputs in known if inputs is not None), None)
+        if found is not None and found is not self.example and not has_forward:
+            raise PruningError(
+                f"{type(pl_module).__name__} has no forward that could run on example_inputs. Leave them out: its step "
+                "is then run on the first training batch."
+            )
+        if found is None and batch is not None:
+            told, self.example = batch_as_inputs(pl_module, batch)
+            rank_zero_info(f"The structure of {type(pl_module).__name__} is traced on {told}.")
+            return self.example
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save: the example, where a checkpoint may hold it."""
@@ -119,19 +160,63 @@ def _failure(pl_module: LightningModule, inputs: ExampleInputs) -> str | None:
     return None
 
 
-def _candidates(pl_module: LightningModule, batch: Any) -> Iterator[tuple[str, ExampleInputs]]:
-    """Yield what forward may take, most usual first: the first part of the batch, named parts, all of it."""
+def _ways(pl_module: LightningModule, batch: Any, traced: Traced) -> Iterator[tuple[str, ExampleInputs]]:
+    """Yield ways to run a module on a batch, most usual first: its forward on parts of the batch, then its steps."""
+    if traced != "forward":
+        yield traced, instead_of_forward(traced, batch)
+        return
+    if overrides(pl_module, "forward"):
+        parameters = inspect.signature(pl_module.forward).parameters
+        for told, inputs in (*_whole(parameters, batch, "batch"), *_single(batch, "batch")):
+            yield f"forward of {told}", inputs
+    for step in _steps(pl_module):
+        yield step, instead_of_forward(step, batch)
+
+
+def _steps(pl_module: LightningModule) -> list[Traced]:
+    """Return the steps that a module has and that do not train it when they run."""
+    found: list[Traced] = []
+    if overrides(pl_module, "training_step") and pl_module.automatic_optimization:
+        found.append("training_step")
+    if overrides(pl_module, "validation_step"):
+        found.append("validation_step")
+    return found
+
+
+def _whole(parameters: _Parameters, batch: Any, told: str) -> Iterator[tuple[str, ExampleInputs]]:
+    """Yield what forward may take: the first part of the batch, parts named as its parameters are, all of it."""
     if isinstance(batch, tuple | list) and batch:
-        yield from _candidates(pl_module, batch[0]) if not isinstance(batch[0], Tensor) else [("batch[0]", batch[0])]
-        yield "*batch", tuple(batch)
+        first = f"{told}[0]"
+        yield from [(first, batch[0])] if isinstance(batch[0], Tensor) else _whole(parameters, batch[0], first)
+        yield f"*{told}", tuple(batch)
     if isinstance(batch, Mapping):
-        parameters = inspect.signature(pl_module.forward).parameters.values()
-        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-        names = {parameter.name for parameter in parameters}
-        named = {str(key): value for key, value in batch.items() if takes_any or key in names}
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        named = {str(key): value for key, value in batch.items() if takes_any or key in parameters}
         if named:
-            yield "**batch", named
-    yield "batch", (batch,)
+            yield f"**{told}", named
+    yield told, (batch,)
+    if _is_object(batch):
+        named = {name: getattr(batch, name) for name in parameters if hasattr(batch, name)}
+        if named:
+            yield f"{', '.join(f'{told}.{name}' for name in named)}", named
+
+
+def _single(batch: Any, told: str) -> Iterator[tuple[str, ExampleInputs]]:
+    """Yield single tensors under the names that inputs usually have, of a mapping or an object, or in a first part."""
+    if isinstance(batch, tuple | list) and batch:
+        yield from _single(batch[0], f"{told}[0]")
+    for name in _INPUTS:
+        value = batch.get(name) if isinstance(batch, Mapping) else None
+        if _is_object(batch):
+            value = getattr(batch, name, None)
+        if isinstance(value, Tensor):
+            yield f"{told}[{name!r}]" if isinstance(batch, Mapping) else f"{told}.{name}", value
+
+
+def _is_object(batch: Any) -> bool:
+    """Return whether a batch keeps its parts in attributes."""
+    plain = isinstance(batch, Tensor | Mapping | list | str | int | float) or type(batch) is tuple
+    return batch is not None and not plain
 
 
 def _one_example(inputs: ExampleInputs) -> ExampleInputs | None:

@@ -9,7 +9,20 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_prune.callbacks.engine.step import Traced, check_traced
-from lightning_prune.pruning.arguments import MaxAmount, MinWidth, amount_by_group, check_arguments, shown, with_ignored
+from lightning_prune.pruning.arguments import (
+    MaxAmount,
+    MinWidth,
+    Parts,
+    amount_by_group,
+    check_arguments,
+    check_module,
+    listed,
+    part_of,
+    shown,
+    told_apart,
+    with_ignored,
+    within_part,
+)
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.structure import Structure
 
@@ -30,6 +43,7 @@ class FilterArguments:
     max_amount: MaxAmount
     recalibrate: int
     trace: Traced
+    module: Parts = None
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -45,6 +59,7 @@ class FilterArguments:
         """
         limits = self.round_to, self.min_width, self.max_amount
         check_arguments(where, self.amount, "l1", self.target, self.scope, *limits, self.ignore)
+        check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
         recalibrate = self.recalibrate
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
@@ -56,14 +71,20 @@ class FilterArguments:
         return Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
 
     @property
+    def named(self) -> list[Any]:
+        """What the user named to be pruned."""
+        return [*(self.amount if isinstance(self.amount, Mapping) else ()), *listed(self.module)]
+
+    @property
     def parts(self) -> dict[str, Any]:
         """The arguments that say which channels are pruned."""
         named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
-        return {"amount": named, "ignore": list(map(shown, self.ignore))}
+        return {"amount": named, "ignore": list(map(shown, self.ignore)), **told_apart(self.module)}
 
     def claims(self, pl_module: LightningModule, structure: Structure) -> set[str]:
         """Return the groups whose widths these arguments set."""
         structure = with_ignored(pl_module, structure, self.ignore)
+        structure = within_part(structure, part_of(pl_module, self.module))
         amount = amount_by_group(pl_module, structure, self.amount)
         if isinstance(amount, Mapping):
             return {name for name, share in amount.items() if share}

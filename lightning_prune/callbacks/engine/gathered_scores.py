@@ -36,7 +36,8 @@ class AtTheCut(Gathering):
             return score_units(pl_module, structure, self.criterion)
         with training_batches(trainer, pl_module, self.batches) as batches:
             if accumulator.calls_forward:  # not in autocast, which hides parameters
-                found = score_units(pl_module, structure, self.criterion, list(inputs_of(pl_module, batches)), run)
+                inputs = list(inputs_of(pl_module, batches, self.traces))
+                found = score_units(pl_module, structure, self.criterion, inputs, run)
             else:
                 with losses_of(pl_module) as loss:
                     found = score_units(pl_module, structure, self.criterion, batches, loss)
@@ -66,6 +67,7 @@ class OverTheRun(Gathering):
         hidden = bool(trainer.strategy.reduce(accumulator.means.hidden.sum(), reduce_op="sum"))
         if hidden:
             self.rest()
+            self.otherwise.traces = self.traces
             return self.otherwise.scores(trainer, pl_module, structure)
         found = accumulator.compute()
         return {name: accumulator.normalise(found[name]) for name in structure.groups}

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
@@ -21,10 +22,12 @@ class Gathering:
     Attributes:
         looks_at_training: What of the training must be seen before a pruning step, if anything.
         adding_up: Whether scores are losses, so that those of several units add up.
+        traces: What of the module runs on training batches.
     """
 
     looks_at_training: str = ""
     adding_up: bool = False
+    traces: Traced = "forward"
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return one score per unit of every group, ``(width,)``, the same on all processes; higher is kept longer."""

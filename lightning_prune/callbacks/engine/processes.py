@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune.callbacks.engine.batches import training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of
+from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.latency import CutDoesNotRunError, Shapes, latency_kept
 from lightning_prune.model.batch_norm import batch_norms, recalibrate_batch_norm
@@ -62,20 +63,22 @@ def latency_of_first(
 
 
 @contextmanager
-def calibration_of(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Calibration]:
+def calibration_of(
+    trainer: Trainer, pl_module: LightningModule, count: int, traced: Traced = "forward"
+) -> Iterator[Calibration]:
     """Yield the first training batches of each process, not in autocast, which hides parameters; sums are over all."""
     with training_batches(trainer, pl_module, count) as batches:
-        inputs = list(inputs_of(pl_module, batches))
+        inputs = list(inputs_of(pl_module, batches, traced))
         yield Calibration(inputs, run, over_processes=partial(trainer.strategy.reduce, reduce_op="sum"))
 
 
-def recalibrate_(trainer: Trainer, pl_module: LightningModule, count: int) -> None:
+def recalibrate_(trainer: Trainer, pl_module: LightningModule, count: int, traced: Traced = "forward") -> None:
     """Average BatchNorm's statistics anew, over the first training batches of each process, and over processes."""
     norms = batch_norms(pl_module)
     if not count or not norms:
         return
     with training_batches(trainer, pl_module, count) as batches, trainer.precision_plugin.forward_context():
-        recalibrate_batch_norm(pl_module, inputs_of(pl_module, batches), run)
+        recalibrate_batch_norm(pl_module, inputs_of(pl_module, batches, traced), run)
     for norm in norms.values():
         for buffer in (norm.running_mean, norm.running_var):
             buffer.copy_(trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))

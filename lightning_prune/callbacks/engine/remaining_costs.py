@@ -29,7 +29,7 @@ def describe(run: Run, history: History) -> None:
     history.weights = [count for masking in maskings for count in masking.own.counts]
     history.dense = {}
     for masking in maskings:
-        history.dense |= masking.own.to_prune.stay
+        history.dense |= {**masking.own.to_prune.stay, **masking.own.to_prune.others}
     if removals:
         removal = removals[-1]
         flops = removal.traced.flops(run.module)
@@ -55,7 +55,8 @@ def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float
 
 def _left_of_units(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
     start = removals[-1].start
-    flops, params = removals[-1].traced.flops(run.module).total, count_params(run.module)
+    part = start.budget.part
+    flops, params = part.counted(removals[-1].traced.flops(run.module)), part.params(run.module)
     dense: dict[str, int] = {}
     left: dict[str, int] = {}
     values: dict[str, float] = {}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.measure.flops import FlopCount
-from lightning_prune.measure.footprint import Footprint
+from lightning_prune.measure.footprint import Footprint, Part
 from lightning_prune.measure.latency import Shapes, shapes_of
 from lightning_prune.pruning.arguments import Amount, amount_by_group, budget_by_group
 from lightning_prune.pruning.budget import Budget, Dense
-from lightning_prune.pruning.plan import count_params
 from lightning_prune.reports import LayerCost, layer_costs
 from lightning_prune.structure import Pinned, Structure
 
@@ -36,16 +35,21 @@ class Start:
 
     @classmethod
     def of(
-        cls, pl_module: LightningModule, structure: Structure, arguments: FilterArguments, flops: FlopCount
+        cls,
+        pl_module: LightningModule,
+        structure: Structure,
+        arguments: FilterArguments,
+        flops: FlopCount,
+        part: Part,
     ) -> Start:
-        """Return what is there now."""
+        """Return what is there now of a part of the model."""
         return cls(
             widths={name: group.width for name, group in structure.groups.items()},
-            params=count_params(pl_module),
-            flops=flops.total,
+            params=part.params(pl_module),
+            flops=part.counted(flops),
             layers=layer_costs(pl_module, flops),
             amount=amount_by_group(pl_module, structure, arguments.amount),
-            budget=budget_by_group(pl_module, structure, arguments.budget),
+            budget=replace(budget_by_group(pl_module, structure, arguments.budget), part=part),
             shapes=shapes_of(pl_module, structure) if arguments.target == "latency" else None,
         )
 
@@ -56,14 +60,18 @@ class Start:
 
     def to_plain(self) -> dict[str, Any]:
         """Return the same as dicts, lists, strings and numbers."""
-        return {**asdict(self), "layers": {path: list(cost) for path, cost in self.layers.items()}}
+        part = self.budget.part
+        budget = {**asdict(self.budget), "part": [list(part.inside), list(part.outside)]}
+        return {**asdict(self), "budget": budget, "layers": {path: list(cost) for path, cost in self.layers.items()}}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Start:
         """Return what :meth:`to_plain` made plain."""
         layers = {path: LayerCost(*cost) for path, cost in plain["layers"].items()}
+        part = Part(*map(tuple, plain["budget"]["part"]))
+        budget = Budget(**{**plain["budget"], "part": part})
         shapes = None if plain["shapes"] is None else Shapes(**plain["shapes"])
-        return cls(**{**plain, "layers": layers, "budget": Budget(**plain["budget"]), "shapes": shapes})
+        return cls(**{**plain, "layers": layers, "budget": budget, "shapes": shapes})
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 
@@ -66,6 +67,8 @@ class Strategy(RunEvents, ABC):
     """What the user asked for."""
     example_inputs: Any = None
     """Inputs of forward that the user gave, if any."""
+    traces: Traced = "forward"
+    """What of the module runs on training batches; where forward takes none, a step does."""
 
     @abstractmethod
     def check_schedule(self, where: str, schedule: Schedule) -> None:
@@ -123,7 +126,7 @@ class Strategy(RunEvents, ABC):
         return 0
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
-        """Return whether forward will be run on training batches beside the training."""
+        """Return whether the model will be run on training batches beside the training."""
         return False
 
 
@@ -137,7 +140,7 @@ class Member:
         clock: When.
         module: The module that its state is of.
         prepared: Whether :meth:`Strategy.prepare` was done in this run.
-        inputs_verified: Whether forward took a training batch, of those that it will be run on.
+        inputs_verified: Whether the model ran on a training batch, of those that it will run on.
         due_without_scores: Whether a pruning step is due and nothing was seen to decide by.
     """
 

@@ -9,9 +9,10 @@ from lightning.pytorch import LightningModule
 
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.measure.flops import FlopCount
-from lightning_prune.measure.footprint import count
+from lightning_prune.measure.footprint import Part, count
 from lightning_prune.model.calls import ExampleInputs
-from lightning_prune.pruning.arguments import with_ignored
+from lightning_prune.pruning.arguments import part_of, with_ignored, within_part
+from lightning_prune.pruning.left_alone import with_left_alone
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import find_groups, recipe_of
 
@@ -32,6 +33,7 @@ class TracedModel:
     def __init__(self, arguments: FilterArguments, narrow: Narrow | None) -> None:
         self._arguments = arguments
         self._narrow = narrow
+        self.alone: dict[str, str] = {}  # networks that are not pruned, and why
         self._inputs: ExampleInputs | None = None
         self._flops: FlopCount | None = None  # of the model as it stands, once counted
 
@@ -40,6 +42,10 @@ class TracedModel:
         """What the model is traced on."""
         assert self._inputs is not None  # found before anything is traced
         return self._inputs
+
+    def part(self, pl_module: LightningModule) -> Part:
+        """Return the part of the model that is counted."""
+        return part_of(pl_module, self._arguments.module, self.alone)
 
     def trace_on(self, inputs: ExampleInputs) -> None:
         """Trace the model on these inputs from now on."""
@@ -60,6 +66,8 @@ class TracedModel:
         structure = self.groups(pl_module) if structure is None else structure
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
         structure = with_ignored(pl_module, structure, self._arguments.ignore)
+        structure = within_part(structure, part_of(pl_module, self._arguments.module))
+        structure = with_left_alone(structure, self.alone)
         structure = structure.without_each({name: why for name, why in refused.items() if name in structure.groups})
         return structure if self._narrow is None else self._narrow(pl_module, structure, self.inputs)
 

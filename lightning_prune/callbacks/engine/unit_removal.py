@@ -20,6 +20,7 @@ from lightning_prune.callbacks.engine.example_inputs import on_device_of
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.kept_sums import of_kept_units
+from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
@@ -62,6 +63,7 @@ class UnitRemoval(Strategy):
         self.arguments: FilterArguments = arguments
         self.gathering = gathering
         self.example_inputs = arguments.example_inputs
+        self.traces = gathering.traces = arguments.trace
         self.state = RemovalState()
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
@@ -103,9 +105,10 @@ class UnitRemoval(Strategy):
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(run.where, run.trainer.optimizers)
         given = [self.example_inputs, *(member.strategy.example_inputs for member in run.members)]
-        inputs = run.inputs.find(run.module, self.arguments.trace, given, batch)
+        inputs = run.inputs.find(run.module, self.traces, given, batch)
         if inputs is None:
             return False
+        self.traced.alone = networks_left_alone(run, self.arguments.named)
         self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
         structure = self.traced.groups(run.module)
         self.traced.count(run.module, structure)
@@ -115,7 +118,8 @@ class UnitRemoval(Strategy):
         if self.state.start is None:
             check_prunable(run.module, structure)
             refuse_not_finite(run.where, run.module, written_with(structure))
-            self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module))
+            part = self.traced.part(run.module)
+            self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
                 f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "
@@ -145,7 +149,7 @@ class UnitRemoval(Strategy):
                 plan = self._repair.repair(run, plan)
             apply_plan_(run, plan)
             self.traced.count(run.module, plan.structure, plan.keep)
-            recalibrate_(run.trainer, run.module, self.arguments.recalibrate)
+            recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
         self.state.widths |= {width.name: width.after for width in plan.widths}
         self.state.pinned = plan.structure.pinned
         if progress >= 1.0:

@@ -11,7 +11,7 @@ from torch import optim
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.pruning.arguments import shown
+from lightning_prune.pruning.arguments import Parts, check_module, listed, shown, told_apart
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -35,6 +35,7 @@ class WeightArguments:
     ignore: Sequence[str]
     pattern: str | None
     mask_gradients: MaskGradients
+    module: Parts = None
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -50,16 +51,31 @@ class WeightArguments:
             ValueError: If an argument is out of range, or two contradict.
             TypeError: If an argument is of a wrong kind.
         """
+        check_module(where, self.module)
         check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
         if self.mask_gradients not in (True, False, "auto"):
             raise ValueError(f"{where}(mask_gradients={self.mask_gradients!r}): choose True, False or 'auto'.")
+
+    @property
+    def named(self) -> list[Any]:
+        """What the user named to be pruned."""
+        return [
+            *(self.amount if isinstance(self.amount, Mapping) else ()),
+            *(self.parameters or ()),
+            *listed(self.module),
+        ]
 
     @property
     def parts(self) -> dict[str, Any]:
         """The arguments that say which weights are pruned."""
         named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
         parameters = None if self.parameters is None else list(map(shown, self.parameters))
-        return {"amount": named, "parameters": parameters, "ignore": list(map(shown, self.ignore))}
+        return {
+            "amount": named,
+            "parameters": parameters,
+            "ignore": list(map(shown, self.ignore)),
+            **told_apart(self.module),
+        }
 
     def masks_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Return whether to mask gradients: by default where they would change steps of the weights that are kept."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_prune.algorithms.schedules import FewUnits, Schedule
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.clock import share_due
+from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import refuse_apart
 from lightning_prune.callbacks.engine.refusals import (
     refuse_foreign,
@@ -28,6 +29,8 @@ from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
 from lightning_prune.model.bits import pack_bits
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import part_of
+from lightning_prune.pruning.find_weights import warning_of
 from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
 from lightning_prune.surgery import PackedMasks, recipe_of
@@ -85,12 +88,18 @@ class WeightMasking(Strategy):
         """Find the weights, restore the masks that the model carries, and hold them from now on."""
         arguments, module, optimizers = self.arguments, run.module, run.trainer.optimizers
         refuse_unmaskable(run.where, optimizers)
-        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern)
+        alone = networks_left_alone(run, arguments.named)
+        ignore = [*arguments.ignore, *alone]
+        part = part_of(module, arguments.module)
+        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, ignore, arguments.pattern, part)
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
         for name, reason in to_prune.stay.items() if run.own.clock.progress == 0 else ():
             rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
+        told = warning_of(module, to_prune.others)
+        if told and run.own.clock.progress == 0:
+            rank_zero_warn(f"{run.where}: {told}")
         self._packed = {**self._carried(run), **self._packed}
         keep = unpacked(self._packed)
         refuse_foreign(run.where, module, keep)

@@ -1,0 +1,80 @@
+"""Finds the networks inside a model that training does not change, such as frozen teachers; changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from lightning_prune.model.calls import modules_of
+from lightning_prune.pruning.arguments import path_of
+from lightning_prune.structure import Structure
+
+__all__ = ["left_alone", "with_left_alone"]
+
+
+def left_alone(model: nn.Module, named: Iterable[Any] = (), frozen: bool = True) -> dict[str, str]:
+    """Return the path of every network that is pruned only where it is named, and why.
+
+    These are frozen networks beside what is trained, networks inside a ``torchmetrics.Metric``, and averaged copies. A
+    single frozen layer is none, nor is anything where nothing is trained.
+
+    Args:
+        model: The model.
+        named: Patterns or modules that the user named. A pattern names a network where it matches it, or parts of it,
+            and nothing of what is trained.
+        frozen: Whether parameters that are frozen now stay so.
+    """
+    frozen = frozen and any(parameter.requires_grad for parameter in model.parameters())
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    found: dict[str, str] = {}
+    for path, module in modules_of(model):  # a module comes before its parts
+        if not path or _owner(path, found):
+            continue
+        reason = _reason(module, frozen)
+        own = [name for parameter in module.parameters() for name in names[id(parameter)]]
+        if reason and own and all(name.startswith(f"{path}.") for name in own):  # what is shared is trained elsewhere
+            found[path] = reason
+    paths = [path for path, _ in modules_of(model)] + [name for name, _ in model.named_parameters()]
+    for given in named if found else ():
+        pattern = path_of(model, given, "amount, parameters or module")
+        matched = [path for path in paths if fnmatchcase(path, pattern)]
+        owners = {_owner(path, found) for path in matched}
+        if "" not in owners:
+            found = {path: reason for path, reason in found.items() if path not in owners}
+    return found
+
+
+def with_left_alone(structure: Structure, alone: Mapping[str, str]) -> Structure:
+    """Return the structure with the channels pinned that these networks make or read."""
+    why: dict[str, str] = {}
+    for name, group in structure.groups.items() if alone else ():
+        for slot in group.slots:
+            path = _owner(slot.tensor, alone)
+            if path:
+                why.setdefault(name, f"{path} is left alone: {alone[path]}")
+    return structure.without_each(why)
+
+
+def _reason(module: nn.Module, frozen: bool) -> str:
+    """Return why a module is left alone, or nothing."""
+    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
+    if ("torchmetrics", "Metric") in kinds:
+        return "it belongs to a metric"
+    if ("torch", "AveragedModel") in kinds:
+        return "it is an averaged copy"
+    parameters = list(module.parameters())
+    weights = [parameter for parameter in parameters if parameter.dim() > 1]
+    if frozen and len(weights) > 1 and not any(parameter.requires_grad for parameter in parameters):
+        return "it is frozen (requires_grad=False)"
+    return ""
+
+
+def _owner(path: str, networks: Iterable[str]) -> str:
+    """Return the network that a path lies in, or nothing."""
+    return next((network for network in networks if path == network or path.startswith(f"{network}.")), "")
