@@ -164,15 +164,19 @@ class Engine:
         on_probation = [guard.judge(trainer, run.module) for guard in guards(trainer)]
         progress = own.clock.due(own.schedule, trainer.current_epoch, trainer.global_step)
         own.due_without_scores = progress is not None and not own.strategy.ready
-        if progress is not None and own.strategy.ready and not any(on_probation):
-            self._prune(run, progress)
+        if progress is not None and own.strategy.ready:
+            if any(on_probation):
+                self.log.warn_held_back(run)
+            else:
+                self._prune(run, progress)
         if own.clock.epoch != trainer.current_epoch:
             own.clock.epoch = trainer.current_epoch
             self.log.changed = True
 
     def _prune(self, run: Run, progress: float) -> None:
         run.own.strategy.prune_to(run, progress)
-        run.own.clock.progress = progress
+        clock = run.own.clock
+        clock.progress, clock.moment = progress, (run.trainer.current_epoch, run.trainer.global_step)
         self.log.changed = True
 
     def end_validation(self, own: Member, trainer: Trainer) -> None:

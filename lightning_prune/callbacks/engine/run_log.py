@@ -51,6 +51,17 @@ class RunLog:
             within = any(member.clock.schedule.by == "steps" for member in run.members)
             run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
 
+    def warn_held_back(self, run: Run) -> None:
+        """Warn once that a pruning step waits for a guard, and will be merged with those that fall due meanwhile."""
+        own = run.own
+        if not own.held_back:
+            own.held_back = True
+            rank_zero_warn(
+                f"{run.where}: a pruning step of {own.clock.schedule} is due before epoch {run.trainer.current_epoch}, "
+                "but MetricGuard has not judged the last one yet. Steps that fall due until then are made as one. Set "
+                "every= of the schedule to at least the patience of the guard to have each judged by itself."
+            )
+
     def warn_unfinished(self, run: Run) -> None:
         """Warn if training ended before the schedule did, or a guard ended it."""
         own, clock = run.own, run.own.clock
@@ -60,7 +71,7 @@ class RunLog:
                 f"{run.where}: training ended before {clock.schedule} did; {clock.progress:.0%} of its cuts "
                 f"were due and were made.{unseen if own.due_without_scores else ''}"
             )
-        elif own.prepared and clock.ceiling < 1.0:
+        elif own.prepared and clock.stopped:
             rank_zero_warn(
                 f"{run.where}: {clock.progress:.0%} of the cuts of {clock.schedule} stand; MetricGuard took "
                 "back what came after."

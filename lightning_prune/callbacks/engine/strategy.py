@@ -139,6 +139,7 @@ class Member:
         prepared: Whether :meth:`Strategy.prepare` was done in this run.
         inputs_verified: Whether forward took a training batch, of those that it will be run on.
         due_without_scores: Whether a pruning step is due and nothing was seen to decide by.
+        held_back: Whether a pruning step had to wait for a guard in this run.
     """
 
     callback: Callback
@@ -148,6 +149,7 @@ class Member:
     prepared: bool = False
     inputs_verified: bool = False
     due_without_scores: bool = False
+    held_back: bool = False
 
     @property
     def where(self) -> str:
@@ -161,8 +163,8 @@ class Member:
             self.strategy.reset()
             self.module = weakref.ref(pl_module)
         self.strategy.release()
-        self.clock.epoch = -1
-        self.prepared = self.inputs_verified = self.due_without_scores = False
+        self.clock.start_run()
+        self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model."""

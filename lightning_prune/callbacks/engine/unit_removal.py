@@ -150,7 +150,7 @@ class UnitRemoval(Strategy):
         self.state.pinned = plan.structure.pinned
         if progress >= 1.0:
             self._warn_if_short(run, plan, done=True)
-        if progress < run.own.clock.ceiling:
+        if progress < 1.0:
             self._watch_on(run.module)
 
     def after_cut(self, run: Run, plan: Plan) -> None:
