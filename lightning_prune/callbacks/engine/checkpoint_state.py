@@ -19,7 +19,7 @@ def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, A
 
     Each callback's state holds the history and the example inputs of the run, so that each can be restored alone.
     """
-    shared = {"history": log.history.to_plain(), **inputs.state_dict()}
+    shared = {"history": log.history.to_plain(), "outdated": list(log.outdated), **inputs.state_dict()}
     return {**member.clock.state_dict(), **shared, **member.strategy.state_dict()}
 
 
@@ -37,6 +37,7 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
         )
     try:
         history = History.from_plain(state["history"])
+        outdated = list(map(str, state["outdated"]))
         member.strategy.load_state_dict(state)
         member.clock.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -46,5 +47,5 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
             f"{member.where}: what the checkpoint holds of it cannot be read ({error!r}): the file is "
             "damaged. Take up an earlier one."
         ) from error
-    log.history = history
+    log.history, log.outdated = history, outdated
     inputs.example = state["example"]

@@ -91,6 +91,7 @@ class Engine:
         if not own.prepared:
             return
         if self._is_last(own):
+            self.log.warn_outdated(run)
             self.log.report_end(run)
         own.strategy.after_training(run)
 
@@ -174,6 +175,7 @@ class Engine:
             self.log.changed = True
 
     def _prune(self, run: Run, progress: float) -> None:
+        self.log.note_outdated(run.trainer)
         run.own.strategy.prune_to(run, progress)
         clock = run.own.clock
         clock.progress, clock.moment = progress, (run.trainer.current_epoch, run.trainer.global_step)
@@ -200,6 +202,7 @@ class Engine:
         for member, state in zip(self.members, states, strict=True):
             member.clock.rollback(state["progress"], halve)
             member.strategy.rollback(self._run(member, trainer, pl_module), state["own"])
+        self.log.outdated = []  # they are of this size again
         self.log.changed = True
 
     # Checkpoints

@@ -19,7 +19,7 @@ from lightning_prune.callbacks.engine.packages import AnyCallback
 from lightning_prune.callbacks.engine.strategy import Member, Strategy
 from lightning_prune.reports import History
 
-__all__ = ["PruningCallback", "engine_of", "pruning_callbacks"]
+__all__ = ["PruningCallback", "engine_of", "pruned_so_far", "pruning_callbacks", "pruning_finished"]
 
 
 class PruningCallback(AnyCallback, ABC):
@@ -143,6 +143,16 @@ def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
 def engine_of(trainer: Trainer) -> Engine:
     """Return the engine that all pruning callbacks of a Trainer share once they are set up."""
     return pruning_callbacks(trainer)[0].engine
+
+
+def pruned_so_far(trainer: Trainer) -> list[float]:
+    """Return the share of its pruning steps that each callback has made: it differs where the model's size does."""
+    return [callback.member.clock.progress for callback in pruning_callbacks(trainer)]
+
+
+def pruning_finished(trainer: Trainer) -> bool:
+    """Return whether no pruning step is to come."""
+    return not any(callback.member.clock.unfinished for callback in pruning_callbacks(trainer))
 
 
 def _shared_engine(trainer: Trainer, pl_module: LightningModule) -> Engine:

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.engine.remaining_costs import describe, measure
-from lightning_prune.callbacks.engine.reporting import call_of, guarded, new_metrics, report
+from lightning_prune.callbacks.engine.reporting import call_of, comparing_checkpoints, guarded, new_metrics, report
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.reports import History
 
@@ -22,11 +22,13 @@ class RunLog:
     Attributes:
         history: What became of the model so far.
         changed: Whether something changed since the last log.
+        outdated: Best checkpoints, by the Trainer's ModelCheckpoints, from before the last pruning step.
     """
 
     def __init__(self) -> None:
         self.history = History()
         self.changed = False
+        self.outdated: list[str] = []
         self._reported = False
         self._before: dict[str, Any] = {}  # what was logged before the validation that runs
 
@@ -76,6 +78,20 @@ class RunLog:
                 f"{run.where}: {clock.progress:.0%} of the cuts of {clock.schedule} stand; MetricGuard took "
                 "back what came after."
             )
+
+    def note_outdated(self, trainer: Trainer) -> None:
+        """Note which checkpoints are the best before a pruning step."""
+        self.outdated = [callback.best_model_path for callback in comparing_checkpoints(trainer)]
+
+    def warn_outdated(self, run: Run) -> None:
+        """Warn of checkpoints that are still the best and hold the model as it was before the last pruning step."""
+        for callback in comparing_checkpoints(run.trainer):
+            if callback.best_model_path and callback.best_model_path in self.outdated:
+                rank_zero_warn(
+                    f"{run.where}: the best checkpoint of {type(callback).__name__}(monitor={callback.monitor!r}), "
+                    f"{callback.best_model_path}, was saved before the last pruning step, so it holds a larger model. "
+                    "Use PruningCheckpoint of lightning_prune.callbacks, which compares checkpoints of one size."
+                )
 
     def report_end(self, run: Run) -> None:
         """Report what became of the model: in the terminal and to the loggers."""
