@@ -32,7 +32,7 @@ class PruningEarlyStopping(AnyEarlyStopping):
         size = pruned_so_far(trainer)
         if size != self._size:
             self._size, self.wait_count = size, 0
-            self.best_score = torch.full_like(self.best_score, torch.inf if self.mode == "min" else -torch.inf)
+            self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         if pruning_finished(trainer):
             super()._run_early_stopping_check(trainer)
             return

@@ -154,7 +154,14 @@ class Engine:
     def _prepare(self, run: Run, batch: Any | None) -> None:
         """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""
         own = run.own
+        if own.changes:
+            # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
+            own.strategy.refuse_changes(run)
+            own.clock.progress = 0.0
         own.prepared = own.strategy.prepare(run, batch)
+        if own.prepared:
+            self.log.warn_changes(run)
+            own.asked_before = None
         if own.prepared and own.schedule is not own.clock.schedule:
             refuse_run(run.where, own.schedule, run.trainer)
             refuse_short(run.where, own.schedule, run.trainer)

@@ -9,7 +9,15 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_prune.callbacks.engine.step import Traced, check_traced
-from lightning_prune.pruning.arguments import MaxAmount, MinWidth, amount_by_group, check_arguments, shown, with_ignored
+from lightning_prune.pruning.arguments import (
+    MaxAmount,
+    MinWidth,
+    amount_by_group,
+    check_arguments,
+    plain,
+    shown,
+    with_ignored,
+)
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.structure import Structure
 
@@ -54,6 +62,12 @@ class FilterArguments:
     def budget(self) -> Budget:
         """What ``amount`` is a fraction of, and the limits of each layer."""
         return Budget(self.target, self.scope, self.round_to, self.min_width, self.max_amount)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "ignore")
+        return {name: plain(getattr(self, name)) for name in names}
 
     @property
     def parts(self) -> dict[str, Any]:

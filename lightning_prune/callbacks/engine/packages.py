@@ -12,7 +12,9 @@ from lightning_utilities.core.overrides import is_overridden
 __all__ = ["AnyCallback", "AnyEarlyStopping", "AnyModelCheckpoint", "overrides"]
 
 if TYPE_CHECKING:
-    AnyCallback, AnyEarlyStopping, AnyModelCheckpoint = Callback, EarlyStopping, ModelCheckpoint
+    AnyCallback = Callback
+    AnyEarlyStopping = EarlyStopping
+    AnyModelCheckpoint = ModelCheckpoint
 else:
     AnyCallback, AnyEarlyStopping, AnyModelCheckpoint = Callback, EarlyStopping, ModelCheckpoint
     # The other package is the same code under another name, with classes of its own. Its Trainer and its CLI ask for

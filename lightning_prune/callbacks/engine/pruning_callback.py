@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
-from lightning_prune.callbacks.engine.checkpoint_state import restore_, state_to_save
+from lightning_prune.callbacks.engine.checkpoint_state import adopt_, restore_, state_to_save
 from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.engine import Engine
 from lightning_prune.callbacks.engine.packages import AnyCallback
@@ -125,6 +125,10 @@ class PruningCallback(AnyCallback, ABC):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete the checkpoint."""
         self.engine.save(self.member, trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the state of this callback, also where it pruned other parts of the model."""
+        adopt_(self, checkpoint["callbacks"], pruning_callbacks(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save, as plain numbers and tensors."""

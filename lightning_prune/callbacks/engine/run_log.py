@@ -53,6 +53,15 @@ class RunLog:
             within = any(member.clock.schedule.by == "steps" for member in run.members)
             run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
 
+    def warn_changes(self, run: Run) -> None:
+        """Warn of arguments that are others than in the run that is resumed."""
+        changes = [f"{name}={was!r} is now {name}={now!r}" for name, (was, now) in run.own.changes.items()]
+        if changes:
+            rank_zero_warn(
+                f"{run.where}: other arguments than in the checkpoint: {'; '.join(changes)}. From here on the new ones "
+                "hold, relative to the dense model; what was pruned already stays pruned."
+            )
+
     def warn_held_back(self, run: Run) -> None:
         """Warn once that a pruning step waits for a guard, and will be merged with those that fall due meanwhile."""
         own = run.own

@@ -116,6 +116,9 @@ class UnitRemoval(Strategy):
             check_prunable(run.module, structure)
             refuse_not_finite(run.where, run.module, written_with(structure))
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module))
+        elif run.own.changes:
+            self.start.follow(run.module, structure, self.arguments)
+            self.state.warned = False
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
                 f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "
@@ -123,7 +126,8 @@ class UnitRemoval(Strategy):
             )
         if run.own.clock.unfinished:
             plan = self._plan(run, structure, score_units(run.module, structure, "l1"), progress=1.0)
-            self.start.units = self.start.units or sum(width.before - width.after for width in plan.widths)
+            gone = (self.start.widths.get(width.name, width.before) - width.after for width in plan.widths)
+            self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
             self.gathering.watch(run.module, structure)
         return True

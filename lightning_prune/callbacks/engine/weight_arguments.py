@@ -11,7 +11,7 @@ from torch import optim
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.pruning.arguments import shown
+from lightning_prune.pruning.arguments import plain, shown
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -53,6 +53,12 @@ class WeightArguments:
         check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
         if self.mask_gradients not in (True, False, "auto"):
             raise ValueError(f"{where}(mask_gradients={self.mask_gradients!r}): choose True, False or 'auto'.")
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+        names = ("amount", "scope", "parameters", "ignore", "pattern")
+        return {name: plain(getattr(self, name)) for name in names}
 
     @property
     def parts(self) -> dict[str, Any]:
