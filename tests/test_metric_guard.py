@@ -18,6 +18,7 @@ from lightning_prune import (
     PruningError,
     TaylorFilterPruning,
 )
+from lightning_prune.callbacks.engine.metric_mode import mode_by_name
 
 
 class Scripted(pl.LightningModule):
@@ -105,11 +106,11 @@ def test_a_harmless_cut_stays():
 
 
 def test_halving_tries_smaller_steps():
-    """After a cut was taken back, half of it is tried, and half of that."""
+    """After a cut was taken back, half of it is tried, and half of that, and so on by that much to the whole amount."""
     diary = Diary()
     script = [0.9, 0.1, 0.1, 0.9, 0.9, 0.9]
     fit(Scripted(script), FilterL1Pruning(0.5, schedule=OneShot(1)), MetricGuard("score", 0.1, then="halve"), diary)
-    assert diary.widths == [16, 8, 12, 14, 14, 14]
+    assert diary.widths == [16, 8, 12, 14, 12, 10]
 
 
 def test_patience_waits_for_recovery():
@@ -147,9 +148,9 @@ def test_guards_every_callback(kind):
     script = [0.9, 0.1, 0.9, 0.9, 0.9, 0.9]
     fit(Scripted(script), pruning, MetricGuard("score", 0.1, then="halve"), diary)
     if kind in (FilterL1Pruning,) or getattr(kind, "keywords", {}).get("criterion") in ("obd", "random"):
-        assert diary.widths == [16, 8, 12, 12, 12, 12]  # nothing to wait for
+        assert diary.widths == [16, 8, 12, 8, 8, 8]  # nothing to wait for
         return
-    assert diary.widths == [16, 8, 16, 12, 12, 12]
+    assert diary.widths == [16, 8, 16, 12, 8, 8]
 
 
 def test_resume_on_probation(tmp_path):
@@ -211,3 +212,112 @@ def test_bad_arguments_are_refused(bad):
     """Arguments out of range fail at construction and are named."""
     with pytest.raises(ValueError, match=next(iter(bad))):
         MetricGuard(**{"monitor": "score", "drop": 0.1, **bad})
+
+
+def test_a_harmful_step_of_many_does_not_end_pruning():
+    """With ``halve``, a gradual schedule reaches its amount by steps of half the size, without a remainder."""
+    diary = Diary()
+    guard = MetricGuard("score", 0.1, then="halve")
+    fit(Scripted([0.9, 0.1, *[0.9] * 10]), FilterL1Pruning(0.5, schedule=Linear(1, 2)), guard, diary, epochs=8)
+    assert diary.widths == [16, 12, 14, 12, 10, 8, 8, 8]
+
+
+def test_a_second_model_starts_anew():
+    """A guard that is used again writes nothing of the first model into the second, and forgets the first's best."""
+    guard, still = MetricGuard("score", 0.1, patience=3), partial(torch.optim.SGD, lr=0.0)
+
+    class Still(Scripted):
+        def configure_optimizers(self):
+            return still(self.parameters())
+
+    first, second = Still([0.9] * 3), Still([0.1] * 6)
+    fit(first, FilterL1Pruning(0.5, schedule=OneShot(2)), guard, epochs=3)  # on probation when fit ends
+    own = second.net[0].weight.detach().clone()
+    fit(second, FilterL1Pruning(0.5, schedule=OneShot(4)), guard)
+    assert second.net[0].out_features == 8
+    kept = own.abs().sum(1).argsort(descending=True)[:8].sort().values
+    assert torch.equal(second.net[0].weight, own[kept])
+
+
+def test_a_second_fit_of_one_model_judges_its_own_cuts():
+    """What was on probation when a fit ended is not taken back in the next, whose optimizers are others."""
+    guard, pruning = MetricGuard("score", 0.1, patience=3), FilterL1Pruning(0.5, schedule=OneShot(2))
+    model = Scripted([0.9, 0.9, 0.9, 0.1, 0.1, 0.1])
+    fit(model, pruning, guard, epochs=3)
+    fit(model, pruning, guard)
+    assert model.net[0].out_features == 8
+
+
+def test_merged_cuts_are_announced():
+    """Pruning steps that fall due while one is judged are made as one, and a warning says so beforehand."""
+    diary = Diary()
+    with pytest.warns(UserWarning, match=r"FilterL1Pruning: a pruning step .* before epoch 2, .*made as one") as told:
+        fit(
+            Scripted([0.9] * 6),
+            FilterL1Pruning(0.5, schedule=Linear(1, 4)),
+            MetricGuard("score", 0.1, patience=3),
+            diary,
+        )
+    assert len([each for each in told if "made as one" in str(each.message)]) == 1
+    assert diary.widths == [16, 14, 14, 14, 8, 8]
+
+
+@pytest.mark.parametrize("without", ["data", "batches", "limit"])
+def test_a_run_that_never_validates_is_refused(without):
+    """No pruning step could be judged, so training does not start."""
+    options = {"limit_val_batches": 0} if without == "limit" else {}
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[FilterL1Pruning(0.5), MetricGuard("score", 0.1)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, **options,
+    )  # fmt: skip
+    nothing = DataLoader(TensorDataset(torch.zeros(0, 6), torch.zeros(0)), 8)
+    val = {"data": None, "batches": nothing, "limit": loader()}[without]
+    with pytest.raises(PruningError, match="MetricGuard.*never validates"):
+        trainer.fit(Scripted([0.9] * 2), loader(), val)
+    assert trainer.global_step == 0
+
+
+def test_the_mode_is_that_of_callbacks_beside_it(caplog):
+    """The mode of a ModelCheckpoint or EarlyStopping on the same metric holds; contradictions are refused."""
+    falls = [1.0, 0.5, 0.4, 0.3, 0.2, 0.1]
+    stopping = pl.callbacks.EarlyStopping("score", mode="min")
+    diary = Diary()
+    with caplog.at_level("INFO"):
+        fit(Scripted(falls), FilterL1Pruning(0.5, schedule=OneShot(2)), MetricGuard("score", 0.1), stopping, diary)
+    assert diary.widths == [16, 16, 8, 8, 8, 8]
+    assert "MetricGuard(monitor='score'): mode='min', lower is better, by EarlyStopping" in caplog.text
+    other = pl.callbacks.ModelCheckpoint(monitor="score", mode="max")
+    with pytest.raises(PruningError, match="EarlyStopping.*ModelCheckpoint.*contradict|ModelCheckpoint.*EarlyStopping"):
+        fit(
+            Scripted(falls), FilterL1Pruning(0.5), MetricGuard("score", 0.1), stopping, other,
+            enable_checkpointing=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["val_loss", "test/top1_error", "ppl", "val_rmse", "MAE", "wer", "val-nll", "eval/ce"])
+def test_losses_and_errors_are_better_when_lower(name):
+    """The mode follows from the name."""
+    assert mode_by_name(name) == "min"
+
+
+@pytest.mark.parametrize("name", ["val_acc", "score", "f1", "auroc", "mAP", "bleu", "dice", "accuracy", "maestro"])
+def test_other_metrics_are_better_when_higher(name):
+    """Whatever does not say loss, error or distance is better when higher."""
+    assert mode_by_name(name) == "max"
+
+
+def test_a_falling_loss_is_no_damage(caplog):
+    """Without ``mode`` a metric called loss may fall as far as it likes, and the log says what was inferred."""
+
+    class Loss(Scripted):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.script[self.current_epoch]))
+
+    diary = Diary()
+    with caplog.at_level("INFO"):
+        fit(
+            Loss([1.0, 0.5, 0.4, 0.3, 0.2, 0.1]), FilterL1Pruning(0.5, schedule=OneShot(2)),
+            MetricGuard("val_loss", 0.01), diary,
+        )  # fmt: skip
+    assert diary.widths[-1] == 8
+    assert "mode='min', lower is better, by its name" in caplog.text

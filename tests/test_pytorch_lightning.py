@@ -116,16 +116,19 @@ MASKS = {"IterativeMagnitudePruning": {}, "OBSOneShot": {}}
 
 @pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("name", lightning_prune.callbacks.__all__)
-def test_every_callback_in_either_package(package, name):
+def test_every_callback_in_either_package(package, name, tmp_path):
     """Every exported callback is one of the Trainer's own, passed alone or in a list, and prunes half of the model."""
     pl = importlib.import_module(package)
-    model, kind = net_of(pl), getattr(lightning_prune, name)
+    model, kind, settings = net_of(pl), getattr(lightning_prune.callbacks, name), {}
     if name == "MetricGuard":
         callbacks = [kind("loss", drop=1e9), lightning_prune.FilterL1Pruning(0.5)]
+    elif name in ("PruningCheckpoint", "PruningEarlyStopping"):
+        callbacks = [kind(monitor="loss"), lightning_prune.FilterL1Pruning(0.5)]
+        settings = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     else:
         callbacks = kind(amount=0.5, **{**CUTS, **MASKS}[name])
         assert isinstance(callbacks, pl.Callback)
-    trainer_of(pl, callbacks).fit(model, data(), data())
+    trainer_of(pl, callbacks, **settings).fit(model, data(), data())
     if name in MASKS:
         zeros = sum(int((model.net[layer].weight == 0).sum()) for layer in (0, 2))
         assert zeros == (8 * 32 + 32) // 2

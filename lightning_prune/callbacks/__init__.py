@@ -5,6 +5,8 @@ from lightning_prune.callbacks.filter_pruning import FilterPruning
 from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
 from lightning_prune.callbacks.metric_guard import MetricGuard
 from lightning_prune.callbacks.obs_one_shot import OBSOneShot
+from lightning_prune.callbacks.pruning_checkpoint import PruningCheckpoint
+from lightning_prune.callbacks.pruning_early_stopping import PruningEarlyStopping
 from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
 
 __all__ = [
@@ -13,5 +15,7 @@ __all__ = [
     "IterativeMagnitudePruning",
     "MetricGuard",
     "OBSOneShot",
+    "PruningCheckpoint",
+    "PruningEarlyStopping",
     "TaylorFilterPruning",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
+from lightning_prune.callbacks.engine.metric_mode import Mode, mode_by_callbacks, mode_by_name
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import restore_, take_snapshot
@@ -40,10 +42,13 @@ class MetricGuard(Guard):
     Args:
         monitor: Name of a metric that validation logs.
         drop: How far it may fall behind its best, in its own units.
-        mode: Whether higher (``max``) or lower (``min``) is better.
-        patience: Validations after a cut until the metric must have recovered.
-        then: ``stop`` ends pruning with the last good model; ``halve`` tries half the step again, until steps are below
-            one hundredth of the amount.
+        mode: Whether higher (``max``) or lower (``min``) is better. By default what a ModelCheckpoint or EarlyStopping
+            of the Trainer with the same ``monitor`` says, else ``min`` where the name says loss, error, perplexity or
+            the like, else ``max``; the log says which.
+        patience: Validations after a cut until the metric must have recovered. Cuts that fall due meanwhile are made as
+            one.
+        then: ``stop`` ends pruning with the last good model; ``halve`` goes on by half the step at a time, until steps
+            are below one hundredth of the amount.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -56,14 +61,14 @@ class MetricGuard(Guard):
         self,
         monitor: str,
         drop: float,
-        mode: Literal["min", "max"] = "max",
+        mode: Literal["min", "max"] | None = None,
         patience: int = 1,
         then: Literal["stop", "halve"] = "stop",
     ) -> None:
         if not 0 <= drop < math.inf:
             raise ValueError(f"MetricGuard(drop={drop!r}): drop is a distance from the best, 0 or more.")
-        if mode not in ("min", "max"):
-            raise ValueError(f"MetricGuard(mode={mode!r}): choose 'min' or 'max'.")
+        if mode not in ("min", "max", None):
+            raise ValueError(f"MetricGuard(mode={mode!r}): choose 'min', 'max' or None.")
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ValueError(f"MetricGuard(patience={patience!r}): it counts validations, from 1.")
         if then not in ("stop", "halve"):
@@ -74,6 +79,8 @@ class MetricGuard(Guard):
         self.patience = patience
         self.then = then
         self._state = _State()
+        self._mode: Mode | None = mode  # once a run began, the one that holds
+        self._module: weakref.ref[LightningModule] | None = None  # which the state is of
 
     @property
     def state_key(self) -> str:
@@ -81,11 +88,25 @@ class MetricGuard(Guard):
         return self._generate_state_key(monitor=self.monitor)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse to guard nothing."""
-        if stage == "fit" and not pruning_callbacks(trainer):
+        """Refuse to guard nothing, and forget what belongs to the last run."""
+        if stage != "fit":
+            return
+        if not pruning_callbacks(trainer):
             raise PruningError(
                 "MetricGuard guards a pruning callback, and there is none. Add FilterL1Pruning or another."
             )
+        if not trainer.enable_validation:
+            raise PruningError(self._never_validates("no validation data, no validation_step, or limit_val_batches=0"))
+        if self._module is None or self._module() is not pl_module:
+            self._state = _State()
+            self._module = weakref.ref(pl_module)
+        self._state.before = None  # optimizers of an earlier fit are gone; a checkpoint brings those of its own
+        self._mode = self._mode_of_run(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse loaders without a batch, now that they are known."""
+        if not sum(trainer.num_val_batches):
+            raise PruningError(self._never_validates("the validation loaders are empty"))
 
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember everything as it is, before the first of the cuts that fall on one moment."""
@@ -136,12 +157,28 @@ class MetricGuard(Guard):
             self._take_back(trainer, pl_module, before)
         return False
 
+    def _mode_of_run(self, trainer: Trainer) -> Mode:
+        if self.mode is not None:
+            return self.mode
+        where = f"MetricGuard(monitor={self.monitor!r})"
+        by_callback = mode_by_callbacks(where, self.monitor, trainer.callbacks)  # type: ignore[attr-defined]
+        mode, source = (mode_by_name(self.monitor), "its name") if by_callback is None else by_callback
+        better = "lower" if mode == "min" else "higher"
+        rank_zero_info(f"{where}: mode={mode!r}, {better} is better, by {source}. Pass mode= if that is wrong.")
+        return mode
+
+    def _never_validates(self, why: str) -> str:
+        return (
+            f"MetricGuard(monitor={self.monitor!r}): this run never validates ({why}), so no pruning step would be "
+            "judged. Pass validation data, or leave the guard out."
+        )
+
     def _not_logged(self, trainer: Trainer) -> str:
         logged = ", ".join(sorted(map(str, trainer.callback_metrics))) or "nothing"
         return f"MetricGuard(monitor={self.monitor!r}): validation logs {logged}. Name one of these."
 
     def _behind(self, value: float, best: float) -> float:
-        return best - value if self.mode == "max" else value - best
+        return best - value if self._mode == "max" else value - best
 
     def _take_back(self, trainer: Trainer, pl_module: LightningModule, before: dict[str, Any]) -> None:
         self._state.cuts_back += 1
@@ -163,6 +200,10 @@ class MetricGuard(Guard):
     def state_dict(self) -> dict[str, Any]:
         """Return the best metric and, while a cut is on probation, what was before it."""
         return {entry.name: getattr(self._state, entry.name) for entry in fields(_State)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without the model."""
+        return {**self.__dict__, "_module": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint remembers."""

@@ -15,6 +15,7 @@ from lightning_prune.analysis.layer_sensitivity import TENTHS, sensitivity
 from lightning_prune.analysis.sensitivity_findings import Mode, Sensitivity
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.engine.example_inputs import batch_as_inputs, on_device_of
+from lightning_prune.callbacks.engine.metric_mode import mode_by_name
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
@@ -50,7 +51,7 @@ def trainer_sensitivity(
         data: A datamodule, or what else ``trainer.validate`` takes, unless the module has its own.
         metric: Name under which the module logs the metric in validation.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
-            with ``loss`` or ``error`` in them.
+            of losses and errors.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first validation batch.
         shares: Fractions of a group's units that leave.
@@ -64,7 +65,7 @@ def trainer_sensitivity(
     Raises:
         PruningError: If validation logs no such metric, or as :func:`~lightning_prune.sensitivity` does.
     """
-    mode = _mode(metric) if mode is None else mode
+    mode = mode_by_name(metric) if mode is None else mode
     with _quiet(trainer):
         found = inputs_from_validation(trainer, model, data)
         _logged(trainer, metric)
@@ -108,7 +109,7 @@ def trainer_weight_sensitivity(
         data: A datamodule, or what else ``trainer.validate`` takes, unless the module has its own.
         metric: Name under which the module logs the metric in validation.
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is; by default ``"min"`` for names
-            with ``loss`` or ``error`` in them.
+            of losses and errors.
         shares: Fractions of a weight's entries that are zeroed.
         criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
             longer.
@@ -122,7 +123,7 @@ def trainer_weight_sensitivity(
     Raises:
         PruningError: If validation logs no such metric, or as :func:`~lightning_prune.weight_sensitivity` does.
     """
-    mode = _mode(metric) if mode is None else mode
+    mode = mode_by_name(metric) if mode is None else mode
     with _quiet(trainer):
         evaluate = _by_validation(trainer, data, metric)
         evaluate(model)  # so that the model lies where it is evaluated
@@ -139,10 +140,6 @@ def trainer_weight_sensitivity(
             path=path if trainer.is_global_zero else None,
             progress=progress and trainer.is_global_zero,
         )
-
-
-def _mode(metric: str) -> Mode:
-    return "min" if any(word in metric.lower() for word in ("loss", "error")) else "max"
 
 
 def _by_validation(trainer: Trainer, data: Any, metric: str) -> Callable[[nn.Module], float]:

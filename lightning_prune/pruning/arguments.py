@@ -42,6 +42,7 @@ __all__ = [
     "near",
     "part_of",
     "path_of",
+    "plain",
     "shown",
     "told_apart",
     "with_ignored",
@@ -453,6 +454,13 @@ def _values(limit: Any) -> list[Any]:
 
 def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
+
+
+def plain(given: Any) -> Any:
+    """Return an argument as a number, a string, or a list or dict of these: modules by their class."""
+    if isinstance(given, Mapping):
+        return {shown(name): value for name, value in given.items()}
+    return list(map(shown, given)) if isinstance(given, list) else given
 
 
 def shown(given: Any) -> str:

@@ -22,7 +22,7 @@ from lightning_prune.model.calls import (
     undisturbed,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
-from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
+from lightning_prune.structure.labels import Label, Labels, Ledger, Literally, Ran
 from lightning_prune.structure.solve_ints import add_unknowns_
 from lightning_prune.structure.tensor_names import named_tensors
 from lightning_prune.structure.tracer import watch

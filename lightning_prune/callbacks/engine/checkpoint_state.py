@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from lightning.pytorch import Callback
 
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.run_log import RunLog
@@ -11,7 +13,7 @@ from lightning_prune.callbacks.engine.strategy import Member
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports import History
 
-__all__ = ["restore_", "state_to_save"]
+__all__ = ["adopt_", "restore_", "state_to_save"]
 
 
 def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, Any]:
@@ -19,8 +21,31 @@ def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, A
 
     Each callback's state holds the history and the example inputs of the run, so that each can be restored alone.
     """
-    shared = {"history": log.history.to_plain(), **inputs.state_dict()}
-    return {**member.clock.state_dict(), **shared, **member.strategy.state_dict()}
+    shared = {"history": log.history.to_plain(), "outdated": list(log.outdated), **inputs.state_dict()}
+    own = {"asked": member.asked_before or member.strategy.arguments.asked}
+    return {**member.clock.state_dict(), **own, **shared, **member.strategy.state_dict()}
+
+
+def adopt_(callback: Callback, states: dict[str, Any], others: Iterable[Callback]) -> None:
+    """Take a state that was saved under other parts of the model (``ignore``, ``parameters``, patterns) for one's own.
+
+    The key of a state names the parts, so without this the callback would start anew, and prune a second time.
+
+    Raises:
+        PruningError: If several callbacks could have saved it, or several states could be meant.
+    """
+    name, keys = type(callback).__qualname__, {other.state_key for other in others}
+    if callback.state_key in states:
+        return
+    left = [key for key in states if key.startswith(name) and key[len(name) :][:1] == "{" and key not in keys]
+    rivals = [key for key in keys if key.startswith(f"{name}{{") and key not in states]
+    if len(left) == len(rivals) == 1:
+        states[callback.state_key] = states.pop(left[0])
+    elif left:
+        raise PruningError(
+            f"{name}: the checkpoint holds {' and '.join(left)}, and this run has {' and '.join(sorted(rivals))}, so "
+            "it is not known which goes on where. Resume with the same ignore=, parameters= and patterns."
+        )
 
 
 def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str, Any]) -> None:
@@ -37,6 +62,10 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
         )
     try:
         history = History.from_plain(state["history"])
+        asked = dict(state["asked"])
+        if asked.keys() != member.strategy.arguments.asked.keys():
+            raise KeyError("asked")
+        outdated = list(map(str, state["outdated"]))
         member.strategy.load_state_dict(state)
         member.clock.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -46,5 +75,6 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
             f"{member.where}: what the checkpoint holds of it cannot be read ({error!r}): the file is "
             "damaged. Take up an earlier one."
         ) from error
-    log.history = history
+    log.history, log.outdated = history, outdated
+    member.asked_before = asked
     inputs.example = state["example"]

@@ -41,19 +41,26 @@ class Clock:
     Attributes:
         schedule: What the user asked for.
         progress: Share of the schedule's pruning steps made so far.
-        ceiling: The progress at which a guard ended pruning.
+        largest: Largest pruning step, as a share of all; a guard halves it, or sets it to 0.
         epoch: The last epoch whose start was seen in this run.
+        moment: Epoch and optimizer step of the last pruning step in this run.
     """
 
     schedule: Schedule
     progress: float = 0.0
-    ceiling: float = 1.0
+    largest: float = 1.0
     epoch: int = -1
+    moment: tuple[int, int] = (-1, -1)
 
     @property
     def unfinished(self) -> bool:
         """Whether a pruning step is still to come."""
-        return self.progress < self.ceiling
+        return self.progress < 1.0 and not self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a guard ended pruning before the schedule did."""
+        return self.progress < 1.0 and self.largest == 0.0
 
     @property
     def prunes_after_training(self) -> bool:
@@ -69,28 +76,38 @@ class Clock:
             step: Optimizer steps made.
         """
         moment = step if schedule.by == "steps" else epoch
-        progress = min(schedule.progress(moment), self.ceiling)
-        return progress if progress > self.progress else None
+        if self.stopped:
+            return None
+        most = self.progress + self.largest
+        if most > 1.0 - _SMALLEST_STEP:
+            most = 1.0  # no step for a remainder that rounding leaves
+        progress = min(schedule.progress(moment), most)
+        again = self.moment == (epoch, step)  # the start of an epoch and that of its first batch both ask
+        return progress if progress > self.progress and not again else None
 
     def rollback(self, progress: float, halve: bool) -> None:
-        """Return to an earlier progress, to go on from there with half the step, or never."""
+        """Return to an earlier progress, to go on from there by half the step at a time, or never."""
         step = self.progress - progress
         self.progress = progress
         if step > 0:
-            again = step / 2 if halve and step / 2 >= _SMALLEST_STEP else 0.0
-            self.ceiling = progress + again
+            self.largest = step / 2 if halve and step / 2 >= _SMALLEST_STEP else 0.0
+
+    def start_run(self) -> None:
+        """Forget what belongs to the last run."""
+        self.epoch, self.moment = -1, (-1, -1)
 
     def reset(self) -> None:
         """Start anew, for another model."""
-        self.progress, self.ceiling, self.epoch = 0.0, 1.0, -1
+        self.progress, self.largest = 0.0, 1.0
+        self.start_run()
 
     def state_dict(self) -> dict[str, float]:
         """Return the state to save."""
-        return {"progress": self.progress, "ceiling": self.ceiling}
+        return {"progress": self.progress, "largest": self.largest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self.progress, self.ceiling = float(state["progress"]), float(state["ceiling"])
+        self.progress, self.largest = float(state["progress"]), float(state["largest"])
 
 
 def share_due(amount: Amount, schedule: Schedule, progress: float) -> Amount:

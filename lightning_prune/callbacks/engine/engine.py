@@ -91,6 +91,7 @@ class Engine:
         if not own.prepared:
             return
         if self._is_last(own):
+            self.log.warn_outdated(run)
             self.log.report_end(run)
         own.strategy.after_training(run)
 
@@ -155,7 +156,14 @@ class Engine:
     def _prepare(self, run: Run, batch: Any | None) -> None:
         """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""
         own = run.own
+        if own.changes:
+            # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
+            own.strategy.refuse_changes(run)
+            own.clock.progress = 0.0
         own.prepared = own.strategy.prepare(run, batch)
+        if own.prepared:
+            self.log.warn_changes(run)
+            own.asked_before = None
         if own.prepared and own.schedule is not own.clock.schedule:
             refuse_run(run.where, own.schedule, run.trainer)
             refuse_short(run.where, own.schedule, run.trainer)
@@ -166,15 +174,20 @@ class Engine:
         on_probation = [guard.judge(trainer, run.module) for guard in guards(trainer)]
         progress = own.clock.due(own.schedule, trainer.current_epoch, trainer.global_step)
         own.due_without_scores = progress is not None and not own.strategy.ready
-        if progress is not None and own.strategy.ready and not any(on_probation):
-            self._prune(run, progress)
+        if progress is not None and own.strategy.ready:
+            if any(on_probation):
+                self.log.warn_held_back(run)
+            else:
+                self._prune(run, progress)
         if own.clock.epoch != trainer.current_epoch:
             own.clock.epoch = trainer.current_epoch
             self.log.changed = True
 
     def _prune(self, run: Run, progress: float) -> None:
+        self.log.note_outdated(run.trainer)
         run.own.strategy.prune_to(run, progress)
-        run.own.clock.progress = progress
+        clock = run.own.clock
+        clock.progress, clock.moment = progress, (run.trainer.current_epoch, run.trainer.global_step)
         self.log.changed = True
 
     def end_validation(self, own: Member, trainer: Trainer) -> None:
@@ -198,6 +211,7 @@ class Engine:
         for member, state in zip(self.members, states, strict=True):
             member.clock.rollback(state["progress"], halve)
             member.strategy.rollback(self._run(member, trainer, pl_module), state["own"])
+        self.log.outdated = []  # they are of this size again
         self.log.changed = True
 
     # Checkpoints

@@ -18,6 +18,7 @@ from lightning_prune.pruning.arguments import (
     check_module,
     listed,
     part_of,
+    plain,
     shown,
     told_apart,
     with_ignored,
@@ -74,6 +75,12 @@ class FilterArguments:
     def named(self) -> list[Any]:
         """What the user named to be pruned."""
         return [*(self.amount if isinstance(self.amount, Mapping) else ()), *listed(self.module)]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "ignore")
+        return {name: plain(getattr(self, name)) for name in names}
 
     @property
     def parts(self) -> dict[str, Any]:

@@ -6,14 +6,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_utilities.core.overrides import is_overridden
 
-__all__ = ["AnyCallback", "overrides"]
+__all__ = ["AnyCallback", "AnyEarlyStopping", "AnyModelCheckpoint", "overrides"]
 
 if TYPE_CHECKING:
     AnyCallback = Callback
+    AnyEarlyStopping = EarlyStopping
+    AnyModelCheckpoint = ModelCheckpoint
 else:
-    AnyCallback = Callback
+    AnyCallback, AnyEarlyStopping, AnyModelCheckpoint = Callback, EarlyStopping, ModelCheckpoint
     # The other package is the same code under another name, with classes of its own. Its Trainer and its CLI ask for
     # these, whenever it was imported; beside torch and the first package its import costs little. Whatever is wrong
     # with an installation of it, ours does without.
@@ -22,6 +25,12 @@ else:
 
         class AnyCallback(Callback, pytorch_lightning.Callback):
             """Base of the callbacks, so that Trainer and CLI of either package know them."""
+
+        class AnyEarlyStopping(EarlyStopping, pytorch_lightning.Callback):
+            """The first package's EarlyStopping, which the other's Trainer knows as a callback."""
+
+        class AnyModelCheckpoint(ModelCheckpoint, pytorch_lightning.callbacks.ModelCheckpoint):
+            """The first package's ModelCheckpoint, which the other's Trainer knows as one that saves."""
 
 
 def overrides(pl_module: LightningModule, name: str) -> bool:

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
-from lightning_prune.callbacks.engine.checkpoint_state import restore_, state_to_save
+from lightning_prune.callbacks.engine.checkpoint_state import adopt_, restore_, state_to_save
 from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.engine import Engine
 from lightning_prune.callbacks.engine.packages import AnyCallback
 from lightning_prune.callbacks.engine.strategy import Member, Strategy
 from lightning_prune.reports import History
 
-__all__ = ["PruningCallback", "engine_of", "pruning_callbacks"]
+__all__ = ["PruningCallback", "engine_of", "pruned_so_far", "pruning_callbacks", "pruning_finished"]
 
 
 class PruningCallback(AnyCallback, ABC):
@@ -126,6 +126,10 @@ class PruningCallback(AnyCallback, ABC):
         """Complete the checkpoint."""
         self.engine.save(self.member, trainer, pl_module, checkpoint)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Find the state of this callback, also where it pruned other parts of the model."""
+        adopt_(self, checkpoint["callbacks"], pruning_callbacks(trainer))
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save, as plain numbers and tensors."""
         return state_to_save(self.member, self.engine.log, self.engine.inputs)
@@ -143,6 +147,16 @@ def pruning_callbacks(trainer: Trainer) -> list[PruningCallback]:
 def engine_of(trainer: Trainer) -> Engine:
     """Return the engine that all pruning callbacks of a Trainer share once they are set up."""
     return pruning_callbacks(trainer)[0].engine
+
+
+def pruned_so_far(trainer: Trainer) -> list[float]:
+    """Return the share of its pruning steps that each callback has made: it differs where the model's size does."""
+    return [callback.member.clock.progress for callback in pruning_callbacks(trainer)]
+
+
+def pruning_finished(trainer: Trainer) -> bool:
+    """Return whether no pruning step is to come."""
+    return not any(callback.member.clock.unfinished for callback in pruning_callbacks(trainer))
 
 
 def _shared_engine(trainer: Trainer, pl_module: LightningModule) -> Engine:

@@ -53,6 +53,14 @@ class Start:
             shapes=shapes_of(pl_module, structure) if arguments.target == "latency" else None,
         )
 
+    def follow(self, pl_module: LightningModule, structure: Structure, arguments: FilterArguments) -> None:
+        """Follow other arguments than those under which pruning began; the dense model stays the reference."""
+        for name, group in structure.groups.items():
+            self.widths.setdefault(name, group.width)  # ignored until now, so it is whole
+        self.amount = amount_by_group(pl_module, structure, arguments.amount)
+        self.budget = replace(budget_by_group(pl_module, structure, arguments.budget), part=self.budget.part)
+        self.units = 0
+
     @property
     def dense(self) -> Dense:
         """The same, as plans want it."""

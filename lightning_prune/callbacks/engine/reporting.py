@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lightning_prune.reports import History, draw_run, run_tables, write_run
 
-__all__ = ["call_of", "guarded", "new_metrics", "report"]
+__all__ = ["call_of", "comparing_checkpoints", "guarded", "new_metrics", "report"]
 
 
 @contextmanager
@@ -34,6 +34,16 @@ def new_metrics(trainer: Trainer, before: Mapping[str, Any]) -> dict[str, float]
         for name, value in trainer.callback_metrics.items()
         if value is not before.get(name) and not name.startswith("prune/")
     }
+
+
+def comparing_checkpoints(trainer: Trainer) -> list[Any]:
+    """Return the trainer's ModelCheckpoints, of either package, that keep the best by a metric at any size."""
+    found = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "ModelCheckpoint" in kinds and "PruningCheckpoint" not in kinds and callback.monitor is not None:
+            found.append(callback)
+    return found
 
 
 def call_of(callback: Callback) -> str:

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.engine.remaining_costs import describe, measure
-from lightning_prune.callbacks.engine.reporting import call_of, guarded, new_metrics, report
+from lightning_prune.callbacks.engine.reporting import call_of, comparing_checkpoints, guarded, new_metrics, report
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.reports import History
 
@@ -22,11 +22,13 @@ class RunLog:
     Attributes:
         history: What became of the model so far.
         changed: Whether something changed since the last log.
+        outdated: Best checkpoints, by the Trainer's ModelCheckpoints, from before the last pruning step.
     """
 
     def __init__(self) -> None:
         self.history = History()
         self.changed = False
+        self.outdated: list[str] = []
         self._reported = False
         self._before: dict[str, Any] = {}  # what was logged before the validation that runs
 
@@ -51,6 +53,26 @@ class RunLog:
             within = any(member.clock.schedule.by == "steps" for member in run.members)
             run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
 
+    def warn_changes(self, run: Run) -> None:
+        """Warn of arguments that are others than in the run that is resumed."""
+        changes = [f"{name}={was!r} is now {name}={now!r}" for name, (was, now) in run.own.changes.items()]
+        if changes:
+            rank_zero_warn(
+                f"{run.where}: other arguments than in the checkpoint: {'; '.join(changes)}. From here on the new ones "
+                "hold, relative to the dense model; what was pruned already stays pruned."
+            )
+
+    def warn_held_back(self, run: Run) -> None:
+        """Warn once that a pruning step waits for a guard, and will be merged with those that fall due meanwhile."""
+        own = run.own
+        if not own.held_back:
+            own.held_back = True
+            rank_zero_warn(
+                f"{run.where}: a pruning step of {own.clock.schedule} is due before epoch {run.trainer.current_epoch}, "
+                "but MetricGuard has not judged the last one yet. Steps that fall due until then are made as one. Set "
+                "every= of the schedule to at least the patience of the guard to have each judged by itself."
+            )
+
     def warn_unfinished(self, run: Run) -> None:
         """Warn if training ended before the schedule did, or a guard ended it."""
         own, clock = run.own, run.own.clock
@@ -60,11 +82,25 @@ class RunLog:
                 f"{run.where}: training ended before {clock.schedule} did; {clock.progress:.0%} of its cuts "
                 f"were due and were made.{unseen if own.due_without_scores else ''}"
             )
-        elif own.prepared and clock.ceiling < 1.0:
+        elif own.prepared and clock.stopped:
             rank_zero_warn(
                 f"{run.where}: {clock.progress:.0%} of the cuts of {clock.schedule} stand; MetricGuard took "
                 "back what came after."
             )
+
+    def note_outdated(self, trainer: Trainer) -> None:
+        """Note which checkpoints are the best before a pruning step."""
+        self.outdated = [callback.best_model_path for callback in comparing_checkpoints(trainer)]
+
+    def warn_outdated(self, run: Run) -> None:
+        """Warn of checkpoints that are still the best and hold the model as it was before the last pruning step."""
+        for callback in comparing_checkpoints(run.trainer):
+            if callback.best_model_path and callback.best_model_path in self.outdated:
+                rank_zero_warn(
+                    f"{run.where}: the best checkpoint of {type(callback).__name__}(monitor={callback.monitor!r}), "
+                    f"{callback.best_model_path}, was saved before the last pruning step, so it holds a larger model. "
+                    "Use PruningCheckpoint of lightning_prune.callbacks, which compares checkpoints of one size."
+                )
 
     def report_end(self, run: Run) -> None:
         """Report what became of the model: in the terminal and to the loggers."""

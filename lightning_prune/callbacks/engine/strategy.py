@@ -115,6 +115,9 @@ class Strategy(RunEvents, ABC):
 
     # What a strategy may leave as it is
 
+    def refuse_changes(self, run: Run) -> None:
+        """Refuse arguments that are others than in the run that is resumed, if they cannot be followed."""
+
     @property
     def ready(self) -> bool:
         """Whether enough was seen to decide by."""
@@ -142,6 +145,8 @@ class Member:
         prepared: Whether :meth:`Strategy.prepare` was done in this run.
         inputs_verified: Whether the model ran on a training batch, of those that it will run on.
         due_without_scores: Whether a pruning step is due and nothing was seen to decide by.
+        held_back: Whether a pruning step had to wait for a guard in this run.
+        asked_before: The arguments of the run that is resumed, until training starts under those of this one.
     """
 
     callback: Callback
@@ -151,6 +156,8 @@ class Member:
     prepared: bool = False
     inputs_verified: bool = False
     due_without_scores: bool = False
+    held_back: bool = False
+    asked_before: dict[str, Any] | None = None
 
     @property
     def where(self) -> str:
@@ -162,10 +169,19 @@ class Member:
         if self.module is None or self.module() is not pl_module:
             self.clock.reset()
             self.strategy.reset()
+            self.asked_before = None
             self.module = weakref.ref(pl_module)
         self.strategy.release()
-        self.clock.epoch = -1
-        self.prepared = self.inputs_verified = self.due_without_scores = False
+        self.clock.start_run()
+        self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
+
+    @property
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """The arguments that are others than in the run that is resumed: what they were, and what they are."""
+        if self.asked_before is None:
+            return {}
+        now = self.strategy.arguments.asked
+        return {name: (was, now[name]) for name, was in self.asked_before.items() if was != now[name]}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model."""

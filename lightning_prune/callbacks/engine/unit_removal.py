@@ -120,6 +120,9 @@ class UnitRemoval(Strategy):
             refuse_not_finite(run.where, run.module, written_with(structure))
             part = self.traced.part(run.module)
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
+        elif run.own.changes:
+            self.start.follow(run.module, structure, self.arguments)
+            self.state.warned = False
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
                 f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "
@@ -127,7 +130,8 @@ class UnitRemoval(Strategy):
             )
         if run.own.clock.unfinished:
             plan = self._plan(run, structure, score_units(run.module, structure, "l1"), progress=1.0)
-            self.start.units = self.start.units or sum(width.before - width.after for width in plan.widths)
+            gone = (self.start.widths.get(width.name, width.before) - width.after for width in plan.widths)
+            self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
             self.gathering.watch(run.module, structure)
         return True
@@ -154,7 +158,7 @@ class UnitRemoval(Strategy):
         self.state.pinned = plan.structure.pinned
         if progress >= 1.0:
             self._warn_if_short(run, plan, done=True)
-        if progress < run.own.clock.ceiling:
+        if progress < 1.0:
             self._watch_on(run.module)
 
     def after_cut(self, run: Run, plan: Plan) -> None:

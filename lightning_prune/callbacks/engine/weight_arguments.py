@@ -11,7 +11,7 @@ from torch import optim
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.pruning.arguments import Parts, check_module, listed, shown, told_apart
+from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, shown, told_apart
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -64,6 +64,12 @@ class WeightArguments:
             *(self.parameters or ()),
             *listed(self.module),
         ]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+        names = ("amount", "scope", "parameters", "ignore", "pattern")
+        return {name: plain(getattr(self, name)) for name in names}
 
     @property
     def parts(self) -> dict[str, Any]:

@@ -80,6 +80,15 @@ class WeightMasking(Strategy):
             )
         self.choice.refuse(run)
 
+    def refuse_changes(self, run: Run) -> None:
+        """Refuse to choose weights a second time where masked weights would move."""
+        if run.own.clock.progress > 0 and not self.choice.repeatable:
+            told = ", ".join(f"{name}={was!r}, now {now!r}" for name, (was, now) in run.own.changes.items())
+            raise PruningError(
+                f"{run.where}: the checkpoint was pruned already, with {told}, and what is masked would move. Resume "
+                "with the arguments of the checkpoint, or leave the callback out."
+            )
+
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether weights are chosen on training batches."""
         return self.choice.reads_batches

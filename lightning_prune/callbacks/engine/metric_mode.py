@@ -1,0 +1,42 @@
+"""Knows whether a higher or a lower value of a metric is better, from other callbacks or from its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+from lightning.pytorch import Callback
+
+from lightning_prune.model.errors import PruningError
+
+__all__ = ["Mode", "mode_by_callbacks", "mode_by_name"]
+
+Mode = Literal["min", "max"]
+
+_LOWER_IS_BETTER = re.compile(
+    r"loss|error|perplexity|entropy|divergence|distance|latency|brier"
+    r"|(?<![a-z])(err|ppl|r?msl?e|s?mape|mae|mase|nll|bce|ce|ece|kld?|wer|cer|fid|kid|lpips|bp[cd]|crps|cost)(?![a-z])"
+)
+
+
+def mode_by_name(metric: str) -> Mode:
+    """Return ``"min"`` for names of losses, errors and distances, ``"max"`` for all others."""
+    return "min" if _LOWER_IS_BETTER.search(metric.lower()) else "max"
+
+
+def mode_by_callbacks(where: str, metric: str, callbacks: Iterable[Callback]) -> tuple[Mode, str] | None:
+    """Return the mode under which ModelCheckpoint or EarlyStopping monitor a metric, and the name of the callback.
+
+    Raises:
+        PruningError: If they contradict each other.
+    """
+    found: dict[Mode, str] = {}
+    for callback in callbacks:
+        kinds = {kind.__name__ for kind in type(callback).__mro__}  # each package of Lightning has classes of its own
+        if kinds & {"ModelCheckpoint", "EarlyStopping"} and getattr(callback, "monitor", None) == metric:
+            found.setdefault(callback.mode, type(callback).__name__)  # type: ignore[attr-defined]
+    if len(found) > 1:
+        told = " and ".join(f"{name}(mode={mode!r})" for mode, name in found.items())
+        raise PruningError(f"{where}: {told} contradict. Set mode= of one of them right.")
+    return next(iter(found.items()), None)
