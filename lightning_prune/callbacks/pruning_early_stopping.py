@@ -33,16 +33,15 @@ class PruningEarlyStopping(AnyEarlyStopping):
         if size != self._size:
             self._size, self.wait_count = size, 0
             self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
-        if pruning_finished(trainer):
-            super()._run_early_stopping_check(trainer)
-            return
-        asked = self.patience, self.stopping_threshold
-        self.patience, self.stopping_threshold = sys.maxsize, None
+        asked, finished = (self.patience, self.stopping_threshold), pruning_finished(trainer)
+        if not finished:
+            self.patience, self.stopping_threshold = sys.maxsize, None
         try:
             super()._run_early_stopping_check(trainer)
         finally:
             self.patience, self.stopping_threshold = asked
-            self.wait_count = 0
+            if not finished:
+                self.wait_count = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of EarlyStopping, and how far pruning had come."""

@@ -17,7 +17,7 @@ from lightning_prune.surgery.loading import Prunable
 
 __all__ = [
     "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_removal",
-    "refuse_run", "refuse_shared", "refuse_short", "refuse_twins", "refuse_unmaskable",
+    "refuse_run", "refuse_shared", "refuse_short", "refuse_twins", "refuse_unmaskable", "steps_in_epoch",
 ]  # fmt: skip
 
 
@@ -115,10 +115,10 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
     Raises:
         PruningError: Saying in which epoch or step it ends.
     """
-    if trainer.fast_dev_run or not math.isfinite(trainer.num_training_batches):  # type: ignore[attr-defined]
+    each = steps_in_epoch(trainer)
+    if trainer.fast_dev_run or each is None:  # type: ignore[attr-defined]
         return
     steps, epochs = trainer.max_steps, trainer.max_epochs
-    each = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # the last window may be short
     if schedule.by == "epochs" and 0 < steps <= schedule.last * each:
         ends = f"max_steps={steps}, in epoch {math.ceil(steps / each) - 1}"
     elif schedule.by == "steps" and epochs is not None and 0 < epochs * each <= schedule.last:
@@ -129,6 +129,19 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
         f"{where}: {schedule} is complete only before {schedule.by[:-1]} {schedule.last} (counted from 0), but "
         f"training ends after {ends}. End the schedule earlier, or train for longer."
     )
+
+
+def steps_in_epoch(trainer: Trainer) -> int | None:
+    """Return the optimizer steps of an epoch, or None where these are known only once it is over.
+
+    A training step that optimizes manually may step several optimizers, or none; loaders need not know their length;
+    and a callback may change how many batches make a step.
+    """
+    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}  # type: ignore[attr-defined]
+    manual = not trainer.lightning_module.automatic_optimization
+    if manual or not math.isfinite(trainer.num_training_batches) or "GradientAccumulationScheduler" in kinds:
+        return None
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # the last window may be short
 
 
 def refuse_foreign(where: str, pl_module: LightningModule, keep: Mapping[str, Tensor]) -> None:

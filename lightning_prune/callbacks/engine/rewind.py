@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import restore_, take_snapshot
 
 __all__ = ["draw_anew_", "remember", "rewind_"]
@@ -24,7 +25,18 @@ def remember(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, Any]) -> None:
-    """Give back parameters, buffers, optimizer state, learning rates and schedulers as they were remembered."""
+    """Give back parameters, buffers, optimizer state, learning rates and schedulers as they were remembered.
+
+    Raises:
+        PruningError: If an optimizer has other parameter groups than then.
+    """
+    now = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+    then = [len(groups) for groups in remembered["groups"]]
+    if now != then:
+        raise PruningError(
+            f"The optimizers have {now} parameter groups, and had {then} at the step to rewind to: groups that were "
+            "added since cannot be taken back. Give the optimizers all parameters from the start, or do not rewind."
+        )
     restore_(pl_module, trainer.optimizers, remembered)
     for optimizer, groups in zip(trainer.optimizers, remembered["groups"], strict=True):
         for group, was in zip(optimizer.param_groups, groups, strict=True):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.averaging import restart_averages_
 from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.refusals import steps_in_epoch
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
@@ -63,7 +64,7 @@ class SmallestWeights(WeightChoice):
         if self.rewind_to is None:
             return
         removing = [member.callback for member in run.members if isinstance(member.strategy, UnitRemoval)]
-        others = [*guards(run.trainer), *removing, *_averaging_late(run.trainer)]
+        others = [*guards(run.trainer), *removing, *_with_a_schedule(run.trainer)]
         if others:
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}) and {type(others[0]).__name__} contradict: one "
@@ -83,8 +84,11 @@ class SmallestWeights(WeightChoice):
                 f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step to come."
             )
         first = _first_step(schedule)
-        if schedule.by == "epochs":
-            first *= math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        each = steps_in_epoch(trainer)
+        if schedule.by == "epochs" and each is None:
+            each = self.rewind_to  # unknown: whether there is something to go back to shows at the pruning step
+        if schedule.by == "epochs" and each is not None:
+            first *= each
         if first < self.rewind_to:
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}): the first cut of {schedule}, at step "
@@ -94,6 +98,12 @@ class SmallestWeights(WeightChoice):
 
     def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
         """Return what is kept when the smallest are masked; what was masked stays so."""
+        if self.rewind_to is not None and self._early is None:
+            raise PruningError(
+                f"{run.where}(rewind_to={self.rewind_to}): the first pruning step of {run.own.clock.schedule} comes "
+                f"after {run.trainer.global_step} optimizer steps, before there is anything to go back to. Rewind to "
+                "an earlier step, or start the schedule later."
+            )
         weights = own.to_prune.weights
         scores = score_weights(weights, "magnitude")
         keep = choose_weights(weights, scores, own.masks.keep, due, self.scope, self.pattern)
@@ -114,6 +124,11 @@ class SmallestWeights(WeightChoice):
         """Save the run as it stands, if this is where rounds start."""
         if self.rewind_to is not None and self._early is None and run.trainer.global_step >= self.rewind_to:
             self._early = remember(run.trainer, run.module)
+            if run.trainer.global_step > self.rewind_to:
+                rank_zero_warn(
+                    f"{run.where}(rewind_to={self.rewind_to}): a batch takes several optimizer steps, so the state "
+                    f"after step {run.trainer.global_step}, at the end of a batch, is what rounds go back to."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run as it stood where rounds start."""
@@ -138,7 +153,10 @@ def _first_step(schedule: Schedule) -> int:
     return next(moment for moment in range(schedule.last + 1) if schedule.progress(moment) > 0)
 
 
-def _averaging_late(trainer: Trainer) -> list[Callback]:
-    """Return the callbacks that average weights of a late part of the training, with a schedule of their own."""
-    names = ("StochasticWeightAveraging",)
-    return [callback for callback in trainer.callbacks if type(callback).__name__ in names]  # type: ignore[attr-defined]
+def _with_a_schedule(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks that average weights or unfreeze layers from some epoch on: these cannot go back."""
+    names, found = {"StochasticWeightAveraging", "BaseFinetuning"}, []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if names & {kind.__name__ for kind in type(callback).__mro__}:  # either package's
+            found.append(callback)
+    return found
