@@ -36,16 +36,16 @@ LIMITS = {
     "floors: rooms on the longest chain of imports": 10,
     "rooms: folders and loose modules at the top": 10,
     "arrows: pairs of rooms with imports between them": 39,
-    "comprehensions": 46,
+    "comprehensions": 46.5,
     "nested comprehensions": 3.0,
     "ternaries": 22.5,
     "methods of FilterPruning, inherited ones too": 24,
     "classes of FilterPruning": 3,
     "super() calls in callbacks": 12,
     "writes to another object's private attributes": 5,
-    "docstrings that begin with Tell, Let, Give, Take, Do": 81,
+    "docstrings that begin with Tell, Let, Give, Take, Do": 0,
     "public names": 30,
-    "lines": 26_000,
+    "lines": 26_500,
 }
 AT_LEAST = {"comment lines": 23}
 IMPORT = """

@@ -184,7 +184,7 @@ def _rounder(structure: Structure, widths: Mapping[str, int]) -> dict[int, Keep]
 
 
 def _runs(model: nn.Module, example_inputs: ExampleInputs, shape: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Tell whether the model runs in a shape: widths that code ties together may not be rounded one by one."""
+    """Return whether the model runs in a shape: widths that code ties together may not be rounded one by one."""
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(shape())

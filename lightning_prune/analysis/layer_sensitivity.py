@@ -243,7 +243,7 @@ def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], float]) -> float
 
 @contextmanager
 def _same_chance() -> Iterator[None]:
-    """Give Python's and NumPy's random state back; that of torch is seen to by ``undisturbed``."""
+    """Restore Python's and NumPy's random state; that of torch is seen to by ``undisturbed``."""
     states = random.getstate(), np.random.get_state()
     try:
         yield

@@ -99,7 +99,7 @@ def weight_sensitivity(
 
 @contextmanager
 def _zeroed(parameter: nn.Parameter, keep: Tensor) -> Iterator[None]:
-    """Let what is not kept be zero in the body."""
+    """Zero what is not kept, in the body."""
     before = parameter.detach().clone()
     try:
         with torch.no_grad():

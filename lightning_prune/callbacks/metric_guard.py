@@ -84,7 +84,7 @@ class MetricGuard(Guard):
 
     @property
     def state_key(self) -> str:
-        """Tell two guards apart by what they monitor."""
+        """Name what is monitored, which tells two guards apart."""
         return self._generate_state_key(monitor=self.monitor)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,7 +121,7 @@ class MetricGuard(Guard):
         self._state.validations = 0
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell of a metric that was not logged, before an epoch is spent; some log nothing while they are checked."""
+        """Refuse a metric that was not logged, before an epoch is spent; some log nothing while they are checked."""
         if self.monitor not in trainer.callback_metrics:
             rank_zero_warn(f"{self._not_logged(trainer)} Training stops after the first validation without it.")
 
@@ -145,7 +145,7 @@ class MetricGuard(Guard):
         self.judge(trainer, pl_module)
 
     def judge(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Take the last cut back if the metric had its time and has not recovered; else forget what was before it."""
+        """Roll the last cut back if the metric had its time and has not recovered; else forget what was before it."""
         state = self._state
         if state.before is None:
             return False
@@ -206,5 +206,5 @@ class MetricGuard(Guard):
         return {**self.__dict__, "_module": None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint remembers."""
+        """Restore what a checkpoint holds."""
         self._state = _State(**state_dict)

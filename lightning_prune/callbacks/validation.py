@@ -41,7 +41,7 @@ def trainer_sensitivity(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Do what :func:`~lightning_prune.sensitivity` does with a metric that ``trainer.validate`` gives.
+    """Run :func:`~lightning_prune.sensitivity` with a metric of ``trainer.validate``.
 
     The trainer's loggers, progress bar, checkpoints and pruning callbacks rest meanwhile.
 
@@ -99,7 +99,7 @@ def trainer_weight_sensitivity(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Do what :func:`~lightning_prune.weight_sensitivity` does with a metric that ``trainer.validate`` gives.
+    """Run :func:`~lightning_prune.weight_sensitivity` with a metric of ``trainer.validate``.
 
     The trainer's loggers, progress bar, checkpoints and pruning callbacks rest meanwhile.
 
@@ -204,7 +204,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
 
 
 def _rests(callback: Callback) -> bool:
-    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
     return isinstance(callback, PruningCallback) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
 
 

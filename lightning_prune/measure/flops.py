@@ -137,7 +137,7 @@ def _own_path(name: str) -> str:
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Let attention modules call their linear layers one by one; their fused kernel tells no shapes."""
+    """Make attention modules call their linear layers one by one; their fused kernel tells no shapes."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -147,7 +147,7 @@ def _unfused() -> Iterator[None]:
 
 
 def _call_eagerly_(model: nn.Module) -> None:
-    """Let modules that were compiled call what they were compiled from; :func:`undisturbed` takes this back."""
+    """Make modules that were compiled call what they were compiled from; :func:`undisturbed` takes this back."""
     for module in model.modules():
         if "dynamo_ctx" in vars(module):  # torch.compile(module) was here; to ask for its class would import dynamo.
             vars(module)["forward"] = module._modules["_orig_mod"]
@@ -369,7 +369,7 @@ _FREE = frozenset(f"{_MOVEMENT} {_REDUCTIONS} {_POOLING_ACTIVATIONS_LOSSES}".spl
 
 
 def may_multiply(kind: str) -> bool:
-    """Tell whether an operator without a rule may carry multiply-adds; what is not known to carry none may."""
+    """Return whether an operator without a rule may carry multiply-adds; what is not known to carry none may."""
     namespace, _, name = kind.partition("::")
     operator = getattr(torch.ops.aten, name.removesuffix("_"), None) or getattr(torch.ops.aten, name, None)
     if namespace != "aten" or operator is None:

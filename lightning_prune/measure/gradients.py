@@ -95,7 +95,7 @@ def _single(x: Tensor) -> Tensor:
 
 @contextmanager
 def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let frozen parameters be differentiated, too, inside the block."""
+    """Make frozen parameters differentiable, too, inside the block."""
     frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

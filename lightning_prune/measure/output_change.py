@@ -46,7 +46,7 @@ class Outputs:
 
 @contextmanager
 def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let other tensors of the same shapes stand in for parameters inside the block, in eval mode."""
+    """Replace parameters by other tensors of the same shapes inside the block, in eval mode."""
     with undisturbed(model):  # it takes the exchange back
         exchange_(model, tensors)
         yield

@@ -413,7 +413,7 @@ class Compensation(Accumulator):
 
 
 def _finite(scores: Tensor) -> Tensor:
-    """Give the unit that is kept to the last, for which nothing can make up, twice the highest score of the others."""
+    """Score the unit kept to the last, which nothing can compensate, at twice the highest score of the others."""
     most = torch.where(scores.isfinite(), scores, 0.0).max()
     return torch.where(scores.isfinite(), scores, 2 * most)
 

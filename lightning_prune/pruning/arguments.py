@@ -235,7 +235,7 @@ def by_path(model: nn.Module, values: Mapping[Any, _Value], what: str) -> dict[s
 
 
 def names_module(pattern: str, path: str) -> bool:
-    """Tell whether a pattern names a module, or one above it."""
+    """Return whether a pattern names a module, or one above it."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 

@@ -156,7 +156,7 @@ def _over_all_groups(
     footprint: Callable[[Keep], Footprint],
     latency: Callable[[Keep], float] | None,
 ) -> Levels:
-    """Take the fewest steps of all groups after which the target of the whole model is met."""
+    """Walk the fewest steps of all groups after which the target of the whole model is met."""
     whole, cost = _cost(structure, budget.target, dense, footprint, latency)
     allowed = (1.0 - amount) * whole
     if budget.target == "filters":  # whole units
@@ -206,7 +206,7 @@ def per_saving(scores: Scores, saved: Mapping[str, Footprint], target: Target) -
 def what_can_go(
     structure: Structure, budget: Budget, dense: Dense, footprint: Callable[[Keep], Footprint]
 ) -> list[Room]:
-    """Tell of every group how many units may leave, what keeps the others, and how much of the model they hold."""
+    """Return for every group how many units may leave, what keeps the others, and how much of the model they hold."""
     now = footprint({})
     params, flops = max(dense.footprint.params, 1), max(dense.footprint.flops, 1)
     rooms = []

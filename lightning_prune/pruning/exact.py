@@ -195,7 +195,7 @@ class _Patient:
         return {name: part.view_as(parameter).clone() for (name, parameter), part in parts}
 
     def write(self, values: Tensor) -> None:
-        """Give the parameters these values."""
+        """Write these values into the parameters."""
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         with torch.no_grad():
             for parameter, part in zip(self.parameters.values(), values.split(sizes), strict=True):

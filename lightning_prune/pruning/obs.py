@@ -228,7 +228,7 @@ def _amount_of_each(share: Share, names: Iterable[str]) -> Amount:
 
 
 def write_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers new values of the same shapes, in place."""
+    """Write new values of the same shapes into parameters and buffers."""
     own = named_tensors(model)
     with torch.inference_mode(False), torch.no_grad():
         for name, tensor in tensors.items():

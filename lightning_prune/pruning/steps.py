@@ -101,7 +101,7 @@ class Walk:
 
 
 def each_by_itself(walk: Walk, counts: Mapping[str, int], least: Mapping[str, Least], fill: bool) -> Levels:
-    """Take of every group so many units, as far as its widths allow without taking more.
+    """Remove so many units of every group, as far as its widths allow without removing more.
 
     Args:
         walk: The steps.
@@ -145,7 +145,7 @@ def _missing(block: Block, level: int, stay: Mapping[str, int]) -> int:
 
 
 def _filled(walk: Walk, levels: Levels, missing: int, without: Sequence[int]) -> Levels | None:
-    """Take units that are missing of other blocks, in their order; return None where these have too few."""
+    """Remove units that are missing from other blocks, in their order; return None where these have too few."""
     filled, ahead = levels.copy(), np.zeros(len(walk.blocks), dtype=np.int64)
     for which in walk.order:
         if missing <= 0:
@@ -159,7 +159,7 @@ def _filled(walk: Walk, levels: Levels, missing: int, without: Sequence[int]) ->
 
 
 def within(walk: Walk, cost: Callable[[Levels], float], allowed: float) -> Levels:
-    """Take the fewest steps after which the cost is no more than allowed.
+    """Walk the fewest steps after which the cost is no more than allowed.
 
     Where the last of them is a coarse one and takes far more than is asked, two ways lead nearer: it is left out, and
     what comes after it in the order makes up for it; or it is taken, and what came before is given back. Of those that
@@ -193,7 +193,7 @@ _Fits = Callable[[int, Mapping[int, int]], bool]
 
 
 def _given_back(walk: Walk, count: int, fits: _Fits) -> tuple[Levels, bool]:
-    """Give back, from the last, the steps without which the cost is still allowed; tell whether a fine one was not."""
+    """Undo, from the last, the steps without which the cost is still allowed; return whether a fine one was not."""
     held: dict[int, int] = {}
     at = count
     while at > 0:

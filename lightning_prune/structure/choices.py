@@ -127,7 +127,7 @@ def _join_blocks(
 
 
 def take(ledger: Ledger, last: Container[Way] = ()) -> Taken:
-    """Take one alternative of every choice; alternatives that are tied to each other are taken together.
+    """Choose one alternative of every choice; alternatives that are tied to each other are chosen together.
 
     Whole batches of a product (attention heads) are preferred to the same share of each. After that, the alternative
     with the most channels that nothing downstream pins is preferred.

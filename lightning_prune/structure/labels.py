@@ -234,7 +234,7 @@ class Ledger:
             self.pins.append((label.atoms, f"{reason} ({self.where})" if self.where else reason))
 
     def tie(self, sides: Sequence[tuple[Label, ...]], reason: str) -> tuple[Label, ...]:
-        """Let the labels of several tensors along one shared dimension meet, and return what the result carries.
+        """Tie the labels of several tensors along one shared dimension, and return what the result carries.
 
         A side without labels has a fixed size, which pins the others.
         """

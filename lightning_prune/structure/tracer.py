@@ -300,7 +300,7 @@ class _LabelMode(Watch):
             raise
 
     def read(self, func: Any, values: Any) -> None:
-        """Take note that Python reads entries of tensors, other than by an operator."""
+        """Note that Python reads entries of tensors, other than by an operator."""
         read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
         if any(not labels.weight for _, labels in read):
             self.ledger.decided.append(self._running[-1][0])
@@ -309,7 +309,7 @@ class _LabelMode(Watch):
             raise self.refusal
 
     def give(self, tensor: Tensor, labels: Labels) -> None:
-        """Let a tensor that is there before the run carry labels; it is kept, and nothing is written on it."""
+        """Lay labels on a tensor that is there before the run; it is kept, and nothing is written on it."""
         self._given[id(tensor)] = tensor, labels
 
     def labels_of(self, tensor: Tensor) -> Labels:
@@ -422,7 +422,7 @@ def taken_apart() -> Iterator[None]:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Take attention apart into products, which have rules."""
+    """Run attention as products, which have rules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -60,7 +60,7 @@ class Prunable:
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take the shapes of the state dict, and whatever else it tells of its model, and load it."""
+        """Apply the shapes of the state dict, and whatever else it records of its model, and load it."""
         take_told_(self, state_dict, recipes_in(state_dict))  # type: ignore[arg-type]
         return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 

@@ -104,7 +104,7 @@ class Masks:
                 self._held[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._after_step)
 
     def release(self) -> None:
-        """Take every hook off the optimizers."""
+        """Remove every hook from the optimizers."""
         for _, handle in self._held.values():
             handle.remove()
         self._held, self._pairs = {}, {}

@@ -155,7 +155,7 @@ def recipe_of(model: nn.Module) -> Recipe:
 
 
 def drop_unused_recipe_(model: nn.Module) -> None:
-    """Take the recipe off the modules of a model that was never pruned."""
+    """Remove the recipe from the modules of a model that was never pruned."""
     for _, module in modules_of(model):
         part = _part_of(module)
         if part is None or part.needed:
@@ -194,7 +194,7 @@ def checked(told: Told) -> Told:
 def take_shapes_(
     module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, local_metadata: Mapping[str, Any], *_: Any
 ) -> None:
-    """Take the shapes and masks of a state dict that is about to be loaded, if it tells them; a hook before loading.
+    """Apply the shapes and masks that a state dict records, before it is loaded; a pre-hook of ``load_state_dict``.
 
     Where the state dict has a part of a module's tensors alone, the model stays as it is, and loading says why.
 
@@ -216,7 +216,7 @@ def take_shapes_(
 
 
 def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> set[str]:
-    """Take the shapes, numbers and masks that parts of a recipe tell; return the names of the tensors made anew.
+    """Apply the shapes, numbers and masks that parts of a recipe record; return the names of the tensors made anew.
 
     Raises:
         PruningError: If they are not for this model. The model stays as it is.
@@ -243,7 +243,7 @@ def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> 
 
 
 def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> set[str]:
-    """Give parameters and buffers the shapes they have in a state dict; their values are to be loaded next.
+    """Resize parameters and buffers to the shapes of a state dict; their values are to be loaded next.
 
     Parameters stay the same objects. Tensors of another rank, or that one of the two does not have, are left alone.
 

@@ -31,7 +31,7 @@ def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 @torch.inference_mode(False)
 @torch.no_grad()
 def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give parameters and buffers new values of any shape; the parameters stay the same objects, without gradient."""
+    """Write new values of any shape into parameters and buffers; parameters stay the same objects, without gradient."""
     own = named_tensors(model)
     aliases: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -48,7 +48,7 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 class all_or_nothing:  # noqa: N801, it is used like a function
-    """Take back all that the body wrote if it does not come to its end, be it by Ctrl-C or for want of memory.
+    """Undo all that the body wrote if it does not come to its end, be it by Ctrl-C or for want of memory.
 
     That is tensors in place of others, gradients, attributes, buffers, what optimizers hold, and what hooks keep.
     A class, since a generator that is never resumed would take things back when it is collected.
@@ -76,7 +76,7 @@ class all_or_nothing:  # noqa: N801, it is used like a function
         """Begin; everything is remembered already."""
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Take everything back if the body failed."""
+        """Undo everything if the body failed."""
         if kind is not None:
             self._take_back()
 

@@ -25,7 +25,7 @@ class SemiStructured(NamedTuple):
 
 
 def to_semi_structured_(model: nn.Module) -> SemiStructured:
-    """Let linear layers whose weights keep to 2:4 use a GPU's sparse tensor cores; others stay, with a warning.
+    """Convert linear layers whose weights keep to 2:4 for a GPU's sparse tensor cores; others stay, with a warning.
 
     For inference: the weights become parameters of another kind, which no optimizer can train.
 
@@ -72,7 +72,7 @@ def to_semi_structured_(model: nn.Module) -> SemiStructured:
 
 
 def _keeps_to_2_4(weight: Tensor) -> bool:
-    """Tell whether of every four neighbours along the inputs at most two are not zero."""
+    """Return whether of every four neighbours along the inputs at most two are not zero."""
     if weight.layout != torch.strided or weight.is_meta or not weight.is_floating_point():
         return False
     if weight.dim() < 2 or weight.shape[1] % 4:

@@ -26,7 +26,7 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str
 
 
 def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[str, Any]) -> None:
-    """Give the model and its optimizers back the shapes and values of a snapshot; learning rates stay as they are.
+    """Restore the shapes and values of a snapshot in the model and its optimizers; learning rates stay as they are.
 
     Parameters stay the same objects; their gradients are dropped.
     """

@@ -18,7 +18,7 @@ __all__ = ["temporarily_cut"]
 
 @contextmanager
 def temporarily_cut(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the model be slim in the body, and what it was afterwards, also when the body raises.
+    """Make the model slim in the body, and what it was afterwards, also when the body raises.
 
     Other parameters stand in for those that are cut, so the model's own are never written to: values, storage,
     gradients, hooks and what optimizers know of them are as before. Optimizers do not see the stand-ins: evaluate, do

@@ -50,13 +50,13 @@ def averaged_copies(trainer: Trainer) -> list[nn.Module]:
 
 
 def let_copies_follow(trainer: Trainer, pl_module: LightningModule) -> list[RemovableHandle]:
-    """Let the copies take the model's own shapes and numbers when a checkpoint is loaded into them."""
+    """Resize the copies to the model's own shapes and numbers when a checkpoint is loaded into them."""
     follow = partial(_take_shapes_of, weakref.ref(pl_module))
     return [copy.register_load_state_dict_pre_hook(follow) for copy in averaged_copies(trainer)]
 
 
 def keep_metadata_(checkpoint: dict[str, Any]) -> None:
-    """Give the averaged weights in a checkpoint what the state dict of the model says of itself."""
+    """Copy the pruning metadata of the model's state dict to the averaged weights in a checkpoint."""
     metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
     if metadata is not None:
         averaged = OrderedDict(checkpoint["state_dict"])
@@ -74,7 +74,7 @@ def cut_copies_(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> None:
 
 
 def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let every average start anew, with the model as it is."""
+    """Start every average anew, with the model as it is."""
     own = named_tensors(pl_module)
     with torch.no_grad():
         for copy in averaged_copies(trainer):
@@ -88,7 +88,7 @@ def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
 def _take_shapes_of(
     model: weakref.ref[LightningModule], copy: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Take the shapes of a state dict, and the attributes of the model, which has loaded its own before."""
+    """Apply the shapes of a state dict, and the attributes of the model, which has loaded its own before."""
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     loaded = model()
     if loaded is not None:
@@ -96,5 +96,5 @@ def _take_shapes_of(
 
 
 def _is(callback: Any, name: str) -> bool:
-    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
     return any(kind.__name__ == name for kind in type(callback).__mro__)

@@ -27,7 +27,7 @@ def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, A
 
 
 def adopt_(callback: Callback, states: dict[str, Any], others: Iterable[Callback]) -> None:
-    """Take a state that was saved under other parts of the model (``ignore``, ``parameters``, patterns) for one's own.
+    """Adopt a state that was saved under other parts of the model (``ignore``, ``parameters``, patterns).
 
     The key of a state names the parts, so without this the callback would start anew, and prune a second time.
 

@@ -81,7 +81,7 @@ class Engine:
         self._prepare(run, None)
 
     def end_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is due after training, warn of what was left undone, and report for all callbacks."""
+        """Prune what is due after training, warn of what was left undone, and report for all callbacks."""
         run, clock = self._run(own, trainer, pl_module), own.clock
         if clock.prunes_after_training and own.prepared and clock.unfinished:
             self._prune(run, 1.0)
@@ -117,7 +117,7 @@ class Engine:
     # When to prune
 
     def start_epoch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
+        """Prune what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
         if own.prepared:
             run = self._run(own, trainer, pl_module)
             self._advance(run)
@@ -126,7 +126,7 @@ class Engine:
             own.strategy.after_epoch_start(run)
 
     def start_batch(self, own: Member, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Do what is due before this step; catch up where the epoch's start was not seen or came too early.
+        """Prune what is due before this step; catch up where the epoch's start was not seen or came too early.
 
         The count of steps moves after an optimizer's step alone, so nothing falls into a window of accumulation.
         """
@@ -169,7 +169,7 @@ class Engine:
             refuse_short(run.where, own.schedule, run.trainer)
 
     def _advance(self, run: Run) -> None:
-        """Do what is due, unless a guard still waits to see what the last pruning step did."""
+        """Prune what is due, unless a guard still waits to see what the last pruning step did."""
         own, trainer = run.own, run.trainer
         on_probation = [guard.judge(trainer, run.module) for guard in guards(trainer)]
         progress = own.clock.due(own.schedule, trainer.current_epoch, trainer.global_step)

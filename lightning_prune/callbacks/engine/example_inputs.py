@@ -105,7 +105,7 @@ def _nothing_runs(pl_module: LightningModule, failures: list[str]) -> str:
 
 
 def is_plain(inputs: ExampleInputs | None) -> bool:
-    """Tell whether a checkpoint that is loaded with ``weights_only=True`` may hold the inputs."""
+    """Return whether a checkpoint that is loaded with ``weights_only=True`` may hold the inputs."""
     leaves = pytree.tree_leaves(inputs)
     return all(type(leaf) in (Tensor, bool, int, float, complex, str, bytes, type(None)) for leaf in leaves)
 

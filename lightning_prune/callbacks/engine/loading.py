@@ -20,7 +20,7 @@ _Module = TypeVar("_Module", bound=LightningModule)
 
 
 def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Path, **kwargs: Any) -> _Module:
-    """Do what ``module_class.load_from_checkpoint`` does, for a checkpoint whose model was pruned.
+    """Load a checkpoint whose model was pruned, as ``module_class.load_from_checkpoint`` loads others.
 
     Args:
         module_class: The class that was trained.

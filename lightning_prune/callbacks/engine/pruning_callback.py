@@ -99,7 +99,7 @@ class PruningCallback(AnyCallback, ABC):
         self.member.strategy.before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Do what belongs to the end of a batch."""
+        """End a batch."""
         self.engine.end_batch(self.member, trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

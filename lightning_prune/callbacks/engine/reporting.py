@@ -121,5 +121,5 @@ _WAYS: dict[str, Callable[[Any, History], str | None]] = {
 
 
 def _way_of(logger: Any) -> Callable[[Any, History], str | None]:
-    """Tell by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
     return next((_WAYS[kind.__name__] for kind in type(logger).__mro__ if kind.__name__ in _WAYS), _to_folder)

@@ -25,7 +25,7 @@ def remember(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, Any]) -> None:
-    """Give back parameters, buffers, optimizer state, learning rates and schedulers as they were remembered.
+    """Restore parameters, buffers, optimizer state, learning rates and schedulers as they were remembered.
 
     Raises:
         PruningError: If an optimizer has other parameter groups than then.

@@ -93,7 +93,7 @@ def call_step(pl_module: LightningModule, name: str, batch: Any) -> Any:
 
 @contextmanager
 def silent(pl_module: LightningModule) -> Iterator[None]:
-    """Let what the body runs log nothing, to no logger, and count in no metric."""
+    """Silence what the body runs: it logs nothing, to no logger, and counts in no metric."""
     metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
     states = [{name: getattr(metric, name) for name in metric._defaults} for metric in metrics]
     counts = [(metric._update_count, metric._computed) for metric in metrics]

@@ -33,7 +33,7 @@ class RunEvents:
         """Follow a cut of the model, whoever made it."""
 
     def after_epoch_start(self, run: Run) -> None:
-        """Do what belongs to the start of an epoch, after any pruning."""
+        """Start an epoch, after any pruning."""
 
     def before_backward(self, loss: Tensor) -> None:
         """Look at a loss before it is differentiated."""
@@ -45,13 +45,13 @@ class RunEvents:
         """Look at the gradients that an optimizer is about to step by, before they are clipped."""
 
     def after_batch(self, run: Run) -> None:
-        """Do what belongs to the end of a training batch."""
+        """End a training batch."""
 
     def after_epoch(self, run: Run) -> None:
-        """Do what belongs to the end of a training epoch."""
+        """End a training epoch."""
 
     def after_training(self, run: Run) -> None:
-        """Do what belongs to the end of training."""
+        """End training."""
 
     def before_save(self, run: Run, state: dict[str, Any]) -> None:
         """Change a state to save, which is this process's, into one that all processes can restore."""
@@ -221,6 +221,6 @@ class Run:
         return [member.strategy for member in self.members if isinstance(member.strategy, kind)]
 
     def before_step(self) -> None:
-        """Tell the guards that the model is about to change."""
+        """Announce to the guards that the model is about to change."""
         for guard in guards(self.trainer):
             guard.before_cut(self.trainer, self.module)

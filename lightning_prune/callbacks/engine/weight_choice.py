@@ -46,7 +46,7 @@ class WeightChoice(RunEvents, ABC):
         """Refuse a run in which this choice cannot work."""
 
     def prepare(self, run: Run, own: MaskedWeights) -> None:
-        """Do what must be done when training starts."""
+        """Prepare when training starts."""
 
     @abstractmethod
     def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class WeightChoice(RunEvents, ABC):
 
     @abstractmethod
     def after_masking(self, run: Run, progress: float) -> None:
-        """Do what else belongs to a pruning step, once its masks are set."""
+        """Finish a pruning step, once its masks are set."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save."""

@@ -156,11 +156,11 @@ class WeightMasking(Strategy):
             self.in_run.masks.mask_gradients_(optimizer)
 
     def after_batch(self, run: Run) -> None:
-        """Do what the choice needs at the end of a training batch."""
+        """Pass the end of a training batch on to the choice."""
         self.choice.after_batch(run)
 
     def after_training(self, run: Run) -> None:
-        """Take the sign off zeros."""
+        """Remove the sign of zeros."""
         for model in (run.module, *averaged_copies(run.trainer)):
             self.own.masks.apply_(model)
 
