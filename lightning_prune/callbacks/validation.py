@@ -162,7 +162,7 @@ def inputs_from_validation(
         callbacks.remove(seen)
     own: ExampleInputs | None = model.example_input_array
     if own is None:
-        own = batch_as_inputs(model, on_device_of(trainer, model, seen.batch))
+        _, own = batch_as_inputs(model, on_device_of(trainer, model, seen.batch))
     return on_device_of(trainer, model, own)
 
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model.calls import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import decided_by, impose_
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
@@ -281,12 +282,22 @@ class _LabelMode(Watch):
         out = None if shaped is None else shaped(*args, **kwargs)
         if hollow and out is None:
             self.refuse(known.func, hollow)
-            out = self.run(known.func, args, kwargs)
+            out = self._run_on_hollow(known, args, kwargs)
         if out is None:
             return self.run(known.func, args, kwargs), False
         if known.writes and not found[0].hollow:
             self._written[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
         return out, True
+
+    def _run_on_hollow(self, known: _Known, args: Any, kwargs: Any) -> Any:
+        """Run an operator on entries that were not computed; where it fails, these may be why."""
+        try:
+            return self.run(known.func, args, kwargs)
+        except Exception as error:
+            reraise_out_of_memory(error)
+            told = f"{known.func.overloadpacket} failed on values that were not computed ({error})"
+            self.refusal = NumbersNeededError(told)
+            raise self.refusal from error
 
     def _written_into(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._written
