@@ -115,11 +115,14 @@ def test_what_counts_as_frozen():
     assert not left_alone(shared)
 
 
-def test_functions_prune_what_they_are_given():
-    """Plain functions prune frozen networks, too."""
+def test_functions_leave_frozen_networks_alone_beside_others():
+    """Plain functions prune a model that is frozen as a whole, and frozen parts of others where they are named."""
     model = teacher().requires_grad_(False)
     prune_filters(model, IMAGE, 0.5)
     assert model[0].out_channels == 4
     both = nn.ModuleDict({"one": teacher().requires_grad_(False), "two": teacher()})
-    prune_weights(both, 0.5)
+    report = prune_weights(both, 0.5)
+    assert both["one"][0].weight.count_nonzero() == 8 * 2 * 9 and "frozen" in str(report.pinned)
+    assert int((both["two"][0].weight == 0).sum()) == 8 * 2 * 9 // 2
+    prune_weights(both, {"one.*": 0.5})
     assert int((both["one"][0].weight == 0).sum()) == 8 * 2 * 9 // 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,12 +29,14 @@ from lightning_prune.pruning.arguments import (
     check_module,
     check_optimizers,
     check_prunable,
+    listed,
     part_of,
     with_ignored,
     within_part,
 )
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
+from lightning_prune.pruning.left_alone import left_alone, with_left_alone
 from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
 from lightning_prune.pruning.report import Report
@@ -138,6 +140,8 @@ def prune_filters(
     check_optimizers(where, optimizers)
     part = part_of(model, module)
     structure = within_part(with_ignored(model, find_groups(model, example_inputs), ignore), part)
+    named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
+    structure = with_left_alone(structure, left_alone(model, named))
     check_prunable(model, structure)
     if repair or by_obs:
         if batches is None:

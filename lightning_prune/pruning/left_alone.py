@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.model.calls import modules_of
 from lightning_prune.pruning.arguments import path_of
@@ -69,7 +70,7 @@ def _reason(module: nn.Module, frozen: bool) -> str:
     if ("torch", "AveragedModel") in kinds:
         return "it is an averaged copy"
     parameters = list(module.parameters())
-    weights = [parameter for parameter in parameters if parameter.dim() > 1]
+    weights = [parameter for parameter in parameters if not is_lazy(parameter) and parameter.dim() > 1]
     if frozen and len(weights) > 1 and not any(parameter.requires_grad for parameter in parameters):
         return "it is frozen (requires_grad=False)"
     return ""

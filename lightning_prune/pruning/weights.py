@@ -32,9 +32,11 @@ from lightning_prune.pruning.arguments import (
     check_choice,
     check_list,
     check_module,
+    listed,
     part_of,
 )
 from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights, warning_of
+from lightning_prune.pruning.left_alone import left_alone
 from lightning_prune.pruning.report import GroupWidth, WeightReport
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, masks_on
@@ -124,7 +126,9 @@ def prune_weights(
     """
     check_weight_arguments("prune_weights", amount, scope, criterion, parameters, ignore, pattern)
     check_module("prune_weights", module)
-    found = weights_to_prune(model, amount, parameters, ignore, pattern, part_of(model, module))
+    named = [*(amount if isinstance(amount, Mapping) else ()), *(parameters or ()), *listed(module)]
+    alone = left_alone(model, named)
+    found = weights_to_prune(model, amount, parameters, [*ignore, *alone], pattern, part_of(model, module))
     keep = choose_weights(
         found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
     )
@@ -134,7 +138,12 @@ def prune_weights(
     told = warning_of(model, found.others)
     if told:
         warnings.warn(f"prune_weights: {told}", stacklevel=3)  # behind this, the function and its decorator
-    return weight_report(model, before, keep, {**found.stay, **found.others}, found.amount)
+    aside = {}
+    for path, reason in alone.items():
+        for name, parameter in model.get_submodule(path).named_parameters(path):
+            if parameter.dim() > 1:
+                aside[name] = f"{path} is left alone: {reason}"
+    return weight_report(model, before, keep, {**found.stay, **found.others, **aside}, found.amount)
 
 
 def weight_report(
