@@ -54,7 +54,9 @@ class Block(nn.Module):
             hidden += self.branch(torch.tanh(hidden))
         else:
             hidden = self.branch(hidden)
-        return {"tensor": hidden, "tuple": (hidden, None), "data": Output(hidden), "dict": {"hidden": hidden}}[self.form]
+        return {"tensor": hidden, "tuple": (hidden, None), "data": Output(hidden), "dict": {"hidden": hidden}}[
+            self.form
+        ]
 
 
 def plain(output):
@@ -71,9 +73,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embed = nn.Linear(3, WIDTH)
         self.by_name = by_name
-        self.blocks = nn.ModuleDict(
-            {f"b{i}": Block(kinds[i], forms[i]) for i in range(len(kinds)) if i not in without}
-        )
+        self.blocks = nn.ModuleDict({f"b{i}": Block(kinds[i], forms[i]) for i in range(len(kinds)) if i not in without})
         self.head = nn.Linear(WIDTH, 2)
 
     def forward(self, x):
@@ -213,7 +213,10 @@ def test_the_next_step_is_that_of_a_slim_twin(kind):
     make = lambda gone=(): Stack(["pre"] * 4, ["tuple"] * 4, (), gone)  # noqa: E731
     model, x = make(), torch.randn(4, 5, 3)
     arguments = {"lr": 0.1, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 0.1}
-    groups = [{"params": list(model.blocks.parameters())}, {"params": [*model.embed.parameters(), *model.head.parameters()]}]
+    groups = [
+        {"params": list(model.blocks.parameters())},
+        {"params": [*model.embed.parameters(), *model.head.parameters()]},
+    ]
     optimizer = kind(groups, **arguments)
     for _ in range(2):
         optimizer.zero_grad()
@@ -223,7 +226,10 @@ def test_the_next_step_is_that_of_a_slim_twin(kind):
     gone = {int(layer.path[-1]) for layer in report.removed}
     assert len(gone) == 2
     twin = without(model, make, gone)
-    theirs = [{"params": list(twin.blocks.parameters())}, {"params": [*twin.embed.parameters(), *twin.head.parameters()]}]
+    theirs = [
+        {"params": list(twin.blocks.parameters())},
+        {"params": [*twin.embed.parameters(), *twin.head.parameters()]},
+    ]
     other = kind(theirs, **arguments)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -372,7 +378,9 @@ def test_what_cannot_be_verified_stays():
 
 def test_what_is_no_layer_is_named():
     """Modules whose output no input can stand in for, or that only string others together, have their reasons."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(*(Block("pre", "tensor", 4) for _ in range(3))), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(*(Block("pre", "tensor", 4) for _ in range(3))), nn.Linear(4, 2)
+    )
     found = find_skippable(model, torch.randn(2, 5, 3))
     assert list(found.layers) == ["1.0", "1.1", "1.2"]
     assert found.others["0"] == "it returns shape (2, 5, 4), and no input has that shape and dtype"
@@ -418,7 +426,9 @@ def residual(blocks=4):
 
 def batches(count=2):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(4, 5, 3, generator=generator), torch.randn(4, 5, 2, generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(4, 5, 3, generator=generator), torch.randn(4, 5, 2, generator=generator)) for _ in range(count)
+    ]
 
 
 def loss(model, batch):
@@ -491,7 +501,7 @@ def test_scores_are_measured_on_the_model_built_without_the_layer(criterion):
         if criterion == "loss":
             losses = [sum(float(loss(twin, batch).detach()) for batch in batches()) / 2 for twin in twins]
             return losses[0] - losses[1]
-        moved = [(twins[0](x) - twins[1](x)).double().square().sum() / len(x) for x, _ in batches()]
+        moved = [(twins[0](x) - twins[1](x)).detach().double().square().sum() / len(x) for x, _ in batches()]
         return float(sum(moved)) / 2
 
     first = {i: measured({i}, set()) for i in range(4)}
@@ -499,7 +509,9 @@ def test_scores_are_measured_on_the_model_built_without_the_layer(criterion):
     second = {i: measured({i, one}, {one}) for i in range(4) if i != one}
     two = min(second, key=second.get)
     whole = copy.deepcopy(model)
-    report = prune_layers(model, batches()[0][0], 0.5, criterion=criterion, batches=batches(), loss=loss, progress=False)
+    report = prune_layers(
+        model, batches()[0][0], 0.5, criterion=criterion, batches=batches(), loss=loss, progress=False
+    )
     assert [layer.path for layer in report.removed] == [f"blocks.b{one}", f"blocks.b{two}"]
     assert [layer.score for layer in report.removed] == pytest.approx([first[one], second[two]], rel=1e-4)
     model = whole
@@ -563,7 +575,9 @@ def test_amounts_are_reached(target, amount):
 def test_the_latency_is_measured(monkeypatch):
     """Layers leave until the measured share of the latency is reached, whatever their FLOPs say."""
     shares = iter([0.97, 0.9, 0.6])
-    monkeypatch.setattr("lightning_prune.pruning.layers.time_without", lambda m, x, skips: next(shares) if skips else 1.0)
+    monkeypatch.setattr(
+        "lightning_prune.pruning.layers.time_without", lambda m, x, skips: next(shares) if skips else 1.0
+    )
     report = prune_layers(residual(), torch.randn(4, 5, 3), 0.3, target="latency", progress=False)
     assert len(report.removed) == 3 and report.latency_kept == 0.6 and report.reached == pytest.approx(0.4)
 

@@ -20,8 +20,8 @@ _aten = torch.ops.aten
 _ADDS = frozenset({_aten.add, _aten.add_})
 # What passes each channel on times a number, or in another shape.
 _CARRIES = frozenset({
-    _aten.mul, _aten.mul_, _aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.clone, _aten.alias,
-    _aten.detach, _aten.native_dropout,
+    _aten.mul, _aten.mul_, _aten.view, _aten._unsafe_view, _aten.reshape, _aten._reshape_alias, _aten.clone,
+    _aten.alias, _aten.detach, _aten.native_dropout,
 })  # fmt: skip
 _SAME = 1 - 1e-6  # correlation of what an affine function gives with what it was given
 

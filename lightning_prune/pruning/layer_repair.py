@@ -49,10 +49,10 @@ def repaired_layers(
 ) -> LayerRepair:
     r"""Refit the weights behind removed layers, one after the other, to what the whole model computes.
 
-    A weight W with inputs x in the whole model, and y without the layers, is fitted to :math:`\hat W y + s \approx W x`.
-    Where what it makes is added to a stream, as at the end of a residual branch, it is fitted to make up for the stream
-    as well, :math:`W x + (r_x - r_y) / a`, with the streams r and the gain a of what lies between (BatchNorm, a scale):
-    so a branch takes over from the layers in front of it that were removed.
+    A weight W with inputs x in the whole model, and y without the layers, is fitted to
+    :math:`\hat W y + s \approx W x`. Where what it makes is added to a stream, as at the end of a residual branch, it
+    is fitted to make up for the stream as well, :math:`W x + (r_x - r_y) / a`, with the streams r and the gain a of
+    what lies between (BatchNorm, a scale): so a branch takes over from the layers in front of it that were removed.
 
     Args:
         model: The whole model.
@@ -62,8 +62,8 @@ def repaired_layers(
         progress: Whether to show a progress bar.
 
     References:
-        Le and Hua, Network Pruning That Matters, ICLR 2021, for comparison; Kim et al., Shortened LLaMA
-        (arXiv:2402.02834), for what is lost without any compensation.
+        He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017 (arXiv:1707.06168), sec. 3.2,
+        for branches that make up for the stream.
     """
     products = find_products(model, calibration.batches[0], calibration.forward)
     with temporarily_skipped(model, skips):
@@ -162,9 +162,7 @@ def _gathered(
     return _Moments(*(calibration.over_processes(total) / float(everywhere) for total in sums))
 
 
-def _wanted(
-    model: nn.Module, name: str, whole: Made, slim: Made, gain: Tensor | None, products: Products
-) -> Tensor:
+def _wanted(model: nn.Module, name: str, whole: Made, slim: Made, gain: Tensor | None, products: Products) -> Tensor:
     """Return what a weight shall make, without its bias, ``(channels, n)``."""
     wanted = whole.product.double()
     shift = products.shifts.get(name)

@@ -89,7 +89,9 @@ def score_layers(
             raise PruningError(f"{path}: its score by {criterion!r} is not a number. Are losses or outputs NaN?")
     missing = sorted(layers.keys() - scores.keys())
     if missing:
-        raise PruningError(f"{missing[0]} is not called on the batches. Pass batches that reach it, or name it in ignore=.")
+        raise PruningError(
+            f"{missing[0]} is not called on the batches. Pass batches that reach it, or name it in ignore=."
+        )
     return scores
 
 

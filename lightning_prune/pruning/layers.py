@@ -47,7 +47,14 @@ from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.resize import all_or_nothing
 from lightning_prune.surgery.skipped import temporarily_skipped
 
-__all__ = ["apply_layers_", "check_layer_arguments", "ignored_layers", "prunable_layers", "prune_layers", "time_without"]
+__all__ = [
+    "apply_layers_",
+    "check_layer_arguments",
+    "ignored_layers",
+    "prunable_layers",
+    "prune_layers",
+    "time_without",
+]
 
 _IGNORED = "named in ignore="
 
@@ -140,9 +147,7 @@ def prune_layers(
     costs = LayerCosts.of(model, depth, flops, part)
     budget = LayerBudget(amount, target, max(0, min_layers - ignored_layers(depth)))
     timing = partial(time_without, model, example_inputs) if target == "latency" else None
-    plan = plan_layers(
-        model, example_inputs, depth, costs, budget, criterion, data, timing=timing
-    )
+    plan = plan_layers(model, example_inputs, depth, costs, budget, criterion, data, timing=timing)
     fixed = LayerRepair({}, (), {})
     if repair and plan.removed:
         fixed = repaired_layers(model, plan.skips, Calibration(data.batches, data.forward), damping, progress)
@@ -260,7 +265,11 @@ def _as_it_is() -> AbstractContextManager[None]:
 
 
 def _data(
-    where: str, criterion: LayerCriterion, example_inputs: ExampleInputs, batches: Iterable[Any] | None, loss: Loss | None
+    where: str,
+    criterion: LayerCriterion,
+    example_inputs: ExampleInputs,
+    batches: Iterable[Any] | None,
+    loss: Loss | None,
 ) -> LayerData:
     if criterion in ("taylor", "taylor_second_order", "loss") and (batches is None or loss is None):
         raise ValueError(f"{where}(criterion={criterion!r}): pass batches and loss=, which it is scored by.")

@@ -137,9 +137,7 @@ def put_in_(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -> dict[str, 
     return made
 
 
-def take_out_(
-    model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers: Iterable[Optimizer] = ()
-) -> None:
+def take_out_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers: Iterable[Optimizer] = ()) -> None:
     """Remove layers for good: their parameters, buffers and what optimizers hold of them.
 
     What other modules hold, too, stays. If it is interrupted, everything is as before.

@@ -69,7 +69,9 @@ class _Record(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not self.inside:
-            found = [tensor for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, Tensor)]
+            found = [
+                tensor for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, Tensor)
+            ]
             prints = tuple(None if _is_unwritten(func) else _print_of(tensor) for tensor in found)
             self.steps.append(_Step(str(func), tuple(tuple(tensor.shape) for tensor in found), prints))
         return out
@@ -104,7 +106,9 @@ def verify_skips(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
             found = _slim(model, example_inputs, skips, training)
         except Exception as error:
             reraise_out_of_memory(error)
-            return SkipProof(wrong=f"the model does not run without it in {mode} mode ({type(error).__name__}: {error})")
+            return SkipProof(
+                wrong=f"the model does not run without it in {mode} mode ({type(error).__name__}: {error})"
+            )
         wrong = _difference(expected, found)
         if wrong:
             return SkipProof(wrong=f"in {mode} mode, {wrong}")
@@ -161,7 +165,9 @@ def _enter(record: _Record, states: list[Any], module: Any, args: Any, kwargs: A
     states.append((given, torch.get_rng_state(), random.getstate(), np.random.get_state()))
 
 
-def _leave(record: _Record, states: list[Any], skip: dict[str, Any], module: Any, args: Any, kwargs: Any, _: Any) -> Any:
+def _leave(
+    record: _Record, states: list[Any], skip: dict[str, Any], module: Any, args: Any, kwargs: Any, _: Any
+) -> Any:
     given, of_torch, of_python, of_numpy = states.pop()
     for tensor, value in given:  # the layer may have written into what it was given
         if not torch.equal(tensor, value):
