@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["devices_of", "generators_restored", "supported", "widest_float"]
+__all__ = ["devices_of", "generators_restored", "supported", "widened", "widest_float"]
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
@@ -43,6 +43,11 @@ def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
 def supported(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype, or float32 in place of float64 for a device that has no float64."""
     return widest_float(device) if dtype is torch.float64 else dtype
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, or in float32 on a device that has no float64."""
+    return tensor.to(widest_float(tensor.device))
 
 
 @cache

@@ -19,6 +19,7 @@ from lightning_prune.algorithms.solvers import SOLVERS
 from lightning_prune.analysis.criterion_comparison import compare_criteria, oracle
 from lightning_prune.analysis.latency_comparison import compare_latency
 from lightning_prune.pruning import exact, filters, fisher, weights
+from lightning_prune.pruning.layer_scores import LAYER_CRITERIA
 from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery.semi_structured import to_semi_structured_
@@ -48,6 +49,9 @@ def entries() -> dict[str, Entry]:
     for criterion in weights._CRITERIA:
         for scope in get_args(weights.WeightScope):
             found[f"weights {criterion}, scope {scope}"] = partial(_weights, criterion=criterion, scope=scope)
+    for criterion in LAYER_CRITERIA:
+        found[f"layers {criterion}"] = partial(_layers, criterion=criterion)
+    found["layers with repair"] = partial(_layers, repair=True)
     found["weights 2:4"] = partial(_weights, pattern="2:4")
     found["weights by pattern"] = partial(_weights, amount={"first": 0.3})
     for method in get_args(exact.Method):
@@ -162,6 +166,13 @@ def _through_file(model: nn.Module, device: str) -> list[Any]:
     expected = model.state_dict()
     same = [torch.equal(loaded[name], tensor.cpu()) for name, tensor in expected.items() if name in loaded]
     return [looks_of(other), all(same), len(same)]
+
+
+def _layers(device: str, **how: Any) -> Any:
+    model, example, batches = made("blocks", device)
+    torch.manual_seed(1)
+    lightning_prune.prune_layers(model, example, 0.5, batches=batches, loss=loss, progress=False, **how)
+    return looks_of(model), [type(module).__name__ for module in model.modules()]
 
 
 def _exact(method: str, device: str) -> Any:
@@ -282,6 +293,7 @@ PUBLIC: dict[str, Entry] = {
     "load_sparse_": partial(_weights, amount=0.9),
     "load_state_dict_": _state_dict_loaded,
     "prune_filters": _pruned_twice,
+    "prune_layers": _layers,
     "prune_obs": partial(_obs, "mlp", amount=0.5),
     "prune_weights": _semi_structured,
     "recalibrate_batch_norm": _recalibrated,
@@ -304,6 +316,7 @@ PRUNING: dict[str, Entry] = {
     "prune_exact": partial(_exact, "obs"),
     "prune_filters": _pruned_twice,
     "prune_fisher": _fisher,
+    "prune_layers": _layers,
     "prune_obs": partial(_obs, "mlp", amount=0.5),
     "prune_weights": partial(_weights, amount=0.5),
 }

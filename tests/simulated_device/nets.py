@@ -72,6 +72,21 @@ class Cells(nn.Module):
         return self.head(out)
 
 
+class Block(nn.Module):
+    """A hidden layer beside a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.wide, self.narrow = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(F.gelu(self.wide(self.norm(x))))
+
+
+def blocks() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), *(Block() for _ in range(4)), nn.Linear(8, CLASSES))
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, CLASSES))
 
@@ -92,6 +107,7 @@ NETS = {
     "deep lstm": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), _steps),
     "bare lstm": (lambda: Recurrent(nn.LSTM, bias=False), _steps),
     "cells": (Cells, _steps),
+    "blocks": (blocks, lambda count: torch.randn(count, 4)),
     "mlp": (mlp, lambda count: torch.randn(count, 4)),
 }
 

@@ -20,7 +20,8 @@ ENTRIES = {**functions.entries(), **lightning_runs.entries()}
 def core() -> list[str]:
     """Return the entries that the quick tests run: each criterion, solver, callback and function, once."""
     families = (
-        "criterion l1 on", "target flops", "target filters", "weights", "public", "checkpoints", "command export",
+        "criterion l1 on", "target flops", "target filters", "weights", "layers", "public", "checkpoints",
+        "command export",
     )  # fmt: skip
     by_class = {f"callback {name}" for name in callbacks.__all__}
     chosen = []
