@@ -59,13 +59,15 @@ class Labels:
     """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
 
     ``weight`` says that the tensor was made from parameters and constants alone, ``blank`` that it holds one value
-    everywhere and waits to be filled, ``hollow`` that its entries were not computed.
+    everywhere and waits to be filled, ``hollow`` that its entries were not computed, ``constant`` that it was made from
+    constants alone.
     """
 
     dims: dict[int, tuple[Label, ...]] = field(default_factory=dict)
     weight: bool = True
     blank: bool = False
     hollow: bool = False
+    constant: bool = False
 
     def at(self, dim: int) -> tuple[Label, ...]:
         """Return the labels along a dimension, none for a dimension of fixed size."""
@@ -181,6 +183,7 @@ class Ledger:
             tuple[int, str, tuple[Label, ...]]
         ] = []  # of those arguments that no shape of an output shows
         self.numbers = True  # whether numbers remember where they come from
+        self.reals = 0  # how often code made a real number of one that remembers, such as the root of a width
         self.lengths: dict[Hashable, Label] = {}
         self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
         self.given: dict[tuple[str, int], list[Any]] = {}  # what another trace decided, to decide alike
@@ -311,6 +314,10 @@ class Ledger:
             self.lengths[key] = Label(self._hand_out(size))
             self.attributes.append(Attribute(place.module, place.name, (self.lengths[key],), place.index, self.where))
         return self.lengths[key]
+
+    def note_real(self) -> None:
+        """Write down that code made a real number of one that remembers where it comes from."""
+        self.reals += 1
 
     def is_literal(self, dim: int) -> bool:
         """Return whether the size of a dimension of the output at hand is known to be a number in the code."""

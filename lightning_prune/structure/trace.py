@@ -81,11 +81,12 @@ def _in_both_modes(
     unseen = {name for name in ledger.unseen if labels[name].dims}
     if _idle_parameters(model, ledger, labels) or _looks_at_mode(model, example_inputs):
         for inputs in _for_training(example_inputs):
-            first = len(ledger.ran)
+            first, reals = len(ledger.ran), ledger.reals
             try:
                 _run_pass(model, inputs, ledger, labels, training=True)
                 ledger.untrained = ""
-                if unseen <= ledger.unseen:
+                # one that makes more real numbers of widths than the other may multiply by them
+                if unseen <= ledger.unseen and ledger.reals == 2 * reals:
                     _drop_if_alike(ledger, first)
                 break
             except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from lightning_prune.structure.rules.movement import repeat
 from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.shape_only import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.tensor_names import exchange_, named_tensors
-from lightning_prune.structure.traced_ints import Number, Size, remembering
+from lightning_prune.structure.traced_ints import Number, Size, Told, remembering
 
 __all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch"]
 
@@ -43,7 +44,8 @@ _RUNNING_STATISTICS = {
     torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm, torch.ops.aten.miopen_batch_norm,
 }  # fmt: skip
 """Operators that update ``running_mean`` and ``running_var`` in train mode, which their schemas do not say."""
-_NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
+_FOREIGN = Labels(weight=True, constant=True)  # of tensors that are none of the model's, but constants in its code
+_NOTHING: tuple[object, Labels] = (None, _FOREIGN)
 
 
 def watch(
@@ -78,7 +80,7 @@ def watch(
         model.train()
     with ExitStack() as stack:
         if ledger.numbers:
-            stack.enter_context(remembering(model, partial(compared, ledger)))
+            stack.enter_context(remembering(model, _told(ledger)))
         stack.enter_context(unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
@@ -96,6 +98,11 @@ def watch(
         drop_unneeded_(ledger, map(mode.labels_of, returned))
     if mode.refusal is not None:  # the model's own code may have caught it
         raise mode.refusal
+
+
+def _told(ledger: Ledger) -> Told:
+    """Return what writes down what code does with numbers."""
+    return Told(partial(compared, ledger), ledger.note_real)
 
 
 def plain(values: Any) -> tuple[Any, ...]:
@@ -196,10 +203,11 @@ class _LabelMode(Watch):
         known = self._known.get(id(func)) or self._learnt(func)
         tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
-        weight, labelled = True, False
+        weight, labelled, constant = True, False, True
         for labels in found:
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
+            constant = constant and labels.constant
         running = self._running[-1]
         path = running[0]
         ordinal = self._ordinals.get(path, 0)
@@ -218,6 +226,8 @@ class _LabelMode(Watch):
         ruled = labelled or (known.rule in _STRETCHING and self.arguments and out.numel())
         if ruled or known.cost is not None:
             call = Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
+        if labelled and torch.Tag.pointwise in func.tags and self._takes_number():
+            ledger.note_real()
         if ruled:
             ledger.running = (path, func)
             dims = known.rule(call)
@@ -232,14 +242,25 @@ class _LabelMode(Watch):
             if ledger.literals:
                 self._fix_literals(func, tensor, own)
             shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
-            ran.made.append(Labels(own, made, blank or shows_blank, hollow))
+            ran.made.append(Labels(own, made, blank or shows_blank, hollow, constant))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
+        if known.writes and not constant:
+            self._note_written(tensors[0])
         if known.cost is not None:
             known.cost(call)
         if not (weight or hollow or known.writes or aliases(func)):
             self._decide(ran, tensors, [tensor for tensor, _ in outputs])
         return out
+
+    def _takes_number(self) -> bool:
+        """Return whether the Python function that is running was given a number that remembers where it comes from."""
+        return bool(self.arguments) and any(type(value) is Number for value in self.arguments[0])
+
+    def _note_written(self, view: Tensor) -> None:
+        """Note that the tensor that a view shows is no constant once something else was written into the view."""
+        if view._base is not None and (labels := self.labels_of(view._base)).constant:
+            self._lay(view._base, replace(labels, constant=False))
 
     def _decide(self, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
         """Write down what the code may go on by, or decide as another trace did."""
@@ -330,7 +351,7 @@ class _LabelMode(Watch):
             self.seen.add(id(tensor))
             return given[1]
         mark, labels = getattr(tensor, _RIDING, _NOTHING)
-        return labels if mark is self._mark else _UNLABELLED
+        return labels if mark is self._mark else _FOREIGN
 
     def _lay(self, tensor: Tensor, labels: Labels) -> None:
         if id(tensor) in self._given:  # written in place
@@ -367,7 +388,7 @@ class _NumberMode(TorchFunctionMode):
     def __init__(self, labels: _LabelMode) -> None:
         super().__init__()
         self._labels = labels
-        self._compared = partial(compared, labels.ledger)
+        self._told = _told(labels.ledger)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -387,9 +408,9 @@ class _NumberMode(TorchFunctionMode):
             return sizes
         if isinstance(sizes, int):
             found = dims.get(int(dim[0]) % tensor.dim() if dim else -1)
-            return Number(sizes, Size(found), self._compared) if found else sizes
+            return Number(sizes, Size(found), self._told) if found else sizes
         return torch.Size(
-            [Number(size, Size(dims[d]), self._compared) if d in dims else size for d, size in enumerate(sizes)]
+            [Number(size, Size(dims[d]), self._told) if d in dims else size for d, size in enumerate(sizes)]
         )
 
 

@@ -192,6 +192,8 @@ class Reference(Replay):
     def _reduced(self, at: int, facts: Facts, seen: Seen | None, args: Any, kwargs: Any) -> Any:
         """Run an operator on what is left of its inputs, and fill in what is gone of its outputs."""
         ran = self._ran[at]
+        if all(labels.constant for labels in ran.taken):  # a sum of ones is a number made from a width
+            return self.plain_run(facts, args, kwargs)
         entering = [self._lefts.of(labels) for labels in ran.taken]
         mine = plain((*args, *kwargs.values()) if kwargs else args)
         if seen is not None:
