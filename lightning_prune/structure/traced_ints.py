@@ -16,7 +16,8 @@ from lightning_prune.model.calls import modules_of
 from lightning_prune.structure.labels import Label
 
 __all__ = [
-    "Derived", "Held", "Number", "Origin", "Size", "Told", "aligned", "evaluated", "leaves", "numbers_in", "remembering",
+    "Derived", "Held", "Number", "Origin", "Size", "Told", "aligned", "evaluated", "leaves", "numbers_in",
+    "remembering",
 ]  # fmt: skip
 
 

@@ -16,11 +16,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.model.calls import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.model.calls import mode_of, modules_of, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
-from lightning_prune.structure.decisions import decided_by, impose_
-from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
+from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
+from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
 from lightning_prune.structure.rules.movement import repeat
@@ -50,51 +50,51 @@ _NOTHING: tuple[object, Labels] = (None, _FOREIGN)
 
 def watch(
     model: nn.Module,
-    example_inputs: ExampleInputs,
+    one: Pass,
     replaced: Mapping[str, Tensor],
     ledger: Ledger,
     labels: Mapping[str, Labels],
-    training: bool = False,
+    ways: Ways | None = None,
 ) -> None:
     """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
-        example_inputs: What to call it on.
+        one: What to call it on, and in which mode.
         replaced: Tensors to run with instead of the model's own, by name.
         ledger: Where meetings are written down; says whether anything is computed.
         labels: The labels that each parameter and buffer carries, by name; the others carry none.
-        training: Whether to run in train mode.
+        ways: What to decide instead of what is computed, if anything.
 
     Raises:
         NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
     """
-    mode = _LabelMode(ledger)
+    mode = _LabelMode(ledger, ways)
     own = named_tensors(model)
     for name, tensor in own.items():
         mode.give(replaced.get(name, tensor), labels.get(name, _UNLABELLED))
-    for tensor in tensors_in(example_inputs):
+    for tensor in tensors_in(one.inputs):
         mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
-    if training:
-        model.train()
     with ExitStack() as stack:
+        stack.enter_context(mode_of(model, one.training, one.gradients))
         if ledger.numbers:
             stack.enter_context(remembering(model, _told(ledger)))
         stack.enter_context(unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
         stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
-        outputs = run(model, example_inputs)
+        outputs = run(model, one.inputs)
     ledger.running = ("", None)
     unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
-    ledger.unseen = ledger.unseen & unseen if training else unseen
+    first = not ledger.passes
+    ledger.unseen = unseen if first else ledger.unseen & unseen
     returned = list(tensors_in(outputs))
     for tensor in returned:
         ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
-    if not training:
+    if first:
         drop_unneeded_(ledger, map(mode.labels_of, returned))
     if mode.refusal is not None:  # the model's own code may have caught it
         raise mode.refusal
@@ -149,10 +149,29 @@ class Watch(TorchDispatchMode):
                     self._made.add(tensor.untyped_storage()._cdata)
         return out
 
+    def in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator as the operators that it consists of, or return NotImplemented where it is one by itself.
+
+        In inference mode, which a model's own code may turn on, torch does not take operators apart before a mode sees
+        them.
+        """
+        if not (torch.is_inference_mode_enabled() and _consists_of_others(func)):
+            return NotImplemented
+        TorchDispatchMode.__enter__(self)  # nothing begins or ends but the watch
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
     def _keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._made and storage._cdata not in self._before:
             self._before[storage._cdata] = storage, storage.clone()
+
+
+@cache
+def _consists_of_others(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 @cache
@@ -179,14 +198,15 @@ class _Known(NamedTuple):
     shaped: Shaped | None
     reads: bool
     writes: bool
+    draws: bool
 
 
 class _LabelMode(Watch):
     """Looks up the rule of every operator that runs, and lets it pass labels on."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, ways: Ways | None = None) -> None:
         super().__init__()
-        self.ledger = ledger
+        self.ledger, self._ways = ledger, ways
         self._given: dict[int, tuple[Tensor, Labels]] = {}
         self._mark = object()  # tells this trace's labels from another's
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
@@ -200,6 +220,9 @@ class _LabelMode(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = self.in_parts(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         known = self._known.get(id(func)) or self._learnt(func)
         tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
@@ -249,8 +272,8 @@ class _LabelMode(Watch):
             self._note_written(tensors[0])
         if known.cost is not None:
             known.cost(call)
-        if not (weight or hollow or known.writes or aliases(func)):
-            self._decide(ran, tensors, [tensor for tensor, _ in outputs])
+        if not hollow and (known.draws or not (weight or known.writes or aliases(func))):
+            self._decide(known, ran, tensors, [tensor for tensor, _ in outputs])
         return out
 
     def _takes_number(self) -> bool:
@@ -262,9 +285,15 @@ class _LabelMode(Watch):
         if view._base is not None and (labels := self.labels_of(view._base)).constant:
             self._lay(view._base, replace(labels, constant=False))
 
-    def _decide(self, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
-        """Write down what the code may go on by, or decide as another trace did."""
-        ran.decisions = decided_by(taken, made, ran.made)
+    def _decide(self, known: _Known, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
+        """Write down what the code may go on by, or decide as another trace did, or otherwise."""
+        if known.draws:
+            ran.decisions = drawn_by(made, ran.made)
+        else:
+            ran.decisions = decided_by(taken, made, ran.made)
+            if self._ways is not None and ran.decisions:
+                explore_(known.func, ran.plain, ran.entering[0], [made[which] for which in ran.decisions], self._ways)
+                ran.decisions = decided_by(taken, made, ran.made)
         given = self.ledger.given.get((ran.path, ran.kind[-1]))
         if given and ran.decisions:
             impose_(given.pop(0), made)
@@ -287,7 +316,9 @@ class _LabelMode(Watch):
 
     def _learnt(self, func: Any) -> _Known:
         rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
-        known = self._known[id(func)] = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func))
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        known = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws)
+        self._known[id(func)] = known
         return known
 
     def _run(

@@ -140,6 +140,9 @@ class Replay(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = self.in_parts(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         if self._instead:
             kwargs = {name: self._taken(value) for name, value in kwargs.items()}
             args = [self._taken(value) for value in args]
