@@ -513,8 +513,9 @@ CLIENTS = {
 
 def run_one(client: str, name: str) -> dict[str, Any]:
     """Train, predict, save and load in this process; return what became of each."""
-    with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning
-        importlib.import_module("torchvision_cpu")
+    if CLIENTS[client].torchvision:
+        with contextlib.suppress(ImportError):  # where it was built for another device; before Lightning imports it
+            importlib.import_module("torchvision_cpu")
     import torch
 
     warnings.simplefilter("ignore")
@@ -533,7 +534,9 @@ def run_one(client: str, name: str) -> dict[str, Any]:
             found["loaded"] = _loader_that_works(finished, folder, before)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
-            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-4:]
+            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][
+                -4:
+            ]
     return found
 
 
