@@ -59,6 +59,8 @@ class FilterPruning(PruningCallback):
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
             by default where ``criterion="obs"``.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
@@ -93,6 +95,7 @@ class FilterPruning(PruningCallback):
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        uniform: bool = False,
         repair: bool | None = None,
         example_inputs: Any = None,
         recalibrate: int = 0,
@@ -104,8 +107,9 @@ class FilterPruning(PruningCallback):
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
-        )
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
+            uniform,
+        )  # fmt: skip
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair
         self._repair = ConsumerRepair(batches) if repairs else None

@@ -45,6 +45,7 @@ class FilterArguments:
     recalibrate: int
     trace: Traced
     module: Parts = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -78,7 +79,7 @@ class FilterArguments:
 
     def asked(self, model: nn.Module | None) -> dict[str, Any]:
         """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
-        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "ignore")
+        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore")
         asked = {name: plain(getattr(self, name), model) for name in names}
         return {**asked, "module": told_apart(self.module, model).get("module")}
 

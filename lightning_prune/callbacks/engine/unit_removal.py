@@ -152,7 +152,9 @@ class UnitRemoval(Strategy):
                 self.state.latency = plan.latency_kept
             if self._repair is not None:
                 plan = self._repair.repair(run, plan)
-            apply_plan_(run, plan)
+            inexpressible = apply_plan_(run, plan)
+            if inexpressible and progress >= 1.0:
+                rank_zero_warn(f"{run.where}: {inexpressible}")
             self.traced.count(run.module, plan.structure, plan.keep)
             recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
         self.state.widths |= {width.name: width.after for width in plan.widths}
