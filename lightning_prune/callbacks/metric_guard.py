@@ -116,7 +116,7 @@ class MetricGuard(Guard):
             **take_snapshot(pl_module, trainer.optimizers),
             "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
             "step": trainer.global_step,
-            "pruning": engine_of(trainer).rollback_states(),
+            "pruning": engine_of(trainer).rollback_states(trainer),
         }
         self._state.validations = 0
 

@@ -132,7 +132,7 @@ def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _twin(module: nn.Module, values: Mapping[str, int]) -> nn.Module | None:
     """Return the model that the config gives with some fields changed, on the meta device; None if it gives none."""
-    config = copy.deepcopy(module.config)
+    config: Any = copy.deepcopy(module.config)
     for name, value in values.items():
         holder: Any = config
         *path, leaf = name.split(".")[1:]
