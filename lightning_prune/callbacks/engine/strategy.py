@@ -20,6 +20,7 @@ from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.reports import Goal
 
 __all__ = ["Member", "Run", "RunEvents", "Strategy"]
 
@@ -114,6 +115,10 @@ class Strategy(RunEvents, ABC):
         """Remove every hook from the model and its optimizers."""
 
     # What a strategy may leave as it is
+
+    def goal(self, run: Run) -> Goal | None:
+        """Return what was asked and what is reached now, for the report."""
+        return None
 
     @property
     def ready(self) -> bool:
