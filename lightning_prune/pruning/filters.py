@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -170,6 +171,8 @@ def prune_filters(
         plan = repaired(plan, products, calibration, damping, progress)
     report = plan.apply_(optimizers)
     plan.outcome.warn(where)
+    if plan.never_ran:
+        warnings.warn(f"{where}: {plan.never_ran}", stacklevel=3)  # behind this, the decorator
     return report
 
 
