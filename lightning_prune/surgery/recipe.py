@@ -38,6 +38,7 @@ RECIPE = "lightning_prune"
 """The key under which the metadata of a module in a state dict carries its part of the recipe."""
 
 _VERSION = 1
+_AT_ONCE = 2**20  # entries of a weight that are compared with its mask together
 
 PackedMasks = dict[str, list[Any]]
 """Name of a parameter -> its mask, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
@@ -432,7 +433,12 @@ def _holds(mask: list[Any], weight: Any) -> bool:
     if not _fits(shape, weight.shape):
         return False
     try:
-        return not _dense(weight).masked_fill(unpack_bits(packed, shape).to(weight.device), 0).any()
+        dense = torch.atleast_1d(_dense(weight))
+        keep = unpack_bits(packed, shape).to(dense.device).expand(dense.shape)
+        # a part at a time: a copy of a large weight is as large as the weight
+        rows = max(1, _AT_ONCE // max(1, math.prod(dense.shape[1:])))
+        parts = zip(dense.split(rows), keep.split(rows), strict=True)
+        return not any(part.masked_fill(stays, 0).any() for part, stays in parts)
     except (NotImplementedError, RuntimeError, TypeError):  # of a kind that does not say what it holds
         return False
 
