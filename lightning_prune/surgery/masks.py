@@ -15,6 +15,7 @@ from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.shards import own_part, part_like
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
 __all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked"]
@@ -85,12 +86,11 @@ class Masks:
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
                 parameter = parameters[name]
-                gone = ~keep.to(parameter.device)
-                parameter.masked_fill_(gone, 0)
+                _zero_(parameter, keep)
                 for optimizer in optimizers:
                     for value in optimizer.state.get(parameter, {}).values():
                         if isinstance(value, Tensor) and value.shape == parameter.shape:
-                            value.masked_fill_(gone.to(value.device), 0)
+                            _zero_(value, keep)
 
     def lift(self) -> None:
         """Forget all masks; what they hid stays zero until something is written there."""
@@ -102,7 +102,7 @@ class Masks:
         parameters = dict((model or self._model).named_parameters())
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
-                parameters[name].masked_fill_(~keep.to(parameters[name].device), 0)
+                _zero_(parameters[name], keep)
 
     def hold(self, optimizers: Iterable[Optimizer]) -> None:
         """Multiply by the masks after every step of these optimizers, until :meth:`release`; again is no more."""
@@ -126,7 +126,7 @@ class Masks:
             for weight, mask in zip(pairs.weights, pairs.masks, strict=True)
             if weight.grad is not None and weight.grad.layout == torch.strided
         ]
-        _multiply_([gradient for gradient, _ in dense], [mask for _, mask in dense])
+        _multiply_([own_part(gradient) for gradient, _ in dense], [mask for _, mask in dense])
 
     def follow_(self, kept: Kept) -> None:
         """Follow a cut that removed entries of the parameters themselves."""
@@ -160,7 +160,7 @@ class Masks:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         pairs = self._pairs_of(optimizer)
-        _multiply_(pairs.weights, pairs.masks)
+        _multiply_([own_part(weight) for weight in pairs.weights], pairs.masks)
 
     def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
         """Return the masked parameters that an optimizer owns; parameters may join it while it trains."""
@@ -298,11 +298,21 @@ def _followed(mask: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
-    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller."""
-    parameter = parameter.detach()
+    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller.
+
+    Of a parameter that is split over processes, what belongs to this process's part.
+    """
+    keep = part_like(keep, parameter)
+    parameter = own_part(parameter.detach())
     if keep.shape != parameter.shape:
         return keep.to(parameter)
     return torch.empty_like(parameter).copy_(keep)
+
+
+def _zero_(tensor: Tensor, keep: Tensor) -> None:
+    """Zero what is not kept; of a tensor that is split over processes, in this process's part."""
+    own = own_part(tensor.detach())
+    own.masked_fill_(~part_like(keep, tensor).to(own.device), 0)
 
 
 def _multiply_(tensors: list[Tensor], masks: list[Tensor]) -> None:

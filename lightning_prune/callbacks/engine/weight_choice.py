@@ -39,6 +39,8 @@ class WeightChoice(RunEvents, ABC):
 
     repeatable: bool = True
     """Whether more can be pruned of weights that are masked in part."""
+    on_shards: bool = False
+    """Whether it can choose among weights that are split over processes."""
     reads_batches: bool = False
     """Whether the model will be run on training batches beside the training."""
 

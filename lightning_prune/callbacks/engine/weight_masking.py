@@ -70,7 +70,7 @@ class WeightMasking(Strategy):
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which masks cannot hold."""
-        refuse_masks(run.where, run.trainer, run.module)
+        refuse_masks(run.where, run.trainer, run.module, self.choice.on_shards)
         removing = [member for member in run.members if isinstance(member.strategy, UnitRemoval)]
         if self.arguments.pattern is not None and removing:
             raise PruningError(
