@@ -80,7 +80,7 @@ def trainer(case, folder=None, **options):
     )
 '''
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 from pathlib import Path
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -112,7 +112,7 @@ if __name__ == "__main__":
     run("folders", "global", "fsdp", out / "folder", True)
     run("resumed-file", "global", "fsdp", ckpt_path=out / "file" / "epoch=1.ckpt")
     run("resumed-folder", "global", "fsdp", folders=True, ckpt_path=out / "folder" / "epoch=1.ckpt")
-'''
+"""
 
 exec(SHARED)
 
@@ -147,7 +147,9 @@ def alone(case, **options):
     return module
 
 
-@pytest.mark.parametrize("name", [*(f"fsdp-{case}" for case in ("layer", "global", "pattern", "clipped")), "tp-layer", "tp-global"])
+@pytest.mark.parametrize(
+    "name", [*(f"fsdp-{case}" for case in ("layer", "global", "pattern", "clipped")), "tp-layer", "tp-global"]
+)
 def test_same_weights_are_pruned_as_in_one_process(results, name):
     """The same zeros, to the last one, and weights equal but for the order of sums."""
     expected, found = alone(name.partition("-")[2]).state_dict(), torch.load(results / name)
@@ -172,5 +174,3 @@ def test_one_process_goes_on_where_two_stopped(results):
     for key, value in module.state_dict().items():
         assert torch.equal(value == 0, whole[key] == 0), key
         assert torch.allclose(value, whole[key], atol=1e-4), key
-
-
