@@ -23,8 +23,8 @@ from lightning_prune.algorithms.selection import (
 from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.model.shards import whole
 from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.shards import whole
 from lightning_prune.pruning.arguments import (
     Amount,
     Parameters,

@@ -1,0 +1,110 @@
+"""The runs of tests/test_sharded.py: in one process, and, as a program, in two that split the weights."""
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import IterativeMagnitudePruning, Linear
+
+EPOCHS = 4
+
+
+class Lit(pl.LightningModule):
+    """A network whose layers are of odd sizes, but for those that tensor parallelism halves."""
+
+    def __init__(self, how="one"):
+        super().__init__()
+        self.how = how
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(8, 33),
+            nn.ReLU(),
+            nn.Linear(33, 12),
+            nn.LayerNorm(12),
+            nn.Linear(12, 16),
+            nn.ReLU(),
+            nn.Linear(16, 3),
+        )
+
+    def configure_model(self):
+        if self.how == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.net:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+        if self.how == "tp":
+            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+            plan = {"4": ColwiseParallel(), "6": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 3, (32,), generator=generator))
+
+
+CASES = {
+    "layer": {"amount": 0.7},
+    "global": {"amount": 0.7, "scope": "global"},
+    "pattern": {"pattern": "2:4", "parameters": ["net.0", "net.4"]},
+    "clipped": {"amount": {"net.0": 0.5, "net.4": 0.9}},
+}
+
+
+def trainer(case, folder=None, **options):
+    pruning = IterativeMagnitudePruning(schedule=Linear(1, 3), **CASES[case])
+    saving = [] if folder is None else [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)]
+    clip = 0.1 if case == "clipped" else None
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        callbacks=[pruning, *saving],
+        enable_checkpointing=folder is not None,
+        gradient_clip_val=clip,
+        **quiet,
+        **options,
+    )
+
+
+def strategy(how, folders):
+    sizes = (2, 1) if how == "fsdp" else (1, 2)
+    return ModelParallelStrategy(*sizes, save_distributed_checkpoint=folders, process_group_backend="gloo")
+
+
+def run(name, case, how, folder=None, folders=False, ckpt_path=None):
+    run = trainer(case, folder, devices=2, strategy=strategy(how, folders))
+    module = Lit(how)
+    run.fit(module, DataLoader(data(), 16 if how == "fsdp" else 32), ckpt_path=ckpt_path)
+    whole = {key: getattr(value, "full_tensor", value.clone)() for key, value in module.state_dict().items()}
+    if run.is_global_zero:
+        torch.save(whole, out / name)
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    for case in CASES:
+        run(f"fsdp-{case}", case, "fsdp")
+    run("tp-layer", "layer", "tp")
+    run("tp-global", "global", "tp")
+    run("files", "global", "fsdp", out / "file", False)
+    run("folders", "global", "fsdp", out / "folder", True)
+    run("resumed-file", "global", "fsdp", ckpt_path=out / "file" / "epoch=1.ckpt")
+    run("resumed-folder", "global", "fsdp", folders=True, ckpt_path=out / "folder" / "epoch=1.ckpt")
