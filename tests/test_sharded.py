@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_prune import load_from_checkpoint
 from tests.sharded_runs import CASES, Lit, data, trainer
 
 
@@ -38,11 +39,12 @@ def results(tmp_path_factory):
 def alone(case, **options):
     """The same run in one process."""
     module = Lit()
-    trainer(case, devices=1).fit(module, DataLoader(data(), 32), **options)
+    loader = DataLoader(data(), 32)
+    trainer(case, devices=1).fit(module, loader, loader, **options)
     return module
 
 
-@pytest.mark.parametrize("name", [*(f"fsdp-{case}" for case in CASES), "tp-layer", "tp-global"])
+@pytest.mark.parametrize("name", [*(f"fsdp-{case}" for case in CASES if case != "taylor"), "tp-layer", "tp-global"])
 def test_same_weights_are_pruned_as_in_one_process(results, name):
     """The same zeros, to the last one, and weights equal but for the order of sums."""
     expected, found = alone(name.partition("-")[2]).state_dict(), torch.load(results / name)
@@ -52,7 +54,7 @@ def test_same_weights_are_pruned_as_in_one_process(results, name):
         assert torch.allclose(value, found[key], atol=1e-4), key
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "slim-file", "slim-folder"])
 def test_a_resumed_run_ends_as_the_whole_one(results, kind):
     """From a file of the whole and from a folder of shards."""
     whole, resumed = torch.load(results / f"{kind}s"), torch.load(results / f"resumed-{kind}")
@@ -67,3 +69,23 @@ def test_one_process_goes_on_where_two_stopped(results):
     for key, value in module.state_dict().items():
         assert torch.equal(value == 0, whole[key] == 0), key
         assert torch.allclose(value, whole[key], atol=1e-4), key
+
+
+def test_one_process_loads_what_two_have_cut(results):
+    """A file that two processes saved of a slim model is loaded by its class alone, and resumed by one."""
+    path = results / "slim-file" / "epoch=2.ckpt"
+    saved, whole = torch.load(path)["state_dict"], torch.load(results / "slim-files")
+    assert saved["net.0.weight"].shape == (22, 8)
+    for key, value in load_from_checkpoint(Lit, path).state_dict().items():
+        assert torch.equal(value, saved[key]), key
+    module = alone("filters", ckpt_path=path)
+    for key, value in module.state_dict().items():
+        assert torch.allclose(value, whole[key], atol=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("tp-filters", "tensor parallelism splits channels"), ("taylor", "Use a criterion of weights")]
+)
+def test_what_cannot_be_done_is_refused(results, name, told):
+    """Before training starts, with what to do instead."""
+    assert told in (results / name).read_text()

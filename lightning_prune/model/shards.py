@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["is_sharded", "own_part", "part_like", "whole"]
+__all__ = ["as_sharded", "is_sharded", "own_part", "part_like", "settle_", "whole"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -39,10 +39,19 @@ def part_like(value: Tensor, tensor: Tensor) -> Tensor:
         value: All of it, the same on every process, of the tensor's shape or one that broadcasts to it.
         tensor: What it belongs to.
     """
-    if not is_sharded(tensor):
-        return value
+    return own_part(as_sharded(value.expand(tensor.shape), tensor)) if is_sharded(tensor) else value
+
+
+def as_sharded(value: Tensor, tensor: Tensor) -> Tensor:
+    """Split a value, the same on every process, as a tensor of the same shape is split; no message is sent."""
     from torch.distributed.tensor import distribute_tensor
 
     split: Any = tensor
-    spread = value.expand(split.shape).to(split.device)
-    return distribute_tensor(spread, split.device_mesh, split.placements, src_data_rank=None).to_local()
+    return distribute_tensor(value.to(split.device), split.device_mesh, split.placements, src_data_rank=None)
+
+
+def settle_(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered, as it may after a validation, so that the parameters are the parts again."""
+    for module in model.modules():
+        if callable(reshard := getattr(module, "reshard", None)) and hasattr(module, "_get_fsdp_state"):
+            reshard()

@@ -15,7 +15,7 @@ from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
-from lightning_prune.model.shards import own_part, part_like
+from lightning_prune.model.shards import own_part, part_like, settle_
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
 __all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked"]
@@ -82,7 +82,7 @@ class Masks:
 
     def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Zero what is hidden, and what optimizers remember of it."""
-        parameters, optimizers = dict(self._model.named_parameters()), list(optimizers)
+        parameters, optimizers = _parameters(self._model), list(optimizers)
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
                 parameter = parameters[name]
@@ -99,10 +99,15 @@ class Masks:
 
     def apply_(self, model: nn.Module | None = None) -> None:
         """Zero what is hidden: of the model, or of a copy of it, such as an average of its weights."""
-        parameters = dict((model or self._model).named_parameters())
+        parameters = _parameters(model or self._model)
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
                 _zero_(parameters[name], keep)
+
+    def renew(self) -> None:
+        """Find the parameters anew: others may stand in their places."""
+        self._factors = {}
+        self._lay_out()
 
     def hold(self, optimizers: Iterable[Optimizer]) -> None:
         """Multiply by the masks after every step of these optimizers, until :meth:`release`; again is no more."""
@@ -152,7 +157,7 @@ class Masks:
         if not self._held:
             self._factors = {}
             return
-        parameters = dict(self._model.named_parameters())
+        parameters = _parameters(self._model)
         for name in self._packed:
             parameter, factor = parameters[name], self._factors.get(name)
             if factor is None or (factor.dtype, factor.device) != (parameter.dtype, parameter.device):
@@ -168,7 +173,7 @@ class Masks:
         pairs = self._pairs.get(id(optimizer))
         if pairs is None or pairs.owned != owned:
             theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            named = dict(self._model.named_parameters())
+            named = _parameters(self._model)
             masked = [(named[name], mask) for name, mask in self._factors.items() if id(named[name]) in theirs]
             pairs = _Pairs(owned, [weight for weight, _ in masked], [mask for _, mask in masked])
             self._pairs[id(optimizer)] = pairs
@@ -307,6 +312,12 @@ def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
     if keep.shape != parameter.shape:
         return keep.to(parameter)
     return torch.empty_like(parameter).copy_(keep)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name; of those that are split over processes, the parts and not what was gathered."""
+    settle_(model)
+    return dict(model.named_parameters())
 
 
 def _zero_(tensor: Tensor, keep: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
 from lightning_prune.structure import named_tensors
@@ -28,7 +29,10 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
     Raises:
         PruningError: Saying what to use instead.
     """
-    _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
+    if is_model_parallel(trainer):
+        refuse_unsplittable(where, trainer)
+    else:
+        _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
     _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
     _refuse_model_pruning(where, trainer, "cuts")
     if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
@@ -50,7 +54,7 @@ def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule, on_sh
     Raises:
         PruningError: Saying what to use instead.
     """
-    if not (on_shards and _is_model_parallel(trainer)):
+    if not (on_shards and is_model_parallel(trainer)):
         _refuse_shards(where, trainer, "on which no mask of the whole fits")
     _refuse_spawned(where, trainer, pl_module, "what is known of the masks ends with them")
     _refuse_model_pruning(where, trainer, "masks")
@@ -219,16 +223,11 @@ def refuse_shared(mine: Callback, other: Callback, shared: Collection[str], part
         )
 
 
-def _is_model_parallel(trainer: Trainer) -> bool:
-    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
-    return any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
-
-
 def _refuse_shards(where: str, trainer: Trainer, why: str, then: str = "") -> None:
     if trainer.strategy.restore_checkpoint_after_setup:
         raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, {why}. Prune on one device or "
-            f"with strategy='ddp'{then}."
+            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, {why}. Move to FSDP2 "
+            f"(ModelParallelStrategy), or prune on one device or with strategy='ddp'{then}."
         )
 
 
