@@ -240,7 +240,7 @@ class Engine:
 
     @contextmanager
     def _whole(self, run: Run) -> Iterator[None]:
-        """Let the body see a plain model, where FSDP2 has split it and the strategy must look at all of it."""
+        """Show the body a plain model, where FSDP2 has split it and the strategy must look at all of it."""
         if not (is_model_parallel(run.trainer) and run.own.strategy.needs_whole_model):
             yield
             return

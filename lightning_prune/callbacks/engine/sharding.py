@@ -6,7 +6,6 @@ The only file that uses private names of torch: none of its functions undoes ``f
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.engine.averaging import with_metadata
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import as_sharded, is_sharded, settle_, whole
 from lightning_prune.surgery import RECIPE, checked, take_told_
@@ -58,7 +58,7 @@ def refuse_unsplittable(where: str, trainer: Trainer) -> None:
 
 @contextmanager
 def whole_model(where: str, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Let the body see a plain model and plain optimizer state, on every process; split both again behind it.
+    """Show the body a plain model and plain optimizer state, on every process; split both again behind it.
 
     Every process holds the whole model, and its optimizer state, for the length of the body. Parameters are other
     objects before and afterwards; their names, and what optimizers know of them, stay. Where nothing is split, the body
@@ -88,9 +88,7 @@ def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
     told = {path: of[RECIPE] for path, of in metadata.items() if RECIPE in of}
     shapes = {name: list(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
     checkpoint[RECIPE] = {"shapes": shapes, "recipe": told}
-    saved = OrderedDict(checkpoint["state_dict"])
-    saved._metadata = metadata  # type: ignore[attr-defined]
-    checkpoint["state_dict"] = saved
+    checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
 
 
 def take_shapes_before_loading_(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,7 +184,7 @@ def _exchange_(model: nn.Module, optimizers: Iterable[Optimizer], new: Mapping[s
 def _hand_over(
     optimizers: Iterable[Optimizer], by_id: Mapping[int, nn.Parameter], change: Callable[[Tensor, nn.Parameter], Tensor]
 ) -> None:
-    """Let optimizers train other parameters by their state, which is changed on the way."""
+    """Hand optimizers other parameters, with the state of the old ones, changed on the way."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [by_id.get(id(parameter), parameter) for parameter in group["params"]]
