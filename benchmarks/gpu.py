@@ -1,8 +1,8 @@
 """What pruning costs and saves on a GPU: ``python -m benchmarks.gpu`` writes gpu.json, with the card's name.
 
 ResNet-50, ViT-B and a language model like Llama with one billion weights, dense and with half of their FLOPs; 2:4
-kernels; masks, Taylor scores, second-order solvers, and the cut itself. It was written for eight minutes, and has not run
-on a GPU yet. ``--device cpu --small`` runs the same code on small models.
+kernels; masks, Taylor scores, second-order solvers, and the cut itself. It was written for eight minutes, and has not
+run on a GPU yet. ``--device cpu --small`` runs the same code on small models.
 """
 
 import argparse

@@ -21,10 +21,13 @@ Kept = dict[str, dict[int, Tensor]]
 
 @torch.no_grad()
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """Return a copy of the tensor with only the kept indices of each dimension."""
+    """Return a copy of the tensor with only the kept indices of each dimension, channels last in memory if it was."""
+    layout = torch.contiguous_format
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        layout = torch.channels_last
     for dim, indices in sorted(kept.items()):  # whole rows first: they lie together
         tensor = tensor.index_select(dim, indices.to(tensor.device))
-    return tensor.detach()
+    return tensor.detach().contiguous(memory_format=layout)
 
 
 # Decorators rather than blocks: Ctrl-C on the last line of a block leaves torch without gradients.
@@ -119,9 +122,7 @@ def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, T
                 f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter "
                 f"of shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
             )
-        slim[key] = narrowed(
-            value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1}
-        ).contiguous()
+        slim[key] = narrowed(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1})
     return slim
 
 

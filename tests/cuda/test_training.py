@@ -60,9 +60,9 @@ def test_callbacks_prune_in_every_precision(device, make, precision):
     if precision == "bf16-true" and make in (CALLBACKS["obs-weights"], CALLBACKS["obs"]):
         pytest.skip("second-order solvers are tested in float32")
     module = runs.net()
-    trainer = runs.fit(module, make(), accelerator=device, precision=precision)
-    logged = trainer.callback_metrics
-    assert float(logged["prune/nonzero_kept"]) < 0.9
+    dense = sum(int(parameter.count_nonzero()) for parameter in module.parameters())
+    runs.fit(module, make(), accelerator=device, precision=precision)
+    assert sum(int(parameter.count_nonzero()) for parameter in module.parameters()) < 0.9 * dense
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
@@ -155,12 +155,12 @@ def test_sparse_kernels_return_what_dense_ones_do(cuda):
         torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_random_generators_are_left_as_found(device):
+def test_random_generators_are_left_as_found(cuda):
     """Tracing, verifying and scoring leave the device's random numbers as they were."""
-    model, example, batches = made("conv", device)
-    state = torch.get_device_module(device).get_rng_state()
+    model, example, batches = made("conv", cuda)
+    state = torch.get_device_module(cuda).get_rng_state()
     prune_filters(model, example, 0.4, criterion="obd_hutchinson", batches=batches, loss=loss, progress=False)
-    assert torch.equal(state, torch.get_device_module(device).get_rng_state())
+    assert torch.equal(state, torch.get_device_module(cuda).get_rng_state())
 
 
 SCRIPT = """
