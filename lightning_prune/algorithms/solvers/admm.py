@@ -23,7 +23,7 @@ _AT_ONCE = 2**18  # weights of which dense ones are computed together
 
 
 def alternate(
-    weights: Tensor, hessian: Tensor, choose: Callable[[Tensor], Tensor], rounds: int = 600
+    weights: Tensor, hessian: Tensor, choose: Callable[[Tensor, bool], Tensor], rounds: int = 600
 ) -> tuple[Tensor, Tensor]:
     r"""Choose which weights to keep so that :math:`\frac{1}{2}\operatorname{tr}((W - W_0) H (W - W_0)^T)` is small.
 
@@ -32,8 +32,9 @@ def alternate(
     Args:
         weights: Rows of weights, ``(groups, rows, columns)``.
         hessian: Positive definite, ``(groups, columns, columns)``.
-        choose: From scores, in the shape of ``weights``, to the mask of what is kept.
-        rounds: Iterations at most; it stops when the choice is the same as three rounds before.
+        choose: From scores, in the shape of ``weights``, to the mask of what is kept; and from whether a mask of about
+            that size will do.
+        rounds: Iterations at most, a multiple of three; it stops when the choice is the same as three rounds before.
 
     Returns:
         True for each weight that is kept, ``(groups, rows, columns)`` bool, and what ADMM makes of the weights, in
@@ -53,20 +54,21 @@ def alternate(
     del scaled
     slow = _SLOW if aim.shape[2] <= _WIDE else _WIDE_SLOW
     rho = before = _FIRST
-    kept = keep = choose(aim.abs())
+    kept = keep = choose(aim.abs(), False)
     for i in range(rounds):
         if i % 3 == 0:
             solve.factor(rho)
         # Dense weights solve W (H + rho I) = W0 H + rho (sparse - u), u the scaled dual. After a round, what ADMM aims
-        # at is sparse where it is chosen, and u elsewhere. When rho grows, u shrinks.
+        # at is sparse where it is chosen, and u elsewhere. When rho grows from before, u shrinks by before / rho.
         for part in _parts(aim):
-            chosen = keep[part]
-            wanted = torch.where(chosen, rho, -before) * aim[part]
-            dense = solve(part[0], wanted.add_(pull[part]))
-            aim[part] = dense.add_(aim[part].masked_fill(chosen, 0), alpha=before / rho)
+            own = aim[part]
+            dual = own.masked_fill(keep[part], 0)
+            wanted = torch.add(pull[part], own, alpha=rho).sub_(dual, alpha=rho + before)
+            torch.add(solve(part[0], wanted), dual, alpha=before / rho, out=own)
         before = rho
-        keep = choose(aim.abs())
-        if i % 3 < 2:  # the penalty grows every third round
+        rough = i % 3 < 2
+        keep = choose(aim.abs(), rough)
+        if rough:  # the penalty grows every third round
             continue
         changed = int((keep != kept).sum()) / (2 * keep.numel())
         if not changed:
