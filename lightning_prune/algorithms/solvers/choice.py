@@ -170,7 +170,8 @@ def _highest(scores: Tensor, leaving: Leaving) -> Tensor:
 class _Chooser:
     """Keeps the highest scores, again and again of scores that change little from one time to the next.
 
-    The threshold lies near the last one, so only scores near that are sorted. The number that is kept is exact, unless it may be rough.
+    The threshold lies near the last one, so only scores near that are sorted. The number that is kept is exact, unless
+    it may be rough.
     """
 
     def __init__(self, leaving: Leaving) -> None:
