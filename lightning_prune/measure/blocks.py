@@ -62,7 +62,7 @@ class Chain:
 
     @contextmanager
     def ending_in(self, made: Tensor) -> Iterator[None]:
-        """Let the last block return a given tensor, inside the block; for use within ``undisturbed``."""
+        """Make the last block return a given tensor, inside the body; for use within ``undisturbed``."""
 
         def instead(module: nn.Module, args: Any, output: Any) -> Any:
             return made if isinstance(output, Tensor) else type(output)([made, *output[1:]])
@@ -181,7 +181,7 @@ def _is_closed(chain: Chain, calibration: Calibration) -> bool:
 
 @contextmanager
 def _disturbed(block: nn.Module) -> Iterator[None]:
-    """Let a block return something else, inside the block."""
+    """Make a block return something else, inside the body."""
 
     def instead(module: nn.Module, args: Any, output: Any) -> Any:
         made = _first(output)
