@@ -44,6 +44,7 @@ __all__ = [
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
 
+_MEMORY = 2 * 2**30  # bytes of Hessians held at a time, where nothing else is asked for
 _Item = TypeVar("_Item")
 
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
@@ -82,7 +83,7 @@ class Surgery:
         masks: What earlier calls left of parameters, as bool, by name; what they zeroed stays zero.
         after: Makes a block in which the model runs on what pruned layers in front of it give, where these are no part
             of it.
-        memory: Bytes of Hessians that are held at a time, plain, damped and factored.
+        memory: Bytes of Hessians that are held at a time, plain, damped and factored; by default 2 GiB.
     """
 
     model: nn.Module
@@ -93,7 +94,7 @@ class Surgery:
     tensors: Mapping[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     after: Change = nullcontext
-    memory: int = 2 * 2**30
+    memory: int | None = None
     _held: dict[str, _Patient] = field(default_factory=dict)
 
     def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
@@ -157,7 +158,9 @@ class Surgery:
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, plain, damped and factored, fit into memory together."""
-        return fitting({name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, self.memory)
+        return fitting(
+            {name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, self.memory or _MEMORY
+        )
 
 
 @dataclass(frozen=True, eq=False)
