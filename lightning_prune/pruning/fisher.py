@@ -14,6 +14,7 @@ from lightning_prune.measure.gradients import Loss, example_gradients
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.arguments import Parameters, check_amount, check_damping, check_fraction
 from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.obs import write_
@@ -147,16 +148,23 @@ def block_fisher(
     parameters = dict(model.named_parameters())
     totals = [torch.zeros(p.blocks, p.size, p.size, dtype=dtype, device=parameters[p.name].device) for p in parts]
     examples = 0
-    for gradients in example_gradients(model, batches, loss):
-        examples += 1
-        flat: Mapping[str, Tensor] = {name: gradient.flatten().to(dtype) for name, gradient in gradients.items()}
-        for part, total in zip(parts, totals, strict=True):
-            if part.name in flat:
-                rows = part.of(flat[part.name])
-                total.baddbmm_(rows[:, :, None], rows[:, None])
+    with undisturbed(model), torch.enable_grad():
+        for batch in batches:
+            with unchanged(batch):
+                for gradients in example_gradients(model, batch, loss):
+                    examples += 1
+                    _add_outer_products_(totals, parts, gradients)
     if not examples:
         raise PruningError("prune_fisher: no batch came. Pass a list or loader of at least one batch.")
     return [total / examples for total in totals]
+
+
+def _add_outer_products_(totals: Sequence[Tensor], parts: Sequence[_Part], gradients: Mapping[str, Tensor]) -> None:
+    flat = {name: gradient.flatten().to(totals[0].dtype) for name, gradient in gradients.items()}
+    for part, total in zip(parts, totals, strict=True):
+        if part.name in flat:
+            rows = part.of(flat[part.name])
+            total.baddbmm_(rows[:, :, None], rows[:, None])
 
 
 def _parts(name: str, length: int, block: int) -> list[_Part]:

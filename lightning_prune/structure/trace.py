@@ -19,9 +19,9 @@ from lightning_prune.model.calls import (
     refuse_shapeless,
     same_draws,
     tensors_in,
-    undisturbed,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.labels import Label, Labels, Ledger, Literally, Ran
 from lightning_prune.structure.solve_ints import add_unknowns_
 from lightning_prune.structure.tensor_names import named_tensors
@@ -144,7 +144,7 @@ def _run_pass(
     model: nn.Module, inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels], training: bool
 ) -> None:
     costs = len(ledger.costs)
-    with undisturbed(model), same_draws():
+    with undisturbed(model, inputs, watched=True), same_draws():
         watch(model, inputs, {}, ledger, labels, training)
     if training:
         del ledger.costs[costs:]  # what a model costs is what one call in eval mode does

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model.calls import ExampleInputs, modules_of, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
+from lightning_prune.model.tensor_state import keep, written_by
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import decided_by, impose_
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
@@ -39,10 +40,6 @@ _STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as lon
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
-_RUNNING_STATISTICS = {
-    torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm, torch.ops.aten.miopen_batch_norm,
-}  # fmt: skip
-"""Operators that update ``running_mean`` and ``running_var`` in train mode, which their schemas do not say."""
 _NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
 
 
@@ -132,9 +129,8 @@ class Watch(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
-        for position in _written(func):
-            if position < len(args) and isinstance(args[position], Tensor):
-                self._keep(args[position])
+        for tensor in written_by(func, args, kwargs):
+            self.keep(tensor)
         out = func(*args, **kwargs)
         if not aliases(func):
             for tensor in tensors_among((out,)):
@@ -142,19 +138,12 @@ class Watch(TorchDispatchMode):
                     self._made.add(tensor.untyped_storage()._cdata)
         return out
 
-    def _keep(self, tensor: Tensor) -> None:
+    def keep(self, tensor: Tensor) -> None:
+        """Copy what a tensor holds before something is written into it, if it was there before this mode."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._made and storage._cdata not in self._before:
+            keep(tensor)  # so that it is restored even if Ctrl-C arrives while this mode is left
             self._before[storage._cdata] = storage, storage.clone()
-
-
-@cache
-def _written(func: Any) -> tuple[int, ...]:
-    """Return the positions of the arguments that an operator may write into."""
-    if func.overloadpacket in _RUNNING_STATISTICS:
-        return 3, 4
-    arguments = enumerate(func._schema.arguments)
-    return tuple([i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write])
 
 
 @cache
