@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.averaging import cut_copies_
+from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.processes import refuse_apart
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.pruning.plan import Plan
@@ -30,3 +31,5 @@ def apply_plan_(run: Run, plan: Plan) -> None:
         strategy.configure_ddp()  # type: ignore[attr-defined]
     for member in run.members:
         member.strategy.after_cut(replace(run, own=member), plan)
+    for companion in companions(run.trainer):
+        companion.after_cut(run.trainer, run.module, plan.cut)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lightning.pytorch import LightningModule
+
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
@@ -9,7 +13,7 @@ from lightning_prune.measure.latency import circumstances
 from lightning_prune.pruning.plan import count_params
 from lightning_prune.reports import History, LayerChange, layer_costs
 
-__all__ = ["describe", "measure"]
+__all__ = ["describe", "measure", "weights_bytes"]
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -24,7 +28,10 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def describe(run: Run, history: History) -> None:
-    """Write into a history how every layer and weight stands."""
+    """Write into a history how every layer and weight stands, and what was asked and reached."""
+    goals = [member.strategy.goal(replace(run, own=member)) for member in run.members]
+    history.goals = [goal for goal in goals if goal is not None]
+    history.note_bytes(weights_bytes(run.module))
     maskings, removals = run.strategies(WeightMasking), run.strategies(UnitRemoval)
     history.weights = [count for masking in maskings for count in masking.own.counts]
     history.dense = {}
@@ -38,6 +45,11 @@ def describe(run: Run, history: History) -> None:
         history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
         history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
+
+
+def weights_bytes(pl_module: LightningModule) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*pl_module.parameters(), *pl_module.buffers()))
 
 
 def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float]:

@@ -16,10 +16,11 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
-from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.reports import Goal
 
 __all__ = ["Member", "Run", "RunEvents", "Strategy"]
 
@@ -114,6 +115,10 @@ class Strategy(RunEvents, ABC):
         """Remove every hook from the model and its optimizers."""
 
     # What a strategy may leave as it is
+
+    def goal(self, run: Run) -> Goal | None:
+        """Return what was asked and what is reached now, for the report."""
+        return None
 
     def refuse_changes(self, run: Run) -> None:
         """Refuse arguments that are others than in the run that is resumed, if they cannot be followed."""
@@ -221,6 +226,6 @@ class Run:
         return [member.strategy for member in self.members if isinstance(member.strategy, kind)]
 
     def before_step(self) -> None:
-        """Announce to the guards that the model is about to change."""
-        for guard in guards(self.trainer):
-            guard.before_cut(self.trainer, self.module)
+        """Announce to the callbacks beside ours that the model is about to change."""
+        for companion in companions(self.trainer):
+            companion.before_cut(self.trainer, self.module)
