@@ -107,8 +107,8 @@ class TensorStates:
                     tensor.requires_grad_(requires_grad)
                 if tensor.grad is not gradient:
                     tensor.grad = gradient
-                if tensor._backward_hooks is not hooks:
-                    tensor._backward_hooks = hooks
+                if hooks is None and tensor._backward_hooks:  # a dict that was there before is restored as such
+                    tensor._backward_hooks.clear()
 
     def _is_small(self, tensor: Tensor) -> bool:
         return self._copied_below == math.inf or (
