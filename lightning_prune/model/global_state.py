@@ -6,7 +6,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from torch.nn.modules import module as module_file
 from torch.overrides import _pop_mode as _pop_function_mode
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+
+from lightning_prune.model.devices import generator_states, restore_generators_
 
 __all__ = ["GlobalState", "global_containers"]
 
@@ -104,8 +106,7 @@ class GlobalState:
             self._note(partial(torch.get_autocast_dtype, kind), partial(torch.set_autocast_dtype, kind))
         self._default_device = torch._GLOBAL_DEVICE_CONTEXT.__dict__.copy()
         self._numpy = np.random.get_state()
-        self._torch = torch.default_generator.get_state()
-        self._others = [(write, read()) for read, write in _accelerator_generators(devices)]
+        self._torch = generator_states(devices)
         self._modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
 
     def _note(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
@@ -123,9 +124,7 @@ class GlobalState:
                 if not _reads(read, before):
                     write(before)
         np.random.set_state(self._numpy)
-        torch.default_generator.set_state(self._torch)
-        for write, state in self._others:
-            write(state)
+        restore_generators_(self._torch)
 
     def _restore_default_device_(self, function: int) -> None:
         now, before = vars(torch._GLOBAL_DEVICE_CONTEXT), self._default_device
@@ -151,17 +150,3 @@ def _reads(read: Callable[[], Any], before: Any) -> bool:
         return bool(read() == before)
     except RuntimeError:  # torch does not read what old and new names of a setting contradict each other on
         return False
-
-
-def _accelerator_generators(
-    devices: Iterable[torch.device],
-) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    """Yield how to read and how to set the default generators of accelerators: of all GPUs once one is in use."""
-    places = {(device.type, device.index) for device in devices if device.type not in ("cpu", "meta")}
-    if torch.cuda.is_initialized():
-        places |= {("cuda", index) for index in range(torch.cuda.device_count())}
-    for kind, index in places:
-        library = torch.get_device_module(kind)
-        where = torch.device(kind, index or 0)
-        if hasattr(library, "get_rng_state"):
-            yield partial(library.get_rng_state, where), partial(library.set_rng_state, device=where)
