@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.calls import tensors_in
+from lightning_prune.model.sandbox import undisturbed
 
 __all__ = ["Chain", "find_chain"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_prune.measure.blocks import Chain, Stream, find_chain
 from lightning_prune.measure.output_change import replaced
 from lightning_prune.measure.products import Products, Shift
-from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.layerwise import Leaving, Solved, Surgery, all_together, one_by_one, shown, told_of
 from lightning_prune.structure import named_tensors
 

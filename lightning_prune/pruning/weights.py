@@ -26,6 +26,7 @@ from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.shards import whole
 from lightning_prune.pruning.arguments import (
     Amount,
     Parameters,
@@ -267,7 +268,7 @@ def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> 
             )
     if isinstance(criterion, str):
         score = _CRITERIA[criterion]
-        return Lazily(weights, lambda name: score(name, weights[name].parameter.detach()))
+        return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach())))
     found = {}
     for name, weight in weights.items():
         scores = criterion(weight.parameter.detach())

@@ -15,6 +15,7 @@ from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.shards import own_part, part_like, settle_
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
 __all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked"]
@@ -84,16 +85,15 @@ class Masks:
 
     def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Zero what is hidden, and what optimizers remember of it."""
-        parameters, optimizers = dict(self._model.named_parameters()), list(optimizers)
+        parameters, optimizers = _parameters(self._model), list(optimizers)
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
                 parameter = parameters[name]
-                gone = ~keep.to(parameter.device)
-                parameter.masked_fill_(gone, 0)
+                _zero_(parameter, keep)
                 for optimizer in optimizers:
                     for value in optimizer.state.get(parameter, {}).values():
                         if isinstance(value, Tensor) and value.shape == parameter.shape:
-                            value.masked_fill_(gone.to(value.device), 0)
+                            _zero_(value, keep)
 
     def lift(self) -> None:
         """Forget all masks; what they hid stays zero until something is written there."""
@@ -102,10 +102,15 @@ class Masks:
 
     def apply_(self, model: nn.Module | None = None) -> None:
         """Zero what is hidden: of the model, or of a copy of it, such as an average of its weights."""
-        parameters = dict((model or self._model).named_parameters())
+        parameters = _parameters(model or self._model)
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
-                parameters[name].masked_fill_(~keep.to(parameters[name].device), 0)
+                _zero_(parameters[name], keep)
+
+    def renew(self) -> None:
+        """Find the parameters anew: others may stand in their places."""
+        self._factors = {}
+        self._lay_out()
 
     def hold(self, optimizers: Iterable[Optimizer]) -> None:
         """Multiply by the masks after every step of these optimizers, until :meth:`release`; again is no more."""
@@ -129,7 +134,7 @@ class Masks:
             for weight, mask in zip(pairs.weights, pairs.masks, strict=True)
             if weight.grad is not None and weight.grad.layout == torch.strided
         ]
-        _multiply_([gradient for gradient, _ in dense], [mask for _, mask in dense])
+        _multiply_([own_part(gradient) for gradient, _ in dense], [mask for _, mask in dense])
 
     def follow_(self, kept: Kept) -> None:
         """Follow a cut that removed entries of the parameters themselves."""
@@ -155,7 +160,7 @@ class Masks:
         if not self._held:
             self._factors = {}
             return
-        parameters = dict(self._model.named_parameters())
+        parameters = _parameters(self._model)
         for name in self._packed:
             parameter, factor = parameters[name], self._factors.get(name)
             if factor is None or (factor.dtype, factor.device) != (parameter.dtype, parameter.device):
@@ -163,9 +168,9 @@ class Masks:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         pairs = self._pairs_of(optimizer)
-        _multiply_(pairs.weights, pairs.masks)
+        _multiply_([own_part(weight) for weight in pairs.weights], pairs.masks)
         for weight, mask, place in zip(pairs.weights, pairs.masks, pairs.places, strict=True):
-            if weight.device.type == "cpu":
+            if place is not None and mask.device.type == "cpu":
                 _refill_(optimizer.state.get(weight, {}), weight, mask, place)
 
     def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
@@ -174,9 +179,9 @@ class Masks:
         pairs = self._pairs.get(id(optimizer))
         if pairs is None or pairs.owned != owned:
             theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            named = dict(self._model.named_parameters())
+            named = _parameters(self._model)
             masked = [(named[name], mask) for name, mask in self._factors.items() if id(named[name]) in theirs]
-            places = [tuple((mask == 0).nonzero()[0].tolist()) for _, mask in masked]
+            places = [_first_zero(mask) for _, mask in masked]
             pairs = _Pairs(owned, [weight for weight, _ in masked], [mask for _, mask in masked], places)
             self._pairs[id(optimizer)] = pairs
         return pairs
@@ -188,7 +193,7 @@ class _Pairs(NamedTuple):
     owned: int
     weights: list[Tensor]
     masks: list[Tensor]
-    places: list[tuple[int, ...]]
+    places: list[tuple[int, ...] | None]
 
 
 def masks_on(model: nn.Module) -> dict[str, Tensor]:
@@ -306,8 +311,12 @@ def _followed(mask: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
-    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller."""
-    parameter = parameter.detach()
+    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller.
+
+    Of a parameter that is split over processes, what belongs to this process's part.
+    """
+    keep = part_like(keep, parameter)
+    parameter = own_part(parameter.detach())
     if keep.shape != parameter.shape:
         return keep.to(parameter)
     return torch.empty_like(parameter).copy_(keep)
@@ -321,9 +330,29 @@ def _refill_(state: Mapping[str, Any], weight: Tensor, mask: Tensor, place: tupl
     """
     for name in _SECOND_MOMENTS:
         value = state.get(name)
-        if isinstance(value, Tensor) and value.shape == weight.shape and 0 <= float(value[place]) < _TINY:
-            with torch.no_grad():
-                value.masked_fill_(mask == 0, 1)
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            continue
+        own = own_part(value.detach())
+        if 0 <= float(own[place]) < _TINY:
+            own.masked_fill_(mask == 0, 1)
+
+
+def _first_zero(mask: Tensor) -> tuple[int, ...] | None:
+    """Return the place of a zero; of a part of a mask that hides nothing, None."""
+    zeros = (mask == 0).nonzero()
+    return tuple(zeros[0].tolist()) if len(zeros) else None
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name; of those that are split over processes, the parts and not what was gathered."""
+    settle_(model)
+    return dict(model.named_parameters())
+
+
+def _zero_(tensor: Tensor, keep: Tensor) -> None:
+    """Zero what is not kept; of a tensor that is split over processes, in this process's part."""
+    own = own_part(tensor.detach())
+    own.masked_fill_(~part_like(keep, tensor).to(own.device), 0)
 
 
 def _multiply_(tensors: list[Tensor], masks: list[Tensor]) -> None:

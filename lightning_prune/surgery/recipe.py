@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import own_part, part_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import (
     ABSENT,
@@ -458,8 +459,9 @@ def _holds(mask: list[Any], weight: Any) -> bool:
     if not _fits(shape, weight.shape):
         return False
     try:
-        dense = torch.atleast_1d(_dense(weight))
-        keep = unpack_bits(packed, shape).to(dense.device).expand(dense.shape)
+        keep = part_like(unpack_bits(packed, shape), weight)
+        dense = torch.atleast_1d(_dense(own_part(weight)))
+        keep = keep.to(dense.device).expand(dense.shape)
         # a part at a time: a copy of a large weight is as large as the weight
         rows = max(1, _AT_ONCE // max(1, math.prod(dense.shape[1:])))
         parts = zip(dense.split(rows), keep.split(rows), strict=True)

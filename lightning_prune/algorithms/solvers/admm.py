@@ -16,9 +16,9 @@ __all__ = ["alternate"]
 # Found by trying, on layers of several kinds: slower growth finds a little better.
 _FIRST = 0.01  # rho, in mean diagonal entries of H
 _RESTLESS, _SETTLED = 0.12, 0.002  # shares of weights that are exchanged in three rounds
-_FAST, _LAST = 1.2, 1.5  # growth of rho above the one share and below the other
-_WIDE = 512  # columns from which rho grows faster in between
-_SLOW, _WIDE_SLOW = 1.05, 1.1
+_WIDE = 512  # columns above which rho grows faster
+_NARROW_GROWTH = (1.03, 1.03, 1.3)  # of rho: above the one share, between both, below the other
+_WIDE_GROWTH = (1.2, 1.1, 1.5)
 _AT_ONCE = 2**18  # weights of which dense ones are computed together
 
 
@@ -52,7 +52,7 @@ def alternate(
     pull = aim @ scaled
     solve = _Solver(scaled, aim.shape[1])
     del scaled
-    slow = _SLOW if aim.shape[2] <= _WIDE else _WIDE_SLOW
+    restless, slow, settled = _NARROW_GROWTH if aim.shape[2] <= _WIDE else _WIDE_GROWTH
     rho = before = _FIRST
     kept = keep = choose(aim.abs(), False)
     for i in range(rounds):
@@ -75,9 +75,9 @@ def alternate(
             break
         kept = keep
         if changed > _RESTLESS:
-            rho *= _FAST
+            rho *= restless
         else:
-            rho *= slow if changed > _SETTLED else _LAST
+            rho *= slow if changed > _SETTLED else settled
     return keep, aim.mul_(size)
 
 

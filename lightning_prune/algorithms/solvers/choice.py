@@ -24,6 +24,7 @@ Leaving = int | Pattern
 
 _WIDTH = 128  # columns of a sweep's blocks
 _NARROW = 64  # columns up to which an inverse for each row takes less time than ADMM
+_EXCHANGED = 160, 320  # columns up to which all rows exchange weights, and from which none does
 _NEAR = 0.03  # of a threshold; the next one is most often as near
 _TOLERANCE = 1e-5  # of the fit to a support, from what ADMM ends at: the error is within 0.1 % of the best
 _PATHS = 640  # columns up to which greedy paths are computed to estimate errors
@@ -93,6 +94,11 @@ class Admm(RowSolver):
         """Choose the support by ADMM; then fit the weights to it, in wide rows by conjugate gradients."""
         keep, near = alternate(self.weights, self.hessian, _Chooser(leaving))
         if self.weights.shape[2] > _NARROW:
+            # An exchange takes an inverse for each row, so the wider the rows, the fewer take part.
+            share = min(1.0, (_EXCHANGED[1] - self.weights.shape[2]) / (_EXCHANGED[1] - _EXCHANGED[0]))
+            if share > 0:
+                pattern = leaving if isinstance(leaving, Pattern) else None
+                keep = exchange(self.weights, self.hessian, keep, pattern, share)
             return nearer_on_support(self.weights, self.hessian, keep, near, tolerance=_TOLERANCE), keep
         del near
         pattern = leaving if isinstance(leaving, Pattern) else None
