@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks.engine.checkpoint_state import keep_hyperparameters_
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
 from lightning_prune.callbacks.engine.guard import companions, guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
@@ -227,6 +228,7 @@ class Engine:
     def save(self, own: Member, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint: shapes of averaged weights, and what all processes have gathered."""
         keep_metadata_(checkpoint)
+        keep_hyperparameters_(pl_module, checkpoint)
         state = checkpoint["callbacks"][own.callback.state_key]
         own.strategy.before_save(self._run(own, trainer, pl_module), state)
 
