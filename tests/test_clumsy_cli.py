@@ -78,7 +78,9 @@ WORKS = {
     "a factory of any options": f"inspect --model clumsy_models.build_any {IMAGE} --model.width 4",
     "a required option": f"inspect --model clumsy_models.needs {IMAGE} --model.width 4",
     "a model itself": "inspect --model clumsy_models.instance --input-shape 1,4",
-    "a class of torch": "inspect --model torch.nn.Linear --input-shape 1,3 --model.in_features 3 --model.out_features 5",
+    "a class of torch": (
+        "inspect --model torch.nn.Linear --input-shape 1,3 --model.in_features 3 --model.out_features 5"
+    ),
     "tokens": "inspect --model clumsy_models.Tokens --input-shape 1,12 --tokens 50",
     "a shape in brackets": "inspect --model clumsy_models.build --input-shape '(1, 3, 8, 8)'",
     "an equals sign": "inspect --model=clumsy_models.build --input_shape=1,3,8,8",
