@@ -18,9 +18,10 @@ from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.latency import Turn, circumstances, rounds
-from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run, undisturbed
+from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.arguments import (
     Modules,
     Parts,
@@ -255,7 +256,7 @@ def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
     if not skips:
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
-    with undisturbed(model):
+    with undisturbed(model, example_inputs, timed=True):
         turns = [Turn(model, example_inputs, shape) for shape in (_as_it_is, slim)]
         return median([without / whole for whole, without in rounds(turns)])
 
