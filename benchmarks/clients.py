@@ -554,9 +554,7 @@ def run_one(client: str, name: str) -> dict[str, Any]:
             found["loaded"] = _loader_that_works(finished, folder, before)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
-            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][
-                -4:
-            ]
+            traceback.print_exc()
     return found
 
 
