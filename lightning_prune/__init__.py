@@ -152,10 +152,19 @@ class _LightningLoader(Loader):
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        import_module("lightning_prune.callbacks")
+        _import_callbacks()
+
+
+def _import_callbacks() -> None:
+    """Import the callbacks, and with them the other package of Lightning; the first one goes on to log messages."""
+    from lightning_utilities.core import rank_zero
+
+    logger = rank_zero.log  # each package puts its own here when it is imported
+    import_module("lightning_prune.callbacks")
+    rank_zero.log = logger
 
 
 if any(name in sys.modules for name in _LIGHTNING):
-    import_module("lightning_prune.callbacks")
+    _import_callbacks()
 else:
     sys.meta_path.insert(0, _LightningFinder())

@@ -18,9 +18,10 @@ from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.latency import Turn, circumstances, rounds
-from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run, undisturbed
+from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.arguments import (
     Modules,
     Parts,
@@ -178,7 +179,9 @@ def prune_layers(
 def apply_layers_(model: nn.Module, plan: LayerPlan, repair: LayerRepair, optimizers: Iterable[Optimizer] = ()) -> None:
     """Remove the layers of a plan, and write what was refitted; interrupted, nothing changes."""
     optimizers = list(optimizers)
-    with all_or_nothing(model, optimizers, repair.tensors):
+    with all_or_nothing(model, optimizers) as undo:
+        own = named_tensors(model)
+        undo.copy_values([own[name] for name in repair.tensors])
         remove_layers_(model, plan.skips, optimizers)
         own = named_tensors(model)
         with torch.no_grad():
@@ -255,7 +258,7 @@ def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
     if not skips:
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
-    with undisturbed(model):
+    with undisturbed(model, example_inputs, timed=True):
         turns = [Turn(model, example_inputs, shape) for shape in (_as_it_is, slim)]
         return median([without / whole for whole, without in rounds(turns)])
 

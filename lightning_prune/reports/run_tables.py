@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -11,7 +14,7 @@ from lightning_prune.reports.history import History
 from lightning_prune.reports.model_tables import layer_table, new_table, weight_table
 from lightning_prune.reports.run_summary import Stage, metric_change, shares, shown_metrics, stages, staying
 
-__all__ = ["run_tables"]
+__all__ = ["run_tables", "stages_as_csv", "stages_as_latex"]
 
 _ROWS = 12
 _NAMES = 4
@@ -39,6 +42,41 @@ def run_tables(history: History, whole: bool = False) -> list[Table]:
     if staying(history):
         tables.append(_staying_table(history, len(history.pinned) + len(history.dense) if whole else _NAMES))
     return tables
+
+
+def stages_as_csv(history: History) -> str:
+    """Return the stages between pruning steps as CSV: what was kept, and the metrics at the end of each."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows(_stage_rows(history))
+    return file.getvalue()
+
+
+def stages_as_latex(history: History) -> str:
+    """Return the same as a LaTeX table, which needs the package ``booktabs``."""
+    heading, *rows = _stage_rows(history)
+    lines = [rf"\begin{{tabular}}{{{'r' * len(heading)}}}", r"\toprule", _latex_row(heading), r"\midrule"]
+    lines += [_latex_row(row) for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _stage_rows(history: History) -> list[list[str]]:
+    """Return a heading and a row for every stage."""
+    kept, metrics = shares(history), shown_metrics(history)
+    rows = [["epoch", "step", *[f"{name} kept" for name in kept.values()], *metrics]]
+    for stage in stages(history):
+        left = [f"{stage.left[key]:.4f}" if key in stage.left else "" for key in kept]
+        last = [f"{stage.last[name]:.6g}" if name in stage.last else "" for name in metrics]
+        rows.append([str(stage.epoch), str(stage.step), *left, *last])
+    return rows
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    escaped = []
+    for cell in cells:
+        plain = cell.replace("\\", r"\textbackslash ")
+        escaped.append(re.sub(r"([&%$#_{}])", r"\\\1", plain))
+    return " & ".join(escaped) + r" \\"
 
 
 def _title(history: History) -> str:
