@@ -20,6 +20,7 @@ from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.reports import Goal
 
 __all__ = ["Member", "Run", "RunEvents", "Strategy"]
 
@@ -115,8 +116,15 @@ class Strategy(RunEvents, ABC):
 
     # What a strategy may leave as it is
 
-    def refuse_changes(self, run: Run) -> None:
-        """Refuse arguments that are others than in the run that is resumed, if they cannot be followed."""
+    needs_whole_model: bool = True
+    """Whether it looks at a plain model where FSDP2 has split it."""
+
+    def after_split(self) -> None:
+        """Find the parameters anew, after the model was whole for a pruning step and split again."""
+
+    def goal(self, run: Run) -> Goal | None:
+        """Return what was asked and what is reached now, for the report."""
+        return None
 
     @property
     def ready(self) -> bool:
@@ -176,11 +184,16 @@ class Member:
         self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values."""
+        return self.strategy.arguments.asked(None if self.module is None else self.module())
+
+    @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
         """The arguments that are others than in the run that is resumed: what they were, and what they are."""
         if self.asked_before is None:
             return {}
-        now = self.strategy.arguments.asked
+        now = self.asked
         return {name: (was, now[name]) for name, was in self.asked_before.items() if was != now[name]}
 
     def __getstate__(self) -> dict[str, Any]:
