@@ -23,9 +23,7 @@ def raised():
 
 
 FRAGMENTS = [
-    fragment
-    for row in re.findall(r"^\| (.+?) \| ", PAGE, re.MULTILINE)
-    for fragment in re.findall(r"`([^`]+)`", row)
+    fragment for row in re.findall(r"^\| (.+?) \| ", PAGE, re.MULTILINE) for fragment in re.findall(r"`([^`]+)`", row)
 ]
 
 
