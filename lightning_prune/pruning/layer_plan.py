@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import nn
 from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, score_layers
 from lightning_prune.pruning.report import RemovedLayer
 from lightning_prune.structure.skippable import Depth, is_inside, parts_of
@@ -83,6 +84,26 @@ class LayerBudget:
     amount: float
     target: LayerTarget = "layers"
     min_layers: int = 1
+
+    def check_reach(self, where: str, depth: Depth, costs: LayerCosts, gone: Iterable[str] = ()) -> None:
+        """Refuse an amount that is not reached if all but ``min_layers`` layers leave; ``gone`` left before.
+
+        Raises:
+            PruningError: Saying how much can be removed at most. Of a latency, only a measurement tells.
+        """
+        if self.target == "latency":
+            return
+        left = sorted(costs.gone(self.target, path) for path in depth.outermost)
+        most = sum(left[self.min_layers :]) + sum(costs.gone(self.target, path) for path in gone)
+        share = most / max(costs.whole(self.target), 1)
+        asked = self.amount
+        if self.target == "layers":
+            asked = math.ceil(asked * costs.whole("layers") - _ROUNDING) / max(costs.whole("layers"), 1)
+        if asked > share + _ROUNDING:
+            raise PruningError(
+                f"{where}(amount={self.amount:g}, target={self.target!r}): at most {share:.1%} of the {self.target} "
+                "can be removed with the layers that must be kept. Lower amount, or min_layers, or the list of ignore."
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,7 @@ class History:
         dense: Name of a weight that could not be masked -> why.
         branching: Modules whose code branches on values of its input; only the path taken was traced.
         counted: How FLOPs were counted.
+        depth: Path of a removable layer -> when it was removed, in words; empty if it is still there.
         stopped: What stopped the training before its end, and when; empty if nothing did.
     """
 
@@ -71,6 +72,7 @@ class History:
     branching: list[str] = field(default_factory=list)
     stopped: str = ""
     counted: str = BY_FVCORE
+    depth: dict[str, str] = field(default_factory=dict)
 
     @property
     def left(self) -> dict[str, float]:
@@ -113,6 +115,7 @@ class History:
             branching=list(plain["branching"]),
             stopped=plain["stopped"],
             counted=plain["counted"],
+            depth=dict(plain["depth"]),
         )
 
     def to_json(self, path: str | Path) -> None:
