@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,11 +115,12 @@ def compare_criteria(
         progress: Whether to show progress bars.
 
     Returns:
-        Criterion -> its correlation with the oracle.
+        Criterion -> its correlation with the oracle. Criteria that do not apply to the model are left out; a warning
+        names them before the oracle runs.
 
     Raises:
         ValueError: If there is no criterion of a name.
-        PruningError: If no batch came.
+        PruningError: If no batch came, or no criterion applies.
 
     References:
         Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, table 1 (arXiv:1611.06440).
@@ -130,12 +132,27 @@ def compare_criteria(
         raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
     check_prunable(model, structure)
+    # The oracle takes longest, so what cannot be compared with it is found before.
+    scores = _scores(model, structure, criteria, batches, loss, progress)
     truth = oracle(model, structure, batches, loss, progress=progress)
-    shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)
-    found = {}
-    for name in shown:
-        scores = accumulate(accumulator_for(name), model, structure, batches, loss)
-        found[name] = correlate(scores, truth)
+    return {name: correlate(found, truth) for name, found in scores.items()}
+
+
+def _scores(
+    model: nn.Module, structure: Structure, criteria: Sequence[str], batches: list[Any], loss: Loss, progress: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Return the scores of every criterion that applies to the model; warn of the others."""
+    found, skipped = {}, {}
+    for name in track(criteria, "criteria", disable=not (progress and seen()), transient=True):
+        try:
+            found[name] = accumulate(accumulator_for(name), model, structure, batches, loss)
+        except (PruningError, RuntimeError) as error:  # torch raises the latter where a derivative is missing
+            skipped[name] = " ".join(str(error).split())
+    told = "; ".join(f"{name!r} ({why})" for name, why in skipped.items())
+    if skipped and not found:
+        raise PruningError(f"compare_criteria: no criterion can score this model: {told}")
+    if skipped:
+        warnings.warn(f"compare_criteria: skipped, as it does not apply to this model: {told}", stacklevel=4)
     return found
 
 

@@ -49,6 +49,8 @@ class FilterL1Pruning(PruningCallback):
             step; 0 averages nothing.
         trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -78,9 +80,21 @@ class FilterL1Pruning(PruningCallback):
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
     ) -> None:
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
+            amount,
+            target,
+            scope,
+            ignore,
+            round_to,
+            example_inputs,
+            min_width,
+            max_amount,
+            recalibrate,
+            trace,
+            module,
+            report,
         )
         strategy = UnitRemoval(arguments, gathering_for("l1"))
         super().__init__(OneShot() if schedule is None else schedule, strategy)

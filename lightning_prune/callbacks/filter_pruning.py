@@ -67,6 +67,8 @@ class FilterPruning(PruningCallback):
             step; 0 averages nothing.
         trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
@@ -97,6 +99,7 @@ class FilterPruning(PruningCallback):
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
@@ -104,7 +107,18 @@ class FilterPruning(PruningCallback):
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
+            amount,
+            target,
+            scope,
+            ignore,
+            round_to,
+            example_inputs,
+            min_width,
+            max_amount,
+            recalibrate,
+            trace,
+            module,
+            report,
         )
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair

@@ -49,6 +49,8 @@ class LayerPruning(PruningCallback):
             step; 0 averages nothing.
         trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range or unknown.
@@ -78,9 +80,21 @@ class LayerPruning(PruningCallback):
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
     ) -> None:
         arguments = LayerArguments(
-            amount, criterion, target, batches, module, ignore, min_layers, repair, example_inputs, recalibrate, trace
+            amount=amount,
+            criterion=criterion,
+            target=target,
+            batches=batches,
+            module=module,
+            ignore=ignore,
+            min_layers=min_layers,
+            repair=repair,
+            example_inputs=example_inputs,
+            recalibrate=recalibrate,
+            trace=trace,
+            report=report,
         )
         self._removal = LayerRemoval(arguments)
         super().__init__(OneShot() if schedule is None else schedule, self._removal)

@@ -57,6 +57,8 @@ class TaylorFilterPruning(PruningCallback):
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
             0.001. Without one, ``weights`` under a global target of parameters, FLOPs or latency takes first what the
             loss would miss least for what it saves.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range, or the schedule cuts before epoch 1.
@@ -82,6 +84,7 @@ class TaylorFilterPruning(PruningCallback):
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
         form: Literal["weights", "activations"] = "weights",
         flops_penalty: float = 0.0,
     ) -> None:
@@ -90,7 +93,18 @@ class TaylorFilterPruning(PruningCallback):
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
+            amount,
+            target,
+            scope,
+            ignore,
+            round_to,
+            example_inputs,
+            min_width,
+            max_amount,
+            recalibrate,
+            trace,
+            module,
+            report,
         )
         gathering = gathering_for(_CRITERIA[form])
         if flops_penalty:

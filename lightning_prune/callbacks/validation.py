@@ -15,13 +15,13 @@ from lightning_prune.analysis.layer_sensitivity import TENTHS, sensitivity
 from lightning_prune.analysis.sensitivity_findings import Mode, Sensitivity
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.engine.example_inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks.engine.metric_mode import mode_by_name
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import Modules, Parameters
 from lightning_prune.pruning.scoring import Criterion
 from lightning_prune.pruning.weights import WeightCriterion
+from lightning_prune.reports.metric_mode import mode_by_name
 
 __all__ = ["inputs_from_validation", "trainer_sensitivity", "trainer_weight_sensitivity"]
 

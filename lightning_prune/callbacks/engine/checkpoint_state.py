@@ -21,7 +21,8 @@ def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, A
 
     Each callback's state holds the history and the example inputs of the run, so that each can be restored alone.
     """
-    shared = {"history": log.history.to_plain(), "outdated": list(log.outdated), **inputs.state_dict()}
+    history = {**log.history.to_plain(), "facts": {}}  # equal runs have equal checkpoints, whenever they run
+    shared = {"history": history, "outdated": list(log.outdated), **inputs.state_dict()}
     own = {"asked": member.asked_before or member.strategy.arguments.asked}
     return {**member.clock.state_dict(), **own, **shared, **member.strategy.state_dict()}
 

@@ -66,6 +66,9 @@ class Engine:
         recipe_of(pl_module)
         if own is self.members[0]:
             self.log.start_run()
+            if stage == "fit":
+                callbacks = [*(member.callback for member in self.members), *guards(trainer)]
+                self.log.log_settings(trainer, pl_module, callbacks)
             self._remove_hooks()
             follow = let_copies_follow(trainer, pl_module)
             self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_), *follow]
@@ -77,7 +80,7 @@ class Engine:
         if own is self.members[0]:
             refuse_misfits(run.where, trainer, pl_module)
             refuse_uneven(run.where, trainer)
-        self.log.history.stopped = ""
+            self.log.start_training(run)
         self._prepare(run, None)
 
     def end_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,6 +45,7 @@ class FilterArguments:
     recalibrate: int
     trace: Traced
     module: Parts = None
+    report: bool = True
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -60,6 +61,8 @@ class FilterArguments:
         """
         limits = self.round_to, self.min_width, self.max_amount
         check_arguments(where, self.amount, "l1", self.target, self.scope, *limits, self.ignore)
+        if not isinstance(self.report, bool):
+            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
         recalibrate = self.recalibrate

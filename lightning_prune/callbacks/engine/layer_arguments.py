@@ -30,6 +30,7 @@ class LayerArguments:
     example_inputs: Any
     recalibrate: int
     trace: Traced
+    report: bool
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -46,6 +47,8 @@ class LayerArguments:
         check_layer_arguments(where, self.amount, self.criterion, self.target, self.min_layers, self.ignore)
         check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
+        if not isinstance(self.report, bool):
+            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         for name, least in (("batches", 1), ("recalibrate", 0)):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < least:

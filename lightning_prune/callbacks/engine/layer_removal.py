@@ -37,6 +37,7 @@ from lightning_prune.pruning.layers import apply_layers_, ignored_layers, prunab
 from lightning_prune.pruning.repair import DAMPING
 from lightning_prune.pruning.report import Repair
 from lightning_prune.reports import layer_costs
+from lightning_prune.reports.history import Goal
 from lightning_prune.structure.skippable import Depth
 from lightning_prune.surgery import Cut
 from lightning_prune.surgery.depth import remove_layers_
@@ -157,6 +158,14 @@ class LayerRemoval(Strategy):
         if plan.short and progress >= 1.0 and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.short}")
+
+    def goal(self, run: Run) -> Goal:
+        """Return what was asked and what is reached now."""
+        target = self.arguments.target
+        reached = self.dense.costs.share_gone(target, self.state.removed)
+        if target == "latency":
+            reached = 1 - self.state.latency
+        return Goal(run.where, target, self.arguments.amount, reached)
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the removed layers and the latency."""

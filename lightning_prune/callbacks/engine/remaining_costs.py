@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lightning.pytorch import LightningModule
+
 from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
@@ -10,7 +14,7 @@ from lightning_prune.measure.latency import circumstances
 from lightning_prune.pruning.plan import count_params
 from lightning_prune.reports import History, LayerChange, LayerCost, layer_costs
 
-__all__ = ["describe", "measure"]
+__all__ = ["describe", "measure", "weights_bytes"]
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -27,7 +31,10 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def describe(run: Run, history: History) -> None:
-    """Write into a history how every layer and weight stands."""
+    """Write into a history how every layer and weight stands, and what was asked and reached."""
+    goals = [member.strategy.goal(replace(run, own=member)) for member in run.members]
+    history.goals = [goal for goal in goals if goal is not None]
+    history.note_bytes(weights_bytes(run.module))
     maskings, removals = run.strategies(WeightMasking), run.strategies(UnitRemoval)
     history.weights = [count for masking in maskings for count in masking.own.counts]
     history.dense = {}
@@ -64,11 +71,16 @@ def _left_of_layers(run: Run, removal: LayerRemoval) -> dict[str, float]:
         "prune/flops": float(flops),
         "prune/params_kept": params / max(costs.params, 1),
         "prune/flops_kept": flops / max(costs.flops, 1),
-        "prune/sparsity": sum(costs.shares[path] for path in removal.state.removed) / max(costs.whole("layers"), 1),
+        "prune/sparsity": costs.share_gone("layers", removal.state.removed),
     }
     if removal.arguments.target == "latency":
         values["prune/latency_kept"] = removal.state.latency
     return values
+
+
+def weights_bytes(pl_module: LightningModule) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*pl_module.parameters(), *pl_module.buffers()))
 
 
 def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.reports import Goal
 
 __all__ = ["Member", "Run", "RunEvents", "Strategy"]
 
@@ -115,6 +116,10 @@ class Strategy(RunEvents, ABC):
         """Remove every hook from the model and its optimizers."""
 
     # What a strategy may leave as it is
+
+    def goal(self, run: Run) -> Goal | None:
+        """Return what was asked and what is reached now, for the report."""
+        return None
 
     def refuse_changes(self, run: Run) -> None:
         """Refuse arguments that are others than in the run that is resumed, if they cannot be followed."""

@@ -27,12 +27,15 @@ from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
+from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
+from lightning_prune.pruning.outcome import outcome_of
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
+from lightning_prune.reports import Goal
 from lightning_prune.structure import Structure
 
 __all__ = ["UnitRemoval"]
@@ -185,6 +188,14 @@ class UnitRemoval(Strategy):
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""
         refuse_blind(run.where, self.gathering, run.trainer, run.module)
+
+    def goal(self, run: Run) -> Goal:
+        """Return what was asked and what is reached now."""
+        start, target = self.start, self.arguments.target
+        part = start.budget.part
+        now = Footprint(part.params(run.module), part.counted(self.traced.flops(run.module)))
+        outcome = outcome_of(start.amount, target, start.dense, self.state.widths, now, self.state.latency, {})
+        return Goal(run.where, target, outcome.asked, outcome.reached)
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the widths and the latency."""

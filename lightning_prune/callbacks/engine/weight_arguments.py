@@ -36,6 +36,7 @@ class WeightArguments:
     pattern: str | None
     mask_gradients: MaskGradients
     module: Parts = None
+    report: bool = True
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -51,6 +52,8 @@ class WeightArguments:
             ValueError: If an argument is out of range, or two contradict.
             TypeError: If an argument is of a wrong kind.
         """
+        if not isinstance(self.report, bool):
+            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module)
         check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
         if self.mask_gradients not in (True, False, "auto"):

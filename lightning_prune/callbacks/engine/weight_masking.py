@@ -33,6 +33,7 @@ from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.find_weights import warning_of
 from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
+from lightning_prune.reports import Goal
 from lightning_prune.surgery import PackedMasks, recipe_of
 from lightning_prune.surgery.masks import Masks, unpacked
 
@@ -163,6 +164,17 @@ class WeightMasking(Strategy):
         """Remove the sign of zeros."""
         for model in (run.module, *averaged_copies(run.trainer)):
             self.own.masks.apply_(model)
+
+    def goal(self, run: Run) -> Goal:
+        """Return what was asked and what is reached now, of the weights that the amounts name."""
+        amount = self.own.to_prune.amount
+        asked, pruned, size = 0.0, 0, 0
+        for count in self.own.counts:
+            share = amount.get(count.name, 0.0) if isinstance(amount, Mapping) else amount
+            asked += share * count.size
+            pruned += count.size - count.stays
+            size += count.size
+        return Goal(run.where, "weights", asked / max(size, 1), pruned / max(size, 1))
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the masks."""
