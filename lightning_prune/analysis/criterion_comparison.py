@@ -19,7 +19,17 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import seen
 from lightning_prune.pruning.accumulators import by_l2
-from lightning_prune.pruning.arguments import Modules, check_prunable, with_ignored
+from lightning_prune.pruning.arguments import (
+    Modules,
+    Parts,
+    check_module,
+    check_prunable,
+    listed,
+    part_of,
+    with_ignored,
+    within_part,
+)
+from lightning_prune.pruning.left_alone import left_alone, with_left_alone
 from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups
@@ -100,6 +110,7 @@ def compare_criteria(
     criteria: Sequence[str] = tuple(CRITERIA),
     batches: Iterable[Any],
     loss: Loss,
+    module: Parts = None,
     ignore: Modules = (),
     progress: bool = True,
 ) -> dict[str, Correlation]:
@@ -111,6 +122,7 @@ def compare_criteria(
         criteria: Names of criteria to compare.
         batches: Batches of data, a list or loader that can be read once.
         loss: A function of model and batch that returns the mean loss.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         progress: Whether to show progress bars.
 
@@ -127,10 +139,13 @@ def compare_criteria(
     """
     if unknown := [name for name in criteria if name not in CRITERIA]:
         raise ValueError(f"compare_criteria(criteria={unknown!r}): choose of {', '.join(map(repr, CRITERIA))}.")
+    check_module("compare_criteria", module)
     batches = list(batches)
     if not batches:
         raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
+    structure = within_part(structure, part_of(model, module))
+    structure = with_left_alone(structure, left_alone(model, listed(module)))
     check_prunable(model, structure)
     # The oracle takes longest, so what cannot be compared with it is found before.
     scores = _scores(model, structure, criteria, batches, loss, progress)
@@ -161,7 +176,7 @@ def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:
-    return float(spearman_corrcoef(a.double().cpu(), b.double().cpu()).nan_to_num())  # nan where all scores tie
+    return float(spearman_corrcoef(a.cpu().double(), b.cpu().double()).nan_to_num())  # nan where all scores tie
 
 
 @contextmanager

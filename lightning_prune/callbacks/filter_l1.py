@@ -43,6 +43,8 @@ class FilterL1Pruning(PruningCallback):
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer. A target of the whole model is met by other layers.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
@@ -77,6 +79,7 @@ class FilterL1Pruning(PruningCallback):
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        uniform: bool = False,
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
@@ -95,6 +98,7 @@ class FilterL1Pruning(PruningCallback):
             trace,
             module,
             report,
+            uniform,
         )
         strategy = UnitRemoval(arguments, gathering_for("l1"))
         super().__init__(OneShot() if schedule is None else schedule, strategy)

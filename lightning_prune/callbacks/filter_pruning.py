@@ -59,6 +59,8 @@ class FilterPruning(PruningCallback):
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
             by default where ``criterion="obs"``.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
@@ -95,6 +97,7 @@ class FilterPruning(PruningCallback):
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        uniform: bool = False,
         repair: bool | None = None,
         example_inputs: Any = None,
         recalibrate: int = 0,
@@ -119,6 +122,7 @@ class FilterPruning(PruningCallback):
             trace,
             module,
             report,
+            uniform,
         )
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair

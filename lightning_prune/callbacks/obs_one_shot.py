@@ -28,7 +28,8 @@ class OBSOneShot(PruningCallback):
     ``trainer.save_checkpoint``. To prune a checkpoint alone, give its path to ``fit`` with as many ``max_epochs`` as it
     has had.
 
-    Logged as by :class:`IterativeMagnitudePruning`.
+    What the model's masks hold at zero already stays zero, and counts. Logged as by
+    :class:`IterativeMagnitudePruning`.
 
     Args:
         amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by

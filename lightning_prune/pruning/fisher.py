@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.algorithms.solvers import best_on_support, greedy_paths, inverse, keep_along
 from lightning_prune.measure.gradients import Loss, example_gradients
+from lightning_prune.model.devices import supported
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
-from lightning_prune.pruning.arguments import Parameters, check_amount, check_damping, check_fraction
+from lightning_prune.pruning.arguments import (
+    Parameters,
+    Parts,
+    check_amount,
+    check_damping,
+    check_fraction,
+    check_module,
+    listed,
+    part_of,
+)
 from lightning_prune.pruning.find_weights import find_weights
+from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.obs import write_
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import count_unmasked, weight_report
@@ -51,6 +62,7 @@ def prune_fisher(
     *,
     batches: Iterable[Any],
     loss: Loss,
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     block: int = 50,
@@ -69,12 +81,13 @@ def prune_fisher(
         amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model.
         batches: Batches of data, a list or loader that can be read once. With labels; some hundred examples.
         loss: A function of model and batch that returns the mean loss.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
         block: How many neighbours make up for each other.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
-        dtype: What the matrix is summed and solved in.
+        dtype: What the matrix is summed and solved in; float32 in place of float64 for a device that has no float64.
         progress: Whether to show progress bars.
 
     Raises:
@@ -98,8 +111,10 @@ def prune_fisher(
     check_damping("prune_fisher", damping, "mean diagonal entry")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"prune_fisher(block={block!r}): it is a number of weights, from 1.")
-    found = find_weights(model, parameters, ignore)
-    flat = {name: weight.parameter.detach().flatten().to(dtype) for name, weight in found.found.items()}
+    check_module("prune_fisher", module)
+    alone = left_alone(model, [*(parameters or ()), *listed(module)])
+    found = find_weights(model, parameters, [*ignore, *alone], part=part_of(model, module))
+    flat = {name: _wide(weight.parameter.detach().flatten(), dtype) for name, weight in found.found.items()}
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
     with each(batches, "batches", progress) as seen:
         fisher = block_fisher(model, ordinary(seen), loss, parts, dtype)
@@ -133,7 +148,8 @@ def prune_fisher(
     masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
     before = count_unmasked(model)
     apply_masks_(model, masks)
-    return weight_report(model, before, masks, {**found.stay, **found.others}, amount, FisherFit(predicted, added))
+    stay = {**found.stay, **found.others, **weights_left_alone(model, alone)}
+    return weight_report(model, before, masks, stay, amount, FisherFit(predicted, added))
 
 
 def block_fisher(
@@ -145,11 +161,14 @@ def block_fisher(
         PruningError: If no batch came.
     """
     parameters = dict(model.named_parameters())
-    totals = [torch.zeros(p.blocks, p.size, p.size, dtype=dtype, device=parameters[p.name].device) for p in parts]
+    totals = []
+    for part in parts:
+        device = parameters[part.name].device
+        totals.append(torch.zeros(part.blocks, part.size, part.size, dtype=supported(dtype, device), device=device))
     examples = 0
     for gradients in example_gradients(model, batches, loss):
         examples += 1
-        flat: Mapping[str, Tensor] = {name: gradient.flatten().to(dtype) for name, gradient in gradients.items()}
+        flat: Mapping[str, Tensor] = {name: _wide(gradient.flatten(), dtype) for name, gradient in gradients.items()}
         for part, total in zip(parts, totals, strict=True):
             if part.name in flat:
                 rows = part.of(flat[part.name])
@@ -157,6 +176,10 @@ def block_fisher(
     if not examples:
         raise PruningError("prune_fisher: no batch came. Pass a list or loader of at least one batch.")
     return [total / examples for total in totals]
+
+
+def _wide(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(supported(dtype, values.device))
 
 
 def _parts(name: str, length: int, block: int) -> list[_Part]:

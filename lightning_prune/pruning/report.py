@@ -57,6 +57,7 @@ class Report:
         scaled: Parameters that were scaled so that such numbers change nothing.
         repairs: With ``repair``: weights that were refitted, in the order in which they run.
         skipped: With ``repair``: by name, why a weight that sums over pruned units was not refitted.
+        config: Why the config of a Hugging Face model cannot express the pruned one; empty if it can.
     """
 
     params_before: int
@@ -79,6 +80,7 @@ class Report:
     scaled: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
 
 
 @dataclass(frozen=True, eq=False)

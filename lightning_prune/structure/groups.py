@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -114,6 +114,21 @@ class Structure:
                 product *= counts[key]
             found.append(product)
         return found
+
+    def linked(self, sets: Iterable[Iterable[str]]) -> Structure:
+        """Return the structure with the groups of each set linked, and with what they are linked to."""
+        joined: list[set[str]] = [set(link) for link in self.links]
+        for names in sets:
+            together = set(names)
+            apart = []
+            for other in joined:
+                if other & together:
+                    together |= other
+                else:
+                    apart.append(other)
+            joined = [*apart, together] if len(together) > 1 else joined
+        links = [tuple(name for name in self.groups if name in names) for names in joined]
+        return replace(self, links=tuple(links))
 
     def without(self, names: Iterable[str], reason: str) -> Structure:
         """Return the structure with some groups pinned, and the groups linked to them."""

@@ -29,6 +29,7 @@ from lightning_prune.surgery.attributes import (
     set_attributes_,
     shape_attributes,
 )
+from lightning_prune.surgery.configs import follow_configs
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
 from lightning_prune.surgery.skipped import Skipped, check_skip, follow_layers_, removed_layers
 
@@ -297,6 +298,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     for change in known:
         _refuse_impossible(modules[change.module], change, largest)
     changes = shape_attributes(model, shapes, known)
+    told = {(change.module, change.name): change.new for change in known}
+    changes += follow_configs(model, shapes, told, ()).changes if shapes else ()
     new = {name: own[name].new_zeros(shape) for name, shape in shapes.items()}
     recipe = recipe_of(model)
     with all_or_nothing(model):

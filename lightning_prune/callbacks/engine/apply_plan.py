@@ -16,15 +16,19 @@ from lightning_prune.surgery import recipe_of
 __all__ = ["apply_plan_"]
 
 
-def apply_plan_(run: Run, plan: Plan) -> None:
-    """Make a cut; where processes average gradients, what averages them is made anew for the new shapes."""
+def apply_plan_(run: Run, plan: Plan) -> str:
+    """Make a cut; where processes average gradients, what averages them is made anew for the new shapes.
+
+    Returns:
+        Why a config cannot express the pruned model, in words; empty if it can.
+    """
     strategy = run.trainer.strategy
     averaged = isinstance(strategy.model, DistributedDataParallel)
     if averaged:
         strategy.model = run.module
     recipe_of(run.module).needed = True  # before guards save what state dicts say
     run.before_step()
-    plan.write_(run.trainer.optimizers)
+    _, inexpressible = plan.write_(run.trainer.optimizers)
     cut_copies_(run.trainer, run.module, plan.cut)
     if averaged:
         refuse_apart(run.where, run.trainer, run.module)  # wrapping anew sends the first process's weights to all
@@ -33,3 +37,4 @@ def apply_plan_(run: Run, plan: Plan) -> None:
         member.strategy.after_cut(replace(run, own=member), plan)
     for companion in companions(run.trainer):
         companion.after_cut(run.trainer, run.module, plan.cut)
+    return inexpressible

@@ -47,9 +47,14 @@ class Engine:
         self._module = None if pl_module is None else weakref.ref(pl_module)
         self._hooks: list[Any] = []  # on the module and its averaged copies
 
+    @property
+    def module(self) -> LightningModule | None:
+        """The module that is pruned, while there is one."""
+        return None if self._module is None else self._module()
+
     def is_of(self, pl_module: LightningModule) -> bool:
         """Return whether this is the engine of a run of the module."""
-        return self._module is not None and self._module() is pl_module
+        return self.module is pl_module
 
     # The beginning and the end of a run
 
@@ -161,7 +166,6 @@ class Engine:
         own = run.own
         if own.changes:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
-            own.strategy.refuse_changes(run)
             own.clock.progress = 0.0
         own.prepared = own.strategy.prepare(run, batch)
         if own.prepared:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lightning_prune.callbacks.engine.step import Traced, check_traced
-from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, shown, told_apart
+from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, told_apart
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerTarget
 from lightning_prune.pruning.layer_scores import LayerCriterion
 from lightning_prune.pruning.layers import check_layer_arguments
@@ -64,12 +66,11 @@ class LayerArguments:
         """What the user named to be pruned."""
         return listed(self.module)
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
-        return {name: plain(getattr(self, name)) for name in ("amount", "target", "min_layers", "ignore")}
+    def asked(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+        asked = {name: plain(getattr(self, name), model) for name in ("amount", "target", "min_layers", "ignore")}
+        return {**asked, "module": told_apart(self.module, model).get("module")}
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The arguments that say which layers are pruned."""
-        return {"ignore": list(map(shown, self.ignore)), **told_apart(self.module)}
+    def parts(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return the arguments that say which layers are pruned, modules by their path once the model is known."""
+        return {"ignore": plain(self.ignore, model), **told_apart(self.module, model)}

@@ -121,9 +121,6 @@ class Strategy(RunEvents, ABC):
         """Return what was asked and what is reached now, for the report."""
         return None
 
-    def refuse_changes(self, run: Run) -> None:
-        """Refuse arguments that are others than in the run that is resumed, if they cannot be followed."""
-
     @property
     def ready(self) -> bool:
         """Whether enough was seen to decide by."""
@@ -182,11 +179,16 @@ class Member:
         self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values."""
+        return self.strategy.arguments.asked(None if self.module is None else self.module())
+
+    @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
         """The arguments that are others than in the run that is resumed: what they were, and what they are."""
         if self.asked_before is None:
             return {}
-        now = self.strategy.arguments.asked
+        now = self.asked
         return {name: (was, now[name]) for name, was in self.asked_before.items() if was != now[name]}
 
     def __getstate__(self) -> dict[str, Any]:

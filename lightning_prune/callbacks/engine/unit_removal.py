@@ -124,6 +124,7 @@ class UnitRemoval(Strategy):
             part = self.traced.part(run.module)
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
         elif run.own.changes:
+            _refuse_other_part(run)
             self.start.follow(run.module, structure, self.arguments)
             self.state.warned = False
         if self.arguments.target == "latency" and self.start.shapes is None:
@@ -154,7 +155,9 @@ class UnitRemoval(Strategy):
                 self.state.latency = plan.latency_kept
             if self._repair is not None:
                 plan = self._repair.repair(run, plan)
-            apply_plan_(run, plan)
+            inexpressible = apply_plan_(run, plan)
+            if inexpressible and progress >= 1.0:
+                rank_zero_warn(f"{run.where}: {inexpressible}")
             self.traced.count(run.module, plan.structure, plan.keep)
             recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
         self.state.widths |= {width.name: width.after for width in plan.widths}
@@ -268,3 +271,14 @@ class UnitRemoval(Strategy):
         if known and plan.outcome.short and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.outcome.short}")
+
+
+def _refuse_other_part(run: Run) -> None:
+    """Refuse to resume with another ``module=``, whose size before pruning is not known."""
+    was, now = run.own.changes.get("module", (None, None))
+    if was != now:
+        raise PruningError(
+            f"{run.where}: the checkpoint was pruned with module={was!r}, and this run has module={now!r}. Amounts are "
+            "relative to the dense size of that part, which the checkpoint does not tell of another. Resume with the "
+            "same module=, or load the weights alone, by load_from_checkpoint, and start a run from them."
+        )

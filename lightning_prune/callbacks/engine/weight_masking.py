@@ -81,15 +81,6 @@ class WeightMasking(Strategy):
             )
         self.choice.refuse(run)
 
-    def refuse_changes(self, run: Run) -> None:
-        """Refuse to choose weights a second time where masked weights would move."""
-        if run.own.clock.progress > 0 and not self.choice.repeatable:
-            told = ", ".join(f"{name}={was!r}, now {now!r}" for name, (was, now) in run.own.changes.items())
-            raise PruningError(
-                f"{run.where}: the checkpoint was pruned already, with {told}, and what is masked would move. Resume "
-                "with the arguments of the checkpoint, or leave the callback out."
-            )
-
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether weights are chosen on training batches."""
         return self.choice.reads_batches
@@ -99,9 +90,10 @@ class WeightMasking(Strategy):
         arguments, module, optimizers = self.arguments, run.module, run.trainer.optimizers
         refuse_unmaskable(run.where, optimizers)
         alone = networks_left_alone(run, arguments.named)
-        ignore = [*arguments.ignore, *alone]
         part = part_of(module, arguments.module)
-        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, ignore, arguments.pattern, part)
+        to_prune = weights_to_prune(
+            module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern, part, alone
+        )
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
