@@ -23,6 +23,7 @@ from lightning_prune.callbacks.engine.layer_state import DenseLayers, LayerState
 from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_, refuse_apart
 from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_removal
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.measure.flops import FlopCount
@@ -98,6 +99,11 @@ class LayerRemoval(Strategy):
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no layer can be removed."""
         refuse_removal(run.where, run.trainer, run.module)
+        if is_model_parallel(run.trainer):
+            raise PruningError(
+                f"{run.where}: a model that ModelParallelStrategy splits is not looked at as a whole, so no layer can be "
+                "verified. Prune layers in a run before, or by prune_layers, then shard the slim model."
+            )
         refuse_step(run.where, self.arguments.trace, run.module)
         others = [member for member in run.members if member is not run.own]
         if others:
