@@ -101,8 +101,8 @@ class LayerRemoval(Strategy):
         refuse_removal(run.where, run.trainer, run.module)
         if is_model_parallel(run.trainer):
             raise PruningError(
-                f"{run.where}: a model that ModelParallelStrategy splits is not looked at as a whole, so no layer can be "
-                "verified. Prune layers in a run before, or by prune_layers, then shard the slim model."
+                f"{run.where}: a model that ModelParallelStrategy splits is not looked at as a whole, so no layer can "
+                "be verified. Prune layers in a run before, or by prune_layers, then shard the slim model."
             )
         refuse_step(run.where, self.arguments.trace, run.module)
         others = [member for member in run.members if member is not run.own]
