@@ -208,6 +208,18 @@ def running(func: Callable[..., Any], x: Survivors, *args: Any, **kwargs: Any) -
     return marked(func(plain(x), *args, **kwargs), x.alive)
 
 
+def variance_and_mean(func: Callable[..., Any], x: Survivors, *args: Any, **kwargs: Any) -> tuple[Survivors, Survivors]:
+    without = {name: value for name, value in kwargs.items() if name not in ("unbiased", "correction")}
+    return variance(torch.var, x, *args, **kwargs), mean(torch.mean, x, *args, **without)
+
+
+def weight_norm(func: Callable[..., Any], v: Any, g: Any, dim: int = 0) -> Survivors:
+    """Rows of length ``g``: entries that were pruned add nothing to the length of a row."""
+    rest = tuple([other for other in range(v.dim()) if other != dim])
+    length = plain(v).square().sum(rest, keepdim=True).sqrt()
+    return marked(plain(v) * plain(g) / torch.where(length == 0, torch.ones_like(length), length), v.alive)
+
+
 def layer_norm(
     func: Callable[..., Any], x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Survivors:
@@ -453,6 +465,8 @@ _KINDS: dict[Callable[..., Any], str] = {
     chosen: "argmax argmin",
     mean: "mean",
     variance: "var std",
+    variance_and_mean: "var_mean",
+    weight_norm: "_weight_norm",
     softmax: "softmax log_softmax",
     running: "cumsum normalize",
     layer_norm: "layer_norm",

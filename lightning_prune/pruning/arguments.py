@@ -188,7 +188,8 @@ def check_prunable(model: nn.Module, structure: Structure) -> None:
         PruningError: With the first few reasons.
     """
     if not structure.groups:
-        why = "; ".join(f"{pin.tensor}: {pin.reason}" for pin in structure.pinned[:5])
+        ran = [pin for pin in structure.pinned if pin.tensor not in structure.ledger.idle]
+        why = "; ".join(f"{pin.tensor}: {pin.reason}" for pin in (ran or structure.pinned)[:5])
         raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every channel stays ({why}).")
 
 

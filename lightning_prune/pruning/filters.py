@@ -176,6 +176,8 @@ def prune_filters(
         plan = repaired(plan, products, calibration, damping, progress)
     report = plan.apply_(optimizers)
     plan.outcome.warn(where)
+    if plan.never_ran:
+        warnings.warn(f"{where}: {plan.never_ran}", stacklevel=3)  # behind this, the decorator
     if report.config:
         warnings.warn(f"{where}: {report.config}", stacklevel=3)  # behind this, the function and its decorator
     return report

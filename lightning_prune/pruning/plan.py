@@ -90,6 +90,18 @@ class Plan:
         """Share of the target that the cut will have removed, as predicted."""
         return self.outcome.reached
 
+    @property
+    def never_ran(self) -> str:
+        """A warning where parameters that never ran may read pruned channels; else empty."""
+        readers = _idle_readers(self)
+        if not readers:
+            return ""
+        return (
+            f"{_first_three(readers)} never ran on the example inputs and keep their shapes. If they read pruned "
+            "channels, they fail when they first run. Pass example_inputs that run them, or name the layers that they "
+            "read in ignore."
+        )
+
     def apply_(self, optimizers: Iterable[Optimizer] = ()) -> Report:
         """Make the cut and report what it reached; FLOPs before and after come from the trace.
 
@@ -306,9 +318,27 @@ def _in_words(plan: Plan) -> str:
     if proof.constants:
         changed = _first_three([str(constant) for constant in proof.constants], "; ")
         told.append(f"numbers made from widths change: {changed}")
+    if readers := _idle_readers(plan):
+        told.append(f"never ran, and kept their shapes: {_first_three(readers)}")
+    if plan.structure.ledger.guessed:
+        told.append(f"never ran, and pruned like those beside them: {_first_three(plan.structure.ledger.guessed)}")
     if plan.structure.ledger.untrained:
         told.append(f"train mode does not run on the example inputs ({plan.structure.ledger.untrained})")
     return "; ".join(told)
+
+
+def _idle_readers(plan: Plan) -> list[str]:
+    """Return parameters that never ran, and that have as many entries along a dimension as a pruned layer had."""
+    ledger, kept = plan.structure.ledger, plan.cut.kept
+    pruned = {slot.size for slot in ledger.slots if slot.dim in kept.get(slot.tensor, {})}
+    dims = {name: parameter.dim() for name, parameter in plan.model.named_parameters()}
+    reads: dict[str, None] = {}
+    for slot in ledger.slots:
+        if slot.tensor not in ledger.idle or slot.size not in pruned:
+            continue
+        if slot.dim > 0 or (slot.tensor.endswith("weight") and dims[slot.tensor] == 1):  # of a norm
+            reads[slot.tensor] = None
+    return list(reads)
 
 
 def _first_three(named: Sequence[str], between: str = ", ") -> str:

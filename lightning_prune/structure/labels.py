@@ -217,7 +217,10 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """Return everything that is written down so far, for :meth:`restore_`."""
-        return {name: copy(value) for name, value in vars(self).items()}
+        saved = {name: copy(value) for name, value in vars(self).items()}
+        saved["roles"] = {role: list(atoms) for role, atoms in self.roles.items()}
+        saved["given"] = {place: list(decisions) for place, decisions in self.given.items()}
+        return saved
 
     def restore_(self, state: Mapping[str, Any]) -> None:
         """Forget what was written down since."""

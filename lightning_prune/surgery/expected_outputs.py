@@ -40,12 +40,16 @@ def same_operator(func: Any, other: Any) -> bool:
 
 
 class Course:
-    """The operators of a trace, in order, and how far a run along them has come."""
+    """The operators of a trace, in order, and how far a run along them has come.
+
+    Attributes:
+        at: Index of the operator of the trace that comes next.
+    """
 
     def __init__(self, expected: Sequence[Ran]) -> None:
         """Start before the first operator."""
         self._expected = expected
-        self._at = 0
+        self.at = 0
 
     def next(self, func: Any) -> int | None:
         """Return the index of the traced operator that this one is; None for one that only lays out memory.
@@ -53,10 +57,10 @@ class Course:
         Raises:
             OtherOperatorsError: If another one was to run.
         """
-        at = self._at
+        at = self.at
         while at < len(self._expected):
             if same_operator(func, self._expected[at].func):
-                self._at = at + 1
+                self.at = at + 1
                 return at
             if self._expected[at].func not in _LAYOUT:
                 break
@@ -73,7 +77,7 @@ class Course:
         Raises:
             OtherOperatorsError: If operators of the trace did not run.
         """
-        for ran in self._expected[self._at :]:
+        for ran in self._expected[self.at :]:
             if ran.func not in _LAYOUT:
                 raise OtherOperatorsError(
                     f"it does not run {ran.func.overloadpacket} in {ran.path or 'the model'}", ran

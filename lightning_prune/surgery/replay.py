@@ -111,11 +111,14 @@ class Replay(Watch):
     """Base of the two runs that are compared.
 
     Attributes:
+        slim: Whether the slim model runs.
+        fewer: Whether its inputs hold fewer positions than those of the trace.
         course: How far the run has come along the trace.
         failure: The first error of ours that was raised; the model's own code may have caught it.
     """
 
     slim = False
+    fewer = False
 
     def __init__(self, ran: list[Ran], lefts: Lefts, instead: Exchanges, counts: Counted) -> None:
         """Prepare a run.
@@ -150,7 +153,10 @@ class Replay(Watch):
         if facts is None:
             facts = self._facts[id(func)] = _facts(func)
         try:
+            before = self.course.at
             at = self.course.next(func)
+            if at is not None and facts.packet is _aten.clone and not self.takes(at, args[0]):
+                self.course.at, at = before, None  # a copy of another tensor, which lies in memory otherwise here
             if at is None:
                 return self.plain_run(facts, args, kwargs)
             out = self._drawn(at, facts, args, kwargs) if facts.draws else self.replay(at, facts, args, kwargs)
@@ -166,6 +172,13 @@ class Replay(Watch):
     def replay(self, at: int, facts: Facts, args: Any, kwargs: Any) -> Any:
         """Run the operator at an index of the trace."""
         return self.plain_run(facts, args, kwargs)
+
+    def takes(self, at: int, given: Tensor) -> bool:
+        """Return whether a tensor has the size of the one that the operator at an index of the trace took."""
+        ran = self._ran[at]
+        full = ran.entering[0]
+        expected = self._lefts.shape(ran.taken[0], full) if self.slim else tuple(full)
+        return self.fewer or tuple(given.shape) == expected
 
     def look(self, at: int, facts: Facts, plain: tuple[Any, ...], out: Any) -> None:
         """Look at what an operator returned."""

@@ -27,7 +27,7 @@ class Slim(Replay):
         """Prepare a run; ``fewer`` says that its inputs hold fewer positions than those of the trace."""
         super().__init__(ran, lefts, instead, counts)
         self.seen: dict[int, Seen] = {}
-        self._fewer = fewer
+        self.fewer = fewer
 
     def look(self, at: int, facts: Facts, plain: tuple[Any, ...], out: Any) -> None:
         """Check sizes and counts, and keep fingerprints."""
@@ -55,7 +55,7 @@ class Slim(Replay):
             if size == expected[dim] or (labels.blank and not carries):
                 continue
             # Of smaller inputs, a dimension may count channels and positions, and one position left alone broadcasts.
-            if self._fewer and (carries or size == 1):
+            if self.fewer and (carries or size == 1):
                 raise OtherOperatorsError("fewer positions tell less", ran)
             if carries:
                 raise DifferentError(

@@ -288,6 +288,8 @@ class UnitRemoval(Strategy):
         if known and plan.outcome.short and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.outcome.short}")
+        if plan.never_ran:
+            rank_zero_warn(f"{run.where}: {plan.never_ran}")
 
 
 def _refuse_other_part(run: Run) -> None:

@@ -120,6 +120,27 @@ def trilinear(call: Call) -> Dims:
     return dims
 
 
+@coupling_rule("aten._euclidean_dist", "aten._cdist_forward", reduces=True)
+def distances(call: Call) -> Dims:
+    """``(..., m, k), (..., n, k) -> (..., m, n)``: distances between rows, a statistic over their entries."""
+    a, b = call.args[:2]
+    left, right = call.labels(a), call.labels(b)
+    entries = call.ledger.tie([left.at(a.dim() - 1), right.at(b.dim() - 1)], "compared with a tensor of fixed size")
+    call.ledger.mix(entries)
+    call.ledger.use("contracted", entries)
+    rank = call.out.dim()
+    dims: Dims = {rank - 2: left.at(a.dim() - 2), rank - 1: right.at(b.dim() - 2)}
+    for dim in range(rank - 2):  # batches, counted from the last
+        sides = []
+        for tensor in (a, b):
+            own = dim - rank + tensor.dim()
+            if own >= 0 and tensor.shape[own] > 1:
+                sides.append(call.labels(tensor).at(own))
+        if any(sides):
+            dims[dim] = call.ledger.tie(sides, "compared with a tensor of fixed size")
+    return dims
+
+
 @coupling_rule("aten.embedding")
 def embedding(call: Call) -> Dims:
     """The number of rows is pinned, since indices are data; their entries pass."""

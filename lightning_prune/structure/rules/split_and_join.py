@@ -17,6 +17,8 @@ from lightning_prune.structure.traced_ints import Number, Size, aligned, leaves
 
 __all__: list[str] = []
 
+_BY_COUNT = frozenset({"chunk", "unsafe_chunk"})
+
 
 @coupling_rule("aten.cat", "aten.concat")
 def cat(call: Call) -> Dims:
@@ -164,6 +166,8 @@ def _shrink_alike(call: Call, labels: tuple[Label, ...], block: int) -> None:
 
 def _follow_sizes(call: Call, pieces: list[tuple[Label, ...]], sizes: list[int]) -> bool:
     """Record that requested sizes follow the labels of pieces; return whether pieces may shrink on their own."""
+    if getattr(call.function, "__name__", "") in _BY_COUNT:  # which give a number of pieces, not their size
+        return False
     if len(set(sizes)) == 1 and isinstance(call.args[1], int):  # one number for all pieces: they shrink alike
         held = [number for number in call.asked if isinstance(number, Number) and number == sizes[0]]
         if held:
@@ -185,8 +189,9 @@ def _follow_bounds(call: Call, labels: tuple[Label, ...], dim: int, start: int, 
     """Record that the bounds of a slice follow the labels before them; return whether both do."""
     size = len(labels[0].atoms) if labels else 0
     bounds = []
+    clipped = getattr(call.function, "__name__", "") != "narrow"  # whose length must fit
     for bound, given in zip((start, stop), _bounds_given(call, dim), strict=True):
-        if not 0 < bound < size:
+        if not 0 < bound < size and (clipped or bound != size):
             continue
         numbers = [n for n in given if isinstance(n, Number) and int(n) == bound and not _counts_labels(n)]
         if not numbers:
@@ -209,7 +214,9 @@ def _bounds_given(call: Call, dim: int) -> tuple[Sequence[Any], Sequence[Any]]:
         start, length = call.python_argument("start", 2), call.python_argument("length", 3)
         known = isinstance(start, int) and isinstance(length, int)
         return [start], [start + length] if known else ()
-    return call.asked, call.asked  # ``tensor_split`` and the like have no other numbers
+    if name == "tensor_split" and isinstance(call.python_argument("indices_or_sections", 1), int):
+        return (), ()  # a number of pieces, not where they begin
+    return call.asked, call.asked  # others have no other numbers
 
 
 def _entry_along(call: Call, dim: int) -> slice | None:
