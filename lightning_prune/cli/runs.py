@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_prune.callbacks.validation import inputs_from_validation
-from lightning_prune.model.calls import ExampleInputs, run, undisturbed
+from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.surgery.loading import load_state_dict_
 
 __all__ = [
