@@ -258,7 +258,7 @@ def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
     if not skips:
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
-    with undisturbed(model, example_inputs, timed=True):
+    with undisturbed(model, example_inputs, copied=True):
         turns = [Turn(model, example_inputs, shape) for shape in (_as_it_is, slim)]
         return median([without / whole for whole, without in rounds(turns)])
 
