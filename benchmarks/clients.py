@@ -1,7 +1,7 @@
 """Trains models of other libraries through their own API with our callbacks, then predicts, saves and loads.
 
     python -m benchmarks.clients --save                        # all; makes an environment for each, deletes it after
-    python -m benchmarks.clients --clients darts monai --keep --environments /tmp/clients
+    python -m benchmarks.clients --clients darts monai --keep --environments environments
 
 Each library gets a virtual environment of its own that sees the packages of the one this runs in, so that torch is not
 installed again. Each client and callback runs in a process of its own. Data are made up; models are small. ``loaded``
@@ -554,9 +554,7 @@ def run_one(client: str, name: str) -> dict[str, Any]:
             found["loaded"] = _loader_that_works(finished, folder, before)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
-            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][
-                -4:
-            ]
+            traceback.print_exc()
     return found
 
 

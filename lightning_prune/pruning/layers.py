@@ -261,7 +261,7 @@ def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
     if not skips and not removed_layers(model):
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
-    with undisturbed(model, example_inputs, timed=True):
+    with undisturbed(model, example_inputs, copied=True):
         turns = [Turn(model, example_inputs, shape) for shape in (partial(temporarily_whole, model), slim)]
         return median([without / whole for whole, without in rounds(turns)])
 
