@@ -179,7 +179,9 @@ def prune_layers(
 def apply_layers_(model: nn.Module, plan: LayerPlan, repair: LayerRepair, optimizers: Iterable[Optimizer] = ()) -> None:
     """Remove the layers of a plan, and write what was refitted; interrupted, nothing changes."""
     optimizers = list(optimizers)
-    with all_or_nothing(model, optimizers, repair.tensors):
+    with all_or_nothing(model, optimizers) as undo:
+        own = named_tensors(model)
+        undo.copy_values([own[name] for name in repair.tensors])
         remove_layers_(model, plan.skips, optimizers)
         own = named_tensors(model)
         with torch.no_grad():
