@@ -1,7 +1,7 @@
 """Trains models of other libraries through their own API with our callbacks, then predicts, saves and loads.
 
     python -m benchmarks.clients --save                        # all; makes an environment for each, deletes it after
-    python -m benchmarks.clients --clients darts monai --keep --environments /tmp/clients
+    python -m benchmarks.clients --clients darts monai --keep --environments environments
 
 Each library gets a virtual environment of its own that sees the packages of the one this runs in, so that torch is not
 installed again. Each client and callback runs in a process of its own. Data are made up; models are small. ``loaded``

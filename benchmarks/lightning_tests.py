@@ -1,7 +1,7 @@
 """Runs Lightning's own trainer tests with a pruning callback in every Trainer, and compares them with a plain run.
 
-    git clone https://github.com/Lightning-AI/pytorch-lightning /tmp/lightning
-    python -m benchmarks.lightning_tests /tmp/lightning --save
+    git clone https://github.com/Lightning-AI/pytorch-lightning lightning-checkout
+    python -m benchmarks.lightning_tests lightning-checkout --save
 
 Needs pytest, pytest-timeout, pytest-rerunfailures, cloudpickle and psutil, and a checkout of the tests of the installed
 Lightning. The tests run as they are. A plugin adds the callback to the callbacks of every Trainer, and gives the

@@ -559,3 +559,11 @@ def test_inputs_of_another_kind_are_refused():
     """What is neither tensor, tuple nor mapping raises TypeError."""
     with pytest.raises(TypeError, match="example_inputs: got str"):
         count_flops(ConvNet(), "an image")
+
+
+@pytest.mark.parametrize("width", [4, 64, 256])
+def test_large_weights_are_counted_as_small_ones(width):
+    """The multiply-adds of convolutions and linear layers, by their formulas, however large their weights are."""
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Flatten(), nn.Linear(16 * width, 2))
+    expected = 36 * 27 * width + 16 * 9 * width * width + 32 * width
+    assert count_flops(model, torch.randn(1, 3, 8, 8)).total == expected

@@ -115,8 +115,8 @@ def compare_latency(
     timings = []
     with (
         Progress(transient=True, disable=not (progress and seen())) as bar,
-        undisturbed(dense, example_inputs, timed=True),
-        undisturbed(pruned, timed=True),
+        undisturbed(dense, example_inputs, copied=True),
+        undisturbed(pruned, copied=True),
     ):
         task = bar.add_task("latency", total=ROUNDS * len(batch_sizes))
         for size in batch_sizes:

@@ -81,7 +81,7 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
         >>> flops.by_module
         {'': 1184, '0': 864, '1': 0, '2': 320}
     """
-    with undisturbed(model, example_inputs), _unfused():
+    with undisturbed(model, example_inputs, copied=True), _unfused():
         _call_eagerly_(model)
         leaves, spec = pytree.tree_flatten(_copied(example_inputs))
         analysis = FlopCountAnalysis(

@@ -79,7 +79,7 @@ def latency_kept(
     """
     cut = draft(model, structure, keep)
     slim = partial(temporarily_cut, model, cut, cut.tensors(model)) if cut.keep else nullcontext
-    with undisturbed(model, example_inputs, timed=True):
+    with undisturbed(model, example_inputs, copied=True):
         turns = [Turn(model, example_inputs, shape) for shape in (_stand_in(model, whole), slim)]
         try:
             ratios = [slim / dense for dense, slim in rounds(turns)]

@@ -25,7 +25,7 @@ _FUNCTIONS = frozenset({FunctionType, MethodType})
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *beside: Any, watched: bool = False, timed: bool = False) -> Iterator[None]:
+def undisturbed(model: nn.Module, *beside: Any, watched: bool = False, copied: bool = False) -> Iterator[None]:
     """Run the body in eval mode without gradients, then restore all that it changed of the model and the process.
 
     Modules compiled by torch.compile run their original code, since compiled code cannot be traced. What a forward pass
@@ -40,15 +40,16 @@ def undisturbed(model: nn.Module, *beside: Any, watched: bool = False, timed: bo
         beside: Inputs and whatever else the body hands to the model; restored in the same way.
         watched: Whether the body runs the model under a mode that calls
             :func:`~lightning_prune.model.tensor_state.keep` before writes, so that no other mode is needed.
-        timed: Whether the body measures time. All tensors are then copied before, rather than once they are written to,
-            which would cost some microseconds for every operator; copies are kept on the CPU.
+        copied: Whether all tensors are copied before, to the CPU, rather than once they are written to. The mode that
+            watches for writes costs some microseconds for every operator, and ``torch.jit.trace`` records other
+            operators under it: so do this where the body measures time or is traced by torch.
 
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
     refuse_shapeless(model)
     modules = [module for _, module in modules_of(model)]
-    graph = ObjectGraph([*modules, *global_containers()], math.inf if timed else _SMALL, timed)
+    graph = ObjectGraph([*modules, *global_containers()], math.inf if copied else _SMALL, copied)
     others = ObjectGraph(beside, math.inf)
     process = GlobalState(graph.tensors.devices | others.tensors.devices)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any, get_args
@@ -46,7 +45,7 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import Depth, find_skippable, is_inside, outermost_of
 from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.resize import all_or_nothing
-from lightning_prune.surgery.skipped import temporarily_skipped
+from lightning_prune.surgery.skipped import removed_layers, temporarily_skipped, temporarily_whole
 
 __all__ = [
     "apply_layers_",
@@ -147,6 +146,7 @@ def prune_layers(
     flops = count(model, example_inputs)
     costs = LayerCosts.of(model, depth, flops, part)
     budget = LayerBudget(amount, target, max(0, min_layers - ignored_layers(depth)))
+    budget.check_reach(where, depth, costs)
     timing = partial(time_without, model, example_inputs) if target == "latency" else None
     plan = plan_layers(model, example_inputs, depth, costs, budget, criterion, data, timing=timing)
     fixed = LayerRepair({}, (), {})
@@ -254,17 +254,16 @@ def ignored_layers(depth: Depth) -> int:
 
 
 def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]]) -> float:
-    """Return the latency of a model without some layers, as a share of that of the model as it stands."""
-    if not skips:
+    """Return the latency of a model without some layers, as a share of the whole model's, with all that were removed.
+
+    Both run here and now in turns; see :func:`~lightning_prune.measure.latency.latency_kept`.
+    """
+    if not skips and not removed_layers(model):
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
-    with undisturbed(model, example_inputs, timed=True):
-        turns = [Turn(model, example_inputs, shape) for shape in (_as_it_is, slim)]
+    with undisturbed(model, example_inputs, copied=True):
+        turns = [Turn(model, example_inputs, shape) for shape in (partial(temporarily_whole, model), slim)]
         return median([without / whole for whole, without in rounds(turns)])
-
-
-def _as_it_is() -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _data(

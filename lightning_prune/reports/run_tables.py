@@ -12,7 +12,15 @@ from rich.text import Text
 
 from lightning_prune.reports.history import History
 from lightning_prune.reports.model_tables import layer_table, new_table, weight_table
-from lightning_prune.reports.run_summary import Stage, metric_change, shares, shown_metrics, stages, staying
+from lightning_prune.reports.run_summary import (
+    Stage,
+    layer_strip,
+    metric_change,
+    shares,
+    shown_metrics,
+    stages,
+    staying,
+)
 
 __all__ = ["run_tables", "stages_as_csv", "stages_as_latex"]
 
@@ -32,6 +40,8 @@ def run_tables(history: History, whole: bool = False) -> list[Table]:
         before = {path: change.before for path, change in history.layers.items()}
         now = {path: change.now for path, change in history.layers.items()}
         tables.append(layer_table(before, now, _title(history), history.counted))
+    if history.depth:
+        tables.append(_depth_table(history))
     if history.weights:
         tables.append(weight_table(history.weights))
     found = stages(history)
@@ -102,6 +112,16 @@ def _stage_table(history: History, found: Sequence[Stage], most: int) -> Table:
         left = [f"{stage.left[key]:.1%}" if key in stage.left else "" for key in kept]
         changes = [metric_change(stage.first.get(name), stage.last.get(name)) for name in metrics]
         table.add_row(str(stage.epoch), str(stage.step), *left, *changes)
+    return table
+
+
+def _depth_table(history: History) -> Table:
+    """Return a table of the layers that were removed, under it a strip of all that could be."""
+    strip = layer_strip(history)
+    table = new_table("Removed layers", f"{strip}  (□ removed, ▣ in part, ■ kept)", ("layer", "removed in"), ())
+    for path, when in history.depth.items():
+        if when:
+            table.add_row(Text(path), Text(when))
     return table
 
 

@@ -33,6 +33,7 @@ from lightning_prune.surgery.attributes import (
 from lightning_prune.surgery.configs import follow_configs
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
 from lightning_prune.surgery.skipped import Skipped, check_skip, follow_layers_, removed_layers
+from lightning_prune.surgery.timm_numbers import follow_timm
 
 __all__ = [
     "RECIPE", "PackedMasks", "Recipe", "Told", "checked", "drop_unused_recipe_", "recipe_of", "recipes_in", "resize_",
@@ -302,7 +303,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
         _refuse_impossible(modules[change.module], change, largest)
     changes = shape_attributes(model, shapes, known)
     told = {(change.module, change.name): change.new for change in known}
-    changes += follow_configs(model, shapes, told, ()).changes if shapes else ()
+    if shapes:
+        changes += [*follow_configs(model, shapes, told, ()).changes, *follow_timm(model, shapes, told)]
     new = {name: own[name].new_zeros(shape) for name, shape in shapes.items()}
     recipe = recipe_of(model)
     with all_or_nothing(model):

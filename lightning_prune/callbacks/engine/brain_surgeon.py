@@ -23,7 +23,7 @@ class BrainSurgeon(WeightChoice):
         fits: How well each layer's outputs were kept.
     """
 
-    on_shards, reads_batches = True, True
+    reads_batches = True
 
     def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
         self.asked = asked

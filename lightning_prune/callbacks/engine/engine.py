@@ -259,11 +259,20 @@ class Engine:
     @contextmanager
     def _whole(self, run: Run) -> Iterator[None]:
         """Show the body a plain model, where FSDP2 has split it and the strategy must look at all of it."""
-        if not (is_model_parallel(run.trainer) and run.own.strategy.needs_whole_model):
+        if not run.own.strategy.needs_whole_model:
+            yield
+            return
+        with self.whole(run.where, run.trainer, run.module):
+            yield
+
+    @contextmanager
+    def whole(self, where: str, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Show the body a plain model, where FSDP2 has split it; all callbacks find its parameters anew afterwards."""
+        if not is_model_parallel(trainer):
             yield
             return
         try:
-            with whole_model(run.where, run.trainer, run.module):
+            with whole_model(where, trainer, pl_module):
                 yield
         finally:
             for member in self.members:
