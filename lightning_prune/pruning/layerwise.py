@@ -103,7 +103,8 @@ class Surgery:
             if part[0] not in self._held:
                 self._held.clear()
                 grams = gather_grams(self.model, self.products, part, self.calibration)
-                self._held.update({name: self._patient(name, gram) for name, gram in grams.items()})
+                for name in part:
+                    self._held[name] = self._patient(name, grams.pop(name))
             for name in part:
                 yield name, self._held[name]
 

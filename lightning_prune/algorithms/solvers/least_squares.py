@@ -9,8 +9,8 @@ from lightning_prune.algorithms.solvers.damping import cholesky, damped
 
 __all__ = ["best_on_columns", "best_on_support", "nearer_on_support", "refit", "rise"]
 
-_MEMORY = 16 * 2**20  # bytes of Hessians held at a time
-_AT_ONCE = 2**18  # weights fitted together by conjugate gradients
+_MEMORY = 4 * 2**20  # bytes of Hessians held at a time
+_AT_ONCE, _ROWS = 2**16, 128  # weights fitted together by conjugate gradients, and rows at least
 
 
 def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def nearer_on_support(
         Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
     """
     found = torch.empty_like(weights)
-    rows = max(1, _AT_ONCE // weights.shape[2])
+    rows = max(_ROWS, _AT_ONCE // weights.shape[2])
     for group, own in enumerate(hessian):
         for first in range(0, weights.shape[1], rows):
             part = group, slice(first, first + rows)
