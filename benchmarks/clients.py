@@ -1,12 +1,13 @@
 """Trains models of other libraries through their own API with our callbacks, then predicts, saves and loads.
 
     python -m benchmarks.clients --save                        # all; makes an environment for each, deletes it after
-    python -m benchmarks.clients --clients darts monai --keep --environments /tmp/clients
+    python -m benchmarks.clients --clients darts monai --keep --environments environments
 
 Each library gets a virtual environment of its own that sees the packages of the one this runs in, so that torch is not
 installed again. Each client and callback runs in a process of its own. Data are made up; models are small. ``loaded``
 says what loaded the file that the library itself wrote: the library's own loader as it is (``its own``), or that loader
-inside ``slim_loading()`` (``ours``). The predictions before and after must be equal.
+inside ``slim_loading(recipe)`` (``ours``); or that only a checkpoint of Lightning could be loaded, by ours.
+The predictions before and after must be equal.
 """
 
 import argparse
@@ -32,11 +33,17 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summa
 
 
 class Finished(NamedTuple):
-    """What a library trained: a function that predicts, one that saves, and one that loads and then predicts."""
+    """What a library trained: the network; a function that predicts, one that saves, one that loads and predicts.
 
+    Where the library's files cannot hold uneven widths, ``checkpoint`` has the Trainer, the class of the module and a
+    function that predicts by it: Lightning's checkpoint is loaded by ``load_from_checkpoint`` then.
+    """
+
+    module: Any
     predict: Callable[[], Any]
     save: Callable[[Path], None]
     predict_loaded: Callable[[Path], Any]
+    checkpoint: tuple[Any, Any, Callable[[Any], Any]] | None = None
 
 
 class Client(NamedTuple):
@@ -84,14 +91,16 @@ def pytorch_forecasting(callback: Any, folder: Path) -> Finished:
     trainer = pl.Trainer(max_epochs=2, limit_train_batches=4, callbacks=[callback], default_root_dir=folder, **QUIET)
     trainer.fit(model, loader)
     fixed = data.to_dataloader(train=False, batch_size=16, num_workers=0)
-    arguments = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+
+    def predict(of: Any) -> Any:
+        return of.predict(fixed, trainer_kwargs={"accelerator": "cpu", "logger": False, "enable_progress_bar": False})
 
     def predict_loaded(path: Path) -> Any:
-        again = TemporalFusionTransformer.load_from_checkpoint(path / "model.ckpt", weights_only=False)
-        return again.predict(fixed, trainer_kwargs=arguments)
+        return predict(TemporalFusionTransformer.load_from_checkpoint(path / "model.ckpt", weights_only=False))
 
     return Finished(
-        lambda: model.predict(fixed, trainer_kwargs=arguments),
+        model,
+        lambda: predict(model),
         lambda path: trainer.save_checkpoint(path / "model.ckpt"),
         predict_loaded,
     )
@@ -115,6 +124,7 @@ def neuralforecast(callback: Any, folder: Path) -> Finished:
     forecast = NeuralForecast(models=[model], freq="D")
     forecast.fit(table)
     return Finished(
+        forecast.models[0],
         lambda: forecast.predict()["NHITS"].to_numpy(),
         lambda path: forecast.save(str(path / "model"), overwrite=True),
         lambda path: NeuralForecast.load(str(path / "model")).predict()["NHITS"].to_numpy(),
@@ -134,9 +144,10 @@ def darts(callback: Any, folder: Path) -> Finished:
     )  # fmt: skip
     model.fit(series)
     return Finished(
+        model.model,
         lambda: model.predict(8).values(),
         lambda path: model.save(str(path / "model.pt")),
-        lambda path: TCNModel.load(str(path / "model.pt")).predict(8).values(),
+        lambda path: TCNModel.load(str(path / "model.pt"), trusted=True).predict(8).values(),
     )
 
 
@@ -162,6 +173,7 @@ def gluonts(callback: Any, folder: Path) -> Finished:
         return np.stack([forecast.mean for forecast in of.predict(data)])
 
     return Finished(
+        predictor.prediction_net,
         lambda: predict(predictor),
         lambda path: predictor.serialize(path),
         lambda path: predict(Predictor.deserialize(path)),
@@ -183,6 +195,7 @@ def scvi_tools(callback: Any, folder: Path) -> Finished:
     model = scvi.model.SCVI(cells, n_hidden=32, n_latent=4)
     model.train(max_epochs=3, batch_size=32, callbacks=[callback], accelerator="cpu", enable_progress_bar=False)
     return Finished(
+        model.module,
         lambda: model.get_latent_representation(),
         lambda path: model.save(str(path / "model"), overwrite=True),
         lambda path: scvi.model.SCVI.load(str(path / "model"), adata=cells, accelerator="cpu")
@@ -203,10 +216,10 @@ def pytorch_tabular(callback: Any, folder: Path) -> Finished:
     table["kind"] = chance.choice(["u", "v", "w"], 200)
     table["label"] = (table["a"] + table["b"] > 0).astype(int)
     model = TabularModel(
-        DataConfig(target=["label"], continuous_cols=list("abcd"), categorical_cols=["kind"]),
-        CategoryEmbeddingModelConfig(task="classification", layers="32-16"),
-        OptimizerConfig(),
-        TrainerConfig(
+        data_config=DataConfig(target=["label"], continuous_cols=list("abcd"), categorical_cols=["kind"]),
+        model_config=CategoryEmbeddingModelConfig(task="classification", layers="32-16"),
+        optimizer_config=OptimizerConfig(),
+        trainer_config=TrainerConfig(
             max_epochs=3, batch_size=32, accelerator="cpu", progress_bar="none", checkpoints=None, load_best=False,
             early_stopping=None, checkpoints_path=str(folder),
         ),
@@ -218,6 +231,7 @@ def pytorch_tabular(callback: Any, folder: Path) -> Finished:
         return of.predict(table).filter(like="probability").to_numpy()
 
     return Finished(
+        model.model,
         lambda: predict(model),
         lambda path: model.save_model(str(path / "model")),
         lambda path: predict(TabularModel.load_model(str(path / "model"))),
@@ -273,6 +287,7 @@ def _plain(kind: Any, loader: Any, inputs: Any, callback: Any, folder: Path) -> 
         return found if isinstance(found, torch.Tensor) else found[0]
 
     return Finished(
+        module,
         lambda: predict(module),
         lambda path: trainer.save_checkpoint(path / "model.ckpt"),
         lambda path: predict(kind.load_from_checkpoint(path / "model.ckpt", weights_only=False)),
@@ -364,9 +379,11 @@ def smp(callback: Any, folder: Path) -> Finished:
             return of.eval()(images)
 
     return Finished(
+        module.net,
         lambda: predict(module.net),
         lambda path: module.net.save_pretrained(str(path / "model")),
         lambda path: predict(models.from_pretrained(str(path / "model"))),
+        (trainer, Segmenter, lambda loaded: predict(loaded.net)),
     )
 
 
@@ -436,7 +453,7 @@ def torchgeo(callback: Any, folder: Path) -> Finished:
     task = ClassificationTask(model="resnet18", weights=None, in_channels=5, num_classes=4)
     loader = _images(32, channels=5, image="image", label="label")
     trainer = pl.Trainer(max_epochs=2, limit_train_batches=4, callbacks=[callback], default_root_dir=folder, **QUIET)
-    trainer.fit(task, loader)
+    trainer.fit(task, loader, loader)  # its scheduler looks at the validation loss
     images = next(iter(loader))["image"]
 
     def predict(of: Any) -> Any:
@@ -444,6 +461,7 @@ def torchgeo(callback: Any, folder: Path) -> Finished:
             return of.eval()(images)
 
     return Finished(
+        task,
         lambda: predict(task),
         lambda path: trainer.save_checkpoint(path / "model.ckpt"),
         lambda path: predict(ClassificationTask.load_from_checkpoint(path / "model.ckpt", weights_only=False)),
@@ -487,9 +505,11 @@ def transformers(callback: Any, folder: Path) -> Finished:
             return of.eval()(input_ids=tokens).logits
 
     return Finished(
+        module.net,
         lambda: predict(module.net),
         lambda path: module.net.save_pretrained(path / "model"),
         lambda path: predict(BertForSequenceClassification.from_pretrained(path / "model")),
+        (trainer, Texts, lambda loaded: predict(loaded.net)),
     )
 
 
@@ -526,7 +546,7 @@ def run_one(client: str, name: str) -> dict[str, Any]:
         folder = Path(scratch)
         try:
             finished = CLIENTS[client].train(callback, folder)
-            found |= {"started": True, **_reached(callback)}
+            found |= {"started": True, **_reached(_used(callback, finished))}
             before = finished.predict()
             found["predicted"] = _finite(before)
             finished.save(folder)
@@ -534,10 +554,14 @@ def run_one(client: str, name: str) -> dict[str, Any]:
             found["loaded"] = _loader_that_works(finished, folder, before)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
-            found["at"] = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][
-                -4:
-            ]
+            traceback.print_exc()
     return found
+
+
+def _used(callback: Any, finished: Finished) -> Any:
+    """Return the callback that was trained with: some libraries train a copy of what they are given."""
+    copies = getattr(finished.module, "trainer_kwargs", {}).get("callbacks", ())
+    return next((copy for copy in copies if type(copy) is type(callback)), callback)
 
 
 def _reached(callback: Any) -> dict[str, Any]:
@@ -547,12 +571,14 @@ def _reached(callback: Any) -> dict[str, Any]:
 
 def _loader_that_works(finished: Finished, folder: Path, before: Any) -> str:
     """Return whose loader gives back what predicts the same."""
-    from lightning_prune import slim_loading
+    from lightning_prune import load_from_checkpoint, slim_loading
+    from lightning_prune.surgery.loading import recipe_json
 
+    recipe = recipe_json(finished.module)  # some libraries save into files that keep no metadata
     failures = []
     for name in LOADED:
         try:
-            with contextlib.nullcontext() if name == "its own" else slim_loading():
+            with contextlib.nullcontext() if name == "its own" else slim_loading(recipe):
                 after = finished.predict_loaded(folder)
         except Exception as error:
             failures.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"[:300])
@@ -560,6 +586,11 @@ def _loader_that_works(finished: Finished, folder: Path, before: Any) -> str:
         if _equal(before, after):
             return name
         failures.append(f"{name}: predicts something else")
+    if finished.checkpoint is not None:
+        trainer, kind, predict = finished.checkpoint
+        trainer.save_checkpoint(folder / "whole.ckpt")
+        if _equal(before, predict(load_from_checkpoint(kind, folder / "whole.ckpt", weights_only=False))):
+            return "Lightning's checkpoint"
     raise RuntimeError("; ".join(failures))
 
 

@@ -1,7 +1,7 @@
 """Runs Lightning's own trainer tests with a pruning callback in every Trainer, and compares them with a plain run.
 
-    git clone https://github.com/Lightning-AI/pytorch-lightning /tmp/lightning
-    python -m benchmarks.lightning_tests /tmp/lightning --save
+    git clone https://github.com/Lightning-AI/pytorch-lightning lightning-checkout
+    python -m benchmarks.lightning_tests lightning-checkout --save
 
 Needs pytest, pytest-timeout, pytest-rerunfailures, cloudpickle and psutil, and a checkout of the tests of the installed
 Lightning. The tests run as they are. A plugin adds the callback to the callbacks of every Trainer, and gives the
@@ -85,22 +85,31 @@ def _deep_linear() -> Any:
     return Deep
 
 
-def run_tests(checkout: Path, name: str, folders: list[str]) -> dict[str, str]:
-    """Return, for every test, ``passed``, ``skipped`` or the message with which it failed."""
+def run_tests(checkout: Path, name: str, folder: str) -> dict[str, str]:
+    """Return, for every test of a folder, ``passed``, ``skipped`` or the message with which it failed."""
     tests = checkout / "tests"
-    found = {}
-    for folder in folders:
-        with TemporaryDirectory() as scratch:
-            report = Path(scratch) / "report.xml"
-            environment = {**os.environ, VARIABLE: name, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-            environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tests)])
-            command = [
-                sys.executable, "-m", "pytest", str(tests / "tests_pytorch" / folder), "-q",
-                "-p", "benchmarks.lightning_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
-                f"--rootdir={tests}", f"--timeout={SECONDS}", f"--junitxml={report}", f"--basetemp={scratch}/tmp",
-            ]  # fmt: skip
-            subprocess.run(command, cwd=scratch, env=environment, check=False, stdout=subprocess.DEVNULL)
-            found.update(outcomes(report))
+    with TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        environment = {**os.environ, VARIABLE: name, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(tests)])
+        command = [
+            sys.executable, "-m", "pytest", str(tests / "tests_pytorch" / folder), "-q",
+            "-p", "benchmarks.lightning_tests", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short",
+            f"--rootdir={tests}", f"--timeout={SECONDS}", f"--junitxml={report}", f"--basetemp={scratch}/tmp",
+        ]  # fmt: skip
+        subprocess.run(command, cwd=scratch, env=environment, check=False, stdout=subprocess.DEVNULL)
+        return outcomes(report)
+
+
+def _kept_or_run(checkout: Path, name: str, folder: str, raw: Path | None) -> dict[str, str]:
+    """Return the outcomes of a folder, from an earlier run if they were kept."""
+    if raw is None:
+        return run_tests(checkout, name, folder)
+    kept = raw / f"{name}-{folder.replace('/', '-')}.json"
+    if not kept.exists():
+        raw.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(run_tests(checkout, name, folder), indent=1))
+    found: dict[str, str] = json.loads(kept.read_text())
     return found
 
 
@@ -149,25 +158,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="a checkout of Lightning, with its folder tests/")
     parser.add_argument("--callbacks", nargs="+", default=list(CALLBACKS), choices=CALLBACKS)
-    parser.add_argument("--folders", nargs="+", default=list(FOLDERS), help="folders of tests/tests_pytorch")
-    parser.add_argument("--raw", type=Path, help="folder to keep every outcome in, and to take the plain run from")
+    parser.add_argument("--folders", nargs="+", default=list(FOLDERS), help="folders or files of tests/tests_pytorch")
+    parser.add_argument("--raw", type=Path, help="folder to keep every outcome in, and to take it from")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
-    found = {}
-    plain: dict[str, str] = {}
-    for name in (PLAIN, *options.callbacks):
-        kept = None if options.raw is None else options.raw / f"{name}.json"
-        if kept is not None and name == PLAIN and kept.exists():
-            plain = json.loads(kept.read_text())
-            continue
-        outcome = run_tests(options.checkout, name, options.folders)
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(outcome, indent=1))
-        if name == PLAIN:
-            plain = outcome
-            continue
-        found[name] = compare(plain, outcome)
+    outcomes_of: dict[str, dict[str, str]] = {name: {} for name in (PLAIN, *options.callbacks)}
+    for folder in options.folders:
+        for name, gathered in outcomes_of.items():
+            gathered.update(_kept_or_run(options.checkout, name, folder, options.raw))
+    found = {name: compare(outcomes_of[PLAIN], outcomes_of[name]) for name in options.callbacks}
+    for name in options.callbacks:
         _show(name, found[name])
     if options.save:
         RESULTS.write_text(json.dumps({"folders": options.folders, "callbacks": found}, indent=1) + "\n")

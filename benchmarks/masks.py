@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from time import thread_time
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -41,9 +42,34 @@ def mlp() -> nn.Sequential:
     )
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], float]] = {  # and the goal, as a ratio to the bare step
-    "ResNet-20": (lambda: resnet_cifar(20), 1.01),
-    "MLP of 10M weights": (mlp, 1.10),
+def small_mlp() -> nn.Sequential:
+    """A network of 4.3 million weights."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+    )
+
+
+class WithAdam(Classifier):
+    """The same, trained by Adam."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Setting(NamedTuple):
+    """What is trained and how, and the goal as a ratio to the bare step."""
+
+    make: Callable[[], nn.Module]
+    goal: float
+    kind: type[Classifier] = Classifier
+    clips: float | None = None
+
+
+NETWORKS = {
+    "ResNet-20": Setting(lambda: resnet_cifar(20), 1.01),
+    "MLP of 10M weights": Setting(mlp, 1.10),
+    "MLP of 4.3M weights, Adam": Setting(small_mlp, 1.10, WithAdam),
+    "MLP of 4.3M weights, Adam, clipped": Setting(small_mlp, 1.10, WithAdam, 1.0),
 }
 
 
@@ -99,7 +125,7 @@ class Clock(Callback):
         found |= {t.data_ptr(): t.nbytes for t in (*pl_module.parameters(), *pl_module.buffers())}
         for callback in trainer.callbacks:
             if isinstance(callback, IterativeMagnitudePruning):
-                found |= {mask.data_ptr(): mask.nbytes for mask in callback.member.strategy.own.masks._masks.values()}
+                found |= {mask.data_ptr(): mask.nbytes for mask in callback.member.strategy.own.masks._factors.values()}
         self.bytes = sum(found.values())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,24 +144,27 @@ class Data(pl.LightningDataModule):
         return Batches(torch.randn(count, 3, 32, 32), torch.randint(10, (count,)), self.batch)
 
 
-def train(kind: str, net: nn.Module, clock: Clock, data: Data, threads: int) -> None:
+def train(kind: str, setting: Setting, net: nn.Module, clock: Clock, data: Data, threads: int) -> None:
     """Run one of the trainers."""
     torch.set_num_threads(threads)
     trainer = pl.Trainer(
         max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False, callbacks=[*KINDS[kind](net), clock],
-        reload_dataloaders_every_n_epochs=1,
+        reload_dataloaders_every_n_epochs=1, gradient_clip_val=setting.clips,
     )  # fmt: skip
-    trainer.fit(Classifier(net, lr=1e-3), data)
+    trainer.fit(setting.kind(net, lr=1e-3), data)
 
 
 def measure(name: str, steps: int, batch: int, threads: int) -> dict:
     """Let the four take turns."""
     torch.manual_seed(0)
-    dense, turns = NETWORKS[name][0](), Turns(len(KINDS))
+    setting, turns = NETWORKS[name], Turns(len(KINDS))
+    dense = setting.make()
     clocks = {kind: Clock(turns, place) for place, kind in enumerate(KINDS)}
     runs = [
-        threading.Thread(target=train, args=(kind, copy.deepcopy(dense), clocks[kind], Data(batch, steps), threads))
+        threading.Thread(
+            target=train, args=(kind, setting, copy.deepcopy(dense), clocks[kind], Data(batch, steps), threads)
+        )
         for kind in KINDS
     ]
     with warnings.catch_warnings(action="ignore"):
@@ -170,10 +199,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     table = Table("network", "masks by", "step / bare step", "goal", "memory of weights / bare")
     results = {}
-    for name, (_, goal) in NETWORKS.items():
+    for name, setting in NETWORKS.items():
         results[name] = measure(name, options.steps, options.batch_size, options.threads)
         for kind, ratio in results[name]["ratios"].items():
-            aim = f"{goal:.2f}" if kind == "ours" else ""
+            aim = f"{setting.goal:.2f}" if kind == "ours" else ""
             table.add_row(name, kind, f"{ratio:.3f}", aim, f"{results[name]['memory'][kind]:.2f}")
     options.json.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(table)

@@ -17,6 +17,7 @@ __all__ = [
     "FilterPruning",
     "Geometric",
     "IterativeMagnitudePruning",
+    "LayerPruning",
     "Linear",
     "MetricGuard",
     "OBSOneShot",
@@ -55,6 +56,7 @@ _HOMES = {
     "callbacks.filter_l1": ("FilterL1Pruning",),
     "callbacks.filter_pruning": ("FilterPruning",),
     "callbacks.iterative_magnitude": ("IterativeMagnitudePruning",),
+    "callbacks.layer_pruning": ("LayerPruning",),
     "callbacks.metric_guard": ("MetricGuard",),
     "callbacks.obs_one_shot": ("OBSOneShot",),
     "callbacks.taylor_filter": ("TaylorFilterPruning",),
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
     from lightning_prune.callbacks.filter_pruning import FilterPruning
     from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
+    from lightning_prune.callbacks.layer_pruning import LayerPruning
     from lightning_prune.callbacks.metric_guard import MetricGuard
     from lightning_prune.callbacks.obs_one_shot import OBSOneShot
     from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
@@ -152,10 +155,19 @@ class _LightningLoader(Loader):
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        import_module("lightning_prune.callbacks")
+        _import_callbacks()
+
+
+def _import_callbacks() -> None:
+    """Import the callbacks, and with them the other package of Lightning; the first one goes on to log messages."""
+    from lightning_utilities.core import rank_zero
+
+    logger = rank_zero.log  # each package puts its own here when it is imported
+    import_module("lightning_prune.callbacks")
+    rank_zero.log = logger
 
 
 if any(name in sys.modules for name in _LIGHTNING):
-    import_module("lightning_prune.callbacks")
+    _import_callbacks()
 else:
     sys.meta_path.insert(0, _LightningFinder())

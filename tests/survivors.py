@@ -500,3 +500,19 @@ def vector_norm(
 
 
 RULES["norm"] = vector_norm
+
+
+def assigned(func: Callable[..., Any], x: Survivors, index: Any, value: Any) -> None:
+    """Write into a part: what is written survives as it did, and numbers where there were entries."""
+    index = _mapped(plain, index)
+    entries, alive = plain(x), x.alive.clone()
+    entries[index] = plain(value)
+    if isinstance(value, Survivors):
+        alive[index] = value.alive.expand(alive[index].shape)
+    elif isinstance(value, Tensor):
+        alive[index] = True
+    entries[~alive] = 0
+    x.alive = alive
+
+
+RULES["__setitem__"] = assigned

@@ -165,6 +165,8 @@ import lightning.pytorch, pytorch_lightning
 callbacks = sys.modules["lightning_prune.callbacks"]
 for kind in [getattr(callbacks, name) for name in callbacks.__all__]:
     assert issubclass(kind, lightning.pytorch.Callback) and issubclass(kind, pytorch_lightning.Callback), kind
+from lightning_utilities.core import rank_zero
+assert rank_zero.log.name.startswith(pl.__name__), rank_zero.log.name
 assert pl.__spec__.loader is pl.__loader__ and type(pl.__loader__).__name__ == "SourceFileLoader"
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "lightning_prune"]
 """

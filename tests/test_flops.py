@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -450,14 +451,14 @@ def test_counting_leaves_the_model_as_it_was():
     model(torch.rand(2, 3, 8, 8)).sum().backward()
     model.body.norm.eval()
     model.head.weight.requires_grad_(False)
-    seen = []
-    model.pool.register_forward_hook(lambda *args: seen.append(1))
+    seen = Mock(return_value=None)
+    model.pool.register_forward_hook(seen)
     inputs, before = torch.rand(2, 3, 8, 8), state_of(model)
     given = inputs.clone()
     assert count_flops(model, inputs).by_module == model.flops
     assert_undisturbed(model, before)
     assert torch.equal(inputs, given)
-    assert seen  # Hooks are called, as in any forward.
+    assert seen.called  # Hooks are called, as in any forward.
 
 
 def test_counting_in_train_mode_is_counting_in_eval_mode():
@@ -558,3 +559,11 @@ def test_inputs_of_another_kind_are_refused():
     """What is neither tensor, tuple nor mapping raises TypeError."""
     with pytest.raises(TypeError, match="example_inputs: got str"):
         count_flops(ConvNet(), "an image")
+
+
+@pytest.mark.parametrize("width", [4, 64, 256])
+def test_large_weights_are_counted_as_small_ones(width):
+    """The multiply-adds of convolutions and linear layers, by their formulas, however large their weights are."""
+    model = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, width, 3), nn.Flatten(), nn.Linear(16 * width, 2))
+    expected = 36 * 27 * width + 16 * 9 * width * width + 32 * width
+    assert count_flops(model, torch.randn(1, 3, 8, 8)).total == expected

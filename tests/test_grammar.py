@@ -14,6 +14,7 @@ from lightning_prune import (
     FilterL1Pruning,
     FilterPruning,
     IterativeMagnitudePruning,
+    LayerPruning,
     OBSOneShot,
     OneShot,
     TaylorFilterPruning,
@@ -51,7 +52,7 @@ WEIGHTS = [
     IterativeMagnitudePruning,
     OBSOneShot,
 ]
-LAYERS = [prune_layers]
+LAYERS = [prune_layers, LayerPruning]
 EVERYTHING = [*UNITS, *WEIGHTS, *LAYERS]
 # One small net, pruned to the end: there is no layer by itself, and 1.0 means until a limit is met.
 OF_THEIR_OWN = {(prune_exact, "amount"), (prune_exact, "loss"), (prune_fisher, "amount")}

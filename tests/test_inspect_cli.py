@@ -258,7 +258,7 @@ def test_inspect_names_code_that_goes_by_numbers(capsys):
         ([], "give either --config or --model"),
         (["--model", "cli_script.mlp", "--config", "run.yaml"], "give either --config or --model"),
         (["--model", "cli_script.mlp"], "--model needs --input-shape, such as 1,3,32,32"),
-        (["--model", "cli_script.mlp", "--input_shape", "1,5"], "does not run on the example inputs"),
+        (["--model", "cli_script.mlp", "--input_shape", "1,5"], "does not run on such inputs"),
         (["--model", "cli_script.mlp", "--input-shape", "1,4", "--ignore", "9"], "ignore='9' names no module"),
         (["--model", "cli_script.mlp", "--input-shape", "1,4", "--min-width", "{'9': 2}"], "min_width['9'] names no"),
         (["--model", "cli_script.mlp", "--input-shape", "1,4", "--min-width", "{"], "'{' is not valid YAML"),

@@ -227,6 +227,25 @@ def test_a_mask_is_as_large_as_its_weight(dtype):
     assert not masks._factors and not masks._pairs
 
 
+@pytest.mark.parametrize("kind", ["Adam", "Adam-foreach", "AdamW-fused", "RMSprop"])
+def test_no_root_of_zero_is_taken(kind):
+    """Where gradients are masked, second moments of hidden weights do not stay zero, and no step changes by that."""
+    model, twin = small().double(), small().double()
+    optimizer, other = (OPTIMIZERS[kind](net.parameters()) for net in (model, twin))
+    with hold_masks(model, optimizer, KEEP) as masks, hold_masks(twin, other, KEEP) as others:
+        for _ in range(4):
+            step(model, optimizer, lambda: masks.mask_gradients_(optimizer))
+            step(twin, other, lambda: others.mask_gradients_(other))
+            for name, stays in KEEP.items():
+                second = optimizer.state[model.get_parameter(name)]
+                value = second["square_avg" if kind == "RMSprop" else "exp_avg_sq"]
+                assert (value[~stays] > 1e-9).all()
+                state = other.state[twin.get_parameter(name)]
+                state["square_avg" if kind == "RMSprop" else "exp_avg_sq"].mul_(stays)  # zero before each step
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("clips", [True, False])
 def test_gradients_are_masked_where_asked(clips):
     """With masked gradients, clipping sees the weights that are left alone, as their own norm would have it."""

@@ -245,3 +245,12 @@ def test_batches_that_are_no_numbers_are_told():
     with pytest.raises(PruningError, match=r"first.weight: The Hessian.*holds NaN or infinity, as do the batches"):
         fit(module, OBSOneShot(0.5, epoch=0, scope="global"))
     assert_same_weights(module, before)
+
+
+def test_without_training_batches_nothing_is_pruned():
+    """A fit whose training is switched off ends with a warning, and the weights are as they were."""
+    module = net()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.warns(UserWarning, match="nothing was pruned, as limit_train_batches=0"):
+        fit(module, OBSOneShot(0.5, batches=1), limit_train_batches=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

@@ -42,7 +42,7 @@ CALLS = {
     "layers refitted .*1/1": lambda **shown: prune_filters(
         convolutions(), IMAGES[:1], criterion="obs", batches=[IMAGES], ignore=["0"], **shown
     ),
-    "layers pruned .*100%": lambda **shown: prune_obs(convolutions(), batches=[IMAGES], amount=0.2, **shown),
+    "blocks pruned .*100%": lambda **shown: prune_obs(convolutions(), batches=[IMAGES], amount=0.2, **shown),
     "weights .*2/2": lambda **shown: prune_fisher(
         nn.Sequential(nn.Flatten(), nn.Linear(108, 4)), batches=BATCHES, loss=loss, **shown
     ),

@@ -5,7 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.proof import CASES, SETTINGS, Planted, Reference, fixed_subjects, subject_of, task, tried
+from benchmarks.planted.effects import Reference
+from benchmarks.planted.subjects import CASES, SETTINGS, Planted, subject_of
+from benchmarks.proof import fixed_subjects, task, tried
 from lightning_prune.surgery import draft, find_groups
 
 PLACES = {f"{subject.name}, {setting}": number for number, (setting, subject) in enumerate(fixed_subjects())}

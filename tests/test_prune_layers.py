@@ -370,7 +370,7 @@ def test_what_cannot_be_verified_stays():
     """A block whose parts are read, or that is called past its container, is kept and named with the reason."""
     model, x = Reading(), torch.randn(2, 5, WIDTH)
     with pytest.warns(UserWarning, match="could not be verified"):
-        report = prune_layers(model, x, 0.9, progress=False)
+        report = prune_layers(model, x, 0.6, progress=False)
     assert [layer.path for layer in report.removed] == ["blocks.2"]
     assert "does not run without it" in report.pinned["blocks.0"]
     assert "blocks.1" in report.pinned
@@ -585,9 +585,9 @@ def test_the_latency_is_measured(monkeypatch):
 def test_limits_are_kept():
     """min_layers, ignore and module keep layers, by pattern, path or module."""
     x = torch.randn(4, 5, 3)
-    with pytest.warns(UserWarning, match="min_layers=3 keeps the other layers"):
-        report = prune_layers(residual(), x, 0.9, min_layers=3, progress=False)
-    assert len(report.removed) == 1
+    with pytest.raises(PruningError, match="at most 25.0% of the layers"):
+        prune_layers(residual(), x, 0.3, min_layers=3, progress=False)
+    assert len(prune_layers(residual(), x, 0.25, min_layers=3, progress=False).removed) == 1
     model = residual()
     report = prune_layers(model, x, 0.9, ignore=["blocks.b0", model.blocks["b1"]], progress=False)
     assert {layer.path for layer in report.removed} == {"blocks.b2", "blocks.b3"}

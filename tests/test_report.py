@@ -1,5 +1,6 @@
 """What a run that prunes leaves behind: its history, in the callback, in checkpoints, in the terminal and as files."""
 
+import csv
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.callbacks.engine import reporting
 from lightning_prune.reports import History, LayerChange, LayerCost, draw_run, headline, run_tables
 from lightning_prune.reports.run_files import run_page
-from lightning_prune.reports.run_summary import main_metric, stages, staying
+from lightning_prune.reports.run_summary import main_metric, stages, staying, still_learning
 from tests import runs
 from tests.runs import Watch, fit, net, widths
 
@@ -101,7 +102,9 @@ def test_the_picture_shows_what_the_history_says():
     losses = [(m.step, m.metrics["val_loss"]) for m in history.moments if m.metrics]
     assert [tuple(point) for point in axes["", "val_loss"].lines[0].get_xydata()] == losses
     ends = [(100 * s.left["prune/flops_kept"], s.last["val_loss"]) for s in stages(history)]
-    assert [tuple(point) for point in axes["FLOPs kept, %", "val_loss"].lines[0].get_xydata()] == ends
+    assert still_learning(history)  # so that the dense point is drawn apart, and the curve begins after it
+    dense, curve = axes["FLOPs kept, %", "val_loss"].lines
+    assert [[tuple(point) for point in line.get_xydata()] for line in (dense, curve)] == [ends[:1], ends[1:]]
     heights = [bar.get_height() for bar in axes["", "width"].patches]
     changes = history.layers.values()
     assert heights == [change.before.width for change in changes] + [change.now.width for change in changes]
@@ -422,3 +425,19 @@ def test_the_history_keeps_the_facts_of_the_run(monkeypatch):
     assert facts["seed"] == "7" and facts["torch"] == torch.__version__ and facts["training time"].startswith("0:00")
     dense, now = callback.history.weights_bytes
     assert dense == sum(t.nbytes for t in (*net().parameters(), *net().buffers())) > now
+
+
+def test_pruning_steps_are_tables_for_papers_and_spreadsheets(tmp_path):
+    """CSV and LaTeX hold what was kept and the metric at the end of each stage; names are escaped for LaTeX."""
+    callback = FilterL1Pruning(0.5, schedule=Linear(1, 2))
+    fit(net(), callback, val=True, logger=logged(tmp_path))
+    folder, found = tmp_path / "run" / "version_0", stages(callback.history)
+    with open(folder / "pruning.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [stage.step for stage in found]
+    kept = [stage.left["prune/flops_kept"] for stage in found]
+    assert [float(row["FLOPs kept"]) for row in rows] == pytest.approx(kept, abs=1e-4)
+    losses = [stage.last["val_loss"] for stage in found]
+    assert [float(row["val_loss"]) for row in rows] == pytest.approx(losses, rel=1e-5)
+    table = (folder / "pruning.tex").read_text()
+    assert r"val\_loss \\" in table and table.count(r" \\") == 1 + len(found)

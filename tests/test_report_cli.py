@@ -52,7 +52,9 @@ def test_a_run_is_shown_again_from_whatever_it_left(run, capsys, monkeypatch):
 def test_a_report_is_written_where_asked(run, tmp_path, capsys):
     """--out takes the page, the picture and the history, the same as the run's own."""
     shown(capsys, run / "checkpoints" / "last.ckpt", "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "pruning.html").read_text() == (run / "pruning.html").read_text()
+    pages = [(folder / "pruning.html").read_text() for folder in (tmp_path / "out", run)]
+    # checkpoints do not hold when and where they were made
+    assert re.sub("<dl>.*</dl>", "<dl></dl>", pages[1]) == pages[0] != pages[1]
     assert (tmp_path / "out" / "pruning.png").exists()
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_prune import load_from_checkpoint
-from tests.sharded_runs import CASES, Lit, data, trainer
+from lightning_prune import PruningError, load_from_checkpoint
+from lightning_prune.callbacks.engine.sharding import load_as_before_, take_shapes_before_loading_
+from tests.sharded_runs import CASES, REFUSED, Lit, data, trainer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,10 @@ def alone(case, **options):
     return module
 
 
-@pytest.mark.parametrize("name", [*(f"fsdp-{case}" for case in CASES if case != "taylor"), "tp-layer", "tp-global"])
+@pytest.mark.parametrize(
+    "name",
+    [*(f"fsdp-{case}" for case in CASES if case not in (*REFUSED, "by-outputs", "one-shot")), "tp-layer", "tp-global"],
+)
 def test_same_weights_are_pruned_as_in_one_process(results, name):
     """The same zeros, to the last one, and weights equal but for the order of sums."""
     expected, found = alone(name.partition("-")[2]).state_dict(), torch.load(results / name)
@@ -84,8 +88,55 @@ def test_one_process_loads_what_two_have_cut(results):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("tp-filters", "tensor parallelism splits channels"), ("taylor", "Use a criterion of weights")]
+    ("name", "told"),
+    [
+        ("tp-filters", "tensor parallelism splits channels"),
+        ("taylor", "Use a criterion of weights"),
+        ("rewinding", "cannot be saved of a model that is split"),
+    ],
 )
 def test_what_cannot_be_done_is_refused(results, name, told):
     """Before training starts, with what to do instead."""
     assert told in (results / name).read_text()
+
+
+def test_what_replaced_the_loading_of_a_strategy_stays():
+    """Another stand-in for ``load_checkpoint`` is there again after a run, and stays where nothing is split."""
+    run = trainer("layer", devices=1)
+    run.strategy.load_checkpoint = mine = run.strategy.load_checkpoint
+    take_shapes_before_loading_("here", run, Lit())
+    assert run.strategy.load_checkpoint is not mine
+    load_as_before_(run)
+    assert run.strategy.load_checkpoint is mine
+    load_as_before_(run)
+    assert run.strategy.load_checkpoint is mine
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{}, {"shapes": 3, "recipe": {}}, {"shapes": {"net.0.weight": ["a", 2]}, "recipe": {}},
+     {"shapes": {"net.0.weight": [-1, 8]}, "recipe": {}}, {"shapes": {"net.0.weight": [10**9, 10**9]}, "recipe": {}}],
+    ids=str,
+)  # fmt: skip
+def test_damaged_shapes_are_refused(tmp_path, told):
+    """Before anything of their size is made, with what to do."""
+    run = trainer("layer", devices=1)
+    torch.save({"lightning_prune": told}, tmp_path / "damaged.ckpt")
+    take_shapes_before_loading_("here", run, Lit())
+    with pytest.raises(PruningError, match="damaged. Load an earlier checkpoint"):
+        run.strategy.load_checkpoint(tmp_path / "damaged.ckpt")
+
+
+def test_a_criterion_that_draws_at_random_prunes_as_much(results):
+    """Which units ``output_change`` prunes depends on what it draws; how many does not."""
+    expected, found = alone("by-outputs").state_dict(), torch.load(results / "fsdp-by-outputs")
+    assert [value.shape for value in found.values()] == [value.shape for value in expected.values()]
+
+
+def test_second_order_pruning_chooses_nearly_the_same(results):
+    """The order of sums can turn a close choice among weights; as many are zeroed, and nearly the same ones."""
+    expected, found = alone("one-shot").state_dict(), torch.load(results / "fsdp-one-shot")
+    weights = [key for key, value in expected.items() if value.dim() > 1]
+    same = sum(int(((expected[key] == 0) == (found[key] == 0)).sum()) for key in weights)
+    assert [int((found[key] == 0).sum()) for key in weights] == [int((expected[key] == 0).sum()) for key in weights]
+    assert same >= 0.95 * sum(expected[key].numel() for key in weights)

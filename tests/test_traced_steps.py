@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_prune import FilterL1Pruning, OneShot, PruningError, count_flops
 from lightning_prune.callbacks.engine.step import instead_of_forward
-from lightning_prune.model.calls import undisturbed
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import find_structure, trace
 from tests.runs import CLASSES, fit, trainer
 

@@ -207,19 +207,27 @@ def follows(full: nn.Module, slim: nn.Module, kept: Mapping[str, Mapping[int, Te
     return True
 
 
-def choices(program: Program, report: Any) -> Iterator[dict[str, bool]]:
+def choices(program: Program, report: Any) -> Iterator[dict[str, Any]]:
     """Yield which constants made from widths go by the slim width; by default all go by the original one.
 
     Attention may divide by either width, as ``scaled_dot_product_attention`` does by its own; a mean written out as a
-    sum and a division is one over what survives. Any other constant must stay unless the report names its module.
+    sum and a division is one over what survives. Any other constant must stay unless the report names its module; then
+    it may also be the new value of an attribute that the report names.
     """
     named = " ".join(str(constant) for constant in constants_of(report))
     places = dict.fromkeys(re.findall(r'"(\w+ of s\d)"', source(program, oracle=True)))
-    free = [place for place in places if not place.startswith("other") or place.split()[-1] in named]
+    free: dict[str, tuple[Any, ...]] = {}
+    for place in places:
+        module = place.split()[-1]
+        if not place.startswith("other") or module in named:
+            free[place] = (False, True)
+        if module in named:  # an attribute that is read for this number may follow another width
+            changes = [change for change in getattr(report, "attributes", ()) if change.module == module]
+            free[place] += tuple({change.new for change in changes if isinstance(change.new, int)})
     if any(stage.kind == "attention" for stage in program.stages):
-        free.append(OPERATOR)
-    for narrow in itertools.product((False, True), repeat=len(free)):
-        yield dict(zip(free, narrow, strict=True))
+        free[OPERATOR] = (False, True)
+    for values in itertools.product(*free.values()):
+        yield dict(zip(free, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -246,12 +254,15 @@ def oracle(
     x: Tensor,
     training: bool,
     arguments: dict[str, Any],
-    constants: Mapping[str, bool],
+    constants: Mapping[str, Any],
 ) -> Any:
     """Run the program at full width on the full model's weights, marked by what the report says is kept."""
 
     def width(tensor: Any, dim: int, kind: str) -> int:
-        return survivors_along(tensor, dim) if constants.get(kind) else tensor.shape[dim]
+        chosen = constants.get(kind, False)
+        if chosen is True:
+            return survivors_along(tensor, dim)
+        return chosen or tensor.shape[dim]
 
     model = build(replace(program, dtype="float64"), compiled(program, oracle=True, probe=True, WIDTH=width))
     for (path, module), (_, other) in zip(model.named_modules(), full.named_modules(), strict=True):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_prune.measure.gradients import Loss
-from lightning_prune.model.calls import ExampleInputs, undisturbed
+from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import seen
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.accumulators import by_l2
 from lightning_prune.pruning.arguments import (
     Modules,
@@ -172,7 +173,11 @@ def _scores(
 
 
 def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:
-    return torch.stack([loss(model, batch).detach().cpu().double() for batch in batches]).mean()
+    losses = []
+    for batch in batches:
+        with unchanged(batch):
+            losses.append(loss(model, batch).detach().cpu().double())
+    return torch.stack(losses).mean()
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:

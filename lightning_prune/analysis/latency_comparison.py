@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.measure.latency import ROUNDS, Turn, circumstances, rounds
-from lightning_prune.model.calls import ExampleInputs, run, tensors_in, undisturbed
+from lightning_prune.model.calls import ExampleInputs, run, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import seen
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.limits import channels, step_of
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, find_groups, temporarily_cut
@@ -112,7 +113,11 @@ def compare_latency(
             shapes[f"round_to={multiple}"] = shape
             flops[f"round_to={multiple}"] = structure.flops(keep)
     timings = []
-    with Progress(transient=True, disable=not (progress and seen())) as bar, undisturbed(dense), undisturbed(pruned):
+    with (
+        Progress(transient=True, disable=not (progress and seen())) as bar,
+        undisturbed(dense, example_inputs, copied=True),
+        undisturbed(pruned, copied=True),
+    ):
         task = bar.add_task("latency", total=ROUNDS * len(batch_sizes))
         for size in batch_sizes:
             batch = _resized(example_inputs, size)
@@ -186,7 +191,7 @@ def _rounder(structure: Structure, widths: Mapping[str, int]) -> dict[int, Keep]
 def _runs(model: nn.Module, example_inputs: ExampleInputs, shape: Callable[[], AbstractContextManager[None]]) -> bool:
     """Return whether the model runs in a shape: widths that code ties together may not be rounded one by one."""
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
+        stack.enter_context(undisturbed(model, example_inputs))
         stack.enter_context(shape())
         try:
             run(model, example_inputs)

@@ -103,6 +103,7 @@ class DistillFromDense(Companion):
         self.module = module
         self._trained: weakref.ref[LightningModule] | None = None  # which the state is of
         self._calls: Calls | None = None
+        self._channels: dict[str, tuple[str, int, int]] = {}  # of each layer of features: see channels_of
         self._state = _State()
 
     @property
@@ -137,7 +138,7 @@ class DistillFromDense(Companion):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the names, and note from now on what the training step calls."""
         self._state.path = self._named(pl_module)
-        self._places(pl_module)
+        self._channels = {layer: channels_of(type(self).__name__, pl_module, layer) for layer in self.features}
         if self._state.snapshot is not None:
             self._state.teacher = Teacher(pl_module.get_submodule(self._state.path or ""), self._state.snapshot)
             self._state.snapshot = None
@@ -153,7 +154,7 @@ class DistillFromDense(Companion):
 
     def after_cut(self, trainer: Trainer, pl_module: LightningModule, cut: Cut) -> None:
         """Note which channels of the layers are left."""
-        self._state.kept = followed(self._state.kept, self._places(pl_module), cut)
+        self._state.kept = followed(self._state.kept, self._channels, cut)
 
     def rollback_state(self) -> dict[str, Tensor]:
         """Return which channels of the layers are left."""
@@ -189,8 +190,10 @@ class DistillFromDense(Companion):
                 "the network that it calls."
             )
         with trainer.precision_plugin.forward_context():
-            distance = torch.stack([self._distance(pl_module, call) for call in calls]).mean()
-        pl_module.log("prune/distillation", distance.detach(), on_step=False, on_epoch=True, batch_size=1)
+            distance = torch.stack([self._distance(call) for call in calls]).mean()
+        several = sum(isinstance(other, DistillFromDense) for other in trainer.callbacks) > 1  # type: ignore[attr-defined]
+        name = f"prune/distillation/{self._state.path}" if several else "prune/distillation"  # equal names are averaged
+        pl_module.log(name, distance.detach(), on_step=False, on_epoch=True, batch_size=1)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         added = distance / trainer.accumulate_grad_batches
         loss.add_(added if scaler is None else scaler.scale(added))
@@ -240,19 +243,16 @@ class DistillFromDense(Companion):
         if self._state.teacher is not None:  # of the whole module, since pruning began before the first step
             self._state.teacher = Teacher(self._state.teacher.network.get_submodule(self._state.path))
 
-    def _places(self, pl_module: LightningModule) -> dict[str, tuple[str, int, int]]:
-        return {layer: channels_of(type(self).__name__, pl_module, layer) for layer in self.features}
-
-    def _distance(self, pl_module: LightningModule, call: Call) -> Tensor:
+    def _distance(self, call: Call) -> Tensor:
         """Return the distillation loss of one call, ``()``."""
         assert self._state.teacher is not None
         prefix = f"{self._state.path}." if self._state.path else ""
         answer = self._state.teacher.answer(call, {layer: layer.removeprefix(prefix) for layer in self.features})
-        distance = self.weight * self._loss(call.output, answer.output)
+        distance = self.weight * self._loss(call.output, answer.output) if self.weight else torch.zeros(())
         if not self.features:
             return distance
         gaps = []
-        for layer, (_, _, dim) in self._places(pl_module).items():
+        for layer, (_, _, dim) in self._channels.items():
             self._refuse_not_called(layer, call)
             taught = answer.features[layer].float()
             if layer in self._state.kept:

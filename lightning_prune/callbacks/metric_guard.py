@@ -15,7 +15,6 @@ from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
 from lightning_prune.callbacks.engine.metric_mode import mode_by_callbacks
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
-from lightning_prune.callbacks.engine.sharding import whole_model
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
@@ -192,13 +191,14 @@ class MetricGuard(Guard):
         averaged = isinstance(strategy.model, DistributedDataParallel)
         if averaged:
             strategy.model = pl_module
-        with whole_model("MetricGuard", trainer, pl_module):
+        engine = engine_of(trainer)
+        with engine.whole("MetricGuard", trainer, pl_module):
             restore_(pl_module, trainer.optimizers, before)
-        for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
-            restore_(copy, (), own)
-        if averaged:
-            strategy.configure_ddp()  # type: ignore[attr-defined]
-        engine_of(trainer).rollback(trainer, pl_module, before["pruning"], halve=self.then == "halve")
+            for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
+                restore_(copy, (), own)
+            if averaged:
+                strategy.configure_ddp()  # type: ignore[attr-defined]
+            engine.rollback(trainer, pl_module, before["pruning"], halve=self.then == "halve")
         rank_zero_info(
             f"MetricGuard: {self.monitor} was {self._state.last:g}, more than {self.drop:g} behind its best "
             f"{self._state.best:g}; the last cut was taken back."

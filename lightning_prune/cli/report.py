@@ -20,9 +20,20 @@ from lightning_prune.cli.runs import (
     load_checkpoint,
     load_weights_,
     model_and_inputs,
+    results_folder,
+    whole_number,
 )
 from lightning_prune.model.errors import PruningError
-from lightning_prune.reports import HISTORY_FILE, History, latency_advice, latency_table, run_tables, write_run
+from lightning_prune.reports import (
+    HISTORY_FILE,
+    History,
+    headline,
+    latency_advice,
+    latency_table,
+    run_tables,
+    write_run,
+)
+from lightning_prune.surgery.masks import masks_on
 
 __all__ = ["DESCRIPTION", "add_arguments", "run"]
 
@@ -47,10 +58,12 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("run_path", metavar="RUN", type=Path, help="log folder, checkpoint or pruning.json")
-    parser.add_argument("--out", type=Path, help="folder to write the report to")
+    parser.add_argument("run_path", metavar="RUN", type=_local, help="log folder, checkpoint or pruning.json")
+    parser.add_argument("--out", type=results_folder, help="folder to write the report to")
     parser.add_argument("--latency", action="store_true", help="compare dense and pruned on this machine")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32], help="for --latency (default: 1 32)")
+    parser.add_argument(
+        "--batch_sizes", type=whole_number, nargs="+", default=[1, 32], help="for --latency (default: 1 32)"
+    )
     parser.add_argument("--device", default="cpu", help="for --latency, such as cuda (default: cpu)")
     add_run_options(parser, required=False)
     add_model_options(parser)
@@ -62,13 +75,21 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         raise PruningError(f"unknown arguments: {' '.join(rest)}.")
     console = Console()
     history = _history(options.run_path)
+    for line in headline(history):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     for table in run_tables(history):
         console.print(table)
     if options.out is not None:
         files = write_run(history, options.out)
         console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
     if options.latency:
-        _latency(options, rest, console, history)
+        _latency(options, rest, console)
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine; copy {HISTORY_FILE} here and give its path")
+    return Path(text)
 
 
 def _history(path: Path) -> History:
@@ -101,7 +122,7 @@ def _latest(folder: Path) -> Path | None:
     return max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _latency(options: argparse.Namespace, rest: list[str], console: Console, history: History) -> None:
+def _latency(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     """Measure and print the latency of the dense and the pruned model."""
     path: Path = options.run_path
     folder = path if path.is_dir() else path.parent
@@ -125,7 +146,7 @@ def _latency(options: argparse.Namespace, rest: list[str], console: Console, his
         dense.trainer = None  # it cannot be copied
     pruned = copy.deepcopy(dense)
     load_weights_(pruned, checkpoint)
-    _refuse_dense(dense, pruned, checkpoint, history)
+    _refuse_dense(dense, pruned, checkpoint)
     try:
         inputs = move_data_to_device(inputs, torch.device(options.device))
         dense, pruned = dense.to(options.device), pruned.to(options.device)
@@ -136,11 +157,11 @@ def _latency(options: argparse.Namespace, rest: list[str], console: Console, his
     console.print(latency_advice(report), soft_wrap=True, markup=False)
 
 
-def _refuse_dense(dense: nn.Module, pruned: nn.Module, checkpoint: Path, history: History) -> None:
-    """Refuse to measure a model that lost nothing, where the run removed units: it would be called the pruned one."""
+def _refuse_dense(dense: nn.Module, pruned: nn.Module, checkpoint: Path) -> None:
+    """Refuse to measure a model that lost nothing, neither units nor weights: it would be called the pruned one."""
     shapes = [parameter.shape for parameter in dense.parameters()]
-    removes = "prune/params_kept" in history.left
-    if removes and shapes == [parameter.shape for parameter in pruned.parameters()]:
+    same = shapes == [parameter.shape for parameter in pruned.parameters()]
+    if same and not masks_on(pruned):
         raise PruningError(
             f"{checkpoint} holds the dense model: it was saved before the first pruning step. Give --ckpt_path of a "
             "checkpoint that was saved after the last one."

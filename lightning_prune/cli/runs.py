@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import pkgutil
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_prune.callbacks.validation import inputs_from_validation
-from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.surgery.loading import load_state_dict_
 
 __all__ = [
     "RUN", "add_model_options", "add_run_options", "existing_file", "load_checkpoint", "load_run", "load_weights_",
-    "model_and_inputs", "saved_weights",
+    "model_and_inputs", "results_folder", "saved_weights", "whole_number",
 ]  # fmt: skip
 
 RUN = """\
@@ -58,7 +62,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="import path of a class or function that returns the model")
     add("--input_shape", type=_shape, help="shape of the input, such as 1,3,32,32")
-    add("--tokens", type=_count, metavar="N", help="size of the vocabulary, if the input is token ids below N")
+    add("--tokens", type=whole_number, metavar="N", help="size of the vocabulary, if the input is token ids below N")
 
 
 def model_and_inputs(options: argparse.Namespace, rest: list[str]) -> tuple[nn.Module, ExampleInputs]:
@@ -72,7 +76,9 @@ def model_and_inputs(options: argparse.Namespace, rest: list[str]) -> tuple[nn.M
         return module, inputs_from_validation(trainer, module, datamodule)
     if options.input_shape is None:
         raise PruningError("--model needs --input-shape, such as 1,3,32,32, to run the model.")
-    return _made(options.model, rest, options.command), _random(options)
+    model, inputs = _made(options.model, rest), _random(options)
+    _check_runs(model, inputs, options)
+    return model, inputs
 
 
 def load_run(
@@ -80,6 +86,7 @@ def load_run(
 ) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
     """Return trainer, module (as initialised) and data, as LightningCLI creates them from the same YAML."""
     _require_jsonargparse()
+    from jsonargparse import ArgumentError
     from lightning.pytorch.cli import LightningCLI
 
     settings = _settings(options, rest)
@@ -87,10 +94,13 @@ def load_run(
     data_class = options.data_class and _imported(options.data_class)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        made = LightningCLI(
-            model_class, data_class, save_config_callback=None, run=False, auto_configure_optimizers=False,
-            args=["--config", yaml.safe_dump(settings), *rest],
-        )  # fmt: skip
+        try:
+            made = LightningCLI(
+                model_class, data_class, save_config_callback=None, run=False, auto_configure_optimizers=False,
+                args=["--config", yaml.safe_dump(settings), *rest], parser_kwargs={"exit_on_error": False},
+            )  # fmt: skip
+        except ArgumentError as error:
+            raise PruningError(f"{options.config}: {error}") from error
     return made.trainer, made.model, getattr(made, "datamodule", None)
 
 
@@ -164,25 +174,82 @@ def _imported(path: str) -> Any:
         ) from error
 
 
-def _made(path: str, rest: list[str], command: str) -> nn.Module:
-    """Return a model from the import path of a class or function, and its arguments."""
-    _require_jsonargparse()
-    from jsonargparse import ArgumentParser
+def _made(path: str, rest: list[str]) -> nn.Module:
+    """Return the model that an import path names: a class or function, called with its arguments, or a model itself."""
+    found = _imported(path)
+    if isinstance(found, nn.Module) and not rest:
+        return found
+    if not callable(found) or isinstance(found, nn.Module):
+        raise PruningError(f"--model {path}: it is {_kind(found)}. Name a class or a function that returns a model.")
+    made = _called(path, found, rest)
+    if not isinstance(made, nn.Module):
+        raise PruningError(f"--model {path}: it returned {_kind(made)}, not a torch.nn.Module.")
+    return made
 
-    parser = ArgumentParser(prog=f"lightning-prune {command}")
-    parser.add_argument("--model", type=nn.Module, required=True)
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
-    return instantiate(parser.parse_args([f"--model={path}", *rest])).model  # type: ignore[no-any-return]
+
+def _called(path: str, found: Callable[..., Any], rest: list[str]) -> Any:
+    """Call a class or function with ``--model.name value`` options; its annotations, if any, tell their types."""
+    _require_jsonargparse()
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    if inspect.isclass(found):
+        names = parser.add_class_arguments(found, "model", instantiate=False, fail_untyped=False)
+    else:
+        names = parser.add_function_arguments(found, "model", fail_untyped=False)
+    known = ", ".join(f"--{name}" for name in names) or "none"
+    try:
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
+        settings = instantiate(parser.parse_args(rest)).as_dict().get("model", {})
+    except ArgumentError as error:
+        raise PruningError(f"--model {path}: {error}. Its options: {known}.") from error
+    for name, parameter in inspect.signature(found).parameters.items():
+        if settings.get(name, 0) is None and parameter.default is inspect.Parameter.empty:
+            raise PruningError(f"--model {path} needs --model.{name}. Its options: {known}.")
+    try:
+        return found(**settings)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{type(error).__name__}: {error}, at {at.filename}:{at.lineno}"
+        raise PruningError(f"--model {path}: it cannot be called with {settings} ({said}).") from error
+
+
+def _kind(found: Any) -> str:
+    name = type(found).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _check_runs(model: nn.Module, inputs: ExampleInputs, options: argparse.Namespace) -> None:
+    """Run a model on inputs made from --input-shape, so that a wrong shape or kind is reported as such."""
+    try:
+        if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+            run(model, inputs)  # which gives lazy layers their shapes
+        with undisturbed(model):
+            run(model, inputs)
+    except Exception as error:  # whatever the model raises
+        shape = ",".join(map(str, options.input_shape))
+        given = f"--input-shape {shape}" + ("" if options.tokens is None else f" --tokens {options.tokens}")
+        said = " ".join(str(error).split())
+        advice = "Correct the shape."
+        if options.tokens is None:
+            advice += " If the inputs are token ids, add --tokens N, the size of the vocabulary."
+        raise PruningError(
+            f"{given}: {type(model).__name__} does not run on such inputs ({type(error).__name__}: {said}). {advice}"
+        ) from error
 
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(size) for size in text.split(","))
+        sizes = tuple(int(size) for size in text.strip("()[] ").rstrip(",").split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape; write sizes as 1,3,32,32") from error
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: each size must be 1 or more")
+    return sizes
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
+    """Return a number from 1, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
     return int(text)
@@ -192,6 +259,13 @@ def existing_file(text: str) -> Path:
     """Return the path of a file, for argparse, which reports an error if there is none."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} does not exist, or is not a file")
+    return Path(text)
+
+
+def results_folder(text: str) -> Path:
+    """Return the path of a folder to write to, for argparse, which reports an error if it is a file."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder")
     return Path(text)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.console import Console
 from lightning_prune.analysis.layer_sensitivity import TENTHS
 from lightning_prune.analysis.sensitivity_findings import Sensitivity
 from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
-from lightning_prune.cli.runs import RUN, add_run_options, load_run, load_weights_
+from lightning_prune.cli.runs import RUN, add_run_options, load_run, load_weights_, results_folder
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.reports import draw_sensitivity, import_matplotlib, sensitivity_table
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ignore", nargs="+", default=[], help="patterns of modules not to prune")
     add("--metric", required=True, help="name under which validation logs the metric")
     add("--mode", choices=("max", "min"), help="which is better; by default min if the name says loss or error")
-    add("--out", type=Path, required=True, help="folder for the results")
+    add("--out", type=results_folder, required=True, help="folder for the results")
     add("--drop", type=float, default=0.01, help="how much worse the metric may become (default: 0.01)")
     add("--shares", type=float, nargs="+", default=TENTHS, help="fractions to prune (default: 0.1 0.2 ... 0.9)")
     add("--weights", action="store_true", help="zero single weights, layer by layer, instead of pruning channels")

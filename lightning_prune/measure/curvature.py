@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
 
-from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import unchanged, undisturbed
 
 __all__ = ["OutputLoss", "outer_product_rows"]
 
@@ -51,12 +52,14 @@ def outer_product_rows(
     rows = []
     examples = 0
     with undisturbed(model), torch.enable_grad():
-        for inputs, targets in batches:
-            found = vmap(lambda x: outputs(own, x))(inputs).detach()
+        for batch in batches:
+            inputs, targets = batch
+            with unchanged(batch):
+                found = vmap(lambda x: outputs(own, x))(inputs).detach()
+                jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(own, inputs)
             found = found.to(torch.promote_types(found.dtype, torch.float32))  # halves have no eigenvectors
             values, vectors = torch.linalg.eigh(vmap(roots)(found, targets))
             root = vectors * values.clamp_min(0).sqrt()[:, None]  # (N, outputs, outputs), H = root @ root.T
-            jacobian = vmap(jacrev(outputs), in_dims=(None, 0))(own, inputs)
             flat = torch.cat([jacobian[name].flatten(found.dim()) for name in names], dim=-1).flatten(1, -2)
             rows.append((root.transpose(1, 2) @ flat.to(root.dtype)).flatten(0, 1).detach())
             examples += len(inputs)

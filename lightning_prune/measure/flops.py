@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.model.calls import ExampleInputs, as_call, called, tensors_in, undisturbed
+from lightning_prune.model.calls import ExampleInputs, as_call, called, tensors_in
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.rules import is_pointwise
 
 with warnings.catch_warnings():
@@ -81,7 +82,7 @@ def count_flops(model: nn.Module, example_inputs: ExampleInputs) -> FlopCount:
         >>> flops.by_module
         {'': 1184, '0': 864, '1': 0, '2': 320}
     """
-    with undisturbed(model), _unfused():
+    with undisturbed(model, example_inputs, copied=True), _unfused():
         _call_eagerly_(model)
         leaves, spec = pytree.tree_flatten(_copied(example_inputs))
         analysis = FlopCountAnalysis(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure.tracer import taken_apart
 
@@ -29,13 +29,11 @@ def batch_gradients(model: nn.Module, batch: Any, loss: Loss) -> dict[str, Tenso
     return dict(zip(parameters, gradients, strict=True))
 
 
-def example_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Iterator[dict[str, Tensor]]:
-    """Yield, example by example, the loss's gradient for every parameter that it depends on, in eval mode."""
-    with undisturbed(model), torch.enable_grad():
-        for batch in batches:
-            for example in _examples(batch):
-                found = batch_gradients(model, example, loss)
-                yield {name: gradient for name, gradient in found.items() if gradient is not None}
+def example_gradients(model: nn.Module, batch: Any, loss: Loss) -> Iterator[dict[str, Tensor]]:
+    """Yield, example by example, the loss's gradient for every parameter that it depends on."""
+    for example in _examples(batch):
+        found = batch_gradients(model, example, loss)
+        yield {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def squared_gradients(model: nn.Module, batch: Any, loss: Loss) -> Iterator[dict[str, Tensor]]:

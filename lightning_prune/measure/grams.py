@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_prune.measure.calibration import Calibration, Run
 from lightning_prune.measure.products import Products, watch_inputs
 from lightning_prune.measure.unrolled import Reading
-from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.devices import widest_float
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.structure import named_tensors
 
 __all__ = ["Change", "Gram", "Pair", "fitting", "gather_grams", "gather_pair"]
@@ -116,7 +116,8 @@ def gather_grams(
 
     with undisturbed(model), watch_inputs(model, names, receive):
         for batch in calibration.batches:
-            calibration.forward(model, batch)
+            with unchanged(batch):
+                calibration.forward(model, batch)
     return {name: _mean(name, gram, calibration) for name, gram in grams.items()}
 
 
@@ -174,7 +175,7 @@ def _columns(model: nn.Module, products: Products, name: str, forward: Run, batc
         if len(found) == products.calls[name]:
             raise _EnoughError
 
-    with undisturbed(model), suppress(_EnoughError), watch_inputs(model, [name], receive):
+    with undisturbed(model, batch), suppress(_EnoughError), watch_inputs(model, [name], receive):
         forward(model, batch)
     return torch.cat(found, dim=2)
 

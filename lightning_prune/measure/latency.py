@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import ExampleInputs, run, tensors_in, undisturbed
+from lightning_prune.model.calls import ExampleInputs, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import AttributeChange, Cut, draft, held_number, shape_attributes, temporarily_cut
 
@@ -78,7 +79,7 @@ def latency_kept(
     """
     cut = draft(model, structure, keep)
     slim = partial(temporarily_cut, model, cut, cut.tensors(model)) if cut.keep else nullcontext
-    with undisturbed(model):
+    with undisturbed(model, example_inputs, copied=True):
         turns = [Turn(model, example_inputs, shape) for shape in (_stand_in(model, whole), slim)]
         try:
             ratios = [slim / dense for dense, slim in rounds(turns)]

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.measure.calibration import Run
 from lightning_prune.measure.unrolled import Convolution, Matmul, Reading
-from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tracer import taken_apart
 
@@ -77,7 +77,7 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
 
     named = dict(model.named_parameters())
     uses: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {}
-    with undisturbed(model), watch_inputs(model, named, receive, otherwise, uses):
+    with undisturbed(model, batch), watch_inputs(model, named, receive, otherwise, uses):
         try:
             run(model, batch)
         except Exception as error:

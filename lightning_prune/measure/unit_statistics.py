@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,6 +30,8 @@ __all__ = [
 
 MOMENTS = ("total", "squares", "zeros")
 """What is summed of activations: themselves, their squares, how many are zero."""
+
+_AT_ONCE = 2**16  # products of weights and gradients made at a time: few enough for a processor's cache
 
 
 class UnitMeans(Metric):
@@ -160,16 +162,50 @@ def over_units(slots: Iterable[Slot], width: int, values: Mapping[str, Tensor]) 
     Returns:
         One sum per unit, ``(width,)``, or None where no slot has values.
     """
+
+    def sums(slot: Slot) -> Tensor | None:
+        value = values.get(slot.tensor)
+        return None if value is None else _but(value, slot.dim)
+
+    return _added(slots, width, sums)
+
+
+def _added(slots: Iterable[Slot], width: int, sums: Callable[[Slot], Tensor | None]) -> Tensor | None:
+    """Add up over slots what is one number for each index of a slot's dimension."""
     total: Tensor | None = None
     for slot in slots:
-        if slot.tensor in values:
-            value = values[slot.tensor]
-            others = [dim for dim in range(value.dim()) if dim != slot.dim]
-            rows = value.sum(dim=others) if others else value
+        rows = sums(slot)
+        if rows is not None:
             if not (slot.aligned and len(rows) == width):
                 rows = Place("", width, torch.from_numpy(slot.units), False).over_units(rows)
             total = rows if total is None else total + rows
     return total
+
+
+def _but(values: Tensor, dim: int) -> Tensor:
+    """Sum over all dimensions but one."""
+    others = [other for other in range(values.dim()) if other != dim]
+    return values.sum(dim=others) if others else values
+
+
+def _product_sums(one: Tensor, other: Tensor, dims: Iterable[int]) -> dict[int, Tensor]:
+    """Sum the product of two tensors over all dimensions but one, for each of some dimensions, ``(size of it,)``.
+
+    The product is made a part at a time, which stays in a processor's cache: it is never written to memory.
+    """
+    if not one.dim():
+        return {}
+    rows = max(1, _AT_ONCE // max(1, one[:1].numel()))
+    parts: dict[int, list[Tensor]] = {dim: [] for dim in dims}
+    for first, second in zip(one.split(rows), other.split(rows), strict=True):
+        product = first.to(_at_least_single(second)) * second
+        for dim, sums in parts.items():
+            sums.append(_but(product, dim))
+    return {dim: sums[0] if len(sums) == 1 else _joined(sums, dim) for dim, sums in parts.items()}
+
+
+def _joined(sums: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(dim=0)
 
 
 def taylor_over_units(
@@ -205,13 +241,17 @@ def taylor_over_units(
             wanted[name] = known or [slot for slot in group.slots if slot.tensor in seen]
     found = {}
     with torch.no_grad():
-        products = {}
-        for name in {slot.tensor for slots in wanted.values() for slot in slots}:
+        dims: dict[str, set[int]] = {}
+        for slots in wanted.values():
+            for slot in slots:
+                dims.setdefault(slot.tensor, set()).add(slot.dim)
+        sums = {}
+        for name, own in dims.items():
             gradient = gradients[name]
             assert gradient is not None
-            products[name] = parameters[name].to(_at_least_single(gradient)) * gradient
+            sums[name] = _product_sums(parameters[name], gradient, own)
         for name, slots in wanted.items():
-            total = over_units(slots, structure.groups[name].width, products)
+            total = _added(slots, structure.groups[name].width, lambda slot: sums[slot.tensor].get(slot.dim))
             if total is not None:
                 found[name] = total.square()
     return found

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.model.calls import call_on, undisturbed
+from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.sandbox import unchanged, undisturbed
 
 __all__ = ["batch_norms", "recalibrate_batch_norm"]
 
@@ -58,7 +59,8 @@ def recalibrate_batch_norm(
             norm.momentum, norm.training = None, True  # None averages all batches alike
         for batch in batches:
             seen += 1
-            (forward or call_on)(model, batch)
+            with unchanged(batch):
+                (forward or call_on)(model, batch)
         averaged = {}
         for path, norm in found.items():
             if norm.num_batches_tracked:  # layers that no batch reached keep their statistics

@@ -1,13 +1,10 @@
 """Calling a model on example inputs without side effects, and finding tensors in its inputs and outputs."""
 
 import dataclasses
-import inspect
 import random
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
 
 __all__ = [
@@ -34,7 +30,6 @@ __all__ = [
     "run",
     "same_draws",
     "tensors_in",
-    "undisturbed",
 ]
 
 
@@ -48,8 +43,6 @@ class Instead(NamedTuple):
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | Instead
 """A tensor (the one positional input), a tuple of positional or a mapping of keyword inputs, or an :class:`Instead`."""
 
-_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
-_FUNCTIONS = frozenset({FunctionType, MethodType})
 _ORDINARY = frozenset({nn.Parameter, Tensor})  # never without shape
 
 
@@ -158,11 +151,7 @@ def refuse_shapeless(model: nn.Module) -> None:
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    _refuse_shapeless(modules_of(model))
-
-
-def _refuse_shapeless(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    for path, module in modules:
+    for path, module in modules_of(model):
         for tensors in (module._parameters, module._buffers):
             for leaf, tensor in tensors.items():
                 if type(tensor) not in _ORDINARY and tensor is not None and is_lazy(tensor):
@@ -213,111 +202,3 @@ def mode_of(model: nn.Module, training: bool, gradients: bool = False) -> Iterat
         model.train()
     with torch.set_grad_enabled(gradients):
         yield
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode without gradients, then restore modes, RNG, buffers and module attributes.
-
-    Modules compiled by torch.compile run their original code, since compiled code cannot be traced. Everything that a
-    forward pass writes onto its modules (a cached mask, a step counter, BatchNorm statistics, an entry of a list or
-    dict, a hook) is undone.
-
-    Raises:
-        PruningError: If a parameter or buffer has no shape yet.
-    """
-    named = modules_of(model)
-    _refuse_shapeless(named)
-    before = _ModuleState([module for _, module in named])
-    with torch.inference_mode(False), torch.no_grad(), generators_restored(before.devices()):
-        try:
-            for module in before.modules:
-                if module.training:
-                    module.training = False
-            for module, written in _uncompiled(before.modules):
-                vars(module).update(written)
-            yield
-        finally:
-            before.restore_()
-
-
-class _ModuleState:
-    """The modes, attributes, containers and buffers of modules, so that they can be restored."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
-        self.training = [module.training for module in modules]
-        self.attributes = [vars(module).copy() for module in modules]
-        # Containers are changed in place, so their contents are copied one level deep. Among them are each module's
-        # parameters, buffers, submodules and hooks; most are empty dicts of hooks, for which None saves the copy.
-        containers: list[tuple[Any, Any]] = []
-        for found in self.attributes:
-            for value in found.values():
-                if type(value) in _CONTAINERS:
-                    containers.append((value, value.copy() if value else None))
-        self.containers = containers
-        self.buffers: list[tuple[Tensor, Tensor]] = []
-        seen: set[int] = set()
-        for module in modules:
-            for buffer in module._buffers.values():
-                if buffer is None or buffer.is_meta or id(buffer) in seen:
-                    continue
-                seen.add(id(buffer))
-                self.buffers.append((buffer, buffer.detach().clone()))
-
-    def devices(self) -> set[torch.device]:
-        """Return the devices that hold parameters or buffers."""
-        found: set[torch.device] = set()
-        for module in self.modules:
-            for tensors in (module._parameters, module._buffers):
-                found.update(tensor.device for tensor in tensors.values() if tensor is not None)
-        return found
-
-    def restore_(self) -> None:
-        """Restore everything, writing only what has changed."""
-        for module, mode, found in zip(self.modules, self.training, self.attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(found)
-            if module.training is not mode:  # scripted modules keep it elsewhere
-                module.training = mode
-        for container, content in self.containers:
-            if container:
-                container.clear()
-            if content is None:
-                continue
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
-        for buffer, value in self.buffers:
-            # Compared by value: batch_norm updates its statistics without raising their version counter.
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Return the attributes that torch.compile replaced on modules, with their original values."""
-    found: list[tuple[nn.Module, dict[str, Any]]] = []
-    compiled_forward: dict[type, Any] = {}  # class -> its ``forward`` if that was compiled in the class, else None
-    for module in modules:
-        kind, own = type(module), vars(module)
-        if kind not in compiled_forward:
-            forward = getattr(kind, "forward", None)
-            compiled_forward[kind] = forward if hasattr(forward, "_torchdynamo_orig_callable") else None
-        functions = {name: value for name, value in own.items() if type(value) in _FUNCTIONS}
-        if compiled_forward[kind] is not None and "forward" not in functions:
-            functions["forward"] = MethodType(compiled_forward[kind], module)
-        original: dict[str, Any] = {}
-        if "_compiled_call_impl" in own:  # set by ``module.compile()``
-            original["_compiled_call_impl"] = None
-        for name, value in functions.items():
-            function = getattr(value, "_torchdynamo_orig_callable", None)
-            if function is None:
-                continue
-            # A method compiled in the class remembers the plain function, which needs its ``self`` back.
-            if inspect.ismethod(value) and not inspect.ismethod(function):
-                function = MethodType(function, module)
-            original[name] = function
-        if original:
-            found.append((module, original))
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["devices_of", "generators_restored", "supported", "widened", "widest_float"]
+__all__ = [
+    "devices_of", "generator_states", "generators_restored", "restore_generators_", "supported", "widened",
+    "widest_float",
+]  # fmt: skip
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
@@ -29,14 +32,25 @@ def generators_restored(devices: Iterable[torch.device]) -> Iterator[None]:
     Args:
         devices: Devices, of any kind, whose generators the body may use.
     """
-    own = {device for device in devices if device.type not in ("cpu", "meta")} | _devices_in_use()
-    states = [_generator_state(device) for device in own]
-    of_cpu = torch.get_rng_state()
+    states = generator_states(devices)
     try:
         yield
     finally:
-        torch.set_rng_state(of_cpu)
-        for device, state in zip(own, states, strict=True):
+        restore_generators_(states)
+
+
+def generator_states(devices: Iterable[torch.device]) -> dict[torch.device, Tensor]:
+    """Return the states of the default random generators of the CPU and of all devices in use."""
+    own = {device for device in devices if device.type not in ("cpu", "meta")} | _devices_in_use()
+    return {torch.device("cpu"): torch.get_rng_state()} | {device: _generator_state(device) for device in own}
+
+
+def restore_generators_(states: Mapping[torch.device, Tensor]) -> None:
+    """Set random generators to the states that :func:`generator_states` returned."""
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
             _set_generator_state(device, state)
 
 

@@ -14,11 +14,11 @@ from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.algorithms.solvers.brain_surgeon import Step, damage, inverse_of_outer_products, magnitude, surgeon
 from lightning_prune.measure.curvature import OutputLoss, outer_product_rows
 from lightning_prune.measure.footprint import Part
-from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import counted
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.arguments import (
     Parameters,
     Parts,
@@ -249,8 +249,10 @@ def _rows(patient: _Patient, batches: list[Any], loss: OutputLoss) -> tuple[Tens
 def _measured(model: nn.Module, batches: list[Any], loss: OutputLoss) -> float:
     total = examples = 0.0
     with undisturbed(model):
-        for inputs, targets in batches:
-            total += float(loss(model(inputs), targets)) * len(inputs)
+        for batch in batches:
+            inputs, targets = batch
+            with unchanged(batch):
+                total += float(loss(model(inputs), targets)) * len(inputs)
             examples += len(inputs)
     return total / max(examples, 1)
 

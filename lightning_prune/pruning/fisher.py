@@ -15,6 +15,7 @@ from lightning_prune.model.devices import supported
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.arguments import (
     Parameters,
     Parts,
@@ -166,16 +167,23 @@ def block_fisher(
         device = parameters[part.name].device
         totals.append(torch.zeros(part.blocks, part.size, part.size, dtype=supported(dtype, device), device=device))
     examples = 0
-    for gradients in example_gradients(model, batches, loss):
-        examples += 1
-        flat: Mapping[str, Tensor] = {name: _wide(gradient.flatten(), dtype) for name, gradient in gradients.items()}
-        for part, total in zip(parts, totals, strict=True):
-            if part.name in flat:
-                rows = part.of(flat[part.name])
-                total.baddbmm_(rows[:, :, None], rows[:, None])
+    with undisturbed(model), torch.enable_grad():
+        for batch in batches:
+            with unchanged(batch):
+                for gradients in example_gradients(model, batch, loss):
+                    examples += 1
+                    _add_outer_products_(totals, parts, gradients)
     if not examples:
         raise PruningError("prune_fisher: no batch came. Pass a list or loader of at least one batch.")
     return [total / examples for total in totals]
+
+
+def _add_outer_products_(totals: Sequence[Tensor], parts: Sequence[_Part], gradients: Mapping[str, Tensor]) -> None:
+    flat = {name: _wide(gradient.flatten(), totals[0].dtype) for name, gradient in gradients.items()}
+    for part, total in zip(parts, totals, strict=True):
+        if part.name in flat:
+            rows = part.of(flat[part.name])
+            total.baddbmm_(rows[:, :, None], rows[:, None])
 
 
 def _wide(values: Tensor, dtype: torch.dtype) -> Tensor:

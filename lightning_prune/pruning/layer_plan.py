@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,9 +12,10 @@ from torch import nn
 from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, score_layers
 from lightning_prune.pruning.report import RemovedLayer
-from lightning_prune.structure.skippable import Depth, is_inside, parts_of
+from lightning_prune.structure.skippable import Depth, is_inside, outermost_of, parts_of
 from lightning_prune.surgery.skipped import skip_of
 from lightning_prune.surgery.verify_skips import SkipProof, verify_skips
 
@@ -69,6 +70,11 @@ class LayerCosts:
             return float(sum(1 for share in self.shares.values() if share == 1.0))
         return float(self.params if target == "params" else self.flops)
 
+    def share_gone(self, target: LayerTarget, paths: Iterable[str]) -> float:
+        """Return the share of a target that is gone without some layers."""
+        gone = sum(self.gone(target, path) for path in outermost_of(paths))
+        return gone / max(self.whole(target), 1)
+
 
 @dataclass(frozen=True)
 class LayerBudget:
@@ -83,6 +89,29 @@ class LayerBudget:
     amount: float
     target: LayerTarget = "layers"
     min_layers: int = 1
+
+    def check_reach(self, where: str, depth: Depth, costs: LayerCosts, gone: Iterable[str] = ()) -> None:
+        """Refuse an amount that is not reached if all but ``min_layers`` layers leave; ``gone`` left before.
+
+        Raises:
+            PruningError: Saying how much can be removed at most. Of a latency, only a measurement tells.
+        """
+        if self.target == "latency":
+            return
+        left = sorted(costs.gone(self.target, path) for path in depth.outermost)
+        before = outermost_of(gone)
+        inside = [path for path in before if is_inside(path, depth.outermost)]
+        most = sum(left[self.min_layers :]) + sum(costs.gone(self.target, path) for path in before)
+        most -= sum(costs.gone(self.target, path) for path in inside)  # they count with the layers around them
+        share = most / max(costs.whole(self.target), 1)
+        asked = self.amount
+        if self.target == "layers":
+            asked = math.ceil(asked * costs.whole("layers") - _ROUNDING) / max(costs.whole("layers"), 1)
+        if asked > share + _ROUNDING:
+            raise PruningError(
+                f"{where}(amount={self.amount:g}, target={self.target!r}): at most {share:.1%} of the {self.target} "
+                "can be removed with the layers that must be kept. Lower amount, or min_layers, or the list of ignore."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,10 +202,9 @@ class _State:
     ) -> None:
         self._depth, self._costs, self._budget = depth, costs, budget
         self._target = budget.target
-        self._before = sum(costs.gone(self._target, path) for path in before)
-        self._layers_before = sum(costs.shares[path] for path in before)
-        self._gone = self._before
-        self._layers = self._layers_before
+        self._before = list(before)
+        self._gone = self._layers = 0.0
+        self.note({})
 
     def enough(self, latency_kept: float | None) -> bool:
         """Return whether so much is gone as was asked."""
@@ -223,12 +251,14 @@ class _State:
         return params, flops
 
     def note(self, skips: Skips) -> None:
-        """Count what is gone without these layers."""
-        self._gone = self._before + sum(self._costs.gone(self._target, path) for path in skips)
-        self._layers = self._layers_before + sum(self._costs.shares[path] for path in skips)
+        """Count what is gone without these layers and those of before; a part counts as one with its layer."""
+        gone = outermost_of([*self._before, *skips])
+        self._gone = sum(self._costs.gone(self._target, path) for path in gone)
+        self._layers = sum(self._costs.shares[path] for path in gone)
 
     def _inside(self, path: str, skips: Skips) -> list[str]:
-        return [part for part in skips if part.startswith(f"{path}.")]
+        gone = outermost_of([*self._before, *skips])
+        return [part for part in gone if is_inside(part, [path])]
 
 
 def _with(skips: Skips, path: str, skip: dict[str, Any]) -> Skips:

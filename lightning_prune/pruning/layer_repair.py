@@ -15,9 +15,9 @@ from lightning_prune.measure.branches import Made, made_by
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.products import Products, find_products, watch_inputs
 from lightning_prune.measure.unrolled import Reading
-from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.devices import widened, widest_float
 from lightning_prune.model.progress_bars import each
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.pruning.report import Repair
 from lightning_prune.structure import named_tensors
@@ -145,7 +145,7 @@ def _gathered(
     count = 0
     gain: Tensor | None = None
     for number, batch in enumerate(calibration.batches):
-        with undisturbed(model):
+        with undisturbed(model, batch):
             whole = made_by(model, products, name, calibration.forward, batch)
         with _without(model, skips, tensors):
             slim = made_by(model, products, name, calibration.forward, batch)

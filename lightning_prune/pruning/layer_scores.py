@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.criteria.depth import block_influence, first_order, second_order
 from lightning_prune.measure.calibration import Run
 from lightning_prune.measure.gradients import Loss, differentiable
-from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.output_forms import main_output, value_at
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.structure.skippable import Branches, Depth, SkippableLayer
 from lightning_prune.structure.tracer import unfused
 from lightning_prune.surgery.skipped import skip_of, temporarily_skipped
@@ -117,7 +118,7 @@ def _by_passing(
 
     for batch in data.batches:
         branches = Branches(receive)
-        with undisturbed(model), temporarily_skipped(model, skips), unfused(), branches:
+        with undisturbed(model, batch), temporarily_skipped(model, skips), unfused(), branches:
             for path, layer in layers.items():
                 given: list[Tensor] = []
                 look = partial(_look, path, layer, branches, numbers, found, criterion, given)
@@ -171,7 +172,7 @@ def _by_gradients(
     assert data.loss is not None  # asked for before
     found: dict[str, list[float]] = defaultdict(list)
     for batch in data.batches:
-        with undisturbed(model), temporarily_skipped(model, skips), torch.enable_grad():
+        with undisturbed(model, batch), temporarily_skipped(model, skips), torch.enable_grad():
             parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
             for path, layer in layers.items():
                 given: list[Tensor] = []
@@ -222,7 +223,7 @@ def _by_outputs(
 
 
 def _outputs(model: nn.Module, data: LayerData, batch: Any, skips: Mapping[str, dict[str, Any]]) -> list[Tensor]:
-    with undisturbed(model), temporarily_skipped(model, skips):
+    with undisturbed(model, batch), temporarily_skipped(model, skips):
         return [tensor for tensor in tensors_in(data.forward(model, batch)) if tensor.is_floating_point()]
 
 
@@ -236,6 +237,9 @@ def _by_loss(
 
 def _loss(model: nn.Module, data: LayerData, skips: Mapping[str, dict[str, Any]]) -> float:
     assert data.loss is not None  # asked for before
+    losses = []
     with undisturbed(model), temporarily_skipped(model, skips):
-        losses = [float(data.loss(model, batch)) for batch in data.batches]
+        for batch in data.batches:
+            with unchanged(batch):
+                losses.append(float(data.loss(model, batch)))
     return sum(losses) / len(losses)

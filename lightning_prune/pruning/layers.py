@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any, get_args
@@ -18,9 +17,10 @@ from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.latency import Turn, circumstances, rounds
-from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run, undisturbed
+from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.arguments import (
     Modules,
     Parts,
@@ -45,7 +45,7 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import Depth, find_skippable, is_inside, outermost_of
 from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.resize import all_or_nothing
-from lightning_prune.surgery.skipped import temporarily_skipped
+from lightning_prune.surgery.skipped import removed_layers, temporarily_skipped, temporarily_whole
 
 __all__ = [
     "apply_layers_",
@@ -146,6 +146,7 @@ def prune_layers(
     flops = count(model, example_inputs)
     costs = LayerCosts.of(model, depth, flops, part)
     budget = LayerBudget(amount, target, max(0, min_layers - ignored_layers(depth)))
+    budget.check_reach(where, depth, costs)
     timing = partial(time_without, model, example_inputs) if target == "latency" else None
     plan = plan_layers(model, example_inputs, depth, costs, budget, criterion, data, timing=timing)
     fixed = LayerRepair({}, (), {})
@@ -178,7 +179,9 @@ def prune_layers(
 def apply_layers_(model: nn.Module, plan: LayerPlan, repair: LayerRepair, optimizers: Iterable[Optimizer] = ()) -> None:
     """Remove the layers of a plan, and write what was refitted; interrupted, nothing changes."""
     optimizers = list(optimizers)
-    with all_or_nothing(model, optimizers, repair.tensors):
+    with all_or_nothing(model, optimizers) as undo:
+        own = named_tensors(model)
+        undo.copy_values([own[name] for name in repair.tensors])
         remove_layers_(model, plan.skips, optimizers)
         own = named_tensors(model)
         with torch.no_grad():
@@ -251,17 +254,16 @@ def ignored_layers(depth: Depth) -> int:
 
 
 def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]]) -> float:
-    """Return the latency of a model without some layers, as a share of that of the model as it stands."""
-    if not skips:
+    """Return the latency of a model without some layers, as a share of the whole model's, with all that were removed.
+
+    Both run here and now in turns; see :func:`~lightning_prune.measure.latency.latency_kept`.
+    """
+    if not skips and not removed_layers(model):
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
-    with undisturbed(model):
-        turns = [Turn(model, example_inputs, shape) for shape in (_as_it_is, slim)]
+    with undisturbed(model, example_inputs, copied=True):
+        turns = [Turn(model, example_inputs, shape) for shape in (partial(temporarily_whole, model), slim)]
         return median([without / whole for whole, without in rounds(turns)])
-
-
-def _as_it_is() -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _data(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from rich.progress import track
@@ -22,20 +23,32 @@ from lightning_prune.algorithms.solvers import (
 )
 from lightning_prune.algorithms.solvers.damping import cholesky
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.measure.grams import Gram, fitting, gather_grams, gather_pair
+from lightning_prune.measure.grams import Change, Gram, fitting, gather_grams, gather_pair
 from lightning_prune.measure.output_change import Outputs, replaced
 from lightning_prune.measure.products import Products
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import seen
 
-__all__ = ["Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "told_of"]
+__all__ = [
+    "Leaving",
+    "Solved",
+    "Surgery",
+    "all_together",
+    "error_curves",
+    "most_that_leaves",
+    "one_by_one",
+    "shown",
+    "told_of",
+]
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
 
+_MEMORY = 2 * 2**30  # bytes of Hessians held at a time, where nothing else is asked for
+_Item = TypeVar("_Item")
+
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)  # shares gone at which errors are taken
-_WIDE = 320  # columns from which rows are refitted by conjugate gradients
-_MEMORY = 2 * 2**30  # bytes of Hessians held at a time
+_WIDE = 64  # columns from which rows are refitted by conjugate gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +81,9 @@ class Surgery:
         damping: Share of the mean diagonal entry that is added to Hessians.
         tensors: The model's parameters and buffers, by name.
         masks: What earlier calls left of parameters, as bool, by name; what they zeroed stays zero.
+        after: Makes a block in which the model runs on what pruned layers in front of it give, where these are no part
+            of it.
+        memory: Bytes of Hessians that are held at a time, plain, damped and factored; by default 2 GiB.
     """
 
     model: nn.Module
@@ -77,6 +93,8 @@ class Surgery:
     damping: float
     tensors: Mapping[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    after: Change = nullcontext
+    memory: int | None = None
     _held: dict[str, _Patient] = field(default_factory=dict)
 
     def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
@@ -85,7 +103,8 @@ class Surgery:
             if part[0] not in self._held:
                 self._held.clear()
                 grams = gather_grams(self.model, self.products, part, self.calibration)
-                self._held.update({name: self._patient(name, gram) for name, gram in grams.items()})
+                for name in part:
+                    self._held[name] = self._patient(name, grams.pop(name))
             for name in part:
                 yield name, self._held[name]
 
@@ -110,7 +129,7 @@ class Surgery:
             worth = worth.masked_fill(keep | ~alive, -torch.inf).flatten()
             keep = keep.flatten().index_fill(0, worth.topk(revived).indices, True).view_as(keep)
         if keep.shape[2] > _WIDE:
-            return nearer_on_support(solver.weights, solver.hessian, keep, new), keep
+            return nearer_on_support(solver.weights, solver.hessian, keep, new, tolerance=1e-5), keep
         return best_on_support(solver.weights, solver.hessian, keep), keep
 
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
@@ -141,7 +160,9 @@ class Surgery:
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, plain, damped and factored, fit into memory together."""
-        return fitting({name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, _MEMORY)
+        return fitting(
+            {name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, self.memory or _MEMORY
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +179,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
     """Solve every layer for the inputs that the whole model gives it."""
     found = {}
     patients = surgery.patients(list(leaving))
-    for _ in _shown("pruned", list(leaving), progress):
+    for _ in shown("layers pruned", list(leaving), progress):
         name, patient = next(patients)
         with told_of(name):
             new, keep = surgery.solve(name, patient.solver, leaving[name])
@@ -175,12 +196,12 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
     :math:`\hat W` from :math:`W X Y^T (Y Y^T)^{-1}` measured by :math:`Y Y^T`.
     """
     found: dict[str, Solved] = {}
-    for name in _shown("pruned", list(leaving), progress):
+    for name in shown("layers pruned", list(leaving), progress):
         others = {other: solved.weight for other, solved in found.items()}
         for solved in found.values():
             others |= solved.others
         pair = gather_pair(
-            surgery.model, surgery.products, name, surgery.calibration, partial(replaced, surgery.model, others)
+            surgery.model, surgery.products, name, surgery.calibration, partial(_changed, surgery, others)
         )
         whole = pair.after
         pair = pair.centred() if name in surgery.products.shifts else pair
@@ -196,6 +217,12 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
     return found
 
 
+@contextmanager
+def _changed(surgery: Surgery, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    with surgery.after(), replaced(surgery.model, tensors):
+        yield
+
+
 def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress: bool) -> dict[str, Curve]:
     """Return what pruning ever more of each layer alone does to the model's outputs.
 
@@ -207,7 +234,7 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
     curves = {}
     widest = max(surgery.products.shapes[name][2] for name in names)
     patients = surgery.patients(names)
-    for _ in _shown("measured", names, progress):
+    for _ in shown("layers measured", names, progress):
         name, patient = next(patients)
         quick, size = patient.solver.quick(widest), patient.weights.numel()
         counts = list(dict.fromkeys(int(share * size) for share in _LEVELS))
@@ -243,5 +270,6 @@ def _share(lost: Tensor, whole: Tensor) -> float:
     return float(lost / whole) if whole > 0 else 0.0
 
 
-def _shown(done: str, names: Sequence[str], progress: bool) -> Iterable[str]:
-    return track(names, f"layers {done}", disable=not (progress and seen()), transient=True)
+def shown(told: str, items: Sequence[_Item], progress: bool) -> Iterable[_Item]:
+    """Show a progress bar while items are gone through."""
+    return track(items, told, disable=not (progress and seen()), transient=True)

@@ -18,6 +18,7 @@ from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.spool import Spool
 from lightning_prune.pruning.arguments import (
     Amount,
     Parameters,
@@ -31,8 +32,10 @@ from lightning_prune.pruning.arguments import (
     names_module,
     part_of,
 )
+from lightning_prune.pruning.blockwise import by_blocks, stages_of
 from lightning_prune.pruning.layerwise import (
     Leaving,
+    Solved,
     Surgery,
     all_together,
     error_curves,
@@ -43,7 +46,7 @@ from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import check_weight_arguments, count_unmasked, weight_report
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.masks import apply_masks_, masks_on
+from lightning_prune.surgery.masks import apply_masks_, carried_masks
 
 __all__ = [
     "Asked", "LayerFit", "ObsPlan", "Solver", "Split", "plan_obs", "prune_obs", "refuse_beyond_reach",
@@ -190,14 +193,15 @@ class ObsPlan:
     """A second-order pruning, worked out and not yet done.
 
     Attributes:
-        tensors: New values of weights, biases and running means, by name.
+        tensors: New values of weights, biases and running means, by name; those of a model of blocks wait in a
+            temporary file.
         masks: Name of a parameter -> which weights are kept.
         layers: How well each layer's outputs are kept, in the order in which they run.
         skipped: Name of a parameter -> why all of its weights are kept.
         asked: Fraction of each parameter that was to be zero.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     masks: dict[str, Tensor]
     layers: tuple[LayerFit, ...]
     skipped: dict[str, str]
@@ -211,16 +215,24 @@ def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPla
     products = find_products(model, calibration.batches[0], calibration.forward)
     names, skipped = _prunable(model, products, asked)
     solver = SOLVERS[asked.solver]
-    surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model), masks_on(model))
-    solve = one_by_one if asked.sequential else all_together
-    solved = solve(surgery, _with_earlier(surgery, _leaving(surgery, names, asked)), asked.progress)
-    tensors = {name: layer.weight for name, layer in solved.items()}
-    masks = {name: layer.keep for name, layer in solved.items()}
-    fits = []
-    for name, layer in solved.items():
-        tensors |= layer.others
-        fits.append(LayerFit(name, layer.keep.numel(), int(layer.keep.sum()), layer.error))
-    return ObsPlan(tensors, masks, tuple(fits), skipped, _amount_of_each(asked.share, names))
+    surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model), carried_masks(model))
+    leaving = _with_earlier(surgery, _leaving(surgery, names, asked))
+    stages = stages_of(surgery, names)
+    tensors: dict[str, Tensor] | Spool = {}
+    if stages is None:
+        solve = one_by_one if asked.sequential else all_together
+        solved: Iterable[tuple[str, Solved]] = solve(surgery, leaving, asked.progress).items()
+    else:
+        solved = by_blocks(surgery, stages, leaving, asked.sequential, asked.progress)
+        tensors = Spool()  # a model of many blocks may fill the memory
+    masks, fits = {}, {}
+    for name, layer in solved:
+        for other, tensor in {name: layer.weight, **layer.others}.items():
+            tensors[other] = tensor
+        masks[name] = layer.keep
+        fits[name] = LayerFit(name, layer.keep.numel(), int(layer.keep.sum()), layer.error)
+    masks = {name: masks[name] for name in names}  # in the order in which they run
+    return ObsPlan(tensors, masks, tuple(fits[name] for name in names), skipped, _amount_of_each(asked.share, names))
 
 
 def _amount_of_each(share: Share, names: Iterable[str]) -> Amount:

@@ -29,6 +29,7 @@ from lightning_prune.surgery import (
     cut_,
     draft,
     follow_configs,
+    follow_timm,
     held_number,
     recipe_of,
     verify,
@@ -156,7 +157,8 @@ class Plan:
         numbers = {(path, name): held_number(modules[path], name) for path, name in read}
         numbers |= {(change.module, change.name): change.new for change in self.cut.attributes}
         followed = follow_configs(self.model, self.cut.shapes, numbers, self.cut.kept)
-        cut = replace(self.cut, attributes=(*self.cut.attributes, *followed.changes))
+        unread = [*followed.changes, *follow_timm(self.model, self.cut.shapes, numbers)]
+        cut = replace(self.cut, attributes=(*self.cut.attributes, *unread))
         # Noted before the cut, so that nothing that can be interrupted follows it.
         recipe_of(self.model).note(read)  # what configs become follows from these and the shapes
         cut_(self.model, cut, self.tensors, optimizers)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lightning_prune.algorithms import criteria
 from lightning_prune.measure.expansions import loss_change, output_change
 from lightning_prune.measure.gradients import Loss, differentiable, hutchinson, squared_gradients
-from lightning_prune.model.calls import call_on, undisturbed
+from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.accumulators import (
     Accumulator,
     Compensation,
@@ -115,7 +116,8 @@ def _update(accumulator: Accumulator, model: nn.Module, batches: Iterable[Any], 
     count = 0
     with undisturbed(model), torch.enable_grad(), differentiable(parameters), _step_by_step(model):
         for batch in batches:
-            accumulator.update(batch, loss)
+            with unchanged(batch):
+                accumulator.update(batch, loss)
             count += 1
     if not count:
         raise PruningError("There is nothing to score by: no batch came. Pass batches that can be read.")

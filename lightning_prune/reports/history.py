@@ -82,6 +82,7 @@ class History:
         dense: Name of a weight that could not be masked -> why.
         branching: Modules whose code branches on values of its input; only the path taken was traced.
         counted: How FLOPs were counted.
+        depth: Path of a removable layer -> when it was removed, in words; empty if it is still there.
         goals: What each callback was asked to prune, and what it reached.
         decisions: What guards decided, in order.
         weights_bytes: Bytes of all parameters and buffers: of the dense model, and now.
@@ -100,6 +101,7 @@ class History:
     branching: list[str] = field(default_factory=list)
     stopped: str = ""
     counted: str = BY_FVCORE
+    depth: dict[str, str] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     weights_bytes: tuple[int, int] = (0, 0)
@@ -154,6 +156,7 @@ class History:
             branching=list(plain["branching"]),
             stopped=plain["stopped"],
             counted=plain["counted"],
+            depth=dict(plain["depth"]),
             goals=[Goal(*goal) for goal in plain["goals"]],
             decisions=[Decision(*decision) for decision in plain["decisions"]],
             weights_bytes=(plain["weights_bytes"][0], plain["weights_bytes"][1]),

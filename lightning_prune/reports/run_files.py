@@ -12,8 +12,8 @@ from rich.text import Text
 
 from lightning_prune.reports.history import History
 from lightning_prune.reports.run_picture import picture_of
-from lightning_prune.reports.run_summary import headline
-from lightning_prune.reports.run_tables import run_tables
+from lightning_prune.reports.run_summary import headline, stages
+from lightning_prune.reports.run_tables import run_tables, stages_as_csv, stages_as_latex
 
 __all__ = ["HISTORY_FILE", "files_of_run", "run_page", "write_run"]
 
@@ -22,14 +22,31 @@ _WIDTH = 200  # characters; longer names fold
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>{title}</title><style>
-body {{ max-width: 1300px; margin: 2em auto; padding: 0 1.2em; font-family: system-ui, sans-serif; }}
-pre {{ overflow-x: auto; font: 13px/1.25 ui-monospace, Menlo, Consolas, monospace; }}
-img {{ max-width: 1000px; width: 100%; }}
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{title}</title><style>
+:root {{ --text: #1f2328; --back: #ffffff; --faint: #57606a; --line: #d0d7de; --block: #f6f8fa; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --text: #e6edf3; --back: #0d1117; --faint: #9198a1; --line: #3d444d; --block: #161b22; }}
+}}
+body {{ max-width: 1300px; margin: 2em auto; padding: 0 1.2em; font: 16px/1.5 system-ui, sans-serif;
+  color: var(--text); background: var(--back); }}
+pre {{ overflow-x: auto; padding: .8em; background: var(--block); border: 1px solid var(--line); border-radius: 6px;
+  font: 13px/1.25 ui-monospace, Menlo, Consolas, monospace; }}
+pre.calls {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+ul {{ padding-left: 1.2em; }}
+dl {{ display: flex; flex-wrap: wrap; gap: .2em 1.6em; color: var(--faint); font-size: 14px; }}
+dl div {{ display: flex; gap: .4em; }}
+dd {{ margin: 0; color: var(--text); }}
+img {{ max-width: 1000px; width: 100%; background: #ffffff; border-radius: 6px; }}
+@media (max-width: 600px) {{ body {{ margin: 1em auto; padding: 0 .7em; }} pre {{ font-size: 11px; }} }}
+@media print {{ body {{ max-width: none; margin: 0; }} pre {{ overflow: visible; font-size: 8px; border: 0; }}
+  img {{ break-inside: avoid; }} }}
 </style></head>
 <body>
 <h1>{title}</h1>
-<pre>{calls}</pre>
+<ul>{headline}</ul>
+<pre class="calls">{calls}</pre>
+<dl>{facts}</dl>
 {picture}
 <pre>{tables}</pre>
 </body>
@@ -38,7 +55,10 @@ img {{ max-width: 1000px; width: 100%; }}
 
 
 def files_of_run(history: History) -> dict[str, bytes]:
-    """Return the files of a run by name: the history, the page and, where matplotlib is installed, the picture."""
+    """Return the files of a run by name: the history, the page, and the picture where matplotlib is installed.
+
+    Of a run with pruning steps also the table of these, as CSV and LaTeX.
+    """
     try:
         picture = picture_of(history)
     except ModuleNotFoundError:  # the page says so
@@ -46,6 +66,9 @@ def files_of_run(history: History) -> dict[str, bytes]:
     files = {HISTORY_FILE: history.to_text().encode(), "pruning.html": run_page(history, picture).encode()}
     if picture is not None:
         files["pruning.png"] = picture
+    if len(stages(history)) > 1:
+        files["pruning.csv"] = stages_as_csv(history).encode()
+        files["pruning.tex"] = stages_as_latex(history).encode()
     return files
 
 
@@ -78,7 +101,9 @@ def run_page(history: History, picture: bytes | None) -> str:
         shown = f'<img alt="What was kept and validation metrics, over time" src="data:image/png;base64,{data}">'
     return _PAGE.format(
         title=escape(f"Pruning of {history.model or 'a model'}"),
+        headline="".join(f"<li>{escape(line)}</li>" for line in headline(history)),
         calls=escape("\n".join(history.callbacks)),
+        facts="".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in history.facts.items()),
         picture=shown,
         tables=_tables(history),
     )
@@ -87,9 +112,6 @@ def run_page(history: History, picture: bytes | None) -> str:
 def _tables(history: History) -> str:
     """Return the tables as HTML."""
     console = Console(record=True, file=io.StringIO(), width=_WIDTH, force_jupyter=False)
-    for line in headline(history):
-        console.print(Text(line))
-    console.print()
     if history.stopped:
         console.print(Text(f"Stopped by {history.stopped}.\n"))
     if history.measured:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_prune.analysis.sensitivity_figure import import_matplotlib, literal
 from lightning_prune.reports.history import History
-from lightning_prune.reports.run_summary import main_metric, shares, stages
+from lightning_prune.reports.run_summary import headline, main_metric, shares, stages, still_learning
 
 __all__ = ["draw_run", "picture_of"]
 
@@ -43,6 +43,9 @@ def draw_run(history: History) -> Any:
     matplotlib = import_matplotlib()
     bars = [rows for rows in (_layers(history), _weights(history)) if rows]
     figure = matplotlib.figure.Figure(figsize=(10, 5 + 2.8 * len(bars)), layout="constrained")
+    if history.goals:
+        told = [literal(line) for line in headline(history)[: len(history.goals)]]
+        figure.suptitle("\n".join(told), fontsize=10)
     heights = [5.0] + [2.8] * len(bars)
     top, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     over_time, against = top.subfigures(1, 2, width_ratios=(3, 2))
@@ -104,6 +107,12 @@ def _draw_against(figure: Any, history: History) -> None:
             values.append(moment.metrics[metric])
     axes.scatter(kept, values, s=8, color="0.75", zorder=2)
     ends = [stage for stage in found if metric in stage.last]
+    if ends and ends[0] is found[0] and still_learning(history):
+        # A network that is still learning says little about what pruning costs: the curve begins after it.
+        dense = ends.pop(0)
+        label = "dense, still learning"
+        axes.plot([100 * dense.left[cost]], [dense.last[metric]], "o", markerfacecolor="none", color="0.5", label=label)
+        axes.legend(loc="best", fontsize=8, frameon=False)
     kept = [100 * stage.left[cost] for stage in ends]
     values = [stage.last[metric] for stage in ends]
     axes.plot(kept, values, color=_COLOURS[cost], marker="o", markersize=5, linewidth=1, zorder=3)

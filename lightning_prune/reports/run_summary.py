@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 from lightning_prune.reports.history import History
 from lightning_prune.reports.metric_mode import mode_by_name
+from lightning_prune.structure.skippable import is_inside, outermost_of
 
-__all__ = ["Stage", "headline", "main_metric", "metric_change", "shares", "shown_metrics", "stages", "staying"]
+__all__ = [
+    "Stage", "headline", "layer_strip", "main_metric", "metric_change", "shares", "shown_metrics", "stages", "staying",
+]  # fmt: skip
 
 _SHARES = {
     "prune/params_kept": "parameters",
@@ -135,6 +138,20 @@ def main_metric(history: History) -> str | None:
         if "loss" not in name.lower():
             return name
     return names[0] if names else None
+
+
+def layer_strip(history: History) -> str:
+    """Return one sign for each layer that lies in no other: removed, removed in part, or kept."""
+    signs = ""
+    for path in outermost_of(history.depth):
+        inside = [other for other in history.depth if is_inside(other, [path])]
+        if history.depth[path]:
+            signs += "□"
+        elif any(history.depth[part] for part in inside):
+            signs += "▣"
+        else:
+            signs += "■"
+    return signs
 
 
 def staying(history: History) -> dict[str, list[str]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -9,9 +12,17 @@ from rich.text import Text
 
 from lightning_prune.reports.history import History
 from lightning_prune.reports.model_tables import layer_table, new_table, weight_table
-from lightning_prune.reports.run_summary import Stage, metric_change, shares, shown_metrics, stages, staying
+from lightning_prune.reports.run_summary import (
+    Stage,
+    layer_strip,
+    metric_change,
+    shares,
+    shown_metrics,
+    stages,
+    staying,
+)
 
-__all__ = ["run_tables"]
+__all__ = ["run_tables", "stages_as_csv", "stages_as_latex"]
 
 _ROWS = 12
 _NAMES = 4
@@ -29,6 +40,8 @@ def run_tables(history: History, whole: bool = False) -> list[Table]:
         before = {path: change.before for path, change in history.layers.items()}
         now = {path: change.now for path, change in history.layers.items()}
         tables.append(layer_table(before, now, _title(history), history.counted))
+    if history.depth:
+        tables.append(_depth_table(history))
     if history.weights:
         tables.append(weight_table(history.weights))
     found = stages(history)
@@ -39,6 +52,41 @@ def run_tables(history: History, whole: bool = False) -> list[Table]:
     if staying(history):
         tables.append(_staying_table(history, len(history.pinned) + len(history.dense) if whole else _NAMES))
     return tables
+
+
+def stages_as_csv(history: History) -> str:
+    """Return the stages between pruning steps as CSV: what was kept, and the metrics at the end of each."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerows(_stage_rows(history))
+    return file.getvalue()
+
+
+def stages_as_latex(history: History) -> str:
+    """Return the same as a LaTeX table, which needs the package ``booktabs``."""
+    heading, *rows = _stage_rows(history)
+    lines = [rf"\begin{{tabular}}{{{'r' * len(heading)}}}", r"\toprule", _latex_row(heading), r"\midrule"]
+    lines += [_latex_row(row) for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _stage_rows(history: History) -> list[list[str]]:
+    """Return a heading and a row for every stage."""
+    kept, metrics = shares(history), shown_metrics(history)
+    rows = [["epoch", "step", *[f"{name} kept" for name in kept.values()], *metrics]]
+    for stage in stages(history):
+        left = [f"{stage.left[key]:.4f}" if key in stage.left else "" for key in kept]
+        last = [f"{stage.last[name]:.6g}" if name in stage.last else "" for name in metrics]
+        rows.append([str(stage.epoch), str(stage.step), *left, *last])
+    return rows
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    escaped = []
+    for cell in cells:
+        plain = cell.replace("\\", r"\textbackslash ")
+        escaped.append(re.sub(r"([&%$#_{}])", r"\\\1", plain))
+    return " & ".join(escaped) + r" \\"
 
 
 def _title(history: History) -> str:
@@ -64,6 +112,16 @@ def _stage_table(history: History, found: Sequence[Stage], most: int) -> Table:
         left = [f"{stage.left[key]:.1%}" if key in stage.left else "" for key in kept]
         changes = [metric_change(stage.first.get(name), stage.last.get(name)) for name in metrics]
         table.add_row(str(stage.epoch), str(stage.step), *left, *changes)
+    return table
+
+
+def _depth_table(history: History) -> Table:
+    """Return a table of the layers that were removed, under it a strip of all that could be."""
+    strip = layer_strip(history)
+    table = new_table("Removed layers", f"{strip}  (□ removed, ▣ in part, ■ kept)", ("layer", "removed in"), ())
+    for path, when in history.depth.items():
+        if when:
+            table.add_row(Text(path), Text(when))
     return table
 
 

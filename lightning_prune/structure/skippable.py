@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.model.calls import ExampleInputs, modules_of, run, same_draws, undisturbed
+from lightning_prune.model.calls import ExampleInputs, modules_of, run, same_draws
 from lightning_prune.model.output_forms import Place, form_of, main_output, places_of
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.tracer import unfused
 
 __all__ = ["Branches", "Depth", "SkippableLayer", "find_skippable", "is_inside", "outermost_of", "parts_of"]
@@ -132,7 +133,7 @@ def find_skippable(model: nn.Module, example_inputs: ExampleInputs) -> Depth:
     held = _weights_held(model)
     calls = {path: _Calls() for path in held if path}
     branches = Branches()
-    with undisturbed(model), same_draws(), unfused(), branches:
+    with undisturbed(model, example_inputs), same_draws(), unfused(), branches:
         for path in calls:
             module = model.get_submodule(path)
             module.register_forward_hook(partial(_look, calls[path], branches), with_kwargs=True)

@@ -16,9 +16,9 @@ from lightning_prune.model.calls import (
     refuse_shapeless,
     same_draws,
     tensors_in,
-    undisturbed,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.decisions import EXPLORED, Ways
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Pass, Ran
 from lightning_prune.structure.rules import is_pointwise
@@ -188,7 +188,7 @@ def _run_pass(
     model: nn.Module, one: Pass, ledger: Ledger, labels: Mapping[str, Labels], ways: Ways | None = None
 ) -> None:
     costs = len(ledger.costs)
-    with undisturbed(model), same_draws():
+    with undisturbed(model, one.inputs, watched=True), same_draws():
         watch(model, one, {}, ledger, labels, ways)
     if ledger.passes:
         del ledger.costs[costs:]  # what a model costs is what one call in eval mode does

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model.calls import mode_of, modules_of, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
+from lightning_prune.model.tensor_state import keep, written_by
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
 from lightning_prune.structure.fused_cells import CellsInSteps
@@ -41,10 +42,6 @@ _STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as lon
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
-_RUNNING_STATISTICS = {
-    torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm, torch.ops.aten.miopen_batch_norm,
-}  # fmt: skip
-"""Operators that update ``running_mean`` and ``running_var`` in train mode, which their schemas do not say."""
 _FOREIGN = Labels(weight=True, constant=True)  # of tensors that are none of the model's, but constants in its code
 _NOTHING: tuple[object, Labels] = (None, _FOREIGN)
 
@@ -140,9 +137,8 @@ class Watch(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
-        for position in _written(func):
-            if position < len(args) and isinstance(args[position], Tensor):
-                self._keep(args[position])
+        for tensor in written_by(func, args, kwargs):
+            self.keep(tensor)
         out = func(*args, **kwargs)
         if not aliases(func):
             for tensor in tensors_among((out,)):
@@ -164,9 +160,11 @@ class Watch(TorchDispatchMode):
         finally:
             TorchDispatchMode.__exit__(self, None, None, None)
 
-    def _keep(self, tensor: Tensor) -> None:
+    def keep(self, tensor: Tensor) -> None:
+        """Copy what a tensor holds before something is written into it, if it was there before this mode."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._made and storage._cdata not in self._before:
+            keep(tensor)  # so that it is restored even if Ctrl-C arrives while this mode is left
             self._before[storage._cdata] = storage, storage.clone()
 
 
@@ -175,16 +173,6 @@ def _consists_of_others(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
-@cache
-def _written(func: Any) -> tuple[int, ...]:
-    """Return the positions of the arguments that an operator may write into."""
-    if func.overloadpacket in _RUNNING_STATISTICS:
-        return 3, 4
-    arguments = enumerate(func._schema.arguments)
-    return tuple([i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write])
-
-
-@cache
 def aliases(func: Any) -> bool:
     """Return whether an operator's output may share memory with an argument: views, and operators in place."""
     return any(value.alias_info is not None for value in func._schema.returns)

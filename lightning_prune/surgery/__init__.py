@@ -21,6 +21,7 @@ from lightning_prune.surgery.rehearse import find_groups
 from lightning_prune.surgery.resize import Kept, narrowed, replace_tensors_
 from lightning_prune.surgery.snapshot import restore_, take_snapshot
 from lightning_prune.surgery.temporary import temporarily_cut
+from lightning_prune.surgery.timm_numbers import follow_timm
 from lightning_prune.surgery.verify import Disproof, Proof, compensated, verify
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "drop_unused_recipe_",
     "find_groups",
     "follow_configs",
+    "follow_timm",
     "held_number",
     "narrowed",
     "recipe_of",

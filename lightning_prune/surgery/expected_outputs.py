@@ -21,6 +21,7 @@ _aten = torch.ops.aten
 _RESHAPES = frozenset({_aten.view.default, _aten._unsafe_view.default, _aten._reshape_alias.default})
 _LAYOUT = _RESHAPES | {
     _aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.expand.default, _aten._to_copy.default,
+    _aten.as_strided_.default,
 }  # fmt: skip
 """Operators that come and go with how tensors lie in memory, or their type; what they do shows in what reads them."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.recipe import Told, checked, recipes_in, take_told_
+from lightning_prune.surgery.recipe import Told, checked, recipes_in, refuse_unloadable, take_told_
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = ["Prunable", "load_state_dict_", "load_told_", "recipe_json", "slim_loading"]
@@ -61,8 +61,12 @@ class Prunable:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Apply the shapes of the state dict, and whatever else it records of its model, and load it."""
-        take_told_(self, state_dict, recipes_in(state_dict))  # type: ignore[arg-type]
-        return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        told = recipes_in(state_dict)
+        if not told:
+            return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        with all_or_nothing(self):  # type: ignore[arg-type]
+            take_told_(self, state_dict, told)  # type: ignore[arg-type]
+            return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
 
 
 @changes_model
@@ -113,19 +117,32 @@ def load_told_(where: str, model: nn.Module, state_dict: Mapping[str, Any], told
     """
     if not isinstance(state_dict, Mapping):
         raise PruningError(f"{where}: a state dict was expected, not {type(state_dict).__name__}. Pass state_dict().")
-    with all_or_nothing(model):
-        resized = take_told_(model, state_dict, told)
-        if not told:
-            _refuse_other_shapes(where, model, state_dict)
-        with all_or_nothing(model, values=named_tensors(model).keys() - resized):
-            try:
-                return model.load_state_dict(state_dict, strict=strict)
-            except PruningError:
-                raise
-            except _OF_THE_FILE as error:
-                raise PruningError(
-                    f"{where}: {error} The model is as it was. Load what was saved of the same class."
-                ) from error
+    refuse_unloadable(state_dict, named_tensors(model))
+    if not told:
+        _refuse_other_shapes(where, model, state_dict)
+    return _load_whole(where, model, state_dict, told, partial(model.load_state_dict, state_dict, strict=strict))
+
+
+def _load_whole(
+    where: str, model: nn.Module, state_dict: Mapping[str, Any], told: Told, load: Callable[[], Any]
+) -> Any:
+    """Apply what is told of a state dict and call ``load``, or leave the model as it was.
+
+    Raises:
+        PruningError: If that cannot be done.
+    """
+    try:
+        # One block with no other inside: an interruption between the ends of two would undo the shapes alone.
+        with all_or_nothing(model) as undo:
+            resized = take_told_(model, state_dict, told)
+            undo.copy_values([tensor for name, tensor in named_tensors(model).items() if name not in resized])
+            return load()
+    except PruningError:
+        raise
+    except _OF_THE_FILE as error:
+        raise PruningError(
+            f"{where}: {error} The model is as it was. Load what was saved of the same class."
+        ) from error
 
 
 def recipe_json(source: nn.Module | Mapping[str, Any]) -> str:
@@ -216,14 +233,13 @@ def slim_loading(recipe: str | None = None) -> Iterator[None]:
         told = recipes_in(state_dict)
         if not told and given is not None and given.keys() <= dict(self.named_modules(remove_duplicate=False)).keys():
             told = given
-        take_told_(self, state_dict, told)
+        if told:
+            return _load_whole("slim_loading", self, state_dict, told, partial(load, self, state_dict, *args, **kwargs))
         try:
             return load(self, state_dict, *args, **kwargs)
-        except _OF_THE_FILE as error:
-            if not told:
-                _refuse_other_shapes("slim_loading", self, state_dict)
-                raise
-            raise PruningError(f"slim_loading: {error}") from error
+        except _OF_THE_FILE:
+            _refuse_other_shapes("slim_loading", self, state_dict)
+            raise
 
     nn.Module.load_state_dict = load_slim  # type: ignore[method-assign]
     try:

@@ -20,6 +20,9 @@ from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_
 
 __all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked"]
 
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # as optimizers of torch name them
+_TINY = 1e-12
+
 
 class Masks:
     """Zeros in a model's parameters that stay zero.
@@ -166,6 +169,9 @@ class Masks:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         pairs = self._pairs_of(optimizer)
         _multiply_([own_part(weight) for weight in pairs.weights], pairs.masks)
+        for weight, mask, place in zip(pairs.weights, pairs.masks, pairs.places, strict=True):
+            if place is not None and mask.device.type == "cpu":
+                _refill_(optimizer.state.get(weight, {}), weight, mask, place)
 
     def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
         """Return the masked parameters that an optimizer owns; parameters may join it while it trains."""
@@ -175,17 +181,19 @@ class Masks:
             theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             named = _parameters(self._model)
             masked = [(named[name], mask) for name, mask in self._factors.items() if id(named[name]) in theirs]
-            pairs = _Pairs(owned, [weight for weight, _ in masked], [mask for _, mask in masked])
+            places = [_first_zero(mask) for _, mask in masked]
+            pairs = _Pairs(owned, [weight for weight, _ in masked], [mask for _, mask in masked], places)
             self._pairs[id(optimizer)] = pairs
         return pairs
 
 
 class _Pairs(NamedTuple):
-    """How many parameters an optimizer owns, those of them that are masked, and their masks."""
+    """How many parameters an optimizer owns, those of them that are masked, their masks, and one zero of each."""
 
     owned: int
     weights: list[Tensor]
     masks: list[Tensor]
+    places: list[tuple[int, ...] | None]
 
 
 def masks_on(model: nn.Module) -> dict[str, Tensor]:
@@ -312,6 +320,27 @@ def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
     if keep.shape != parameter.shape:
         return keep.to(parameter)
     return torch.empty_like(parameter).copy_(keep)
+
+
+def _refill_(state: Mapping[str, Any], weight: Tensor, mask: Tensor, place: tuple[int, ...]) -> None:
+    """Set second moments of hidden weights to one, where they are zero or nearly so.
+
+    Processors take several times as long for the root of zero, or of a number that is almost zero, as for that of one.
+    What is divided by these roots is zero, so no weight takes another step.
+    """
+    for name in _SECOND_MOMENTS:
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.shape != weight.shape:
+            continue
+        own = own_part(value.detach())
+        if 0 <= float(own[place]) < _TINY:
+            own.masked_fill_(mask == 0, 1)
+
+
+def _first_zero(mask: Tensor) -> tuple[int, ...] | None:
+    """Return the place of a zero; of a part of a mask that hides nothing, None."""
+    zeros = (mask == 0).nonzero()
+    return tuple(zeros[0].tolist()) if len(zeros) else None
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +33,11 @@ from lightning_prune.surgery.attributes import (
 from lightning_prune.surgery.configs import follow_configs
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
 from lightning_prune.surgery.skipped import Skipped, check_skip, follow_layers_, removed_layers
+from lightning_prune.surgery.timm_numbers import follow_timm
 
 __all__ = [
     "RECIPE", "PackedMasks", "Recipe", "Told", "checked", "drop_unused_recipe_", "recipe_of", "recipes_in", "resize_",
-    "take_shapes_", "take_told_",
+    "refuse_unloadable", "take_shapes_", "take_told_",
 ]  # fmt: skip
 
 RECIPE = "lightning_prune"
@@ -247,6 +248,7 @@ def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -
     modules = dict(module.named_modules(remove_duplicate=False))
     told = {path: recipe for path, recipe in told.items() if path in modules}
     names = _names_of(module)
+    refuse_unloadable(state_dict, names)
     if not all(_tells_all(path, modules[path], state_dict, names) for path in told):
         return set()
     tensors = {
@@ -293,7 +295,7 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     largest = max((tensor.numel() for tensor in state_dict.values() if isinstance(tensor, Tensor)), default=0)
     modules = dict(model.named_modules(remove_duplicate=False))
     known = [
-        AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value)
+        AttributeChange(path, name, old, _alike(old, value))
         for path, name, value in attributes
         if path in modules and (old := held_number(modules[path], name)) is not ABSENT
     ]
@@ -301,7 +303,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
         _refuse_impossible(modules[change.module], change, largest)
     changes = shape_attributes(model, shapes, known)
     told = {(change.module, change.name): change.new for change in known}
-    changes += follow_configs(model, shapes, told, ()).changes if shapes else ()
+    if shapes:
+        changes += [*follow_configs(model, shapes, told, ()).changes, *follow_timm(model, shapes, told)]
     new = {name: own[name].new_zeros(shape) for name, shape in shapes.items()}
     recipe = recipe_of(model)
     with all_or_nothing(model):
@@ -327,6 +330,11 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
+def _alike(old: Any, value: Any) -> Any:
+    """Return several numbers as a tuple where a module holds a tuple: files hold lists."""
+    return tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -348,6 +356,7 @@ def _refuse_unreadable(path: Any, recipe: Any) -> None:
         for name, (packed, shape) in recipe["masks"].items():
             if not isinstance(name, str) or not _are_whole(shape) or min(shape, default=0) < 0:
                 raise TypeError(f"{name!r}: {shape!r}")
+            _refuse_hollow(name, packed)
             if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-math.prod(shape) // 8):
                 raise ValueError(f"{name!r}: {len(packed)} bytes for shape {shape!r}")
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -378,7 +387,9 @@ def _refuse_impossible(module: nn.Module, change: AttributeChange, largest: int)
 
 def _possible(change: AttributeChange, largest: int) -> bool:
     """Return whether a number can have become another by a cut: each changes by less than a width does."""
-    if isinstance(change.old, tuple | list) and isinstance(change.new, tuple | list):
+    if isinstance(change.old, tuple | list) != isinstance(change.new, tuple | list):
+        return False
+    if isinstance(change.old, tuple | list):
         pairs = list(zip(change.old, change.new, strict=False))
         if len(change.old) != len(change.new):
             return False
@@ -387,9 +398,26 @@ def _possible(change: AttributeChange, largest: int) -> bool:
     return all(_is_whole(new) and (new == old or 1 <= new <= max(old, 1) * largest) for old, new in pairs)
 
 
+def refuse_unloadable(state_dict: Mapping[Any, Any], names: Container[str]) -> None:
+    """Refuse a state dict with keys that are no names, or with tensors that no parameter can be loaded from.
+
+    Raises:
+        PruningError: If it has any under one of the names.
+    """
+    for name, saved in state_dict.items():
+        if not isinstance(name, str):
+            raise PruningError(f"The state dict has the key {name!r}, which is no name. Load an earlier checkpoint.")
+        if name in names and isinstance(saved, Tensor):
+            if saved.is_nested:  # it has no shape
+                raise PruningError(f"{name} is a nested tensor in the state dict. Load an earlier checkpoint.")
+            _refuse_hollow(name, saved)
+
+
 def _refuse_hollow(name: str, saved: Tensor) -> None:
     """Refuse a tensor that claims more entries than its file holds: a small file must not ask for large memory."""
-    if saved.layout == torch.strided and saved.numel() * saved.element_size() > saved.untyped_storage().nbytes():
+    if saved.layout != torch.strided:
+        return
+    if saved.is_meta or saved.numel() * saved.element_size() > saved.untyped_storage().nbytes():
         raise PruningError(
             f"{name} is of shape {tuple(saved.shape)} in the state dict, which holds fewer entries: the file is "
             "damaged. Load an earlier checkpoint."

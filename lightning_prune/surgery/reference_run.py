@@ -213,6 +213,7 @@ class Reference(Replay):
         pairs = zip(tensors_of(out), ran.made, strict=False)
         filled = [_filled(tensor, self._lefts.of(labels)) for tensor, labels in pairs]
         if facts.writes:
+            self.keep(args[0])
             return args[0].copy_(filled[0])
         return filled[0] if isinstance(out, Tensor) else tuple(filled)
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_prune.model.calls import ExampleInputs, same_draws, undisturbed
+from lightning_prune.model.calls import ExampleInputs, same_draws
 from lightning_prune.model.errors import reraise_out_of_memory
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.structure.decisions import decisions_in_order
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
@@ -169,7 +170,7 @@ def _run_slim(model: nn.Module, structure: Structure, cut: Cut) -> tuple[Ledger,
         ledger.given = decisions_in_order(structure.ledger.ran)
         try:
             for one in structure.ledger.passes:
-                with undisturbed(model), same_draws(), attributes_set(model, cut.attributes):
+                with undisturbed(model, one.inputs, watched=True), same_draws(), attributes_set(model, cut.attributes):
                     watch(model, one, tensors, ledger, labels)
                 ledger.passes.append(one)
             return ledger, None

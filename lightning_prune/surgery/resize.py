@@ -60,11 +60,9 @@ class all_or_nothing:  # noqa: N801, it is used like a function
     Args:
         model: The model that the body writes to.
         optimizers: The optimizers whose state it writes to.
-        values: Names of tensors into which it writes values; they are copied before.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[str] = ()) -> None:
-        own = named_tensors(model)
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
         modules = [module for _, module in modules_of(model)]
         hooks = [hook for module in modules for hook in module._state_dict_hooks.values() if hasattr(hook, "__dict__")]
         optimizers = list(optimizers)
@@ -79,10 +77,15 @@ class all_or_nothing:  # noqa: N801, it is used like a function
         tables += [state[p] for state in states for p in model.parameters() if p in state]
         self._tables = [(table, table.copy()) for table in tables]
         self._data = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
-        self._values = [(own[name], own[name].detach().clone()) for name in values]
+        self._values: list[tuple[Tensor, Tensor]] = []
 
-    def __enter__(self) -> None:
-        """Begin; everything is remembered already."""
+    def __enter__(self) -> all_or_nothing:
+        """Begin; everything but values is remembered already."""
+        return self
+
+    def copy_values(self, tensors: Iterable[Tensor]) -> None:
+        """Copy tensors into which the body is about to write values."""
+        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Undo everything if the body failed."""

@@ -17,8 +17,8 @@ from lightning_prune.structure.skippable import SkippableLayer, outermost_of
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = [
-    "Skipped", "bring_back_", "check_skip", "follow_layers_", "passed", "put_in_", "removed_layers", "skip_of",
-    "take_out_", "temporarily_skipped",
+    "Skipped", "bring_back_", "check_skip", "follow_layers_", "groups_of", "passed", "put_in_", "removed_layers",
+    "set_groups_", "skip_of", "take_out_", "temporarily_skipped", "temporarily_whole",
 ]  # fmt: skip
 
 
@@ -127,6 +127,22 @@ def temporarily_skipped(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -
                 module._modules.update(children)
 
 
+@contextmanager
+def temporarily_whole(model: nn.Module) -> Iterator[None]:
+    """Put removed layers back inside the block, with zeros for their values: to time the whole model, not to use it."""
+    own = [module for _, module in modules_of(model) if isinstance(module, Skipped)]
+    here = {id(tensor) for tensor in named_tensors(model).values()}
+    try:
+        for skipped in own:
+            _resize_own_(skipped, here, empty=False)
+            _exchange(model, skipped, skipped.layer)
+        yield
+    finally:
+        for skipped in own:
+            _exchange(model, skipped.layer, skipped)
+            _resize_own_(skipped, here, empty=True)
+
+
 def put_in_(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -> dict[str, Skipped]:
     """Put pass-throughs in the places of layers, under all their names, and return them by path."""
     made: dict[str, Skipped] = {}
@@ -174,6 +190,21 @@ def bring_back_(model: nn.Module, paths: Collection[str]) -> None:
             for module in skipped.layer.modules():
                 module.training = skipped.training
             _exchange(model, skipped, skipped.layer)
+
+
+def groups_of(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:
+    """Return which parameters an optimizer's groups hold, by name; None stands for one that is not of the model."""
+    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def set_groups_(model: nn.Module, optimizer: Optimizer, groups: Iterable[Iterable[str | None]]) -> None:
+    """Set which parameters an optimizer's groups hold, as :func:`groups_of` returned it."""
+    named = named_tensors(model)
+    own = {id(tensor) for tensor in named.values()}
+    for group, names in zip(optimizer.param_groups, groups, strict=True):
+        foreign = iter([parameter for parameter in group["params"] if id(parameter) not in own])
+        group["params"] = [next(foreign) if name is None else named[name] for name in names]
 
 
 def follow_layers_(model: nn.Module, names: Iterable[str], skips: Mapping[str, dict[str, Any]]) -> bool:

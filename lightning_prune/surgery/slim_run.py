@@ -48,6 +48,8 @@ class Slim(Replay):
         expected = self._lefts.shape(labels, full)
         if out.shape == expected:
             return
+        if len(out.shape) != len(expected) and self.fewer:
+            raise OtherOperatorsError("fewer positions tell less", ran)
         if len(out.shape) != len(expected):
             raise DifferentError(f"an output of shape {tuple(full)} becomes {tuple(out.shape)}", ran)
         for dim, size in enumerate(out.shape):

@@ -12,15 +12,19 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import recipe_of, resize_
+from lightning_prune.surgery.skipped import follow_layers_, groups_of, removed_layers, set_groups_
 
 __all__ = ["restore_", "take_snapshot"]
 
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
     """Copy every parameter, buffer and optimizer state, and what shapes cannot tell, as plain dicts and tensors."""
+    optimizers = list(optimizers)
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()},
         "attributes": recipe_of(model).values(),
+        "layers": copy.deepcopy(removed_layers(model)),
+        "groups": [groups_of(model, optimizer) for optimizer in optimizers],
         "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
     }
 
@@ -30,7 +34,11 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
 
     Parameters stay the same objects; their gradients are dropped.
     """
+    optimizers = list(optimizers)
+    brought_back = follow_layers_(model, snapshot["tensors"], snapshot["layers"])
     resize_(model, snapshot["tensors"], snapshot["attributes"])
+    for optimizer, groups in zip(optimizers, snapshot["groups"], strict=True) if brought_back else ():
+        set_groups_(model, optimizer, groups)
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
             tensor.copy_(snapshot["tensors"][name])

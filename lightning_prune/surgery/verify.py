@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import fewer_positions, mode_of, run, same_draws, tensors_in, undisturbed
+from lightning_prune.model.calls import fewer_positions, mode_of, run, same_draws, tensors_in
 from lightning_prune.model.errors import failures_suppressed, reraise_out_of_memory
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.labels import Kind, Pass
 from lightning_prune.structure.tensor_names import exchange_
@@ -289,7 +290,7 @@ def _run_all(
     outputs: list[Tensor] = []
     for one in setting.passes:
         inputs = inputs_of_ordinary_size(one.inputs, setting.dtype, setting.ordinary)
-        with undisturbed(model), same_draws(), attributes_set(model, attributes):
+        with undisturbed(model, inputs, watched=mode is not None), same_draws(), attributes_set(model, attributes):
             exchange_(model, exchanged)
             with mode_of(model, one.training, one.gradients), taken_apart():
                 if mode is None:

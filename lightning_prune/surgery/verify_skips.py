@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.model.calls import ExampleInputs, run, same_draws, tensors_in, undisturbed
+from lightning_prune.model.calls import ExampleInputs, run, same_draws, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.tracer import unfused
 from lightning_prune.surgery.fingerprint import Print, agree, fingerprint
 from lightning_prune.surgery.skipped import passed, temporarily_skipped
@@ -127,7 +128,7 @@ def _full(
 ) -> _Found:
     """Run the full model, with hooks that return what the layers were given."""
     record = _Record()
-    with undisturbed(model), same_draws(), unfused():
+    with undisturbed(model, example_inputs), same_draws(), unfused():
         if training:
             model.train()
         _replace_outputs(model, skips, record)
@@ -141,7 +142,7 @@ def _slim(
     model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]], training: bool
 ) -> _Found:
     record = _Record()
-    with undisturbed(model), temporarily_skipped(model, skips), same_draws(), unfused():
+    with undisturbed(model, example_inputs), temporarily_skipped(model, skips), same_draws(), unfused():
         if training:
             model.train()
         torch.manual_seed(0)
@@ -204,12 +205,12 @@ def _outputs_differ(expected: list[Tensor], found: list[Tensor], tolerance: floa
 
 def _as_users_run_it(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]]) -> str:
     """Say what is different with the fused kernels that an ordinary call takes, if anything."""
-    with undisturbed(model), same_draws():
+    with undisturbed(model, example_inputs), same_draws():
         _replace_outputs(model, skips, _Record())
         torch.manual_seed(0)
         expected = list(tensors_in(run(model, example_inputs)))
     try:
-        with undisturbed(model), temporarily_skipped(model, skips), same_draws():
+        with undisturbed(model, example_inputs), temporarily_skipped(model, skips), same_draws():
             torch.manual_seed(0)
             found = list(tensors_in(run(model, example_inputs)))
     except Exception as error:

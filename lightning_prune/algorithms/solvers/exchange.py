@@ -15,11 +15,13 @@ from lightning_prune.algorithms.solvers.patterns import Pattern
 
 __all__ = ["exchange"]
 
-_MEMORY = 128 * 2**20  # bytes of inverses worked on at a time
+_MEMORY = 2 * 2**20  # bytes of inverses worked on at a time
 _ROUNDS = 100  # exchanges of a row; a third of that was enough in all experiments
 
 
-def exchange(weights: Tensor, hessian: Tensor, keep: Tensor, pattern: Pattern | None = None) -> Tensor:
+def exchange(
+    weights: Tensor, hessian: Tensor, keep: Tensor, pattern: Pattern | None = None, share: float = 1.0
+) -> Tensor:
     r"""Replace the cheapest weight of a row by the one that then gains most, until both are the same.
 
     Every row keeps as many weights as it had. An inverse is held for each row: use it for rows a few hundred wide.
@@ -29,6 +31,7 @@ def exchange(weights: Tensor, hessian: Tensor, keep: Tensor, pattern: Pattern | 
         hessian: Positive definite, shared by the rows of each group, ``(groups, columns, columns)``.
         keep: True for each weight that is kept, ``(groups, rows, columns)`` bool.
         pattern: Pattern that each row follows before and after.
+        share: Fraction of all rows that is worked on, those from which the most was removed by magnitude first.
 
     Returns:
         True for each weight that is kept now, in the shape of ``keep``. The best weights on this support are no farther
@@ -42,7 +45,11 @@ def exchange(weights: Tensor, hessian: Tensor, keep: Tensor, pattern: Pattern | 
     group = torch.arange(groups, device=weights.device).repeat_interleave(rows)
     size = max(1, _MEMORY // (columns * columns * weights.element_size()))
     partly_kept = kept.any(dim=1) & ~kept.all(dim=1)  # the other rows have nothing to exchange
-    for part in partly_kept.nonzero()[:, 0].split(size):
+    chosen = partly_kept.nonzero()[:, 0]
+    if share < 1:
+        removed = (flat.square() * ~kept).sum(dim=1)[chosen]
+        chosen = chosen[removed.argsort(descending=True, stable=True)[: int(share * len(flat))]]
+    for part in chosen.split(size):
         kept[part] = _traded(flat[part], hessian[group[part]], kept[part], pattern)
     return kept.view_as(keep)
 

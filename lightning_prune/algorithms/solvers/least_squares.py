@@ -9,7 +9,8 @@ from lightning_prune.algorithms.solvers.damping import cholesky, damped
 
 __all__ = ["best_on_columns", "best_on_support", "nearer_on_support", "refit", "rise"]
 
-_MEMORY = 256 * 2**20  # bytes of Hessians held at a time
+_MEMORY = 4 * 2**20  # bytes of Hessians held at a time
+_AT_ONCE, _ROWS = 2**16, 128  # weights fitted together by conjugate gradients, and rows at least
 
 
 def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
@@ -59,24 +60,36 @@ def nearer_on_support(
     Returns:
         Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
     """
-    scale = hessian.diagonal(dim1=1, dim2=2)[:, None]  # Jacobi preconditioner
+    found = torch.empty_like(weights)
+    rows = max(_ROWS, _AT_ONCE // weights.shape[2])
+    for group, own in enumerate(hessian):
+        for first in range(0, weights.shape[1], rows):
+            part = group, slice(first, first + rows)
+            found[part] = _nearer(weights[part], own, keep[part], start[part].to(weights), steps, tolerance)
+    return found
+
+
+def _nearer(weights: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, steps: int, tolerance: float) -> Tensor:
+    """Fit a few rows of one group, ``(rows, columns)``."""
+    scale = hessian.diagonal()  # Jacobi preconditioner
     pull = (weights @ hessian) * keep
     found = start * keep
     residual = pull - (found @ hessian) * keep
+    enough = tolerance**2 * (pull.square() / scale).sum(dim=1, keepdim=True)
+    del pull
     direction = residual / scale
-    length = (residual * direction).sum(dim=2, keepdim=True)
-    enough = tolerance**2 * (pull.square() / scale).sum(dim=2, keepdim=True)
+    length = (residual * direction).sum(dim=1, keepdim=True)
     tiny = torch.finfo(length.dtype).tiny  # rows that have converged divide zero by this
     for _ in range(steps):
         if (length <= enough).all():
             break
-        product = (direction @ hessian) * keep
-        step = length / (direction * product).sum(dim=2, keepdim=True).clamp_min(tiny)
-        found = found + step * direction
-        residual = residual - step * product
+        product = (direction @ hessian).mul_(keep)
+        step = length / (direction * product).sum(dim=1, keepdim=True).clamp_min(tiny)
+        found += step * direction
+        residual -= step * product
         ahead = residual / scale
-        before, length = length, (residual * ahead).sum(dim=2, keepdim=True)
-        direction = ahead + length / before.clamp_min(tiny) * direction
+        before, length = length, (residual * ahead).sum(dim=1, keepdim=True)
+        direction = ahead.add_(length / before.clamp_min(tiny) * direction)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -22,14 +23,14 @@ class BrainSurgeon(WeightChoice):
         fits: How well each layer's outputs were kept.
     """
 
-    on_shards, reads_batches = True, True
+    reads_batches = True
 
     def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
         self.asked = asked
         self.batches = batches
         self.recalibrate = recalibrate
         self.fits: tuple[LayerFit, ...] = ()
-        self._planned: dict[str, Tensor] = {}  # between the choice of what is kept and its writing
+        self._planned: Mapping[str, Tensor] = {}  # between the choice of what is kept and its writing
 
     def prepare(self, run: Run, own: MaskedWeights) -> None:
         """Refuse shares that no split over the layers gives."""
@@ -49,7 +50,10 @@ class BrainSurgeon(WeightChoice):
         with calibration_of(trainer, run.module, self.batches) as calibration:
             plan = plan_obs(run.module, calibration, asked)
         self.fits = plan.layers
-        self._planned = trainer.strategy.broadcast(plan.tensors)
+        if trainer.world_size > 1:
+            self._planned = trainer.strategy.broadcast(dict(plan.tensors))
+        else:
+            self._planned = plan.tensors
         return plan.masks
 
     def after_masking(self, run: Run, progress: float) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.run_log import RunLog
 from lightning_prune.callbacks.engine.strategy import Member
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports import History
+from lightning_prune.surgery import recipe_of
 
-__all__ = ["adopt_", "restore_", "state_to_save"]
+__all__ = ["adopt_", "keep_hyperparameters_", "restore_", "state_to_save"]
 
 
 def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, Any]:
@@ -25,6 +26,21 @@ def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, A
     shared = {"history": history, "outdated": list(log.outdated), **inputs.state_dict()}
     own = {"asked": member.asked_before or member.asked}
     return {**member.clock.state_dict(), **own, **shared, **member.strategy.state_dict()}
+
+
+def keep_hyperparameters_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Write the hyperparameters of the dense module into a checkpoint.
+
+    A forward that reads ``self.hparams.width`` needs the pruned width there. The constructor needs the dense one: it
+    makes other numbers from it, also of parts that were not pruned. Loading sets the pruned one again.
+    """
+    saved = checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY)
+    if not isinstance(saved, dict):
+        return
+    for path, name in recipe_of(pl_module).places:
+        holder, *keys = name.split(".")
+        if path == "" and holder == "_hparams" and keys and keys[0] in pl_module.hparams_initial:
+            saved[keys[0]] = pl_module.hparams_initial[keys[0]]
 
 
 def adopt_(callback: Callback, states: dict[str, Any], others: Iterable[Callback]) -> None:

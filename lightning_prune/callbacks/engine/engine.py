@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks.engine.checkpoint_state import keep_hyperparameters_
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
 from lightning_prune.callbacks.engine.guard import companions, guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
@@ -117,6 +119,9 @@ class Engine:
     def end_fit(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune where there was nothing left to train: a checkpoint that has had all its epochs."""
         if own.clock.prunes_after_training and not own.prepared:
+            if trainer.fit_loop._combined_loader is None:
+                rank_zero_warn(f"{own.where}: nothing was pruned, as limit_train_batches=0 leaves no data to prune on.")
+                return
             self._prepare(self._run(own, trainer, pl_module), None)
             self.end_training(own, trainer, pl_module)
 
@@ -245,6 +250,7 @@ class Engine:
     def save(self, own: Member, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint: shapes of averaged weights, and what all processes have gathered."""
         keep_metadata_(checkpoint)
+        keep_hyperparameters_(pl_module, checkpoint)
         if is_model_parallel(trainer):
             note_shapes_(pl_module, checkpoint)
         state = checkpoint["callbacks"][own.callback.state_key]
@@ -253,11 +259,20 @@ class Engine:
     @contextmanager
     def _whole(self, run: Run) -> Iterator[None]:
         """Show the body a plain model, where FSDP2 has split it and the strategy must look at all of it."""
-        if not (is_model_parallel(run.trainer) and run.own.strategy.needs_whole_model):
+        if not run.own.strategy.needs_whole_model:
+            yield
+            return
+        with self.whole(run.where, run.trainer, run.module):
+            yield
+
+    @contextmanager
+    def whole(self, where: str, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Show the body a plain model, where FSDP2 has split it; all callbacks find its parameters anew afterwards."""
+        if not is_model_parallel(trainer):
             yield
             return
         try:
-            with whole_model(run.where, run.trainer, run.module):
+            with whole_model(where, trainer, pl_module):
                 yield
         finally:
             for member in self.members:

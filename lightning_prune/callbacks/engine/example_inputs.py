@@ -15,16 +15,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.engine.packages import overrides
 from lightning_prune.callbacks.engine.step import Traced, instead_of_forward
-from lightning_prune.model.calls import (
-    ExampleInputs,
-    Instead,
-    hold_nothing,
-    refuse_shapeless,
-    run,
-    tensors_in,
-    undisturbed,
-)
+from lightning_prune.model.calls import ExampleInputs, Instead, hold_nothing, refuse_shapeless, run, tensors_in
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import undisturbed
 
 __all__ = ["RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of"]
 
@@ -153,8 +146,8 @@ class RunInputs:
 
 def _failure(pl_module: LightningModule, inputs: ExampleInputs) -> str | None:
     try:
-        with undisturbed(pl_module):
-            run(pl_module, pytree.tree_map_only(Tensor, torch.clone, inputs))
+        with undisturbed(pl_module, inputs):
+            run(pl_module, inputs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

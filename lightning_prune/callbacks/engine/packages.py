@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning_utilities.core import rank_zero
 from lightning_utilities.core.overrides import is_overridden
 
 __all__ = ["AnyCallback", "AnyEarlyStopping", "AnyModelCheckpoint", "overrides"]
@@ -21,7 +22,12 @@ else:
     # these, whenever it was imported; beside torch and the first package its import costs little. Whatever is wrong
     # with an installation of it, ours does without.
     with suppress(Exception):
-        import pytorch_lightning
+        # Each package makes its own logger that of all messages when it is imported: the user's package keeps it.
+        logger = rank_zero.log
+        try:
+            import pytorch_lightning
+        finally:
+            rank_zero.log = logger
 
         class AnyCallback(Callback, pytorch_lightning.Callback):
             """Base of the callbacks, so that Trainer and CLI of either package know them."""

@@ -42,19 +42,13 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
         )
 
 
-def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule, on_shards: bool) -> None:
+def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse strategies and other callbacks beside which masks cannot hold.
-
-    Args:
-        where: The callback, for messages.
-        trainer: The Trainer.
-        pl_module: What it trains.
-        on_shards: Whether the callback can choose among weights that FSDP2 or tensor parallelism split.
 
     Raises:
         PruningError: Saying what to use instead.
     """
-    if not (on_shards and is_model_parallel(trainer)):
+    if not is_model_parallel(trainer):
         _refuse_shards(where, trainer, "on which no mask of the whole fits")
     _refuse_spawned(where, trainer, pl_module, "what is known of the masks ends with them")
     _refuse_model_pruning(where, trainer, "masks")

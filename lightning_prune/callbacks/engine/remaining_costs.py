@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from lightning.pytorch import LightningModule
 
+from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.measure.latency import circumstances
 from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.plan import count_params
-from lightning_prune.reports import History, LayerChange, layer_costs
+from lightning_prune.reports import History, LayerChange, LayerCost, layer_costs
 
 __all__ = ["describe", "measure", "weights_bytes"]
 
@@ -25,6 +26,8 @@ def measure(run: Run) -> dict[str, float]:
         values |= _left_of_weights(run, maskings)
     if removals:
         values |= _left_of_units(run, removals)  # whose sparsity is logged where both are at work
+    for removal in run.strategies(LayerRemoval):
+        values |= _left_of_layers(run, removal)
     return values
 
 
@@ -46,6 +49,34 @@ def describe(run: Run, history: History) -> None:
         history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
         history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
+    for of_layers in run.strategies(LayerRemoval):
+        _describe_layers(run, of_layers, history)
+
+
+def _describe_layers(run: Run, removal: LayerRemoval, history: History) -> None:
+    flops = removal.flops(run.module)
+    now, dense = layer_costs(run.module, flops), removal.dense.layers
+    history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
+    history.measured = circumstances(run.module, removal.inputs)
+    history.counted = flops.counted
+    history.dense = dict(removal.state.pinned)
+    when = {path: moment for path, (_, moment) in removal.state.removed.items()}
+    history.depth = {path: when.get(path, "") for path in removal.dense.costs.by_layer}
+
+
+def _left_of_layers(run: Run, removal: LayerRemoval) -> dict[str, float]:
+    costs, part = removal.dense.costs, removal.part(run.module)
+    params, flops = part.params(run.module), part.counted(removal.flops(run.module))
+    values = {
+        "prune/params": float(params),
+        "prune/flops": float(flops),
+        "prune/params_kept": params / max(costs.params, 1),
+        "prune/flops_kept": flops / max(costs.flops, 1),
+        "prune/sparsity": costs.share_gone("layers", removal.state.removed),
+    }
+    if removal.arguments.target == "latency":
+        values["prune/latency_kept"] = removal.state.latency
+    return values
 
 
 def weights_bytes(pl_module: LightningModule) -> int:

@@ -6,6 +6,7 @@ The only file that uses private names of torch: none of its functions undoes ``f
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,25 +93,39 @@ def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
 
 
 def take_shapes_before_loading_(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Have the model take the shapes of any checkpoint before the strategy loads it into the shards."""
+    """Have the model take the shapes of any checkpoint before the strategy loads it into the shards.
+
+    A hook for ``load_state_dict`` comes too late: the strategy loads into the shards as they are.
+    """
     strategy: Any = trainer.strategy
-    if "load_checkpoint" in vars(strategy):
-        return
-    load = strategy.load_checkpoint
-
-    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        told = _told_by(Path(strategy.broadcast(checkpoint_path)))
-        if told is not None:
-            with whole_model(where, trainer, pl_module):
-                _take_shapes(pl_module, told)
-        return load(checkpoint_path, *args, **kwargs)
-
-    strategy.load_checkpoint = load_checkpoint
+    if not isinstance(strategy.load_checkpoint, _ShapesFirst):
+        strategy.load_checkpoint = _ShapesFirst(where, trainer, pl_module)
 
 
 def load_as_before_(trainer: Trainer) -> None:
-    """Undo :func:`take_shapes_before_loading_`."""
-    vars(trainer.strategy).pop("load_checkpoint", None)
+    """Undo :func:`take_shapes_before_loading_`, and nothing else that was put in that place."""
+    own = vars(trainer.strategy)
+    if not isinstance(ours := own.get("load_checkpoint"), _ShapesFirst):
+        return
+    del own["load_checkpoint"]
+    own.update(ours.replaced)
+
+
+class _ShapesFirst:
+    """Stands in for a strategy's ``load_checkpoint``: the model takes the shapes of what is loaded next."""
+
+    def __init__(self, where: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        self.replaced = {name: value for name, value in vars(strategy).items() if name == "load_checkpoint"}
+        self._load = strategy.load_checkpoint
+        self._where, self._trainer, self._module = where, trainer, pl_module
+
+    def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        told = _told_by(Path(self._trainer.strategy.broadcast(checkpoint_path)))
+        if told is not None:
+            with whole_model(self._where, self._trainer, self._module):
+                _take_shapes(self._module, told)
+        return self._load(checkpoint_path, *args, **kwargs)
 
 
 def _told_by(path: Path) -> Mapping[str, Any] | None:
@@ -130,13 +145,19 @@ def _take_shapes(pl_module: LightningModule, told: Mapping[str, Any]) -> None:
     """
     own = pl_module.state_dict()
     largest = max((value.numel() for value in own.values() if isinstance(value, Tensor)), default=1)
+    damaged = "it is damaged. Load an earlier checkpoint."
+    try:
+        shapes, recipe = dict(told["shapes"]), dict(told["recipe"])
+        sizes = {name: tuple(map(operator.index, shape)) for name, shape in shapes.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise PruningError(f"What the checkpoint tells of its shapes cannot be read ({error!r}): {damaged}") from error
     tensors = {}
-    for name, shape in told["shapes"].items():
-        if math.prod(shape) > largest * _LARGER:
-            raise PruningError(f"The checkpoint says that {name} is of shape {tuple(shape)}: it is damaged.")
+    for name, shape in sizes.items():
+        if min(shape, default=0) < 0 or math.prod(shape) > largest * _LARGER:
+            raise PruningError(f"The checkpoint says that {name} is of shape {shape}: {damaged}")
         # values come next, from the shards; here shapes alone count
         tensors[name] = torch.empty(shape, dtype=torch.uint8)
-    take_told_(pl_module, tensors, checked(told["recipe"]))
+    take_told_(pl_module, tensors, checked(recipe))
 
 
 def _plain(parameter: nn.Parameter) -> nn.Parameter:

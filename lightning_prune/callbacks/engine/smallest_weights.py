@@ -15,6 +15,7 @@ from lightning_prune.callbacks.engine.averaging import restart_averages_
 from lightning_prune.callbacks.engine.guard import guards
 from lightning_prune.callbacks.engine.refusals import steps_in_epoch
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
@@ -37,7 +38,6 @@ class SmallestWeights(WeightChoice):
         self.pattern = pattern
         self.rewind_to = rewind_to
         self.control: Control | None = control
-        self.on_shards = rewind_to is None
         self._early: dict[str, Any] | None = None  # the run as it stood at rewind_to
         self._seed: int | None = None  # of the run that began, which one that resumes it may not have
 
@@ -64,6 +64,11 @@ class SmallestWeights(WeightChoice):
         """Refuse a run that cannot go back."""
         if self.rewind_to is None:
             return
+        if is_model_parallel(run.trainer):
+            raise PruningError(
+                f"{run.where}(rewind_to={self.rewind_to}): what a run goes back to cannot be saved of a model that is "
+                "split over processes. Rewind under strategy='ddp' or on one device, or leave rewind_to out."
+            )
         removing = [member.callback for member in run.members if isinstance(member.strategy, UnitRemoval)]
         others = [*guards(run.trainer), *removing, *_with_a_schedule(run.trainer)]
         if others:

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import companions
+from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
@@ -64,7 +65,7 @@ class Strategy(RunEvents, ABC):
     A strategy lives as long as its callback. What it knows of one run alone is dropped by :meth:`release`.
     """
 
-    arguments: FilterArguments | WeightArguments
+    arguments: FilterArguments | LayerArguments | WeightArguments
     """What the user asked for."""
     example_inputs: Any = None
     """Inputs of forward that the user gave, if any."""

@@ -211,6 +211,7 @@ class UnitRemoval(Strategy):
         """Follow a model that is as it was before the last pruning step."""
         self.state.widths, self.state.latency = dict(state["widths"]), state["latency"]
         self.traced.changed()
+        self.traced.flops(run.module)  # counted now: a model that is split is whole here alone
         self.gathering.rest()
         if run.own.clock.unfinished:
             self._watch_on(run.module)

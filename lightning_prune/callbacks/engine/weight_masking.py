@@ -72,7 +72,7 @@ class WeightMasking(Strategy):
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which masks cannot hold."""
-        refuse_masks(run.where, run.trainer, run.module, self.choice.on_shards)
+        refuse_masks(run.where, run.trainer, run.module)
         if is_model_parallel(run.trainer) and self.needs_whole_model:
             refuse_unsplittable(run.where, run.trainer)
         removing = [member for member in run.members if isinstance(member.strategy, UnitRemoval)]

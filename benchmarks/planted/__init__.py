@@ -1,0 +1,1 @@
+"""Errors planted in right cuts: in which networks, which errors, and whether they have an effect."""

@@ -1,0 +1,262 @@
+"""Removes layers of a model in a run: scores, plan and removal; neither logs nor says when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_prune.algorithms.schedules import FewUnits, Schedule
+from lightning_prune.callbacks.engine.averaging import averaged_copies
+from lightning_prune.callbacks.engine.batches import losses_of, training_batches
+from lightning_prune.callbacks.engine.example_inputs import inputs_of, on_device_of
+from lightning_prune.callbacks.engine.guard import companions
+from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
+from lightning_prune.callbacks.engine.layer_state import DenseLayers, LayerState
+from lightning_prune.callbacks.engine.networks import networks_left_alone
+from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_, refuse_apart
+from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_removal
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
+from lightning_prune.callbacks.engine.step import refuse_step
+from lightning_prune.callbacks.engine.strategy import Run, Strategy
+from lightning_prune.measure.flops import FlopCount
+from lightning_prune.measure.footprint import Part, count
+from lightning_prune.model.calls import ExampleInputs, run
+from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import check_optimizers, part_of
+from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, Skips, plan_layers
+from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
+from lightning_prune.pruning.layer_scores import LayerData
+from lightning_prune.pruning.layers import apply_layers_, ignored_layers, prunable_layers, time_without
+from lightning_prune.pruning.repair import DAMPING
+from lightning_prune.pruning.report import Repair
+from lightning_prune.reports import layer_costs
+from lightning_prune.reports.history import Goal
+from lightning_prune.structure.skippable import Depth
+from lightning_prune.surgery import Cut
+from lightning_prune.surgery.depth import remove_layers_
+
+__all__ = ["LayerRemoval"]
+
+_OF_LOSS = ("taylor", "taylor_second_order", "loss")
+
+
+class LayerRemoval(Strategy):
+    """The strategy of the callback that removes layers.
+
+    Args:
+        arguments: What the user asked for.
+
+    Attributes:
+        state: Everything that changes.
+        repairs: What was refitted at the last pruning step.
+    """
+
+    def __init__(self, arguments: LayerArguments) -> None:
+        self.arguments: LayerArguments = arguments
+        self.example_inputs = arguments.example_inputs
+        self.traces = arguments.trace
+        self.state = LayerState()
+        self.repairs: tuple[Repair, ...] = ()
+        self._alone: dict[str, str] = {}
+        self._inputs: ExampleInputs | None = None
+        self._flops: FlopCount | None = None  # of the model as it stands, once counted
+
+    @property
+    def dense(self) -> DenseLayers:
+        """The dense model."""
+        assert self.state.dense is not None  # set before anything is planned
+        return self.state.dense
+
+    @property
+    def inputs(self) -> ExampleInputs:
+        """What the model is looked at on."""
+        assert self._inputs is not None  # found before anything is looked at
+        return self._inputs
+
+    def part(self, pl_module: LightningModule) -> Part:
+        """Return the part of the model that is counted."""
+        return part_of(pl_module, self.arguments.module, self._alone)
+
+    def flops(self, pl_module: LightningModule) -> FlopCount:
+        """Return the multiply-adds of the model as it stands."""
+        if self._flops is None:
+            self._flops = count(pl_module, self.inputs)
+        return self._flops
+
+    def check_schedule(self, where: str, schedule: Schedule) -> None:
+        """Refuse schedules that count filters."""
+        if isinstance(schedule, FewUnits):
+            raise ValueError(f"{where}(schedule={schedule!r}): it counts filters, and layers leave here. Use Linear.")
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a run in which no layer can be removed."""
+        refuse_removal(run.where, run.trainer, run.module)
+        if is_model_parallel(run.trainer):
+            raise PruningError(
+                f"{run.where}: a model that ModelParallelStrategy splits is not looked at as a whole, so no layer can "
+                "be verified. Prune layers in a run before, or by prune_layers, then shard the slim model."
+            )
+        refuse_step(run.where, self.arguments.trace, run.module)
+        others = [member for member in run.members if member is not run.own]
+        if others:
+            raise PruningError(
+                f"{run.where} and {others[0].where}: one run removes either layers or filters and weights. Prune "
+                "layers first, then fit again with the other callback."
+            )
+
+    def reads_batches(self, pl_module: LightningModule) -> bool:
+        """Return that layers are scored on training batches."""
+        return True
+
+    def prepare(self, run: Run, batch: Any | None) -> bool:
+        """Look at the model on known inputs, or on the first batch that holds any; refuse what cannot be reached."""
+        check_optimizers(run.where, run.trainer.optimizers)
+        inputs = run.inputs.find(run.module, self.traces, [self.example_inputs], batch)
+        if inputs is None:
+            return False
+        self._alone = networks_left_alone(run, self.arguments.named)
+        self._inputs, self._flops = on_device_of(run.trainer, run.module, inputs), None
+        if self.state.dense is not None and not run.own.clock.unfinished:
+            return True  # there may be no layer left to remove
+        refuse_not_finite(run.where, run.module, dict(run.module.named_parameters()))
+        depth = self._depth(run.module)
+        if self.state.dense is None:
+            flops = self.flops(run.module)
+            costs = LayerCosts.of(run.module, depth, flops, self.part(run.module))
+            self.state.dense = DenseLayers(costs, layer_costs(run.module, flops))
+        if run.own.clock.unfinished:
+            budget = self._budget(depth, self.arguments.amount)
+            budget.check_reach(run.where, depth, self.dense.costs, self.state.removed)
+        return True
+
+    def prune_to(self, run: Run, progress: float) -> None:
+        """Remove layers up to the share that the schedule asks for at ``progress``."""
+        module, asked = run.module, run.own.schedule.sparsity(progress, self.arguments.amount)
+        refuse_not_finite(run.where, module, dict(module.named_parameters()))
+        depth = self._depth(module)
+        timing = partial(self._time_of_first, run) if self.arguments.target == "latency" else None
+        with self._data(run) as data:
+            plan = plan_layers(
+                module,
+                self.inputs,
+                depth,
+                self.dense.costs,
+                self._budget(depth, asked),
+                self.arguments.criterion,
+                data,
+                self.state.gone,
+                timing,
+                self.state.refused,
+            )
+        self.state.refused, self.state.pinned = dict(plan.refused), {**depth.others, **plan.refused}
+        if plan.removed:
+            self._apply(run, plan)
+        if plan.latency_kept is not None:
+            self.state.latency = plan.latency_kept
+        if plan.short and progress >= 1.0 and not self.state.warned:
+            self.state.warned = True
+            rank_zero_warn(f"{run.where}: {plan.short}")
+
+    def goal(self, run: Run) -> Goal:
+        """Return what was asked and what is reached now."""
+        target = self.arguments.target
+        reached = self.dense.costs.share_gone(target, self.state.removed)
+        if target == "latency":
+            reached = 1 - self.state.latency
+        return Goal(run.where, target, self.arguments.amount, reached)
+
+    def rollback_state(self) -> dict[str, Any]:
+        """Return the removed layers and the latency."""
+        plain = self.state.to_plain()
+        return {"removed": plain["removed"], "latency": plain["latency"]}
+
+    def rollback(self, run: Run, state: dict[str, Any]) -> None:
+        """Follow a model that is as it was before the last pruning step."""
+        self.state = LayerState.from_plain({**self.state.to_plain(), **state})
+        self._flops = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the dense model and what was removed."""
+        return self.state.to_plain()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a saved state."""
+        self.state = LayerState.from_plain(state)
+
+    def reset(self) -> None:
+        """Start anew, for another model."""
+        self.state = LayerState()
+
+    def release(self) -> None:
+        """Forget the counts of the model; no hook was set."""
+        self._flops = None
+
+    def _depth(self, pl_module: LightningModule) -> Depth:
+        part = part_of(pl_module, self.arguments.module)
+        depth = prunable_layers(pl_module, self.inputs, part, self.arguments.ignore, self._alone)
+        # Whatever the layers in front of it did, each is one that the dense model had.
+        if self.state.dense is not None:
+            known = self.state.dense.costs.by_layer
+            depth = depth.without(dict.fromkeys(depth.layers.keys() - known, "it was no layer of the dense model"))
+        self.state.pinned = {**depth.others, **self.state.refused}
+        return depth
+
+    def _budget(self, depth: Depth, amount: float) -> LayerBudget:
+        asked = self.arguments.budget
+        return replace(asked, amount=amount, min_layers=max(0, asked.min_layers - ignored_layers(depth)))
+
+    @contextmanager
+    def _data(self, run_: Run) -> Iterator[LayerData]:
+        """Yield training batches of each process, and what runs the model on them; scores are means over processes."""
+        trainer, module = run_.trainer, run_.module
+
+        def mean(score: Tensor) -> Tensor:
+            return trainer.strategy.reduce(score.to(module.device), reduce_op="mean")  # type: ignore[return-value]
+
+        with training_batches(trainer, module, self.arguments.batches) as batches:
+            if self.arguments.criterion in _OF_LOSS:
+                with losses_of(module) as loss:
+                    yield LayerData(list(batches), run, loss, mean)
+            else:
+                yield LayerData(list(inputs_of(module, batches, self.traces)), run, None, mean)
+
+    def _time_of_first(self, run: Run, skips: Skips) -> float:
+        """Measure on the first process, and tell the others."""
+        kept = 1.0
+        if run.trainer.is_global_zero:
+            with run.trainer.precision_plugin.forward_context():
+                kept = time_without(run.module, self.inputs, skips)
+        return float(run.trainer.strategy.broadcast(kept))
+
+    def _apply(self, run: Run, plan: LayerPlan) -> None:
+        """Remove layers of the model and its averages; what averages gradients of processes is made anew."""
+        strategy, when = run.trainer.strategy, f"epoch {run.trainer.current_epoch}, step {run.trainer.global_step}"
+        repair = LayerRepair({}, (), {})
+        if self.arguments.repair:
+            with calibration_of(run.trainer, run.module, self.arguments.batches, self.traces) as calibration:
+                repair = repaired_layers(run.module, plan.skips, calibration, DAMPING)
+            repair = replace(repair, tensors=strategy.broadcast(repair.tensors))
+            self.repairs = repair.repairs
+        averaged = isinstance(strategy.model, DistributedDataParallel)
+        if averaged:
+            strategy.model = run.module
+        run.before_step()
+        apply_layers_(run.module, plan, repair, run.trainer.optimizers)
+        for copy in averaged_copies(run.trainer):
+            remove_layers_(copy, plan.skips)
+        if averaged:
+            refuse_apart(run.where, run.trainer, run.module)
+            strategy.configure_ddp()  # type: ignore[attr-defined]
+        for companion in companions(run.trainer):
+            companion.after_cut(run.trainer, run.module, Cut({}, {}, {}, ()))
+        self.state.removed |= {layer.path: (layer, when) for layer in plan.removed}
+        self._flops = None
+        recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)

@@ -1,0 +1,112 @@
+"""Running a model without side effects: whatever its forward pass changes is undone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_prune.model.calls import modules_of, refuse_shapeless
+from lightning_prune.model.global_state import GlobalState, global_containers
+from lightning_prune.model.interrupts import undone_by
+from lightning_prune.model.object_graph import ObjectGraph
+from lightning_prune.model.tensor_state import WriteGuard
+
+__all__ = ["unchanged", "undisturbed"]
+
+_SMALL = 2**16  # bytes; copying so few costs no more than watching for writes to them
+_FUNCTIONS = frozenset({FunctionType, MethodType})
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *beside: Any, watched: bool = False, copied: bool = False) -> Iterator[None]:
+    """Run the body in eval mode without gradients, then restore all that it changed of the model and the process.
+
+    Modules compiled by torch.compile run their original code, since compiled code cannot be traced. What a forward pass
+    writes is undone, wherever the model leads to it (see :class:`~lightning_prune.model.object_graph.ObjectGraph`):
+    parameters, buffers and other tensors, attributes, containers, hooks, class attributes, closures, random generators;
+    so are the settings of torch, and the random state of Python, NumPy and torch. Ctrl-C waits until that is done.
+
+    What cannot be undone: what is written to files, sent elsewhere or done in C; generators that were advanced.
+
+    Args:
+        model: The model.
+        beside: Inputs and whatever else the body hands to the model; restored in the same way.
+        watched: Whether the body runs the model under a mode that calls
+            :func:`~lightning_prune.model.tensor_state.keep` before writes, so that no other mode is needed.
+        copied: Whether all tensors are copied before, to the CPU, rather than once they are written to. The mode that
+            watches for writes costs some microseconds for every operator, and ``torch.jit.trace`` records other
+            operators under it: so do this where the body measures time or is traced by torch.
+
+    Raises:
+        PruningError: If a parameter or buffer has no shape yet.
+    """
+    refuse_shapeless(model)
+    modules = [module for _, module in modules_of(model)]
+    graph = ObjectGraph([*modules, *global_containers()], math.inf if copied else _SMALL, copied)
+    others = ObjectGraph(beside, math.inf)
+    process = GlobalState(graph.tensors.devices | others.tensors.devices)
+
+    def undo() -> None:
+        with ExitStack() as stack:  # if one fails, the others are restored all the same
+            for state in (others, graph, process):
+                stack.callback(state.restore_)
+
+    with undone_by(undo):
+        graph.begin_()
+        others.begin_()
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(graph.tensors.watching())
+            if graph.tensors.watched and not watched:
+                stack.enter_context(WriteGuard())
+            for module in modules:
+                if module.training:
+                    module.training = False
+            for module, written in _uncompiled(modules):
+                vars(module).update(written)
+            yield
+
+
+@contextmanager
+def unchanged(*objects: Any) -> Iterator[None]:
+    """Run the body, then restore what it changed of objects such as a batch; see :func:`undisturbed`."""
+    graph = ObjectGraph(objects, math.inf)
+    with undone_by(graph.restore_):
+        graph.begin_()
+        yield
+
+
+def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Return the attributes that torch.compile replaced on modules, with their original values."""
+    found: list[tuple[nn.Module, dict[str, Any]]] = []
+    compiled_forward: dict[type, Any] = {}  # class -> its ``forward`` if that was compiled in the class, else None
+    for module in modules:
+        kind, own = type(module), vars(module)
+        if kind not in compiled_forward:
+            forward = getattr(kind, "forward", None)
+            compiled_forward[kind] = forward if hasattr(forward, "_torchdynamo_orig_callable") else None
+        functions = {name: value for name, value in own.items() if type(value) in _FUNCTIONS}
+        if compiled_forward[kind] is not None and "forward" not in functions:
+            functions["forward"] = MethodType(compiled_forward[kind], module)
+        original: dict[str, Any] = {}
+        if "_compiled_call_impl" in own:  # set by ``module.compile()``
+            original["_compiled_call_impl"] = None
+        for name, value in functions.items():
+            function = getattr(value, "_torchdynamo_orig_callable", None)
+            if function is None:
+                continue
+            # A method compiled in the class remembers the plain function, which needs its ``self`` back.
+            if inspect.ismethod(value) and not inspect.ismethod(function):
+                function = MethodType(function, module)
+            original[name] = function
+        if original:
+            found.append((module, original))
+    return found

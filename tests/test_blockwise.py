@@ -1,0 +1,123 @@
+"""Second-order pruning block by block gives what it gives when the whole model runs, with one block at a time."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_prune import prune_obs
+from lightning_prune.measure.blocks import find_chain
+from lightning_prune.measure.calibration import Calibration
+from lightning_prune.model.spool import Spool
+from lightning_prune.pruning import obs
+
+
+class Cache:
+    """Remembers what its layers were given, so that a second call finds more than the first."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def update(self, layer, x):
+        self.seen[layer] = self.seen.get(layer, 0) + 1
+        return self.seen[layer]
+
+
+class Block(nn.Module):
+    def __init__(self, width, layer):
+        super().__init__()
+        self.layer = layer
+        self.mix, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden, scale=None, cache=None):
+        number = cache.update(self.layer, hidden)
+        x = hidden + torch.tanh(self.mix(hidden)) * scale / number
+        return (x + self.down(torch.relu(self.up(x))), number)
+
+
+class Decoder(nn.Module):
+    """Blocks between two other layers, which take a mask and a cache beside what flows; ``skips`` leads round them."""
+
+    def __init__(self, width=6, depth=3, skips=False, shared=False):
+        super().__init__()
+        self.begin, self.end = nn.Linear(5, width), nn.Linear(width, 4)
+        self.blocks = nn.ModuleList([Block(width, layer) for layer in range(depth)])
+        if shared:
+            self.blocks[1].mix.weight = self.blocks[0].mix.weight
+        self.skips = skips
+
+    def forward(self, x):
+        x, cache, first = self.begin(x), Cache(), None
+        scale = torch.linspace(0.5, 1.5, x.shape[1])[:, None]
+        for block in self.blocks:
+            x = block(x, scale=scale, cache=cache)[0]
+            first = x if first is None else first
+        return self.end(x + first if self.skips else x)
+
+
+def made(**how):
+    torch.manual_seed(0)
+    return Decoder(**how).eval(), [torch.randn(4, 7, 5) for _ in range(3)]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("solver", ["exact", "admm"])
+def test_blocks_one_by_one_are_as_the_whole_model(sequential, solver, monkeypatch):
+    """Weights, masks and errors are those of the way that runs the whole model for every layer."""
+    model, batches = made()
+    whole = copy.deepcopy(model)
+    report = prune_obs(model, 0.5, batches=batches, sequential=sequential, solver=solver, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(obs, "stages_of", lambda surgery, names: None)
+        expected = prune_obs(whole, 0.5, batches=batches, sequential=sequential, solver=solver, progress=False)
+    assert list(report.kept) == list(expected.kept)
+    for name, kept in expected.kept.items():
+        assert torch.equal(report.kept[name], kept), name
+    for (name, parameter), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5, msg=name)
+    for one, other in zip(report.details, expected.details, strict=True):
+        assert one.name == other.name and one.error == pytest.approx(other.error, rel=1e-3, abs=1e-5)
+
+
+def test_each_block_runs_by_itself():
+    """How often a block runs does not grow with the number of blocks."""
+    runs = {}
+    for depth in (3, 6):
+        model, batches = made(depth=depth)
+        calls = []
+        model.blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        prune_obs(model, 0.5, batches=batches, sequential=True, progress=False, solver="blocked")
+        runs[depth] = len(calls)
+    assert runs[3] == runs[6]
+
+
+@pytest.mark.parametrize("how", [{"skips": True}, {"shared": True}])
+def test_models_that_are_no_chain_are_run_as_a_whole(how):
+    """Blocks that share weights or are read elsewhere are no chain, and the model is pruned anyhow."""
+    model, batches = made(**how)
+    assert find_chain(model, Calibration(batches)) is None
+    assert prune_obs(model, 0.5, batches=batches, sequential=True, progress=False).reached == pytest.approx(
+        0.5, abs=0.01
+    )
+
+
+def test_blocks_are_found():
+    """The blocks that hold most weights are found, and the model is as it was, hooks included."""
+    model, batches = made()
+    before = copy.deepcopy(model.state_dict())
+    chain = find_chain(model, Calibration(batches))
+    assert chain.paths == ("blocks.0", "blocks.1", "blocks.2") and chain.place == 0
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+def test_a_spool_gives_back_what_it_got(dtype):
+    """Tensors come back from the file as they were, also one that was written twice."""
+    spool = Spool()
+    tensors = {"a": torch.randn(3, 4).mul(9).to(dtype), "b": torch.randn(5).mul(9).to(dtype).view(5, 1).T}
+    for name in ("a", "b", "a"):
+        spool[name] = tensors[name]
+    assert list(spool) == ["a", "b"]
+    assert all(torch.equal(spool[name], tensor) and spool[name].dtype == dtype for name, tensor in tensors.items())
