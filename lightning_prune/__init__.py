@@ -46,6 +46,8 @@ __all__ = [
     "weight_sensitivity",
 ]
 
+__version__ = "0.1.0"
+
 # Each module and its public names; a test compares it with the imports that type checkers and editors read.
 _HOMES = {
     "algorithms.schedules": ("Cubic", "Geometric", "Linear", "OneCycle", "OneShot"),
@@ -97,18 +99,12 @@ if TYPE_CHECKING:
     from lightning_prune.surgery.loading import Prunable, load_state_dict_, slim_loading
     from lightning_prune.surgery.masks import apply_masks_, hold_masks
     from lightning_prune.surgery.sparse_files import load_sparse, load_sparse_, save_sparse
-
-    __version__: str
 else:
 
     def __getattr__(name: str) -> Any:
         for home, names in _HOMES.items():
             if name in names:
                 return getattr(import_module(f"{__name__}.{home}"), name)
-        if name == "__version__":
-            from importlib.metadata import version
-
-            return version("lightning-prune")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:

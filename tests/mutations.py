@@ -20,6 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# how precisely cuDNN multiplies single precision, and a setting that is not the default; older versions have the other
+PRECISION, NARROW = (
+    ("fp32_precision", "tf32") if hasattr(torch.backends.cudnn, "fp32_precision") else ("allow_tf32", False)
+)
 COUNT = 0
 SEEN = [0]
 TABLE = {"tensor": torch.zeros(3)}
@@ -324,7 +328,7 @@ def _found() -> dict[str, Any]:
         "numpy random": lambda n, *_: np.random.rand(2),
         "python generator": lambda n, *_: n.python.random(),
         "python random": lambda n, *_: random.random(),
-        "cudnn precision": lambda n, *_: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
+        "cudnn precision": lambda n, *_: setattr(torch.backends.cudnn, PRECISION, NARROW),
         "matmul precision": lambda n, *_: torch.set_float32_matmul_precision("medium"),
         "cudnn benchmark": lambda n, *_: setattr(torch.backends.cudnn, "benchmark", True),
         "cudnn": lambda n, *_: setattr(torch.backends.cudnn, "enabled", False),
@@ -407,7 +411,7 @@ def picture(*roots, identities=True):
     hooks = [len(v) for k, v in vars(nn.modules.module).items() if k.startswith("_global") and isinstance(v, dict)]
     settings = (
         random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes(), hooks,
-        torch.backends.cudnn.fp32_precision, torch.backends.cudnn.benchmark, torch.backends.cudnn.enabled,
+        getattr(torch.backends.cudnn, PRECISION), torch.backends.cudnn.benchmark, torch.backends.cudnn.enabled,
         torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(),
         torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_cache_enabled(),
         torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),

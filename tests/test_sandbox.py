@@ -33,7 +33,7 @@ from lightning_prune.measure.gradients import batch_gradients
 from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.fisher import prune_fisher
 from lightning_prune.surgery import find_groups
-from tests.mutations import MUTATIONS, Mutation, batch_of, made, picture
+from tests.mutations import MUTATIONS, PRECISION, Mutation, batch_of, made, picture
 from tests.test_interruption import Interruption
 
 PRUNED = ("first", "norm", "middle", "head")  # what pruning may change of the networks
@@ -196,13 +196,17 @@ def test_a_run_goes_on_as_if_nothing_had_been_traced(every, traced):
         runs = []
         for callback in (False, False, True):
             pruning = [FilterL1Pruning(0.5, schedule=OneShot(2), trace=traced)] if callback else []
-            state = torch.backends.cudnn.fp32_precision, torch.is_grad_enabled(), torch.get_default_dtype()
+            state = getattr(torch.backends.cudnn, PRECISION), torch.is_grad_enabled(), torch.get_default_dtype()
             with unchanged(*classes_and_globals()), undisturbed(nn.ReLU()), torch.enable_grad():
                 try:
                     runs.append(trained(mutation, *pruning))
                 except Exception as error:
                     runs.append(type(error).__name__)
-            assert state == (torch.backends.cudnn.fp32_precision, torch.is_grad_enabled(), torch.get_default_dtype())
+            assert state == (
+                getattr(torch.backends.cudnn, PRECISION),
+                torch.is_grad_enabled(),
+                torch.get_default_dtype(),
+            )
         if isinstance(runs[0], list) and runs[0] == runs[1] and isinstance(runs[2], list):
             assert runs[2] == runs[0], mutation.name
             compared += 1

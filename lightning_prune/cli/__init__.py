@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import sys
 import traceback
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from lightning_prune import __version__
 from lightning_prune.cli import export, inspect, report, sensitivity
 from lightning_prune.model.errors import PruningError
 
@@ -57,18 +57,11 @@ class _Parser(argparse.ArgumentParser):
         _stop(self.prog, f"{message}. See {self.prog} --help.")
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lightning-prune")
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
-        return "(not installed)"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lightning-prune", description="Inspect a model before and after pruning it.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"lightning-prune {_version()}")
+    parser.add_argument("--version", action="version", version=f"lightning-prune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in _COMMANDS.items():
         summary = command.DESCRIPTION.partition("\n")[0]

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_prune import __version__
 from lightning_prune.callbacks.engine.reporting import guarded
 from lightning_prune.pruning.arguments import shown
 
@@ -70,11 +71,11 @@ def facts_of_run() -> dict[str, str]:
     facts = {"started": datetime.now().astimezone().isoformat(" ", "seconds")}
     seed = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything sets
     facts["seed"] = seed if seed is not None else "not set by seed_everything"
-    for package in ("lightning-prune", "lightning"):
-        try:
-            facts[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from its sources
-            facts[package] = "not installed"
+    facts["lightning-prune"] = __version__
+    try:
+        facts["lightning"] = importlib.metadata.version("lightning")
+    except importlib.metadata.PackageNotFoundError:  # then pytorch_lightning is
+        facts["lightning"] = "not installed"
     return {**facts, "torch": str(torch.__version__), "Python": platform.python_version()}
 
 
