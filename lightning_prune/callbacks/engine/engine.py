@@ -274,6 +274,9 @@ class Engine:
         try:
             with whole_model(where, trainer, pl_module):
                 yield
+                for member in self.members:
+                    if member.prepared:
+                        member.strategy.before_split(pl_module)
         finally:
             for member in self.members:
                 member.strategy.after_split()

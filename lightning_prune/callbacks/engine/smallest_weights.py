@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.averaging import restart_averages_
@@ -21,6 +22,7 @@ from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import whole
 from lightning_prune.pruning.arguments import Amount
 from lightning_prune.pruning.weights import WeightScope, choose_weights, score_weights, shuffled
 
@@ -64,10 +66,10 @@ class SmallestWeights(WeightChoice):
         """Refuse a run that cannot go back."""
         if self.rewind_to is None:
             return
-        if is_model_parallel(run.trainer):
+        if is_model_parallel(run.trainer) and self.control is not None:
             raise PruningError(
-                f"{run.where}(rewind_to={self.rewind_to}): what a run goes back to cannot be saved of a model that is "
-                "split over processes. Rewind under strategy='ddp' or on one device, or leave rewind_to out."
+                f"{run.where}(control={self.control!r}): controls draw random numbers for whole weights, and this "
+                "model is split over processes. Run controls under strategy='ddp' or on one device."
             )
         removing = [member.callback for member in run.members if isinstance(member.strategy, UnitRemoval)]
         others = [*guards(run.trainer), *removing, *_with_a_schedule(run.trainer)]
@@ -138,7 +140,8 @@ class SmallestWeights(WeightChoice):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run as it stood where rounds start."""
-        return {"early": self._early, "seed": self._seed}
+        # all processes are here; a run of another number of them may go on
+        return {"early": tree_map_only(Tensor, whole, self._early), "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
