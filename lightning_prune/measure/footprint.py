@@ -37,6 +37,8 @@ class Part(NamedTuple):
 
     def holds(self, path: str) -> bool:
         """Return whether a module, parameter or buffer belongs to the part."""
+        if self is WHOLE:
+            return True
         above = {*_itself_and_above(path)}
         return not above.isdisjoint(self.inside) and above.isdisjoint(self.outside)
 
@@ -136,11 +138,11 @@ def _itself_and_above(path: str) -> list[str]:
 
 def measure(model: nn.Module, structure: Structure, keep: Keep, part: Part = WHOLE) -> Footprint:
     """Predict what the model, or a part of it, costs once the units with ``keep == False`` have gone."""
-    alive = structure.alive(keep)
+    before = np.concatenate([[0], np.cumsum(structure.alive(keep))])  # how many atoms are kept before each
     sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if part.holds(name)}
     for slot in structure.ledger.slots:
         if slot.tensor in sizes:
-            sizes[slot.tensor][slot.dim] = int(alive[slot.start : slot.start + slot.size].sum())
+            sizes[slot.tensor][slot.dim] = int(before[slot.start + slot.size] - before[slot.start])
     return Footprint(sum(map(math.prod, sizes.values())), part.flops(structure, keep))
 
 

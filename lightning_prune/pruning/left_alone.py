@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,9 @@ def left_alone(model: nn.Module, named: Iterable[Any] = (), frozen: bool = True)
         frozen: Whether parameters that are frozen now stay so.
     """
     frozen = frozen and any(parameter.requires_grad for parameter in model.parameters())
+    if not any(_is_other(module) for _, module in modules_of(model)):
+        if not frozen or all(parameter.requires_grad for parameter in model.parameters()):
+            return {}
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -62,13 +66,23 @@ def with_left_alone(structure: Structure, alone: Mapping[str, str]) -> Structure
     return structure.without_each(why)
 
 
-def _reason(module: nn.Module, frozen: bool) -> str:
-    """Return why a module is left alone, or nothing."""
-    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
+def _is_other(module: nn.Module) -> bool:
+    """Return whether a module is a metric or an averaged copy."""
+    return bool(_reason_of_kind(type(module)))
+
+
+@cache
+def _reason_of_kind(kind: type) -> str:
+    kinds = {(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__}
     if ("torchmetrics", "Metric") in kinds:
         return "it belongs to a metric"
-    if ("torch", "AveragedModel") in kinds:
-        return "it is an averaged copy"
+    return "it is an averaged copy" if ("torch", "AveragedModel") in kinds else ""
+
+
+def _reason(module: nn.Module, frozen: bool) -> str:
+    """Return why a module is left alone, or nothing."""
+    if _is_other(module):
+        return _reason_of_kind(type(module))
     parameters = list(module.parameters())
     weights = [parameter for parameter in parameters if not is_lazy(parameter) and parameter.dim() > 1]
     if frozen and len(weights) > 1 and not any(parameter.requires_grad for parameter in parameters):

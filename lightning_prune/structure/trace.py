@@ -19,6 +19,7 @@ from lightning_prune.model.calls import (
     refuse_shapeless,
     same_draws,
     tensors_in,
+    uncollected,
     undisturbed,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
@@ -30,6 +31,7 @@ from lightning_prune.structure.tracer import watch
 __all__ = ["trace"]
 
 
+@uncollected()
 def trace(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[Literally] = frozenset()) -> Ledger:
     """Run the model on example inputs and write down which channels met.
 

@@ -28,7 +28,7 @@ from lightning_prune.structure.shape_only import NumbersNeededError, Shaped, rea
 from lightning_prune.structure.tensor_names import exchange_, named_tensors
 from lightning_prune.structure.traced_ints import Number, Size, remembering
 
-__all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch"]
+__all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch", "written"]
 
 _UNLABELLED = Labels(weight=True)
 _ACTIVATION = Labels(weight=False)
@@ -132,7 +132,7 @@ class Watch(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
-        for position in _written(func):
+        for position in written(func):
             if position < len(args) and isinstance(args[position], Tensor):
                 self._keep(args[position])
         out = func(*args, **kwargs)
@@ -149,7 +149,7 @@ class Watch(TorchDispatchMode):
 
 
 @cache
-def _written(func: Any) -> tuple[int, ...]:
+def written(func: Any) -> tuple[int, ...]:
     """Return the positions of the arguments that an operator may write into."""
     if func.overloadpacket in _RUNNING_STATISTICS:
         return 3, 4

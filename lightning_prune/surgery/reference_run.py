@@ -31,7 +31,7 @@ from lightning_prune.surgery.replay import (
     tensors_of,
 )
 
-__all__ = ["EMPTY", "Constant", "Reference", "Window"]
+__all__ = ["EMPTY", "Constant", "Reference", "Window", "filled"]
 
 EMPTY = "its output is empty"
 """Why an operator was not compared whose numbers nobody saw."""
@@ -205,10 +205,10 @@ class Reference(Replay):
             narrowed = _with_numbers(narrowed, seen.plain)
         out = self.plain_run(facts, narrowed, kwargs)
         pairs = zip(tensors_of(out), ran.made, strict=False)
-        filled = [_filled(tensor, self._lefts.of(labels)) for tensor, labels in pairs]
+        fulls = [filled(tensor, self._lefts.of(labels)) for tensor, labels in pairs]
         if facts.writes:
-            return args[0].copy_(filled[0])
-        return filled[0] if isinstance(out, Tensor) else tuple(filled)
+            return args[0].copy_(fulls[0])
+        return fulls[0] if isinstance(out, Tensor) else tuple(fulls)
 
     def _narrowed(self, value: Any, waiting: Iterator[dict[int, Left]]) -> Any:
         """Return what is left of the tensors of an argument; ``waiting`` yields what is left of each, in order."""
@@ -260,7 +260,7 @@ def _with_numbers(args: Sequence[Any], numbers: tuple[Any, ...]) -> list[Any]:
     ]
 
 
-def _filled(out: Tensor, left: Mapping[int, Left]) -> Tensor:
+def filled(out: Tensor, left: Mapping[int, Left]) -> Tensor:
     """Return an output at its full size: numbers of other units stand where units have gone."""
     for dim, own in left.items():
         if out.shape[dim] != own.count:
