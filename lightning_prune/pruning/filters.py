@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
-from lightning_prune.model.calls import ExampleInputs, call_on, walked_once
+from lightning_prune.model.calls import ExampleInputs, call_on, uncollected, walked_once
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
@@ -145,45 +145,48 @@ def prune_filters(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
     part = part_of(model, module)
-    with walked_once(model):
+    with walked_once(model), uncollected() if batches is None else nullcontext():
         traced = find_structure(trace(model, example_inputs))
-    named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
-    alone = left_alone(model, named)
-    calibration = None
-    if repair or by_obs:
-        if batches is None:
-            raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
-        calibration = Calibration(list(ordinary(batches)), call_on if loss is None else partial(_outputs, loss))
-        batches = calibration.batches
+        named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
+        alone = left_alone(model, named)
+        calibration = None
+        if repair or by_obs:
+            if batches is None:
+                raise ValueError(
+                    f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them."
+                )
+            calibration = Calibration(list(ordinary(batches)), call_on if loss is None else partial(_outputs, loss))
+            batches = calibration.batches
 
-    def planned(structure: Structure, refuse: bool) -> Plan:
-        structure = with_left_alone(within_part(with_ignored(model, structure, ignore), part), alone)
-        check_prunable(model, structure)
-        if calibration is not None:
-            products = find_products(model, calibration.batches[0], calibration.forward)
-        if by_obs and calibration is not None:
-            structure = only_read(model, structure, products)
+        def planned(structure: Structure, refuse: bool) -> Plan:
+            structure = with_left_alone(within_part(with_ignored(model, structure, ignore), part), alone)
             check_prunable(model, structure)
-            scores = score_by_readers(model, structure, products, calibration, damping, progress)
-        else:
-            with each(batches or (), "batches", progress and batches is not None) as seen:
-                scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
-        plan = plan_filters(
-            model,
-            example_inputs,
-            structure,
-            scores,
-            amount_by_group(model, structure, amount),
-            budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
-            adding_up=adds_up(criterion),
-            refuse=refuse,
-            progress=progress,
-        )
-        return plan if calibration is None or not repair else repaired(plan, products, calibration, damping, progress)
+            if calibration is not None:
+                products = find_products(model, calibration.batches[0], calibration.forward)
+            if by_obs and calibration is not None:
+                structure = only_read(model, structure, products)
+                check_prunable(model, structure)
+                scores = score_by_readers(model, structure, products, calibration, damping, progress)
+            else:
+                with each(batches or (), "batches", progress and batches is not None) as seen:
+                    scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
+            plan = plan_filters(
+                model,
+                example_inputs,
+                structure,
+                scores,
+                amount_by_group(model, structure, amount),
+                budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
+                adding_up=adds_up(criterion),
+                refuse=refuse,
+                progress=progress,
+            )
+            return (
+                plan if calibration is None or not repair else repaired(plan, products, calibration, damping, progress)
+            )
 
-    # Where scores cost little, whether every group can shrink is asked only if the cut cannot be verified.
-    plan = None
-    with walked_once(model):
+        # Where scores cost little, whether every group can shrink is asked only if the cut cannot be verified.
+        plan = None
         if batches is None and criterion in _CHEAP and target != "latency":
             with suppress(PruningError):
                 plan = planned(traced, refuse=False)

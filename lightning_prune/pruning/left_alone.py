@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.model.calls import modules_of
 from lightning_prune.pruning.arguments import path_of
 from lightning_prune.structure import Structure
+from lightning_prune.structure.tensor_names import named_parameters
 
 __all__ = ["left_alone", "with_left_alone"]
 
@@ -30,10 +30,11 @@ def left_alone(model: nn.Module, named: Iterable[Any] = (), frozen: bool = True)
             and nothing of what is trained.
         frozen: Whether parameters that are frozen now stay so.
     """
-    frozen = frozen and any(parameter.requires_grad for parameter in model.parameters())
-    if not any(_is_other(module) for _, module in modules_of(model)):
-        if not frozen or all(parameter.requires_grad for parameter in model.parameters()):
-            return {}
+    parameters = named_parameters(model).values()
+    frozen = frozen and any(parameter.requires_grad for parameter in parameters)
+    unfrozen = not frozen or all(parameter.requires_grad for parameter in parameters)
+    if unfrozen and not any(map(_reason_of_kind, {type(module) for _, module in modules_of(model)})):
+        return {}
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -66,13 +67,8 @@ def with_left_alone(structure: Structure, alone: Mapping[str, str]) -> Structure
     return structure.without_each(why)
 
 
-def _is_other(module: nn.Module) -> bool:
-    """Return whether a module is a metric or an averaged copy."""
-    return bool(_reason_of_kind(type(module)))
-
-
-@cache
 def _reason_of_kind(kind: type) -> str:
+    """Return why modules of a class are left alone, or nothing."""
     kinds = {(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__}
     if ("torchmetrics", "Metric") in kinds:
         return "it belongs to a metric"
@@ -81,8 +77,8 @@ def _reason_of_kind(kind: type) -> str:
 
 def _reason(module: nn.Module, frozen: bool) -> str:
     """Return why a module is left alone, or nothing."""
-    if _is_other(module):
-        return _reason_of_kind(type(module))
+    if reason := _reason_of_kind(type(module)):
+        return reason
     parameters = list(module.parameters())
     weights = [parameter for parameter in parameters if not is_lazy(parameter) and parameter.dim() > 1]
     if frozen and len(weights) > 1 and not any(parameter.requires_grad for parameter in parameters):

@@ -117,7 +117,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: set[int] = set()  # storages of this run, which may be written to
+        self._made: set[int] = set()  # storages of this run, which may be written to, by weak references
         self._before: dict[int, tuple[Any, Any]] = {}  # storages that were there before -> themselves, and a copy
 
     @classmethod
@@ -129,23 +129,44 @@ class Watch(TorchDispatchMode):
         super().__exit__(*exception)
         for storage, copy in self._before.values():
             storage.copy_(copy)
+        for made in self._made:
+            torch.UntypedStorage._free_weak_ref(made)
+        self._made = set()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
-        for position in written(func):
+        places, shows = _of_schema(func)
+        for position in places:
             if position < len(args) and isinstance(args[position], Tensor):
                 self._keep(args[position])
         out = func(*args, **kwargs)
-        if not aliases(func):
-            for tensor in tensors_among((out,)):
-                if tensor.layout is torch.strided:  # sparse tensors have no one storage
-                    self._made.add(tensor.untyped_storage()._cdata)
+        if not shows:
+            for tensor in (out,) if isinstance(out, Tensor) else tensors_among((out,)):
+                if tensor.layout is not torch.strided:  # sparse tensors have no one storage
+                    continue
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._made:
+                    storage._weak_ref()  # while there is one, no other storage gets this number
+                    self._made.add(storage._cdata)
         return out
 
     def _keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._made and storage._cdata not in self._before:
             self._before[storage._cdata] = storage, storage.clone()
+
+
+def _of_schema(func: Any) -> tuple[tuple[int, ...], bool]:
+    """Return the positions of arguments that an operator may write into, and whether its output may share memory."""
+    known = _SCHEMAS.get(id(func))
+    if known is None:
+        known = _SCHEMAS[id(func)] = (written(func), aliases(func))
+        _OPERATORS.append(func)
+    return known
+
+
+_SCHEMAS: dict[int, tuple[tuple[int, ...], bool]] = {}  # by ``id``, since an operator is slow to hash
+_OPERATORS: list[Any] = []  # so that their ids stay
 
 
 @cache

@@ -21,7 +21,7 @@ from lightning_prune.structure.labels import Ran
 from lightning_prune.structure.rules import tensors_among
 from lightning_prune.structure.tracer import plain
 from lightning_prune.surgery.expected_outputs import Lefts, OtherOperatorsError
-from lightning_prune.surgery.reference_run import Reference, filled
+from lightning_prune.surgery.reference_run import Reference, filled, is_grouped, silenced
 from lightning_prune.surgery.replay import Counted, DifferentError, Exchanges, Facts, Seen, restricted, tensors_of
 from lightning_prune.surgery.slim_run import check_count, check_sizes, is_constant
 
@@ -143,7 +143,7 @@ class Lockstep(Reference):
         if twin is not None and twin.run is self._run:
             return twin
         if tensor.untyped_storage()._cdata in self._made:
-            raise OutOfStepError("a tensor came from no operator")
+            raise OutOfStepError(f"a tensor came from no operator {tuple(tensor.shape)}")
         return None
 
     def _both(self, at: int, facts: Facts, args: Any, kwargs: Any) -> Any:
@@ -171,11 +171,17 @@ class Lockstep(Reference):
                 self._lay(tensor, None, True)
         elif facts.reduces and not self._goes_through(ran, facts, seen.plain):
             self._check_given(at, facts, seen)
-            self._check_equal(ran, tensors, taken, twins)
-            for tensor, full in zip(outputs, self._filled_up(ran, facts, args, outputs), strict=True):
-                self._lay(tensor, full, True)
+            if is_grouped(facts, ran.plain):
+                values = self._twins_in(args)
+                values[0] = silenced(values[0], self._lefts.of(ran.taken[0]))
+                full = self.plain_run(facts, _merged(values, ran.plain), kwargs)
+                self._lay(out, full, self._alike(at, facts, 0, out, full, tensors[:1]))
+            else:
+                self._check_equal(ran, tensors, taken, twins)
+                for tensor, full in zip(outputs, self._filled_up(ran, facts, args, outputs), strict=True):
+                    self._lay(tensor, full, True)
         else:
-            numbers = self._numbers_of_full(at, facts, seen, outputs)
+            numbers = self._numbers_of_full(at, facts, seen, tensors, outputs)
             fulls = self._run_full(at, facts, seen, args, kwargs, numbers)
             if ran.decisions:
                 impose_(ran.decisions, fulls)
@@ -236,22 +242,41 @@ class Lockstep(Reference):
 
     # The full model's numbers
 
-    def _numbers_of_full(self, at: int, facts: Facts, seen: Seen, outputs: list[Tensor]) -> tuple[Any, ...]:
+    def _numbers_of_full(
+        self, at: int, facts: Facts, seen: Seen, tensors: list[Tensor], outputs: list[Tensor]
+    ) -> tuple[Any, ...]:
         """Return what the full model gives an operator beside tensors."""
         ran, mine = self._ran[at], seen.plain
         if mine == ran.plain or not self._fewer:
             return ran.plain
         if facts.packet in _SIZED and len(outputs) == 1 and mine[1:2]:
-            own = ran.made[0].dims
-            sizes = zip(ran.leaving[0], outputs[0].shape, strict=True)
-            return (None, tuple([full if dim in own else slim for dim, (full, slim) in enumerate(sizes)]), *mine[2:])
+            labelled = ran.made[0].dims
+            pairs = enumerate(zip(ran.leaving[0], outputs[0].shape, strict=True))
+            return (None, tuple([full if dim in labelled else slim for dim, (full, slim) in pairs]), *mine[2:])
         if facts.packet in _PIECES:
             where = 1 if facts.packet is _aten.slice else 2
             dim = mine[where] if len(mine) > where else 0
             return ran.plain if dim % len(ran.entering[0]) in self._lefts.of(ran.taken[0]) else mine
         if not any(map(self._lefts.of, (*ran.taken, *ran.made))):
             return mine
-        raise AllPositionsError("numbers that count positions and numbers that count channels look alike")
+        if facts.packet is _aten.constant_pad_nd and self._pads_positions(ran, mine):
+            return mine
+        if self._as_on_all(ran, tensors, outputs):
+            return ran.plain
+        raise AllPositionsError(f"positions and channels look alike ({ran.path}, {facts.packet}: {mine})")
+
+    def _pads_positions(self, ran: Ran, mine: tuple[Any, ...]) -> bool:
+        """Return whether only dimensions that lose nothing are padded by other numbers than on all positions."""
+        own = self._lefts.of(ran.taken[0])
+        last = len(ran.entering[0]) - 1
+        pads = enumerate(zip(mine[1], ran.plain[1], strict=True))
+        return not any(one != other and last - place // 2 in own for place, (one, other) in pads)
+
+    def _as_on_all(self, ran: Ran, tensors: list[Tensor], outputs: list[Tensor]) -> bool:
+        """Return whether all tensors of an operator have the sizes that they would have on all positions."""
+        taken = zip(tensors, ran.taken, ran.entering, strict=True)
+        made = zip(outputs, ran.made, ran.leaving, strict=True)
+        return all(self._lefts.shape(labels, full) == tuple(slim.shape) for slim, labels, full in (*taken, *made))
 
     def _check_given(self, at: int, facts: Facts, seen: Seen) -> None:
         """Check that a reducing operator gets the numbers that the full model gives it."""
@@ -303,7 +328,7 @@ class Lockstep(Reference):
     def _filled_up(self, ran: Ran, facts: Facts, args: Any, outputs: list[Tensor]) -> list[Tensor]:
         """Return what a reducing operator returns in the full model, with what has gone filled in."""
         fulls = [filled(tensor, self._lefts.of(labels)) for tensor, labels in zip(outputs, ran.made, strict=True)]
-        taken = dict(zip(map(id, tensors_among(args)), ran.taken, strict=False))
+        taken = dict(zip(map(id, tensors_among(args)), ran.taken, strict=False)) if facts.written else {}
         for position in facts.written:
             value = args[position] if position < len(args) else None
             if value is not None:
@@ -347,7 +372,8 @@ class Lockstep(Reference):
         """
         ran = self._ran[at]
         labels = ran.made[which]
-        if not labels.blank:
+        left = self._lefts.of(labels)
+        if (left or full.shape != slim.shape) and not labels.blank:
             self._compare_shape(ran, which, full, tuple(slim.shape))
         if len(ran.made) == 1 and is_constant(ran, slim):
             self._compare_constant(at, full, float(slim))
@@ -357,7 +383,7 @@ class Lockstep(Reference):
             return facts.packet in _TURNS and twin is not None and twin.equal and not self._written_elsewhere(first[0])
         if facts.unwritten or labels.blank:
             return False
-        equal = _equal(restricted(full, self._lefts.of(labels)), slim)
+        equal = _equal(restricted(full, left), slim)
         if slim.numel() and (slim.is_floating_point() or slim.is_complex()):
             if not equal:
                 raise OutOfStepError(f"an output differs ({ran.path}, {facts.packet})")
@@ -369,7 +395,7 @@ class Lockstep(Reference):
 
 def _merged(values: Iterable[Any], numbers: Iterable[Any]) -> list[Any]:
     """Return arguments with their tensors, and other numbers."""
-    found = []
+    found: list[Any] = []
     for value, number in zip(values, numbers, strict=True):
         if isinstance(value, Tensor):
             found.append(value)

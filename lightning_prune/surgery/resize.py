@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
+from lightning_prune.structure.tensor_names import named_parameters
 
 __all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_"]
 
@@ -60,16 +61,18 @@ class all_or_nothing:  # noqa: N801, it is used like a function
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), values: Iterable[str] = ()) -> None:
-        own = named_tensors(model)
+        values = list(values)
+        own = named_tensors(model) if values else {}
         modules = [module for _, module in modules_of(model)]
         hooks = [hook for module in modules for hook in module._state_dict_hooks.values() if hasattr(hook, "__dict__")]
         states = [optimizer.state for optimizer in optimizers]
         # Shallow copies are enough: shapes change by putting new objects in the place of old ones.
         tables: list[dict[str, Any]] = [vars(owner) for owner in (*modules, *hooks)]
         tables += [module._buffers for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        tables += [state[p] for state in states for p in model.parameters() if p in state]
+        parameters = list(named_parameters(model).values())
+        tables += [state[p] for state in states for p in parameters if p in state]
         self._tables = [(table, table.copy()) for table in tables]
-        self._data = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+        self._data = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
         self._values = [(own[name], own[name].detach().clone()) for name in values]
 
     def __enter__(self) -> None:

@@ -59,6 +59,8 @@ def check_sizes(ran: Ran, which: int, out: Tensor, lefts: Lefts, fewer: bool) ->
         OtherOperatorsError: If so few positions cannot tell.
     """
     labels, full = ran.made[which], ran.leaving[which]
+    if out.shape == full and not lefts.of(labels):
+        return
     expected = lefts.shape(labels, full)
     if out.shape == expected:
         return

@@ -43,6 +43,7 @@ class StandIns:
         """
         self._own = named_tensors(model)
         self._dtype = dtype
+        self._noises: dict[str, Tensor] = {}  # of vectors, which both models need
         self._little = {
             name
             for name, tensor in self._own.items()
@@ -106,7 +107,11 @@ class StandIns:
     def _made(self, name: str, value: Tensor, kept: Mapping[int, Tensor], factors: tuple[int, Tensor] | None) -> Tensor:
         own = self._own[name]
         if name in self._little:
-            more = _noise(name, own)
+            more = self._noises.get(name)
+            if more is None:
+                more = _noise(name, own)
+                if own.dim() < 2:
+                    self._noises[name] = more
             for dim, indices in kept.items():
                 more = more.index_select(dim, indices.to(more.device))
             value = value.to(more.dtype) + more

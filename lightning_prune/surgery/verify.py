@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import ExampleInputs, fewer_positions, run, same_draws, tensors_in, uncollected, undisturbed
+from lightning_prune.model.calls import (
+    ExampleInputs,
+    fewer_positions,
+    run,
+    same_draws,
+    tensors_in,
+    uncollected,
+    undisturbed,
+)
 from lightning_prune.model.errors import failures_suppressed, reraise_out_of_memory
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.structure.labels import Kind
@@ -23,9 +31,9 @@ from lightning_prune.structure.tracer import taken_apart
 from lightning_prune.surgery.attributes import AttributeChange, attributes_set
 from lightning_prune.surgery.compensate import Scales, scales_for
 from lightning_prune.surgery.cut import Cut, SlimValues, draft
-from lightning_prune.surgery.expected_outputs import Left, Lefts, OtherOperatorsError
+from lightning_prune.surgery.expected_outputs import Left, Lefts
 from lightning_prune.surgery.fingerprint import agree, fingerprint
-from lightning_prune.surgery.lockstep import AllPositionsError, Lockstep
+from lightning_prune.surgery.lockstep import AllPositionsError, Lockstep, OutOfStepError
 from lightning_prune.surgery.reference_run import EMPTY, Constant, Reference
 from lightning_prune.surgery.replay import Counted, DifferentError, Replay
 from lightning_prune.surgery.resize import narrowed
@@ -158,11 +166,10 @@ def _in_lockstep(
             return _run_both(model, structure, cut, tensors, setting, lefts, counts)
         except DifferentError as error:
             return None if error.numeric else _disproof(structure, cut, str(error), error)
-        except (AllPositionsError, OtherOperatorsError):
-            continue
-        except Exception as error:  # the runs below say what is wrong
+        except Exception as error:  # on more positions, or in runs of their own, it may be told
             reraise_out_of_memory(error)
-            return None
+            if isinstance(error, OutOfStepError) and not isinstance(error, AllPositionsError):
+                return None
     return None
 
 
