@@ -44,8 +44,8 @@ LIMITS = {
     "super() calls in callbacks": 12,
     "writes to another object's private attributes": 5,
     "docstrings that begin with Tell, Let, Give, Take, Do": 0,
-    "public names": 30,
-    "lines": 26_500,
+    "public names": 32,
+    "lines": 33_000,
 }
 AT_LEAST = {"comment lines": 23}
 IMPORT = """

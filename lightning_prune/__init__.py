@@ -35,6 +35,7 @@ __all__ = [
     "load_sparse_",
     "load_state_dict_",
     "prune_filters",
+    "prune_layers",
     "prune_obs",
     "prune_weights",
     "recalibrate_batch_norm",
@@ -61,6 +62,7 @@ _HOMES = {
     "model.batch_norm": ("recalibrate_batch_norm",),
     "model.errors": ("PruningError",),
     "pruning.filters": ("prune_filters",),
+    "pruning.layers": ("prune_layers",),
     "pruning.obs": ("prune_obs",),
     "pruning.weights": ("prune_weights",),
     "structure.rules": ("coupling_rule",),
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
     from lightning_prune.model.batch_norm import recalibrate_batch_norm
     from lightning_prune.model.errors import PruningError
     from lightning_prune.pruning.filters import prune_filters
+    from lightning_prune.pruning.layers import prune_layers
     from lightning_prune.pruning.obs import prune_obs
     from lightning_prune.pruning.weights import prune_weights
     from lightning_prune.structure.rules import coupling_rule

@@ -18,6 +18,7 @@ from lightning_prune import (
     OneShot,
     TaylorFilterPruning,
     prune_filters,
+    prune_layers,
     prune_obs,
     prune_weights,
     sensitivity,
@@ -50,7 +51,8 @@ WEIGHTS = [
     IterativeMagnitudePruning,
     OBSOneShot,
 ]
-EVERYTHING = [*UNITS, *WEIGHTS]
+LAYERS = [prune_layers]
+EVERYTHING = [*UNITS, *WEIGHTS, *LAYERS]
 # One small net, pruned to the end: there is no layer by itself, and 1.0 means until a limit is met.
 OF_THEIR_OWN = {(prune_exact, "amount"), (prune_exact, "loss"), (prune_fisher, "amount")}
 BY_POSITION = {"model", "example_inputs", "amount"}
@@ -69,7 +71,7 @@ def rows_of(subject):
     """Return the rows that hold for a function or callback, by argument."""
     kinds = {
         "all",
-        "units" if subject in UNITS else "weights",
+        "units" if subject in UNITS else "layers" if subject in LAYERS else "weights",
         "callbacks" if inspect.isclass(subject) else "functions",
     }
     return {name: (default, meaning) for name, where, default, meaning in TABLE if where in kinds}

@@ -18,7 +18,7 @@ from lightning_prune import (
     PruningError,
     TaylorFilterPruning,
 )
-from lightning_prune.callbacks.engine.metric_mode import mode_by_name
+from lightning_prune.reports.metric_mode import mode_by_name
 
 
 class Scripted(pl.LightningModule):

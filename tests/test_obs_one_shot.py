@@ -1,6 +1,7 @@
 """OBSOneShot in a run: when it prunes, that zeros are held, and that the network goes on to work."""
 
 import inspect
+import math
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_prune
-from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError
+from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError, prune_weights
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import gone_of
 from tests.runs import IMAGE, Net, assert_same_weights, batches, fit, net, trainer, weights
@@ -171,12 +172,29 @@ def test_bad_arguments_are_refused(asked):
         OBSOneShot(**asked)
 
 
-def test_masked_weights_are_refused():
-    """Weights that are masked already would move: pruning them again is refused."""
-    model = net()
-    fit(model, OBSOneShot(amount=0.3, scope="global"))
-    with pytest.raises(PruningError, match="masked already"):
-        fit(model, OBSOneShot(amount=0.5, scope="global"))
+@pytest.mark.parametrize("epoch", [None, 1])
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        lambda model: fit(model, OBSOneShot(amount=0.6, scope="global")),
+        lambda model: prune_weights(model, 0.6, scope="global"),
+        lambda model: prune_weights(model, {"hidden": 0.9}),
+        lambda model: prune_weights(model, {"hidden.bias": 0.9}),
+    ],
+    ids=["by itself", "by magnitude", "one layer", "a bias"],
+)
+def test_masked_weights_stay_zero(earlier, epoch):
+    """What is zero already stays zero and counts; as many more go as that takes, and none where enough has gone."""
+    for amount in (0.3, 0.8):
+        model = net()
+        earlier(model)
+        masks = masks_on(model)
+        weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        gone = sum(int((weight == 0).sum()) for weight in weights)
+        fit(model, OBSOneShot(amount=amount, scope="global", epoch=epoch))
+        assert masks and all(not model.get_parameter(name).detach()[~keep].any() for name, keep in masks.items())
+        asked = math.ceil(amount * sum(weight.numel() for weight in weights))
+        assert sum(int((weight == 0).sum()) for weight in weights) == max(gone, asked)
 
 
 def test_an_epoch_that_never_comes_is_refused():

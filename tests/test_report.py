@@ -22,7 +22,7 @@ from lightning_prune import (
 )
 from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.callbacks.engine import reporting
-from lightning_prune.reports import History, LayerChange, LayerCost, draw_run, run_tables
+from lightning_prune.reports import History, LayerChange, LayerCost, draw_run, headline, run_tables
 from lightning_prune.reports.run_files import run_page
 from lightning_prune.reports.run_summary import main_metric, stages, staying
 from tests import runs
@@ -200,7 +200,7 @@ def test_a_report_that_cannot_be_written_costs_no_run(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(reporting, "write_run", full)
+    monkeypatch.setattr(reporting, "files_of_run", full)
     with pytest.warns(UserWarning, match=r"CSVLogger: OSError\('no space left'\)"):
         trainer = fit(net(), FilterL1Pruning(0.5), logger=logged(tmp_path))
     assert trainer.state.finished
@@ -353,3 +353,72 @@ def test_histories_in_checkpoints_load_safely(tmp_path):
     fit(net(), callback, save, val=True, enable_checkpointing=True)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert History.from_plain(state["history"]) == callback.history
+
+
+def test_the_headline_sets_what_was_asked_against_what_was_reached(tmp_path, capsys):
+    """Of each callback: what it was asked, by whatever target, and what a count finds; on the page and above tables."""
+    module = net()
+    total = sum(parameter.numel() for parameter in module.parameters())
+    prunable = module.first.weight.numel() + module.second.weight.numel()
+    callbacks = (
+        FilterL1Pruning(0.5, target="params"),
+        IterativeMagnitudePruning({"first": 0.5, "second": 0.25}),
+    )
+    assert prunable < total
+    fit(module, *callbacks, val=True, logger=logged(tmp_path))
+    units, weights = callbacks[0].history.goals
+    left = sum(parameter.numel() for parameter in module.parameters())
+    assert (units.callback, units.target, units.asked) == ("FilterL1Pruning", "params", 0.5)
+    assert units.reached == pytest.approx(1 - left / total) and units.reached >= 0.5
+    sizes = {name: getattr(module, name).weight.numel() for name in ("first", "second")}
+    asked = (0.5 * sizes["first"] + 0.25 * sizes["second"]) / sum(sizes.values())
+    zeros = sum(int((getattr(module, name).weight == 0).sum()) for name in sizes)
+    assert weights.asked == pytest.approx(asked) and weights.reached == pytest.approx(zeros / sum(sizes.values()))
+    line = f"FilterL1Pruning: asked for 50.0% of the parameters, reached {units.reached:.1%}."
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
+
+
+def test_the_headline_says_what_the_dense_model_scored():
+    """The metric before the first pruning step, at the end, and the difference; or that it is not known."""
+
+    def history(dense, *pruned):
+        made = History()
+        for step, (kept, value) in enumerate([(1.0, dense), *((0.5, value) for value in pruned)]):
+            made.note_left(0, step, {"prune/flops_kept": kept})
+            if value is not None:
+                made.note_metrics(0, step, {"acc": value})
+        return made
+
+    assert headline(history(0.9, 0.8, 0.875)) == ["acc: 0.9 dense, 0.875 pruned, difference -0.025."]
+    assert headline(history(0.2, 0.875))[0].endswith("The dense model was still learning when pruning began.")
+    assert headline(history(None, 0.8)) == ["acc: 0.8 pruned; the dense model was not validated in this run."]
+    assert headline(history(0.9)) == ["acc: 0.9 pruned; the dense model was not validated in this run."]
+
+
+def test_what_a_guard_decided_is_in_the_history(tmp_path):
+    """Steps that were kept and steps that were taken back, when and why."""
+    callback = FilterL1Pruning(0.5, schedule=Linear(1, 3))
+    fit(net(Falling), callback, MetricGuard("score", 0.5, mode="max"), val=True, max_epochs=5, logger=logged(tmp_path))
+    found = [(decision.epoch, decision.kept) for decision in callback.history.decisions]
+    assert found == [(2, True), (3, False)]
+    assert callback.history.decisions[1].why == "score 0, more than 0.5 behind the best, 1"
+    assert callback.history.decisions[1].why in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
+
+
+class Falling(runs.Net):
+    """Its score falls in epoch 2."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", 1.0 if self.current_epoch < 2 else 0.0)
+
+
+def test_the_history_keeps_the_facts_of_the_run(monkeypatch):
+    """Date, versions, seed and time are noted, and equal runs stay equal histories."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    callback = FilterL1Pruning(0.5)
+    fit(net(), callback)
+    facts = callback.history.facts
+    assert facts["seed"] == "7" and facts["torch"] == torch.__version__ and facts["training time"].startswith("0:00")
+    dense, now = callback.history.weights_bytes
+    assert dense == sum(t.nbytes for t in (*net().parameters(), *net().buffers())) > now

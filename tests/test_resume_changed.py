@@ -116,11 +116,15 @@ def test_the_same_arguments_say_nothing(tmp_path):
     assert not told
 
 
-def test_surgery_is_not_repeated(tmp_path):
-    """What moves masked weights is refused before the first step, with both values."""
-    _, path = saved(tmp_path, OBSOneShot(0.5, batches=1, epoch=1))
-    with pytest.raises(PruningError, match=r"OBSOneShot: .*amount=0.5, now 0.9"):
-        resumed(path, OBSOneShot(0.9, batches=1, epoch=3))
+def test_surgery_goes_on_from_its_masks(tmp_path):
+    """A larger amount is reached from what was pruned before, all of which stays zero."""
+    first, path = saved(tmp_path, OBSOneShot(0.5, batches=1, epoch=1))
+    module, told = resumed(path, OBSOneShot(0.9, batches=1, epoch=3))
+    assert "amount=0.5 is now amount=0.9" in told[0]
+    for name, keep in masks_on(first).items():
+        weight = module.get_parameter(name).detach()
+        assert not weight[~keep].any()
+        assert int((weight == 0).sum()) == math.ceil(0.9 * weight.numel())
 
 
 def test_two_callbacks_that_both_changed_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,17 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import seen
 from lightning_prune.pruning.accumulators import by_l2
-from lightning_prune.pruning.arguments import Modules, check_prunable, with_ignored
+from lightning_prune.pruning.arguments import (
+    Modules,
+    Parts,
+    check_module,
+    check_prunable,
+    listed,
+    part_of,
+    with_ignored,
+    within_part,
+)
+from lightning_prune.pruning.left_alone import left_alone, with_left_alone
 from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups
@@ -99,6 +110,7 @@ def compare_criteria(
     criteria: Sequence[str] = tuple(CRITERIA),
     batches: Iterable[Any],
     loss: Loss,
+    module: Parts = None,
     ignore: Modules = (),
     progress: bool = True,
 ) -> dict[str, Correlation]:
@@ -110,32 +122,52 @@ def compare_criteria(
         criteria: Names of criteria to compare.
         batches: Batches of data, a list or loader that can be read once.
         loss: A function of model and batch that returns the mean loss.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         progress: Whether to show progress bars.
 
     Returns:
-        Criterion -> its correlation with the oracle.
+        Criterion -> its correlation with the oracle. Criteria that do not apply to the model are left out; a warning
+        names them before the oracle runs.
 
     Raises:
         ValueError: If there is no criterion of a name.
-        PruningError: If no batch came.
+        PruningError: If no batch came, or no criterion applies.
 
     References:
         Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, table 1 (arXiv:1611.06440).
     """
     if unknown := [name for name in criteria if name not in CRITERIA]:
         raise ValueError(f"compare_criteria(criteria={unknown!r}): choose of {', '.join(map(repr, CRITERIA))}.")
+    check_module("compare_criteria", module)
     batches = list(batches)
     if not batches:
         raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
+    structure = within_part(structure, part_of(model, module))
+    structure = with_left_alone(structure, left_alone(model, listed(module)))
     check_prunable(model, structure)
+    # The oracle takes longest, so what cannot be compared with it is found before.
+    scores = _scores(model, structure, criteria, batches, loss, progress)
     truth = oracle(model, structure, batches, loss, progress=progress)
-    shown = track(criteria, "criteria", disable=not (progress and seen()), transient=True)
-    found = {}
-    for name in shown:
-        scores = accumulate(accumulator_for(name), model, structure, batches, loss)
-        found[name] = correlate(scores, truth)
+    return {name: correlate(found, truth) for name, found in scores.items()}
+
+
+def _scores(
+    model: nn.Module, structure: Structure, criteria: Sequence[str], batches: list[Any], loss: Loss, progress: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Return the scores of every criterion that applies to the model; warn of the others."""
+    found, skipped = {}, {}
+    for name in track(criteria, "criteria", disable=not (progress and seen()), transient=True):
+        try:
+            found[name] = accumulate(accumulator_for(name), model, structure, batches, loss)
+        except (PruningError, RuntimeError) as error:  # torch raises the latter where a derivative is missing
+            skipped[name] = " ".join(str(error).split())
+    told = "; ".join(f"{name!r} ({why})" for name, why in skipped.items())
+    if skipped and not found:
+        raise PruningError(f"compare_criteria: no criterion can score this model: {told}")
+    if skipped:
+        warnings.warn(f"compare_criteria: skipped, as it does not apply to this model: {told}", stacklevel=4)
     return found
 
 

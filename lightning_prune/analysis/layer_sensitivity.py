@@ -23,8 +23,19 @@ from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.calls import ExampleInputs, undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.pruning.arguments import Modules, check_arguments, check_prunable, with_ignored
+from lightning_prune.pruning.arguments import (
+    Modules,
+    Parts,
+    check_arguments,
+    check_module,
+    check_prunable,
+    listed,
+    part_of,
+    with_ignored,
+    within_part,
+)
 from lightning_prune.pruning.budget import Budget, Dense, Scores, select_units
+from lightning_prune.pruning.left_alone import left_alone, with_left_alone
 from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.pruning.scoring import Criterion, score_units
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
@@ -54,6 +65,7 @@ def sensitivity(
     metric: str = "metric",
     mode: Mode = "max",
     criterion: Criterion = "l1",
+    module: Parts = None,
     ignore: Modules = (),
     done: Sensitivity | None = None,
     path: str | Path | None = None,
@@ -73,13 +85,15 @@ def sensitivity(
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is.
         criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
             higher is kept longer. It looks at weights alone.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         done: What an earlier call returned or wrote before it was stopped; groups in it are not measured again.
         path: A JSON file, written anew after each group.
         progress: Whether to show progress bars.
 
     Returns:
-        The metric of every group at every share, and the groups skipped because their cut could not be proved.
+        The metric of every group at every share; and what was skipped: groups whose cut could not be proved, and
+        networks that are left alone unless ``module`` names them, such as frozen ones beside what is trained.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -98,9 +112,12 @@ def sensitivity(
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, NIPS 2015 (arXiv:1506.02626).
     """
     check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1, ignore=ignore)
+    check_module("sensitivity", module)
+    alone = left_alone(model, listed(module))
     structure = with_ignored(model, find_groups(model, example_inputs), ignore)
+    structure = with_left_alone(within_part(structure, part_of(model, module)), alone)
     check_prunable(model, structure)
-    found = begin("sensitivity", model, evaluate, shares, metric, mode, criterion, done)
+    found = begin("sensitivity", model, evaluate, shares, metric, mode, criterion, done, alone)
     scores = score_units(model, structure, criterion)
     counts = {name: _counts(structure, scores, name, found.asked) for name in structure.groups}
 
@@ -119,8 +136,11 @@ def begin(
     mode: Mode,
     criterion: str | Callable[..., Any],
     done: Sensitivity | None,
+    alone: Mapping[str, str],
 ) -> Sensitivity:
     """Measure the whole model, and take up what was done before, if it answers the question that is asked now.
+
+    Networks that are left ``alone``, by path, are skipped, with the reason.
 
     Raises:
         ValueError: If shares or mode are out of range.
@@ -136,7 +156,9 @@ def begin(
     )
     if math.isnan(found.dense):
         raise PruningError(f"{where}: {metric} of the whole model is NaN; there is nothing to compare with.")
-    return found if done is None else _continued(done, found)
+    found = found if done is None else _continued(done, found)
+    skipped = {path: f"it is left alone: {reason}" for path, reason in alone.items()}
+    return replace(found, skipped={**found.skipped, **skipped})
 
 
 def measure_each(

@@ -14,8 +14,9 @@ from lightning_prune.algorithms.selection import keep_highest, number_to_prune
 from lightning_prune.analysis.layer_sensitivity import TENTHS, begin, evaluated, measure_each
 from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Mode, Sensitivity
 from lightning_prune.model.inference_mode import changes_model
-from lightning_prune.pruning.arguments import Parameters
+from lightning_prune.pruning.arguments import Parameters, Parts, check_module, listed, part_of
 from lightning_prune.pruning.find_weights import find_weights
+from lightning_prune.pruning.left_alone import left_alone
 from lightning_prune.pruning.weights import WeightCriterion, check_weight_arguments, score_weights
 
 __all__ = ["weight_sensitivity"]
@@ -30,6 +31,7 @@ def weight_sensitivity(
     metric: str = "metric",
     mode: Mode = "max",
     criterion: WeightCriterion = "magnitude",
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     done: Sensitivity | None = None,
@@ -49,6 +51,7 @@ def weight_sensitivity(
         mode: ``"max"`` where a higher metric is better, ``"min"`` where a lower one is.
         criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
             longer. ``magnitude`` or ``random``.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -57,7 +60,8 @@ def weight_sensitivity(
         progress: Whether to show progress bars.
 
     Returns:
-        The metric of every weight at every share; its groups are weights, and its units their entries.
+        The metric of every weight at every share; its groups are weights, and its units their entries. Networks that
+        are left alone unless they are named, such as frozen ones beside what is trained, are skipped.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -77,8 +81,10 @@ def weight_sensitivity(
         (arXiv:1506.02626).
     """
     check_weight_arguments("weight_sensitivity", None, "layer", criterion, parameters, ignore, None)
-    weights = find_weights(model, parameters, ignore).found
-    found = begin("weight_sensitivity", model, evaluate, shares, metric, mode, criterion, done)
+    check_module("weight_sensitivity", module)
+    alone = left_alone(model, [*(parameters or ()), *listed(module)])
+    weights = find_weights(model, parameters, [*ignore, *alone], part=part_of(model, module)).found
+    found = begin("weight_sensitivity", model, evaluate, shares, metric, mode, criterion, done, alone)
     sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     gone = {}
     for name, size in sizes.items():

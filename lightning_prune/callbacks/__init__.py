@@ -1,5 +1,6 @@
 """Callbacks for Lightning: thin adapters that say when."""
 
+from lightning_prune.callbacks.distill_from_dense import DistillFromDense
 from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
 from lightning_prune.callbacks.filter_pruning import FilterPruning
 from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
@@ -10,6 +11,7 @@ from lightning_prune.callbacks.pruning_early_stopping import PruningEarlyStoppin
 from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
 
 __all__ = [
+    "DistillFromDense",
     "FilterL1Pruning",
     "FilterPruning",
     "IterativeMagnitudePruning",

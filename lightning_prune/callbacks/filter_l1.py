@@ -43,12 +43,16 @@ class FilterL1Pruning(PruningCallback):
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer. A target of the whole model is met by other layers.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
             step; 0 averages nothing.
         trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -75,12 +79,26 @@ class FilterL1Pruning(PruningCallback):
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        uniform: bool = False,
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
     ) -> None:
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
+            amount,
+            target,
+            scope,
+            ignore,
+            round_to,
+            example_inputs,
+            min_width,
+            max_amount,
+            recalibrate,
+            trace,
+            module,
+            report,
+            uniform,
         )
         strategy = UnitRemoval(arguments, gathering_for("l1"))
         super().__init__(OneShot() if schedule is None else schedule, strategy)

@@ -59,6 +59,8 @@ class FilterPruning(PruningCallback):
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
             by default where ``criterion="obs"``.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
@@ -67,6 +69,8 @@ class FilterPruning(PruningCallback):
             step; 0 averages nothing.
         trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or the schedule cuts before training was seen.
@@ -93,10 +97,12 @@ class FilterPruning(PruningCallback):
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        uniform: bool = False,
         repair: bool | None = None,
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
@@ -104,7 +110,19 @@ class FilterPruning(PruningCallback):
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
+            amount,
+            target,
+            scope,
+            ignore,
+            round_to,
+            example_inputs,
+            min_width,
+            max_amount,
+            recalibrate,
+            trace,
+            module,
+            report,
+            uniform,
         )
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair

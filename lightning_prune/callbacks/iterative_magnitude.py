@@ -50,6 +50,8 @@ class IterativeMagnitudePruning(PruningCallback):
             By default training goes on with the weights as they are. Checkpoints hold what was there.
         control: What the last round does instead, to compare: ``reinitialize`` draws the weights anew (with
             ``reset_parameters`` of their modules), ``shuffle`` puts the masks at random places of each weight.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict.
@@ -79,10 +81,11 @@ class IterativeMagnitudePruning(PruningCallback):
         parameters: Sequence[str] | None = None,
         pattern: str | None = None,
         mask_gradients: bool | Literal["auto"] = "auto",
+        report: bool = True,
         rewind_to: int | None = None,
         control: Literal["reinitialize", "shuffle"] | None = None,
     ) -> None:
-        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module)
+        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module, report)
         choice = SmallestWeights(scope, pattern, rewind_to, control)
         schedule = OneShot() if schedule is None else schedule
         super().__init__(schedule, WeightMasking(arguments, choice))

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
-from lightning_prune.callbacks.engine.metric_mode import Mode, mode_by_callbacks, mode_by_name
+from lightning_prune.callbacks.engine.metric_mode import mode_by_callbacks
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.model.errors import PruningError
+from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
 
 __all__ = ["MetricGuard"]
@@ -116,7 +117,7 @@ class MetricGuard(Guard):
             **take_snapshot(pl_module, trainer.optimizers),
             "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
             "step": trainer.global_step,
-            "pruning": engine_of(trainer).rollback_states(),
+            "pruning": engine_of(trainer).rollback_states(trainer),
         }
         self._state.validations = 0
 
@@ -153,7 +154,11 @@ class MetricGuard(Guard):
             return state.before["step"] != trainer.global_step  # cuts of one moment stand together
         before, state.before = state.before, None
         harmed = math.isnan(state.last) or self._behind(state.last, state.best) > self.drop
-        if trainer.strategy.broadcast(harmed):
+        harmed = trainer.strategy.broadcast(harmed)
+        place = "more than" if harmed else "within"
+        why = f"{self.monitor} {state.last:g}, {place} {self.drop:g} behind the best, {state.best:g}"
+        engine_of(trainer).log.note_decision(trainer, kept=not harmed, why=why)
+        if harmed:
             self._take_back(trainer, pl_module, before)
         return False
 

@@ -28,7 +28,8 @@ class OBSOneShot(PruningCallback):
     ``trainer.save_checkpoint``. To prune a checkpoint alone, give its path to ``fit`` with as many ``max_epochs`` as it
     has had.
 
-    Logged as by :class:`IterativeMagnitudePruning`.
+    What the model's masks hold at zero already stays zero, and counts. Logged as by
+    :class:`IterativeMagnitudePruning`.
 
     Args:
         amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
@@ -51,6 +52,8 @@ class OBSOneShot(PruningCallback):
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
             step; 0 averages nothing.
         mask_gradients: Whether gradients of masked weights are zeroed before a step, too.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict.
@@ -81,8 +84,9 @@ class OBSOneShot(PruningCallback):
         damping: float = 0.01,
         recalibrate: int = 0,
         mask_gradients: bool | Literal["auto"] = "auto",
+        report: bool = True,
     ) -> None:
-        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module)
+        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module, report)
         # what ignore= names has been taken out of what may be pruned
         asked = Asked(
             None if pattern is not None else amount, solver, scope, pattern, sequential, damping, (), False, None

@@ -45,6 +45,8 @@ class TaylorFilterPruning(PruningCallback):
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
@@ -57,6 +59,8 @@ class TaylorFilterPruning(PruningCallback):
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
             0.001. Without one, ``weights`` under a global target of parameters, FLOPs or latency takes first what the
             loss would miss least for what it saves.
+        report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
+            One callback with ``False`` switches both off for the whole run.
 
     Raises:
         ValueError: If an argument is out of range, or the schedule cuts before epoch 1.
@@ -79,9 +83,11 @@ class TaylorFilterPruning(PruningCallback):
         round_to: int = 1,
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
+        uniform: bool = False,
         example_inputs: Any = None,
         recalibrate: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
+        report: bool = True,
         form: Literal["weights", "activations"] = "weights",
         flops_penalty: float = 0.0,
     ) -> None:
@@ -90,7 +96,19 @@ class TaylorFilterPruning(PruningCallback):
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module
+            amount,
+            target,
+            scope,
+            ignore,
+            round_to,
+            example_inputs,
+            min_width,
+            max_amount,
+            recalibrate,
+            trace,
+            module,
+            report,
+            uniform,
         )
         gathering = gathering_for(_CRITERIA[form])
         if flops_penalty:

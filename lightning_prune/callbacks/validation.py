@@ -15,13 +15,13 @@ from lightning_prune.analysis.layer_sensitivity import TENTHS, sensitivity
 from lightning_prune.analysis.sensitivity_findings import Mode, Sensitivity
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.engine.example_inputs import batch_as_inputs, on_device_of
-from lightning_prune.callbacks.engine.metric_mode import mode_by_name
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
-from lightning_prune.pruning.arguments import Modules, Parameters
+from lightning_prune.pruning.arguments import Modules, Parameters, Parts
 from lightning_prune.pruning.scoring import Criterion
 from lightning_prune.pruning.weights import WeightCriterion
+from lightning_prune.reports.metric_mode import mode_by_name
 
 __all__ = ["inputs_from_validation", "trainer_sensitivity", "trainer_weight_sensitivity"]
 
@@ -36,6 +36,7 @@ def trainer_sensitivity(
     example_inputs: ExampleInputs | None = None,
     shares: Sequence[float] = TENTHS,
     criterion: Criterion = "l1",
+    module: Parts = None,
     ignore: Modules = (),
     done: Sensitivity | None = None,
     path: str | Path | None = None,
@@ -57,6 +58,7 @@ def trainer_sensitivity(
         shares: Fractions of a group's units that leave.
         criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
             higher is kept longer.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of module paths, or modules, whose channels are not pruned.
         done: What an earlier call returned or wrote.
         path: A JSON file, written anew after each group.
@@ -77,6 +79,7 @@ def trainer_sensitivity(
             metric=metric,
             mode=mode,
             criterion=criterion,
+            module=module,
             ignore=ignore,
             done=done,
             path=path if trainer.is_global_zero else None,
@@ -93,6 +96,7 @@ def trainer_weight_sensitivity(
     mode: Mode | None = None,
     shares: Sequence[float] = TENTHS,
     criterion: WeightCriterion = "magnitude",
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     done: Sensitivity | None = None,
@@ -113,6 +117,7 @@ def trainer_weight_sensitivity(
         shares: Fractions of a weight's entries that are zeroed.
         criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
             longer.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -134,6 +139,7 @@ def trainer_weight_sensitivity(
             metric=metric,
             mode=mode,
             criterion=criterion,
+            module=module,
             parameters=parameters,
             ignore=ignore,
             done=done,

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_run_options(parser, required=True)
     add = parser.add_argument
+    add("--module", nargs="+", help="paths of modules: this part of the model alone is analysed")
     add("--ignore", nargs="+", default=[], help="patterns of modules not to prune")
     add("--metric", required=True, help="name under which validation logs the metric")
     add("--mode", choices=("max", "min"), help="which is better; by default min if the name says loss or error")
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     analyse: Any = trainer_weight_sensitivity if options.weights else trainer_sensitivity
     found = analyse(
         trainer, model, datamodule, metric=options.metric, mode=options.mode, shares=options.shares,
-        criterion=criterion, ignore=options.ignore, path=results,
+        criterion=criterion, module=options.module, ignore=options.ignore, path=results,
         done=Sensitivity.from_json(results) if results.exists() else None,
     )  # fmt: skip
     found.to_json(results)

@@ -383,7 +383,7 @@ def _origins(ledger: Ledger) -> dict[int, frozenset[str]]:
 
 def _twice(model: nn.Module, ledger: Ledger) -> list[Ran] | None:
     """Trace the model on twice as many examples; None where it does not run on them, or runs otherwise."""
-    inputs = ledger.passes[0][1]
+    inputs = ledger.passes[0].inputs
     first = [tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor) and tensor.dim()]
     if not first:
         return None

@@ -28,6 +28,7 @@ __all__ = [
     "called",
     "fewer_positions",
     "hold_nothing",
+    "mode_of",
     "modules_of",
     "refuse_empty",
     "refuse_shapeless",
@@ -241,6 +242,15 @@ def same_draws() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def mode_of(model: nn.Module, training: bool, gradients: bool = False) -> Iterator[None]:
+    """Run the body in train mode or not, with gradients recorded or not, inside :func:`undisturbed`."""
+    if training:
+        model.train()
+    with torch.set_grad_enabled(gradients):
+        yield
 
 
 @contextmanager

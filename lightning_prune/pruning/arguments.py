@@ -332,9 +332,9 @@ def listed(module: Parts) -> list[Any]:
     return list(module) if isinstance(module, list | tuple | set) else [module]
 
 
-def told_apart(module: Parts) -> dict[str, list[str]]:
+def told_apart(module: Parts, model: nn.Module | None) -> dict[str, list[str]]:
     """Return the named parts for the key of a callback's state, which has none where the whole model is meant."""
-    return {} if module is None else {"module": sorted(map(shown, listed(module)))}
+    return {} if module is None else {"module": sorted(shown(part, model) for part in listed(module))}
 
 
 def amount_by_group(model: nn.Module, structure: Structure, amount: Amount) -> Amount:
@@ -456,17 +456,24 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
-def plain(given: Any) -> Any:
-    """Return an argument as a number, a string, or a list or dict of these: modules by their class."""
+def plain(given: Any, model: nn.Module | None = None) -> Any:
+    """Return an argument as a number, a string, or a list or dict of these: modules as :func:`shown` names them."""
     if isinstance(given, Mapping):
-        return {shown(name): value for name, value in given.items()}
-    return list(map(shown, given)) if isinstance(given, list) else given
-
-
-def shown(given: Any) -> str:
-    """Name what a user gave: a pattern as it is, a module by its class, since printed it can be pages long."""
+        return {shown(name, model): value for name, value in given.items()}
     if isinstance(given, nn.Module):
-        return f"this {type(given).__name__}"
+        return shown(given, model)
+    return [shown(each, model) for each in given] if isinstance(given, list) else given
+
+
+def shown(given: Any, model: nn.Module | None = None) -> str:
+    """Name what a user gave: a pattern as it is, a module of a known model by its path, another by its class.
+
+    Printed as it is, a module can be pages long.
+    """
+    if isinstance(given, nn.Module):
+        paths = [path for path, module in model.named_modules() if module is given and path] if model else []
+        return paths[0] if paths else f"this {type(given).__name__}"
     if isinstance(given, tuple):
-        return f"({', '.join(map(shown, given))})"
+        parts = [shown(part, model) for part in given]
+        return ".".join(parts) if model is not None else f"({', '.join(parts)})"
     return given if isinstance(given, str) else repr(given)

@@ -13,11 +13,23 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.algorithms.solvers.brain_surgeon import Step, damage, inverse_of_outer_products, magnitude, surgeon
 from lightning_prune.measure.curvature import OutputLoss, outer_product_rows
+from lightning_prune.measure.footprint import Part
 from lightning_prune.model.calls import undisturbed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning.arguments import Parameters, check_choice, check_fraction, check_ignored, names_module
+from lightning_prune.pruning.arguments import (
+    Parameters,
+    Parts,
+    check_choice,
+    check_fraction,
+    check_ignored,
+    check_module,
+    listed,
+    names_module,
+    part_of,
+)
+from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import count_unmasked, weight_report
 from lightning_prune.surgery.masks import apply_masks_, masks_on
@@ -52,6 +64,7 @@ def prune_exact(
     *,
     batches: Iterable[tuple[Any, Tensor]],
     loss: OutputLoss,
+    module: Parts = None,
     ignore: Parameters = (),
     max_loss: float = float("inf"),
     max_rise: float = float("inf"),
@@ -73,6 +86,7 @@ def prune_exact(
         batches: Batches of data, a list or loader that can be read once. Inputs and targets of the training set.
         loss: A function of outputs and targets that returns the mean loss, such as ``F.mse_loss`` or
             ``F.cross_entropy``.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         max_loss: Stop before the loss on the batches, measured, comes above this.
         max_rise: Stop before a removal of which a larger rise of the loss is predicted.
@@ -101,8 +115,10 @@ def prune_exact(
         and Solla, Optimal Brain Damage, NIPS 1989.
     """
     _check(amount, method, alpha)
+    check_module("prune_exact", module)
     batches = list(ordinary(batches))
-    patient = _Patient.of(model, ignore, masks)
+    alone = left_alone(model, listed(module))
+    patient = _Patient.of(model, [*ignore, *alone], part_of(model, module), masks)
     least = patient.left.numel() - number_to_prune(amount, patient.left.numel())
     removals: list[Removal] = []
     at_first = patient.values()
@@ -135,7 +151,7 @@ def prune_exact(
     unmasked = count_unmasked(model)
     apply_masks_(model, patient.masks())
     details = Removals(tuple(removals), before, stopped)
-    return weight_report(model, unmasked, patient.masks(), {}, amount, details)
+    return weight_report(model, unmasked, patient.masks(), weights_left_alone(model, alone), amount, details)
 
 
 @dataclass(eq=False)
@@ -147,13 +163,13 @@ class _Patient:
     left: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, given: Parameters, masks: dict[str, Tensor] | None) -> _Patient:
+    def of(cls, model: nn.Module, given: Parameters, part: Part, masks: dict[str, Tensor] | None) -> _Patient:
         ignore = check_ignored(model, given)
-        parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if not any(names_module(p, name) or names_module(p, name.rpartition(".")[0]) for p in ignore)
-        }
+        parameters = {}
+        for name, parameter in model.named_parameters():
+            ignored = any(names_module(p, name) or names_module(p, name.rpartition(".")[0]) for p in ignore)
+            if part.holds(name) and not ignored:
+                parameters[name] = parameter
         count = sum(parameter.numel() for parameter in parameters.values())
         if not 0 < count <= _MOST:
             raise PruningError(

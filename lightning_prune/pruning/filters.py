@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -43,6 +44,7 @@ from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
 from lightning_prune.pruning.report import Report
 from lightning_prune.pruning.scoring import Criterion, adds_up, score_units
+from lightning_prune.pruning.uniform import with_one_width
 from lightning_prune.structure import Structure, find_structure, trace
 from lightning_prune.surgery import rehearsed
 
@@ -69,6 +71,7 @@ def prune_filters(
     round_to: int = 1,
     min_width: MinWidth = 1,
     max_amount: MaxAmount = 1.0,
+    uniform: bool = False,
     repair: bool | None = None,
     damping: float = DAMPING,
     progress: bool = True,
@@ -110,6 +113,8 @@ def prune_filters(
             largest that names a layer.
         max_amount: Largest fraction, in [0, 1], of any layer that is pruned; or by pattern of module paths or by
             module, the smallest that names a layer. A target of the whole model is met by other layers.
+        uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
+            can express it. Where one of them is not prunable, none is.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
             by default where ``criterion="obs"``. That criterion assumes it: without it, the outputs can move more than
             if units were pruned at random.
@@ -160,6 +165,7 @@ def prune_filters(
 
         def planned(structure: Structure, refuse: bool) -> Plan:
             structure = with_left_alone(within_part(with_ignored(model, structure, ignore), part), alone)
+            structure = with_one_width(model, structure) if uniform else structure
             check_prunable(model, structure)
             if calibration is not None:
                 products = find_products(model, calibration.batches[0], calibration.forward)
@@ -194,6 +200,8 @@ def prune_filters(
             plan = planned(rehearsed(model, example_inputs, traced), refuse=True)
         report = plan.apply_(optimizers)
     plan.outcome.warn(where)
+    if report.config:
+        warnings.warn(f"{where}: {report.config}", stacklevel=3)  # behind this, the function and its decorator
     return report
 
 

@@ -224,7 +224,8 @@ def _usual(model: nn.Module) -> Weights:
         for leaf in ("weight",) if foreign is not None else _leaves(module):
             name = f"{path}.{leaf}".lstrip(".")
             if leaf not in module._parameters:
-                weights.stay[name] = "it is made of other parameters"
+                if hasattr(module, leaf):
+                    weights.stay[name] = "it is made of other parameters"
                 continue
             parameter = module._parameters[leaf]
             if parameter is None:  # attention has either one input projection or three

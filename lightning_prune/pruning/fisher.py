@@ -14,8 +14,18 @@ from lightning_prune.measure.gradients import Loss, example_gradients
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
-from lightning_prune.pruning.arguments import Parameters, check_amount, check_damping, check_fraction
+from lightning_prune.pruning.arguments import (
+    Parameters,
+    Parts,
+    check_amount,
+    check_damping,
+    check_fraction,
+    check_module,
+    listed,
+    part_of,
+)
 from lightning_prune.pruning.find_weights import find_weights
+from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.obs import write_
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import count_unmasked, weight_report
@@ -51,6 +61,7 @@ def prune_fisher(
     *,
     batches: Iterable[Any],
     loss: Loss,
+    module: Parts = None,
     ignore: Parameters = (),
     parameters: Parameters | None = None,
     block: int = 50,
@@ -69,6 +80,7 @@ def prune_fisher(
         amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model.
         batches: Batches of data, a list or loader that can be read once. With labels; some hundred examples.
         loss: A function of model and batch that returns the mean loss.
+        module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
@@ -98,7 +110,9 @@ def prune_fisher(
     check_damping("prune_fisher", damping, "mean diagonal entry")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"prune_fisher(block={block!r}): it is a number of weights, from 1.")
-    found = find_weights(model, parameters, ignore)
+    check_module("prune_fisher", module)
+    alone = left_alone(model, [*(parameters or ()), *listed(module)])
+    found = find_weights(model, parameters, [*ignore, *alone], part=part_of(model, module))
     flat = {name: weight.parameter.detach().flatten().to(dtype) for name, weight in found.found.items()}
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
     with each(batches, "batches", progress) as seen:
@@ -133,7 +147,8 @@ def prune_fisher(
     masks = {name: stays.view(shapes[name]) for name, stays in keep.items()}
     before = count_unmasked(model)
     apply_masks_(model, masks)
-    return weight_report(model, before, masks, {**found.stay, **found.others}, amount, FisherFit(predicted, added))
+    stay = {**found.stay, **found.others, **weights_left_alone(model, alone)}
+    return weight_report(model, before, masks, stay, amount, FisherFit(predicted, added))
 
 
 def block_fisher(

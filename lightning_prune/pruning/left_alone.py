@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,24 +15,28 @@ from lightning_prune.pruning.arguments import path_of
 from lightning_prune.structure import Structure
 from lightning_prune.structure.tensor_names import named_parameters
 
-__all__ = ["left_alone", "with_left_alone"]
+__all__ = ["left_alone", "weights_left_alone", "with_left_alone"]
 
 
-def left_alone(model: nn.Module, named: Iterable[Any] = (), frozen: bool = True) -> dict[str, str]:
+def left_alone(
+    model: nn.Module, named: Iterable[Any] = (), frozen: bool = True, trained: Collection[int] = ()
+) -> dict[str, str]:
     """Return the path of every network that is pruned only where it is named, and why.
 
-    These are frozen networks beside what is trained, networks inside a ``torchmetrics.Metric``, and averaged copies. A
-    single frozen layer is none, nor is anything where nothing is trained.
+    These are frozen networks beside what is trained, networks that no optimizer trains, networks inside a
+    ``torchmetrics.Metric``, and averaged copies. A single frozen layer is none, nor is anything where nothing is
+    trained.
 
     Args:
         model: The model.
         named: Patterns or modules that the user named. A pattern names a network where it matches it, or parts of it,
             and nothing of what is trained.
         frozen: Whether parameters that are frozen now stay so.
+        trained: Ids of the parameters that optimizers step, where these are known.
     """
     parameters = named_parameters(model).values()
     frozen = frozen and any(parameter.requires_grad for parameter in parameters)
-    unfrozen = not frozen or all(parameter.requires_grad for parameter in parameters)
+    unfrozen = not frozen or (not trained and all(parameter.requires_grad for parameter in parameters))
     if unfrozen and not any(map(_reason_of_kind, {type(module) for _, module in modules_of(model)})):
         return {}
     names: dict[int, list[str]] = defaultdict(list)
@@ -42,7 +46,7 @@ def left_alone(model: nn.Module, named: Iterable[Any] = (), frozen: bool = True)
     for path, module in modules_of(model):  # a module comes before its parts
         if not path or _owner(path, found):
             continue
-        reason = _reason(module, frozen)
+        reason = _reason(module, frozen, trained)
         own = [name for parameter in module.parameters() for name in names[id(parameter)]]
         if reason and own and all(name.startswith(f"{path}.") for name in own):  # what is shared is trained elsewhere
             found[path] = reason
@@ -53,6 +57,16 @@ def left_alone(model: nn.Module, named: Iterable[Any] = (), frozen: bool = True)
         owners = {_owner(path, found) for path in matched}
         if "" not in owners:
             found = {path: reason for path, reason in found.items() if path not in owners}
+    return found
+
+
+def weights_left_alone(model: nn.Module, alone: Mapping[str, str]) -> dict[str, str]:
+    """Return the parameters of two or more dimensions of these networks, and why they are not pruned."""
+    found = {}
+    for path, reason in alone.items():
+        for name, parameter in model.get_submodule(path).named_parameters(path):
+            if is_lazy(parameter) or parameter.dim() > 1:
+                found[name] = f"{path} is left alone: {reason}"
     return found
 
 
@@ -75,14 +89,18 @@ def _reason_of_kind(kind: type) -> str:
     return "it is an averaged copy" if ("torch", "AveragedModel") in kinds else ""
 
 
-def _reason(module: nn.Module, frozen: bool) -> str:
+def _reason(module: nn.Module, frozen: bool, trained: Collection[int]) -> str:
     """Return why a module is left alone, or nothing."""
     if reason := _reason_of_kind(type(module)):
         return reason
     parameters = list(module.parameters())
     weights = [parameter for parameter in parameters if not is_lazy(parameter) and parameter.dim() > 1]
-    if frozen and len(weights) > 1 and not any(parameter.requires_grad for parameter in parameters):
+    if not frozen or len(weights) < 2:
+        return ""
+    if not any(parameter.requires_grad for parameter in parameters):
         return "it is frozen (requires_grad=False)"
+    if trained and not any(id(parameter) in trained for parameter in parameters):
+        return "no optimizer trains it"
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from lightning_prune.pruning.arguments import (
     check_damping,
     check_ignored,
     check_module,
+    listed,
     names_module,
     part_of,
 )
@@ -38,6 +39,7 @@ from lightning_prune.pruning.layerwise import (
     most_that_leaves,
     one_by_one,
 )
+from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.report import WeightReport
 from lightning_prune.pruning.weights import check_weight_arguments, count_unmasked, weight_report
 from lightning_prune.structure import named_tensors
@@ -129,6 +131,8 @@ def prune_obs(
         Hassibi and Stork, Second Order Derivatives for Network Pruning, NIPS 1992; Frantar and Alistarh, Optimal Brain
         Compression, NeurIPS 2022 (arXiv:2208.11580); Meng et al., ALPS, NeurIPS 2024 (arXiv:2406.07831).
     """
+    check_module("prune_obs", module)
+    named = [*(amount if isinstance(amount, Mapping) else ()), *(parameters or ()), *listed(module)]
     asked = Asked(
         amount,
         solver,
@@ -140,9 +144,9 @@ def prune_obs(
         progress,
         parameters=parameters,
         part=part_of(model, module),
+        alone=left_alone(model, named),
     )
     asked.check("prune_obs")
-    check_module("prune_obs", module)
     plan = plan_obs(model, Calibration(list(ordinary(batches)), forward, dtype), asked)
     before = count_unmasked(model)
     write_(model, plan.tensors)
@@ -165,6 +169,7 @@ class Asked:
     only: Collection[str] | None = None
     parameters: Parameters | None = None
     part: Part = WHOLE
+    alone: Mapping[str, str] = field(default_factory=dict)  # networks that are not pruned, by path, and why
 
     def check(self, where: str) -> None:
         """Refuse what no model could make sense of; ``where`` it was asked."""
@@ -242,10 +247,13 @@ def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[
     check_ignored(model, amount if isinstance(amount, Mapping) else (), what="amount")
     wanted = None if asked.parameters is None else check_ignored(model, asked.parameters, what="parameters")
     skipped = {}
+    alone = weights_left_alone(model, asked.alone)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or not asked.part.holds(name) or (only is not None and name not in only):
             continue
-        if any(_names(pattern, name) for pattern in ignore):
+        if name in alone:
+            skipped[name] = alone[name]
+        elif any(_names(pattern, name) for pattern in ignore):
             skipped[name] = "named in ignore="
         elif wanted is not None and not any(_names(pattern, name) for pattern in wanted):
             skipped[name] = "not named in parameters="

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_prune.measure.flops import BY_TRACE
 from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
-from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.model.calls import ExampleInputs, modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning.arguments import Amount
@@ -21,7 +21,19 @@ from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, se
 from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
 from lightning_prune.pruning.report import GroupWidth, Repair, Report
 from lightning_prune.structure import Keep, Structure
-from lightning_prune.surgery import Cut, Proof, SlimValues, compensated, cut_, draft, recipe_of, verify
+from lightning_prune.surgery import (
+    AttributeChange,
+    Cut,
+    Proof,
+    SlimValues,
+    compensated,
+    cut_,
+    draft,
+    follow_configs,
+    held_number,
+    recipe_of,
+    verify,
+)
 
 __all__ = ["Latency", "Plan", "RefusedError", "count_params", "plan_filters"]
 
@@ -94,7 +106,7 @@ class Plan:
         """
         part = self.budget.part
         params_before = part.params(self.model)
-        self.write_(optimizers)
+        attributes, inexpressible = self.write_(optimizers)
         now = Footprint(part.params(self.model), part.flops(self.structure, self.keep))
         outcome = _outcome(self, now)
         return Report(
@@ -104,7 +116,7 @@ class Plan:
             flops_after=now.flops,
             groups=self.widths,
             kept=self.cut.kept,
-            attributes=self.cut.attributes,
+            attributes=attributes,
             pinned=tuple(self.structure.pinned),
             proved=not self.structure.ledger.untrained and not self.proof.unseen,
             proof=_in_words(self),
@@ -118,19 +130,30 @@ class Plan:
             scaled=self.proof.scaled,
             repairs=self.repairs,
             skipped=self.skipped,
+            config=inexpressible,
         )
 
-    def write_(self, optimizers: Iterable[Optimizer] = ()) -> None:
-        """Make the cut, without a report; weight masks and the metadata in state dicts follow.
+    def write_(self, optimizers: Iterable[Optimizer] = ()) -> tuple[tuple[AttributeChange, ...], str]:
+        """Make the cut, without a report; weight masks, configs and the metadata in state dicts follow.
+
+        Returns:
+            The attributes of modules that changed; and why a config cannot express the pruned model, in words.
 
         Raises:
             PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
         """
         if not self.cut.kept:
-            return
+            return (), ""
+        read = {(attribute.module, attribute.name) for attribute in self.structure.ledger.attributes}
+        modules = dict(modules_of(self.model))
+        numbers = {(path, name): held_number(modules[path], name) for path, name in read}
+        numbers |= {(change.module, change.name): change.new for change in self.cut.attributes}
+        followed = follow_configs(self.model, self.cut.shapes, numbers, self.cut.kept)
+        cut = replace(self.cut, attributes=(*self.cut.attributes, *followed.changes))
         # Noted before the cut, so that nothing that can be interrupted follows it.
-        recipe_of(self.model).note((attribute.module, attribute.name) for attribute in self.structure.ledger.attributes)
-        cut_(self.model, self.cut, self.tensors, optimizers)
+        recipe_of(self.model).note(read)  # what configs become follows from these and the shapes
+        cut_(self.model, cut, self.tensors, optimizers)
+        return cut.attributes, followed.inexpressible
 
 
 def plan_filters(

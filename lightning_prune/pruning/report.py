@@ -12,7 +12,7 @@ from lightning_prune.measure.flops import BY_TRACE
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery import AttributeChange, Constant, Kept
 
-__all__ = ["GroupWidth", "Repair", "Report", "WeightReport"]
+__all__ = ["GroupWidth", "LayerReport", "RemovedLayer", "Repair", "Report", "WeightReport"]
 
 
 class GroupWidth(NamedTuple):
@@ -57,6 +57,7 @@ class Report:
         scaled: Parameters that were scaled so that such numbers change nothing.
         repairs: With ``repair``: weights that were refitted, in the order in which they run.
         skipped: With ``repair``: by name, why a weight that sums over pruned units was not refitted.
+        config: Why the config of a Hugging Face model cannot express the pruned one; empty if it can.
     """
 
     params_before: int
@@ -79,6 +80,7 @@ class Report:
     scaled: tuple[str, ...] = ()
     repairs: tuple[Repair, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +106,54 @@ class WeightReport:
     asked: float
     reached: float
     details: Any = None
+
+
+class RemovedLayer(NamedTuple):
+    """A layer that was removed: its path, its score when it was chosen, and what left with it."""
+
+    path: str
+    score: float
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """What pruning layers did; its fields mean what those of :class:`Report` do.
+
+    Attributes:
+        params_before: Parameters of the model, or of the part that ``module`` names, before.
+        params_after: Parameters after.
+        flops_before: Multiply-adds of one forward pass on the example inputs before.
+        flops_after: Multiply-adds after.
+        removed: The layers that were removed, in the order in which they were chosen.
+        kept: Paths of the layers that could be removed and were kept.
+        pinned: Path of a module that holds weights -> why it cannot be removed.
+        proved: Whether the removal was verified: every operator of the model without these layers, against the whole
+            model in which they return what they are given, in eval mode.
+        proof: What was verified, and what was not, in words.
+        latency_kept: Share of the latency that is left, as measured, where that was the target.
+        measured: What the latency was measured on.
+        asked: Share of the target that was to be removed.
+        reached: The share that was removed. Where that is less than asked, a warning has said why.
+        counted: What counted the multiply-adds, in words.
+        repairs: With ``repair``: weights that were refitted, in the order in which they run.
+        skipped: With ``repair``: by name, why a weight behind a removed layer was not refitted.
+    """
+
+    params_before: int
+    params_after: int
+    flops_before: int
+    flops_after: int
+    removed: tuple[RemovedLayer, ...]
+    kept: tuple[str, ...]
+    pinned: Mapping[str, str]
+    proved: bool
+    proof: str
+    latency_kept: float | None = None
+    measured: str = ""
+    asked: float = 0.0
+    reached: float = 0.0
+    counted: str = BY_TRACE
+    repairs: tuple[Repair, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)

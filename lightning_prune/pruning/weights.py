@@ -6,10 +6,12 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_prune.algorithms.criteria import magnitude
@@ -36,7 +38,7 @@ from lightning_prune.pruning.arguments import (
     part_of,
 )
 from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights, warning_of
-from lightning_prune.pruning.left_alone import left_alone
+from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.report import GroupWidth, WeightReport
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, masks_on
@@ -128,7 +130,7 @@ def prune_weights(
     check_module("prune_weights", module)
     named = [*(amount if isinstance(amount, Mapping) else ()), *(parameters or ()), *listed(module)]
     alone = left_alone(model, named)
-    found = weights_to_prune(model, amount, parameters, [*ignore, *alone], pattern, part_of(model, module))
+    found = weights_to_prune(model, amount, parameters, ignore, pattern, part_of(model, module), alone)
     keep = choose_weights(
         found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
     )
@@ -138,12 +140,7 @@ def prune_weights(
     told = warning_of(model, found.others)
     if told:
         warnings.warn(f"prune_weights: {told}", stacklevel=3)  # behind this, the function and its decorator
-    aside = {}
-    for path, reason in alone.items():
-        for name, parameter in model.get_submodule(path).named_parameters(path):
-            if parameter.dim() > 1:
-                aside[name] = f"{path} is left alone: {reason}"
-    return weight_report(model, before, keep, {**found.stay, **found.others, **aside}, found.amount)
+    return weight_report(model, before, keep, {**found.stay, **found.others}, found.amount)
 
 
 def weight_report(
@@ -184,7 +181,8 @@ def weight_report(
 
 def _pinned(model: nn.Module, name: str, why: str) -> Pinned:
     path, _, leaf = name.rpartition(".")
-    rows = len(getattr(model.get_submodule(path), leaf))  # it may be made of other parameters
+    tensor = getattr(model.get_submodule(path), leaf)  # it may be made of other parameters
+    rows = 0 if is_lazy(tensor) else len(tensor)
     return Pinned(name, 0, rows, rows, why)
 
 
@@ -216,18 +214,23 @@ def weights_to_prune(
     ignore: Parameters,
     pattern: str | None,
     part: Part = WHOLE,
+    alone: Mapping[str, str] = MappingProxyType({}),
 ) -> ToPrune:
     """Find the weights that the arguments of :func:`prune_weights` mean, and the amounts asked for.
+
+    ``alone`` are the networks that are not pruned, by path, and why.
 
     Raises:
         ValueError: If a pattern names nothing.
         PruningError: If nothing is left to prune.
     """
+    ignore = [*ignore, *alone]
     if isinstance(amount, Mapping):
         amount = by_path(model, amount, "amount")
         weights, stay, others = find_weights(model, list(amount), ignore, what="amount", part=part)
     else:
         weights, stay, others = find_weights(model, parameters, ignore, part=part)
+    others = others | weights_left_alone(model, alone)
     if pattern is not None:
         n, m = parse_pattern(pattern)
         unknown = [name for name, weight in weights.items() if weight.input_dim is None]

@@ -15,7 +15,7 @@ from lightning_prune.pruning.weights import WeightCount
 from lightning_prune.reports.model_tables import LayerCost
 from lightning_prune.structure import Pinned
 
-__all__ = ["History", "LayerChange", "Moment"]
+__all__ = ["Decision", "Goal", "History", "LayerChange", "Moment"]
 
 
 class LayerChange(NamedTuple):
@@ -23,6 +23,31 @@ class LayerChange(NamedTuple):
 
     before: LayerCost
     now: LayerCost
+
+
+class Goal(NamedTuple):
+    """What a callback was asked to prune, and what it reached.
+
+    Attributes:
+        callback: Name of its class.
+        target: What both are fractions of: ``filters``, ``params``, ``flops``, ``latency`` or ``weights``.
+        asked: Fraction of the target to prune, of the dense model.
+        reached: Fraction that was pruned.
+    """
+
+    callback: str
+    target: str
+    asked: float
+    reached: float
+
+
+class Decision(NamedTuple):
+    """What a guard decided about a pruning step: when, whether the step was kept, and why."""
+
+    epoch: int
+    step: int
+    kept: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,10 @@ class History:
         dense: Name of a weight that could not be masked -> why.
         branching: Modules whose code branches on values of its input; only the path taken was traced.
         counted: How FLOPs were counted.
+        goals: What each callback was asked to prune, and what it reached.
+        decisions: What guards decided, in order.
+        weights_bytes: Bytes of all parameters and buffers: of the dense model, and now.
+        facts: When, how long and with which versions and seed it ran: name -> value. Equal histories may differ in it.
         stopped: What stopped the training before its end, and when; empty if nothing did.
     """
 
@@ -71,6 +100,10 @@ class History:
     branching: list[str] = field(default_factory=list)
     stopped: str = ""
     counted: str = BY_FVCORE
+    goals: list[Goal] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    weights_bytes: tuple[int, int] = (0, 0)
+    facts: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def left(self) -> dict[str, float]:
@@ -81,6 +114,7 @@ class History:
         """Record what is kept, if that has changed; steps that start anew clear the history of the earlier run."""
         if self.moments and step < self.moments[-1].step:
             self.moments.clear()
+            self.decisions.clear()
         if self.left != left:
             self.moments.append(Moment(epoch, step, dict(left), {}))
 
@@ -88,11 +122,18 @@ class History:
         """Record the metrics of a validation."""
         self.moments.append(Moment(epoch, step, self.left, dict(metrics)))
 
+    def note_bytes(self, count: int) -> None:
+        """Record the bytes of all parameters and buffers; those of the dense model are the first."""
+        self.weights_bytes = (self.weights_bytes[0] or count, count)
+
     def to_plain(self) -> dict[str, Any]:
         """Return the history as dicts, lists, strings and numbers, for checkpoints and JSON."""
         plain = asdict(self)
         plain["layers"] = {path: [*map(list, change)] for path, change in self.layers.items()}
         plain["weights"] = [*map(list, self.weights)]
+        plain["goals"] = [*map(list, self.goals)]
+        plain["decisions"] = [*map(list, self.decisions)]
+        plain["weights_bytes"] = list(self.weights_bytes)
         return plain
 
     @classmethod
@@ -113,12 +154,20 @@ class History:
             branching=list(plain["branching"]),
             stopped=plain["stopped"],
             counted=plain["counted"],
+            goals=[Goal(*goal) for goal in plain["goals"]],
+            decisions=[Decision(*decision) for decision in plain["decisions"]],
+            weights_bytes=(plain["weights_bytes"][0], plain["weights_bytes"][1]),
+            facts=dict(plain["facts"]),
         )
 
     def to_json(self, path: str | Path) -> None:
         """Write the history to a file; its folder is created if needed."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(_finite(self.to_plain()), indent=1) + "\n")
+        Path(path).write_text(self.to_text(), encoding="utf-8")
+
+    def to_text(self) -> str:
+        """Return the history as JSON."""
+        return json.dumps(_finite(self.to_plain()), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, path: str | Path) -> History:

@@ -12,9 +12,10 @@ from rich.text import Text
 
 from lightning_prune.reports.history import History
 from lightning_prune.reports.run_picture import picture_of
+from lightning_prune.reports.run_summary import headline
 from lightning_prune.reports.run_tables import run_tables
 
-__all__ = ["HISTORY_FILE", "run_page", "write_run"]
+__all__ = ["HISTORY_FILE", "files_of_run", "run_page", "write_run"]
 
 HISTORY_FILE = "pruning.json"
 _WIDTH = 200  # characters; longer names fold
@@ -36,29 +37,32 @@ img {{ max-width: 1000px; width: 100%; }}
 """
 
 
-def write_run(history: History, folder: str | Path) -> list[Path]:
-    """Write ``pruning.json``, ``pruning.html`` and, where matplotlib is installed, ``pruning.png``.
-
-    Args:
-        history: The history of the run.
-        folder: The folder, created if needed.
-
-    Returns:
-        The files.
-    """
-    folder = Path(folder)
-    history.to_json(folder / HISTORY_FILE)
+def files_of_run(history: History) -> dict[str, bytes]:
+    """Return the files of a run by name: the history, the page and, where matplotlib is installed, the picture."""
     try:
         picture = picture_of(history)
     except ModuleNotFoundError:  # the page says so
         picture = None
-    page = folder / "pruning.html"
-    page.write_text(run_page(history, picture), encoding="utf-8")
-    files = [folder / HISTORY_FILE, page]
+    files = {HISTORY_FILE: history.to_text().encode(), "pruning.html": run_page(history, picture).encode()}
     if picture is not None:
-        files.append(folder / "pruning.png")
-        files[-1].write_bytes(picture)
+        files["pruning.png"] = picture
     return files
+
+
+def write_run(history: History, folder: str | Path) -> list[Path]:
+    """Write the files of a run, see :func:`files_of_run`, and return their paths.
+
+    Args:
+        history: The history of the run.
+        folder: The folder, created if needed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, content in files_of_run(history).items():
+        written.append(folder / name)
+        written[-1].write_bytes(content)
+    return written
 
 
 def run_page(history: History, picture: bytes | None) -> str:
@@ -83,6 +87,9 @@ def run_page(history: History, picture: bytes | None) -> str:
 def _tables(history: History) -> str:
     """Return the tables as HTML."""
     console = Console(record=True, file=io.StringIO(), width=_WIDTH, force_jupyter=False)
+    for line in headline(history):
+        console.print(Text(line))
+    console.print()
     if history.stopped:
         console.print(Text(f"Stopped by {history.stopped}.\n"))
     if history.measured:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lightning_prune.reports.history import History
+from lightning_prune.reports.metric_mode import mode_by_name
 
-__all__ = ["Stage", "main_metric", "metric_change", "shares", "shown_metrics", "stages", "staying"]
+__all__ = ["Stage", "headline", "main_metric", "metric_change", "shares", "shown_metrics", "stages", "staying"]
 
 _SHARES = {
     "prune/params_kept": "parameters",
@@ -15,6 +16,7 @@ _SHARES = {
     "prune/latency_kept": "latency",
     "prune/nonzero_kept": "nonzero parameters",
 }
+_TARGETS = {"filters": "prunable filters", "params": "parameters", "flops": "FLOPs"}
 _MOST_METRICS = 3
 
 
@@ -61,6 +63,62 @@ def shown_metrics(history: History) -> list[str]:
     for moment in history.moments:
         names += [name for name in moment.metrics if name not in names]
     return names[:_MOST_METRICS]
+
+
+def headline(history: History) -> list[str]:
+    """Return what a run came to, one fact a line: asked and reached, the metric, the size of the weights."""
+    lines = []
+    for goal in history.goals:
+        target = _TARGETS.get(goal.target, goal.target)
+        lines.append(f"{goal.callback}: asked for {goal.asked:.1%} of the {target}, reached {goal.reached:.1%}.")
+    told = metric_of_dense_and_pruned(history)
+    if told:
+        lines.append(told)
+    dense, now = history.weights_bytes
+    if dense:
+        lines.append(f"Size of the weights: {_in_bytes(dense)} dense, {_in_bytes(now)} now.{_sparse(history)}")
+    return lines
+
+
+def metric_of_dense_and_pruned(history: History) -> str:
+    """Return the main metric before the first pruning step and at the end, in words; empty if none was logged."""
+    name, found = main_metric(history), stages(history)
+    if name is None:
+        return ""
+    values = [stage.last.get(name) for stage in found]
+    if values[-1] is None:
+        return ""
+    if len(found) < 2 or values[0] is None:
+        return f"{name}: {values[-1]:.4g} pruned; the dense model was not validated in this run."
+    told = f"{name}: {values[0]:.4g} dense, {values[-1]:.4g} pruned, difference {values[-1] - values[0]:+.4g}."
+    if still_learning(history):
+        told += " The dense model was still learning when pruning began."
+    return told
+
+
+def still_learning(history: History) -> bool:
+    """Return whether the model was better after a pruning step than ever before: then its dense values say little."""
+    name, (dense, *others) = main_metric(history), stages(history)
+    if name is None or name not in dense.last:
+        return False
+    sign = 1 if mode_by_name(name) == "max" else -1
+    return any(sign * stage.last[name] > sign * dense.last[name] for stage in others if name in stage.last)
+
+
+def _sparse(history: History) -> str:
+    """Return what holds for masks, which leave shapes as they are."""
+    dense, now = history.weights_bytes
+    return " Zeros take space until save_sparse leaves them out." if history.weights and dense == now else ""
+
+
+def _in_bytes(count: int) -> str:
+    """Return a number of bytes in units of 1,000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB"
 
 
 def metric_change(first: float | None, last: float | None) -> str:

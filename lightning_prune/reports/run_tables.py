@@ -34,6 +34,8 @@ def run_tables(history: History, whole: bool = False) -> list[Table]:
     found = stages(history)
     if len(found) > 1:
         tables.append(_stage_table(history, found, len(found) if whole else _ROWS))
+    if history.decisions:
+        tables.append(_decision_table(history))
     if staying(history):
         tables.append(_staying_table(history, len(history.pinned) + len(history.dense) if whole else _NAMES))
     return tables
@@ -62,6 +64,16 @@ def _stage_table(history: History, found: Sequence[Stage], most: int) -> Table:
         left = [f"{stage.left[key]:.1%}" if key in stage.left else "" for key in kept]
         changes = [metric_change(stage.first.get(name), stage.last.get(name)) for name in metrics]
         table.add_row(str(stage.epoch), str(stage.step), *left, *changes)
+    return table
+
+
+def _decision_table(history: History) -> Table:
+    table = new_table("Decisions of MetricGuard", "", (), ("epoch", "step"))
+    table.add_column("pruning step")
+    table.add_column("because", overflow="fold")
+    for decision in history.decisions:
+        done = "kept" if decision.kept else "taken back"
+        table.add_row(str(decision.epoch), str(decision.step), done, Text(decision.why))
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from lightning_prune.model.calls import uncollected
 from lightning_prune.structure.choices import Taken, Way, resolve, take
-from lightning_prune.structure.labels import PINNED, Atoms, Ledger, SlotRange
+from lightning_prune.structure.labels import PINNED, Atoms, Ledger, Role, SlotRange
 from lightning_prune.structure.pinned import Pinned, find_pinned
 from lightning_prune.structure.width_ties import find_links, left
 
 __all__ = ["ChannelGroup", "Keep", "Slot", "Structure", "find_structure"]
 
+_UNREAD = "nothing that ran reads its channels, and other code may"
 Keep = Mapping[str, NDArray[np.bool_]]
 """Group name -> for each of its units whether it is kept, ``(width,)``."""
 
@@ -120,6 +121,21 @@ class Structure:
             found.append(product)
         return found
 
+    def linked(self, sets: Iterable[Iterable[str]]) -> Structure:
+        """Return the structure with the groups of each set linked, and with what they are linked to."""
+        joined: list[set[str]] = [set(link) for link in self.links]
+        for names in sets:
+            together = set(names)
+            apart = []
+            for other in joined:
+                if other & together:
+                    together |= other
+                else:
+                    apart.append(other)
+            joined = [*apart, together] if len(together) > 1 else joined
+        links = [tuple(name for name in self.groups if name in names) for names in joined]
+        return replace(self, links=tuple(links))
+
     def without(self, names: Iterable[str], reason: str) -> Structure:
         """Return the structure with some groups pinned, and the groups linked to them."""
         return self.without_each(dict.fromkeys(names, reason))
@@ -215,9 +231,11 @@ def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]
     for labels in ledger.statistics:
         mixed[component[labels]] = True
 
+    read = _read(ledger, component)
     groups: dict[str, ChannelGroup] = {}
     members: dict[str, Atoms] = {}
     alone: list[int] = []
+    unread: list[int] = []
     place = np.empty(ledger.size, dtype=np.int64)  # of each unit within its group
     for rows in _rows_by_kind(ledger, units, slot_of):
         if not roles["producer"][atoms[rows]].any():
@@ -227,14 +245,31 @@ def _structured(ledger: Ledger, taken: Taken) -> tuple[Structure, dict[str, str]
         if len(found) < 2:
             alone.extend(int(slot_of[part[0]]) for part in by_slot)
             continue
+        if not read[found].any():
+            unread.extend(int(slot_of[part[0]]) for part in by_slot)
+            continue
         place[found] = np.arange(len(found))
         slots = _slots([ledger.slots[slot_of[part[0]]] for part in by_slot], by_slot, place, units, atoms, roles)
         group = ChannelGroup(_name(slots, groups), len(found), slots, bool(mixed[found].any()))
         groups[group.name] = group
         members[group.name] = found
     links, stuck = find_links(ledger, component, members)
-    pinned_ = find_pinned(ledger, taken, component, roles["producer"], set(alone))
+    lone = dict.fromkeys(alone, "all its channels form a single unit") | dict.fromkeys(unread, _UNREAD)
+    pinned_ = find_pinned(ledger, taken, component, roles["producer"], lone)
     return Structure(groups, pinned_, ledger, taken, component, members, tuple(links)), stuck
+
+
+def _read(ledger: Ledger, component: Atoms) -> NDArray[np.bool_]:
+    """Return for every component whether anything that ran reads it, ``(atoms,)``.
+
+    Code that goes by numbers of its input may return, on other inputs, what it took a statistic of here.
+    """
+    roles: tuple[Role, ...] = ("consumer", "contracted") if ledger.decided else ("consumer", "contracted", "reduced")
+    found = np.zeros(ledger.size, dtype=bool)
+    for role in roles:
+        for atoms in ledger.roles[role]:
+            found[component[atoms]] = True
+    return found
 
 
 def _rows_by_kind(ledger: Ledger, units: Atoms, slot_of: Atoms) -> list[Atoms]:

@@ -7,8 +7,9 @@ of a tensor, which atom that slice of the tensor stands for. Atoms that meet mus
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +26,16 @@ __all__ = [
     "Labels",
     "Ledger",
     "Literally",
+    "Pass",
     "Ran",
+    "Role",
     "SlotRange",
 ]
 
 # What a trace makes thousands of is not frozen, which would take three times as long; nothing is ever written on it.
 
 Atoms = NDArray[np.int64]
-Role = Literal["producer", "consumer"]
+Role = Literal["producer", "consumer", "contracted", "reduced"]
 Kind = tuple[type, str, int]
 Literally = tuple[Kind, int]
 """Kind of an operator (see :class:`Ran`) and dimension of its output: a size that does not follow its labels."""
@@ -59,13 +62,15 @@ class Labels:
     """The labels of one tensor: dimension -> labels along it; a dimension without labels has a fixed size.
 
     ``weight`` says that the tensor was made from parameters and constants alone, ``blank`` that it holds one value
-    everywhere and waits to be filled, ``hollow`` that its entries were not computed.
+    everywhere and waits to be filled, ``hollow`` that its entries were not computed, ``constant`` that it was made from
+    constants alone.
     """
 
     dims: dict[int, tuple[Label, ...]] = field(default_factory=dict)
     weight: bool = True
     blank: bool = False
     hollow: bool = False
+    constant: bool = False
 
     def at(self, dim: int) -> tuple[Label, ...]:
         """Return the labels along a dimension, none for a dimension of fixed size."""
@@ -98,6 +103,14 @@ class Ran:
     made: list[Labels] = field(default_factory=list)
     leaving: list[Sequence[int]] = field(default_factory=list)
     decisions: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Pass(NamedTuple):
+    """One run of the model in a trace: in train mode or not, on which inputs, with gradients recorded or not."""
+
+    training: bool
+    inputs: Any
+    gradients: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -181,24 +194,34 @@ class Ledger:
             tuple[int, str, tuple[Label, ...]]
         ] = []  # of those arguments that no shape of an output shows
         self.numbers = True  # whether numbers remember where they come from
+        self.reals = 0  # how often code made a real number of one that remembers, such as the root of a width
         self.lengths: dict[Hashable, Label] = {}
         self.decided: list[str] = []  # paths of modules whose code read entries of tensors that data went into
         self.given: dict[tuple[str, int], list[Any]] = {}  # what another trace decided, to decide alike
         self.unseen: set[str] = set()  # parameters and buffers that no operator took
         self.idle: list[str] = []  # parameters of those that go with nothing that an operator took
+        self.guessed: list[str] = []  # tensors that no operator took, and that go with those of a sibling
         self.whole: list[Atoms] = []
         self.costs: list[Cost] = []  # of one call in eval mode
         self.needed: set[int] = set()  # places in ``ran`` of the operators that the outputs in eval mode depend on
-        self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": []}
+        self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": [], "contracted": [], "reduced": []}
         self.statistics: list[Atoms] = []
         self.output_shapes: list[tuple[int, ...]] = []
         self.hollow = True  # whether the traced model runs where nothing is computed
         self.ran: list[Ran] = []
-        self.passes: list[tuple[bool, Any]] = []  # in train mode or not, and on which inputs
+        self.passes: list[Pass] = []
         self.untrained = ""  # why train mode could not be traced, if it could not
         self.literals: frozenset[Literally] = frozenset()  # sizes that are known to be numbers in the code
         self._chosen: dict[str, int] = {}
         self.running: tuple[str, Any] = ("", None)  # path of the module and the operator at hand, for reasons
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that is written down so far, for :meth:`restore_`."""
+        return {name: copy(value) for name, value in vars(self).items()}
+
+    def restore_(self, state: Mapping[str, Any]) -> None:
+        """Forget what was written down since."""
+        vars(self).update(state)
 
     @property
     def where(self) -> str:
@@ -297,7 +320,11 @@ class Ledger:
         return labels
 
     def use(self, role: Role, labels: Iterable[Label]) -> None:
-        """Write down that a contraction made these labels (``producer``) or summed over them (``consumer``)."""
+        """Write down what became of labels.
+
+        A weight made them (``producer``) or was summed over with them (``consumer``), data was summed over with data
+        (``contracted``), or a statistic was taken of them (``reduced``).
+        """
         self.roles[role].extend(label.atoms for label in labels)
 
     def mix(self, labels: Iterable[Label]) -> None:
@@ -311,6 +338,10 @@ class Ledger:
             self.lengths[key] = Label(self._hand_out(size))
             self.attributes.append(Attribute(place.module, place.name, (self.lengths[key],), place.index, self.where))
         return self.lengths[key]
+
+    def note_real(self) -> None:
+        """Write down that code made a real number of one that remembers where it comes from."""
+        self.reals += 1
 
     def is_literal(self, dim: int) -> bool:
         """Return whether the size of a dimension of the output at hand is known to be a number in the code."""

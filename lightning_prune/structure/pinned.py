@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +27,7 @@ class Pinned:
 
 
 def find_pinned(
-    ledger: Ledger, taken: Taken, component: Atoms, made: NDArray[np.bool_], alone: set[int]
+    ledger: Ledger, taken: Taken, component: Atoms, made: NDArray[np.bool_], lone: Mapping[int, str]
 ) -> list[Pinned]:
     """Return the channels that cannot be pruned, for every dimension that produces channels.
 
@@ -35,7 +36,7 @@ def find_pinned(
         taken: The alternative taken of each choice.
         component: Component of every atom.
         made: Which atoms a weight produces.
-        alone: Slots whose channels all belong to one unit.
+        lone: Slots that no group has though nothing pins them, with the reason.
     """
     found: list[Pinned] = []
     reason = _Reasons(ledger, taken)
@@ -46,10 +47,10 @@ def find_pinned(
         if stays.any():
             why = reason(np.flatnonzero(stays) + slot.start)
             found.append(Pinned(slot.tensor, slot.dim, slot.size, int(stays.sum()), why))
-    for which in sorted(alone):
+    for which in sorted(lone):
         slot = ledger.slots[which]
         if made[slot.start]:
-            found.append(Pinned(slot.tensor, slot.dim, slot.size, slot.size, "all its channels form a single unit"))
+            found.append(Pinned(slot.tensor, slot.dim, slot.size, slot.size, lone[which]))
     for slot in ledger.slots:
         if slot.dim == 0 and slot.tensor in ledger.idle:
             found.append(Pinned(slot.tensor, slot.dim, slot.size, slot.size, "it never ran on the example inputs"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from torch.utils import _pytree as pytree
 from lightning_prune.model.calls import (
     ExampleInputs,
     Instead,
-    modules_of,
     refuse_empty,
     refuse_shapeless,
     same_draws,
@@ -23,12 +20,17 @@ from lightning_prune.model.calls import (
     undisturbed,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
-from lightning_prune.structure.labels import Label, Labels, Ledger, Literally, Ran
+from lightning_prune.structure.decisions import EXPLORED, Ways
+from lightning_prune.structure.labels import Labels, Ledger, Literally, Pass, Ran
+from lightning_prune.structure.siblings import follow_siblings
 from lightning_prune.structure.solve_ints import add_unknowns_
 from lightning_prune.structure.tensor_names import named_tensors
 from lightning_prune.structure.tracer import watch
+from lightning_prune.structure.train_code import looks_at_gradients, looks_at_mode
 
 __all__ = ["trace"]
+
+_LARGER_BATCH = 4
 
 
 @uncollected()
@@ -76,63 +78,104 @@ def _in_both_modes(
         ledger.literals = literals
         labels = {name: ledger.register(name, tensor) for name, tensor in named_tensors(model).items()}
         ledger.numbers, ledger.hollow = numbers, hollow
-        _run_pass(model, example_inputs, ledger, labels, training=False)
+        _run_pass(model, Pass(False, example_inputs), ledger, labels)
         return ledger, labels
 
     ledger, labels = eval_mode()
     unseen = {name for name in ledger.unseen if labels[name].dims}
-    if _idle_parameters(model, ledger, labels) or _looks_at_mode(model, example_inputs):
-        for inputs in _for_training(example_inputs):
-            first = len(ledger.ran)
+    gradients = looks_at_gradients(model, example_inputs)
+    if gradients or _idle_parameters(model, ledger, labels) or looks_at_mode(model, example_inputs):
+        for inputs, doubled in _for_training(example_inputs):
+            first, reals = len(ledger.ran), ledger.reals
             try:
-                _run_pass(model, inputs, ledger, labels, training=True)
+                _run_pass(model, Pass(True, inputs, gradients), ledger, labels)
                 ledger.untrained = ""
-                if unseen <= ledger.unseen:
-                    _drop_if_alike(ledger, first)
+                # one that makes more real numbers of widths than the other may multiply by them
+                if unseen <= ledger.unseen and ledger.reals == 2 * reals:
+                    _drop_if_alike(ledger, first, doubled)
                 break
             except Exception as error:
                 reraise_out_of_memory(error)
                 failure = f"{type(error).__name__}: {error}"
                 ledger, labels = eval_mode()  # what half of a pass wrote down does not count
-                ledger.untrained = failure
-    if not ledger.decided:
+                ledger.untrained = ledger.untrained or failure
+    explored = _explore(model, example_inputs, ledger, labels)
+    if not (ledger.decided or explored):
         for ran in ledger.ran:
             ran.decisions = {}
     add_unknowns_(ledger)
     idle = _idle_parameters(model, ledger, labels)
     if idle:
-        followed = _follow_siblings(model, ledger, labels)
+        followed = follow_siblings(model, ledger, labels)
         ledger.idle = [name for name in idle if name not in followed]
+        ledger.guessed = sorted(followed)
     return ledger
 
 
-def _drop_if_alike(ledger: Ledger, first: int) -> None:
+def _explore(model: nn.Module, example_inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels]) -> bool:
+    """Trace eval mode again with other decisions, so that parameters run which the decisions of the example left out.
+
+    Experts that no token was sent to, and exits that were not taken, read what they would read.
+
+    Returns:
+        Whether that made any more parameters run.
+    """
+    explored = False
+    for ways in EXPLORED if not ledger.hollow else ():
+        idle = {name for name in _idle_parameters(model, ledger, labels) if labels[name].dims}
+        if not idle or not any(ran.decisions for ran in ledger.ran):
+            break
+        before = ledger.state()
+        try:
+            _run_pass(model, Pass(False, example_inputs), ledger, labels, ways)
+        except Exception as error:  # a decision that the code could not come to
+            reraise_out_of_memory(error)
+            ledger.restore_(before)
+            continue
+        if idle <= ledger.unseen:
+            ledger.restore_(before)
+        else:
+            explored = True
+    return explored
+
+
+def _drop_if_alike(ledger: Ledger, first: int, doubled: bool) -> None:
     """Drop what ran in train mode if it is what ran in eval mode, with random numbers added or multiplied.
 
     Then one mode tells as much as both, and only one need be run again to verify a cut. What met in it still counts.
     """
     usual = [ran for ran in ledger.ran[:first] if not _only_perturbs(ran.func)]
     other = [ran for ran in ledger.ran[first:] if not _only_perturbs(ran.func)]
-    if len(usual) == len(other) and all(map(_alike, usual, other)):
+    if len(usual) == len(other) and all(_alike(*pair, doubled) for pair in zip(usual, other, strict=True)):
         del ledger.ran[first:]
         ledger.passes.pop()
         ledger.counts = [count for count in ledger.counts if count[0] < first]
 
 
-def _alike(usual: Ran, other: Ran) -> bool:
-    """Return whether the same operator ran in the same module with the same numbers, or twice those of a batch of one.
+def _alike(usual: Ran, other: Ran, doubled: bool) -> bool:
+    """Return whether the same operator ran in the same module with the same numbers; one may count a doubled batch.
 
     BatchNorm is told in which mode it runs.
     """
     if (usual.path, usual.func) != (other.path, other.func):
         return False
-    return usual.func.overloadpacket is torch.ops.aten.native_batch_norm or _same_numbers(usual.plain, other.plain)
+    if usual.func.overloadpacket is torch.ops.aten.native_batch_norm:
+        return True
+    found = _doubled_numbers(usual.plain, other.plain)
+    return found is not None and found <= (1 if doubled else 0)
 
 
-def _same_numbers(usual: Any, other: Any) -> bool:
+def _doubled_numbers(usual: Any, other: Any) -> int | None:
+    """Return how many numbers of ``other`` are twice those of ``usual``; None if any is another one."""
     if isinstance(usual, tuple) and isinstance(other, tuple):
-        return len(usual) == len(other) and all(map(_same_numbers, usual, other))
-    return bool(usual == other) or (type(usual) is type(other) is int and other == 2 * usual)
+        if len(usual) != len(other):
+            return None
+        found = [_doubled_numbers(*pair) for pair in zip(usual, other, strict=True)]
+        known = [count for count in found if count is not None]
+        return sum(known) if len(known) == len(found) else None
+    if usual == other:
+        return 0
+    return 1 if type(usual) is type(other) is int and other == 2 * usual else None
 
 
 def _only_perturbs(func: Any) -> bool:
@@ -143,14 +186,14 @@ def _only_perturbs(func: Any) -> bool:
 
 
 def _run_pass(
-    model: nn.Module, inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels], training: bool
+    model: nn.Module, one: Pass, ledger: Ledger, labels: Mapping[str, Labels], ways: Ways | None = None
 ) -> None:
     costs = len(ledger.costs)
     with undisturbed(model), same_draws():
-        watch(model, inputs, {}, ledger, labels, training)
-    if training:
+        watch(model, one, {}, ledger, labels, ways)
+    if ledger.passes:
         del ledger.costs[costs:]  # what a model costs is what one call in eval mode does
-    ledger.passes.append((training, inputs))
+    ledger.passes.append(one)
 
 
 def _idle_parameters(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> list[str]:
@@ -160,101 +203,21 @@ def _idle_parameters(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labe
     return [name for name, _ in model.named_parameters() if name in ledger.unseen]
 
 
-def _for_training(example_inputs: ExampleInputs) -> Iterator[ExampleInputs]:
-    """Yield what to run on in train mode: a batch of one twice over first, since BatchNorm takes no single example."""
+def _for_training(example_inputs: ExampleInputs) -> Iterator[tuple[ExampleInputs, bool]]:
+    """Yield what to run on in train mode, and whether that is a batch of one, doubled.
+
+    A batch of one is doubled first, since BatchNorm takes no single example. Losses between examples may need more.
+    """
     tensors = [tensor for tensor in tensors_in(example_inputs) if tensor.dim()]
     if tensors and all(tensor.shape[0] == 1 for tensor in tensors):
-        yield pytree.tree_map_only(
-            Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, example_inputs
-        )
-    yield example_inputs
+        yield _repeated(example_inputs, 2), True
+    yield example_inputs, False
+    sizes = {tensor.shape[0] for tensor in tensors}
+    if len(sizes) == 1 and max(sizes) < _LARGER_BATCH:
+        yield _repeated(example_inputs, _LARGER_BATCH), False
 
 
-def _looks_at_mode(model: nn.Module, example_inputs: ExampleInputs) -> bool:
-    """Return whether code of the model that may run reads ``training``; that of ``torch.nn`` computes alike in both."""
-    start = {"forward"}
-    if isinstance(example_inputs, Instead):
-        start.add(example_inputs.function.__name__)
-    kinds = {type(module) for _, module in modules_of(model)}
-    return any(_reads_training(kind, start) for kind in kinds if not kind.__module__.startswith("torch.nn."))
-
-
-def _reads_training(kind: type, start: set[str]) -> bool:
-    """Return whether methods of a class read ``training``, from the named ones on to those that they call."""
-    waiting, seen = list(start), set(start)
-    while waiting:
-        method = getattr(kind, waiting.pop(), None)
-        if not isinstance(method, FunctionType):
-            continue
-        names = _names_in(method.__code__)
-        if "training" in names:
-            return True
-        waiting.extend(names - seen)
-        seen |= names
-    return False
-
-
-def _names_in(code: CodeType) -> set[str]:
-    """Return the names that code uses, functions defined inside it included."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            names |= _names_in(constant)
-    return names
-
-
-def _follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> set[str]:
-    """Tie experts that no example came to to those beside them that ran, and return the names of their tensors.
-
-    Only entries of one ``ModuleList`` or ``ModuleDict`` count as experts, of which all that ran read the same channels:
-    two or more did, or the code around them chooses by numbers of its input. What else did not run stays as it is:
-    nothing tells which channels it would read.
-    """
-    followed: set[str] = set()
-    names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    for path, parent in modules_of(model):
-        if not isinstance(parent, nn.ModuleList | nn.ModuleDict):
-            continue
-        by_shape: dict[object, list[list[str]]] = {}
-        for child in parent.children():
-            own = [(leaf, tuple(tensor.shape), names[id(tensor)]) for leaf, tensor in named_tensors(child).items()]
-            kind = (type(child), *((leaf, shape) for leaf, shape, _ in own))
-            by_shape.setdefault(kind, []).append([name for _, _, name in own])
-        for experts in by_shape.values():
-            ran = [own for own in experts if own and not set(own) & ledger.unseen]
-            idle = [own for own in experts if own and set(own) <= ledger.unseen]
-            chosen_by_data = path.rpartition(".")[0] in ledger.decided
-            if not idle or len(ran) < (1 if chosen_by_data else 2) or not _read_the_same(ledger, labels, ran):
-                continue
-            for names_of_one in idle:
-                followed.update(names_of_one)
-                for name, other in zip(names_of_one, ran[0], strict=True):
-                    for dim, found in labels[name].dims.items():
-                        ledger.meet(found[0].atoms, labels[other].dims[dim][0].atoms)
-    return followed
-
-
-def _read_the_same(ledger: Ledger, labels: Mapping[str, Labels], experts: list[list[str]]) -> bool:
-    """Return whether the first operator that takes anything of each expert takes the same channels beside it."""
-    entering = []
-    for own in experts:
-        mine = {id(label) for name in own for found in labels[name].dims.values() for label in found}
-        entering.append(_first_beside(ledger, mine))
-    first = entering[0]
-    return first is not None and all(other == first for other in entering[1:])
-
-
-def _first_beside(ledger: Ledger, mine: set[int]) -> set[bytes] | None:
-    """Return the atoms along the dimensions of the data at the first operator that takes it with labels of ``mine``."""
-    for ran in ledger.ran:
-        data: list[list[Label]] = []
-        takes_mine = False
-        for labels in ran.taken:
-            carried = list(chain.from_iterable(labels.dims.values()))
-            if not mine.isdisjoint(map(id, carried)):
-                takes_mine = True
-            elif not labels.weight:
-                data.append(carried)
-        if data and takes_mine:
-            return {label.atoms.tobytes() for found in data for label in found}
-    return None
+def _repeated(example_inputs: ExampleInputs, times: int) -> ExampleInputs:
+    return pytree.tree_map_only(
+        Tensor, lambda tensor: torch.cat([tensor] * times) if tensor.dim() else tensor, example_inputs
+    )

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from lightning_prune.model.calls import modules_of
 from lightning_prune.structure.labels import Label
 
-__all__ = ["Derived", "Held", "Number", "Origin", "Size", "aligned", "evaluated", "leaves", "numbers_in", "remembering"]
+__all__ = [
+    "Derived", "Held", "Number", "Origin", "Size", "Told", "aligned", "evaluated", "leaves", "numbers_in",
+    "remembering",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,29 @@ Origin = Held | Size | Derived
 _ABSENT = object()
 
 
-class Number(int):
-    """An integer that remembers its origin through arithmetic.
+class Told(NamedTuple):
+    """Who is told what code does with numbers.
 
-    ``compared`` is called with every number that it turns out to be equal to.
+    Attributes:
+        compared: Called with two numbers that turned out to be equal.
+        real: Called when a real number is made of one, such as the root of a width.
     """
 
-    origin: Origin
-    compared: Callable[[Number, Number], None] | None
+    compared: Callable[[Number, Number], None]
+    real: Callable[[], None]
 
-    def __new__(cls, value: int, origin: Origin, compared: Callable[[Number, Number], None] | None = None) -> Number:
+
+class Number(int):
+    """An integer that remembers its origin through arithmetic; ``told`` is who learns what code does with it."""
+
+    origin: Origin
+    told: Told | None
+
+    def __new__(cls, value: int, origin: Origin, told: Told | None = None) -> Number:
         """Create the number with its origin."""
         number = super().__new__(cls, value)
         number.origin = origin
-        number.compared = compared
+        number.told = told
         return number
 
     __hash__ = int.__hash__
@@ -72,8 +84,8 @@ class Number(int):
     def __eq__(self, other: object) -> bool:
         """Compare by value, and report equality: the code takes its path because of it."""
         same = int.__eq__(self, other)  # type: ignore[operator]
-        if same is True and isinstance(other, Number) and self.compared is not None:
-            self.compared(self, other)
+        if same is True and isinstance(other, Number) and self.told is not None:
+            self.told.compared(self, other)
         return same
 
     def __ne__(self, other: object) -> bool:
@@ -105,11 +117,25 @@ def _remembering(name: str, swapped: bool) -> Callable[[Any, Any], Any]:
         if not isinstance(other, int):
             return NotImplemented
         left, right = (other, self) if swapped else (self, other)
-        return Number(compute(int(left), int(right)), Derived(compute, left, right))
+        return Number(compute(int(left), int(right)), Derived(compute, left, right), self.told)
 
     return method
 
 
+def _as_real(name: str) -> Callable[..., Any]:
+    """Return a method of :class:`Number` that computes ``name`` as integers do, and tells of it."""
+    compute = getattr(int, name)
+
+    def method(self: Number, *others: Any) -> Any:
+        if self.told is not None:
+            self.told.real()
+        return compute(int(self), *others)
+
+    return method
+
+
+for _name in ("__pow__", "__rpow__", "__truediv__", "__rtruediv__", "__float__"):
+    setattr(Number, _name, _as_real(_name))
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Number, f"__{_name}__", _remembering(_name, swapped=False))
     setattr(Number, f"__r{_name}__", _remembering(_name, swapped=True))
@@ -125,7 +151,7 @@ _MOST = 1000  # entries of a dict to search: a config, not a vocabulary
 
 
 @contextmanager
-def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) -> Iterator[None]:
+def remembering(model: nn.Module, told: Told) -> Iterator[None]:
     """Replace every integer that a model holds by a :class:`Number` with its origin, inside the block.
 
     These are attributes of modules and of their classes, and the entries of configs (plain objects and dicts) in them.
@@ -134,7 +160,7 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
     seen: set[int] = set()
 
     def replace(holder: dict[str, Any], module: str, name: str, key: str, value: Any) -> None:
-        number = _held(module, name, value, compared)
+        number = _held(module, name, value, told)
         if number is not value:
             changed.append((holder, key, holder.get(key, _ABSENT)))
             holder[key] = number
@@ -169,15 +195,15 @@ def remembering(model: nn.Module, compared: Callable[[Number, Number], None]) ->
                 holder[key] = before
 
 
-def _held(path: str, name: str, value: Any, compared: Callable[[Number, Number], None]) -> Any:
+def _held(path: str, name: str, value: Any, told: Told) -> Any:
     """Return an integer, or a tuple or list of integers, with its origin; anything else, and 0 and 1, unchanged."""
     if _whole(value):
-        return Number(int(value), Held(path, name), compared) if value > 1 else value
+        return Number(int(value), Held(path, name), told) if value > 1 else value
     if not all(_whole(item) for item in value) or not any(item > 1 for item in value):
         return value
     items = []
     for index, item in enumerate(value):
-        items.append(Number(int(item), Held(path, name, index), compared) if item > 1 else item)
+        items.append(Number(int(item), Held(path, name, index), told) if item > 1 else item)
     return type(value)(items)
 
 

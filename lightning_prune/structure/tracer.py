@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -15,18 +16,18 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_prune.model.calls import ExampleInputs, modules_of, run, tensors_in
+from lightning_prune.model.calls import mode_of, modules_of, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
-from lightning_prune.structure.decisions import decided_by, impose_
-from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Ran
+from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
+from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
 from lightning_prune.structure.rules.movement import repeat
 from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.shape_only import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
 from lightning_prune.structure.tensor_names import exchange_, named_tensors
-from lightning_prune.structure.traced_ints import Number, Size, remembering
+from lightning_prune.structure.traced_ints import Number, Size, Told, remembering
 
 __all__ = ["Watch", "aliases", "plain", "taken_apart", "unfused", "watch", "written"]
 
@@ -43,59 +44,65 @@ _RUNNING_STATISTICS = {
     torch.ops.aten.native_batch_norm, torch.ops.aten.cudnn_batch_norm, torch.ops.aten.miopen_batch_norm,
 }  # fmt: skip
 """Operators that update ``running_mean`` and ``running_var`` in train mode, which their schemas do not say."""
-_NOTHING: tuple[object, Labels] = (None, _UNLABELLED)
+_FOREIGN = Labels(weight=True, constant=True)  # of tensors that are none of the model's, but constants in its code
+_NOTHING: tuple[object, Labels] = (None, _FOREIGN)
 
 
 def watch(
     model: nn.Module,
-    example_inputs: ExampleInputs,
+    one: Pass,
     replaced: Mapping[str, Tensor],
     ledger: Ledger,
     labels: Mapping[str, Labels],
-    training: bool = False,
+    ways: Ways | None = None,
 ) -> None:
     """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
-        example_inputs: What to call it on.
+        one: What to call it on, and in which mode.
         replaced: Tensors to run with instead of the model's own, by name.
         ledger: Where meetings are written down; says whether anything is computed.
         labels: The labels that each parameter and buffer carries, by name; the others carry none.
-        training: Whether to run in train mode.
+        ways: What to decide instead of what is computed, if anything.
 
     Raises:
         NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
     """
-    mode = _LabelMode(ledger)
+    mode = _LabelMode(ledger, ways)
     own = named_tensors(model)
     for name, tensor in own.items():
         mode.give(replaced.get(name, tensor), labels.get(name, _UNLABELLED))
-    for tensor in tensors_in(example_inputs):
+    for tensor in tensors_in(one.inputs):
         mode.give(tensor, _ACTIVATION)
     exchange_(model, replaced)
-    if training:
-        model.train()
     with ExitStack() as stack:
+        stack.enter_context(mode_of(model, one.training, one.gradients))
         if ledger.numbers:
-            stack.enter_context(remembering(model, partial(compared, ledger)))
+            stack.enter_context(remembering(model, _told(ledger)))
         stack.enter_context(unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
         stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
-        outputs = run(model, example_inputs)
+        outputs = run(model, one.inputs)
     ledger.running = ("", None)
     unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
-    ledger.unseen = ledger.unseen & unseen if training else unseen
+    first = not ledger.passes
+    ledger.unseen = unseen if first else ledger.unseen & unseen
     returned = list(tensors_in(outputs))
     for tensor in returned:
         ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
-    if not training:
+    if first:
         drop_unneeded_(ledger, map(mode.labels_of, returned))
     if mode.refusal is not None:  # the model's own code may have caught it
         raise mode.refusal
+
+
+def _told(ledger: Ledger) -> Told:
+    """Return what writes down what code does with numbers."""
+    return Told(partial(compared, ledger), ledger.note_real)
 
 
 def plain(values: Any) -> tuple[Any, ...]:
@@ -150,6 +157,20 @@ class Watch(TorchDispatchMode):
                     self._made.add(storage._cdata)
         return out
 
+    def in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator as the operators that it consists of, or return NotImplemented where it is one by itself.
+
+        In inference mode, which a model's own code may turn on, torch does not take operators apart before a mode sees
+        them.
+        """
+        if not (torch.is_inference_mode_enabled() and _consists_of_others(func)):
+            return NotImplemented
+        TorchDispatchMode.__enter__(self)  # nothing begins or ends but the watch
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
     def _keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._made and storage._cdata not in self._before:
@@ -167,6 +188,11 @@ def _of_schema(func: Any) -> tuple[tuple[int, ...], bool]:
 
 _SCHEMAS: dict[int, tuple[tuple[int, ...], bool]] = {}  # by ``id``, since an operator is slow to hash
 _OPERATORS: list[Any] = []  # so that their ids stay
+
+
+@cache
+def _consists_of_others(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 @cache
@@ -193,14 +219,15 @@ class _Known(NamedTuple):
     shaped: Shaped | None
     reads: bool
     writes: bool
+    draws: bool
 
 
 class _LabelMode(Watch):
     """Looks up the rule of every operator that runs, and lets it pass labels on."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, ways: Ways | None = None) -> None:
         super().__init__()
-        self.ledger = ledger
+        self.ledger, self._ways = ledger, ways
         self._given: dict[int, tuple[Tensor, Labels]] = {}
         self._mark = object()  # tells this trace's labels from another's
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
@@ -214,13 +241,17 @@ class _LabelMode(Watch):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = self.in_parts(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         known = self._known.get(id(func)) or self._learnt(func)
         tensors = tensors_among((*args, *kwargs.values()) if kwargs else args)
         found = [self.labels_of(tensor) for tensor in tensors]
-        weight, labelled = True, False
+        weight, labelled, constant = True, False, True
         for labels in found:
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
+            constant = constant and labels.constant
         running = self._running[-1]
         path = running[0]
         ordinal = self._ordinals.get(path, 0)
@@ -239,6 +270,8 @@ class _LabelMode(Watch):
         ruled = labelled or (known.rule in _STRETCHING and self.arguments and out.numel())
         if ruled or known.cost is not None:
             call = Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
+        if labelled and torch.Tag.pointwise in func.tags and self._takes_number():
+            ledger.note_real()
         if ruled:
             ledger.running = (path, func)
             dims = known.rule(call)
@@ -253,18 +286,35 @@ class _LabelMode(Watch):
             if ledger.literals:
                 self._fix_literals(func, tensor, own)
             shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
-            ran.made.append(Labels(own, made, blank or shows_blank, hollow))
+            ran.made.append(Labels(own, made, blank or shows_blank, hollow, constant))
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
+        if known.writes and not constant:
+            self._note_written(tensors[0])
         if known.cost is not None:
             known.cost(call)
-        if not (weight or hollow or known.writes or aliases(func)):
-            self._decide(ran, tensors, [tensor for tensor, _ in outputs])
+        if not hollow and (known.draws or not (weight or known.writes or aliases(func))):
+            self._decide(known, ran, tensors, [tensor for tensor, _ in outputs])
         return out
 
-    def _decide(self, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
-        """Write down what the code may go on by, or decide as another trace did."""
-        ran.decisions = decided_by(taken, made, ran.made)
+    def _takes_number(self) -> bool:
+        """Return whether the Python function that is running was given a number that remembers where it comes from."""
+        return bool(self.arguments) and any(type(value) is Number for value in self.arguments[0])
+
+    def _note_written(self, view: Tensor) -> None:
+        """Note that the tensor that a view shows is no constant once something else was written into the view."""
+        if view._base is not None and (labels := self.labels_of(view._base)).constant:
+            self._lay(view._base, replace(labels, constant=False))
+
+    def _decide(self, known: _Known, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
+        """Write down what the code may go on by, or decide as another trace did, or otherwise."""
+        if known.draws:
+            ran.decisions = drawn_by(made, ran.made)
+        else:
+            ran.decisions = decided_by(taken, made, ran.made)
+            if self._ways is not None and ran.decisions:
+                explore_(known.func, ran.plain, ran.entering[0], [made[which] for which in ran.decisions], self._ways)
+                ran.decisions = decided_by(taken, made, ran.made)
         given = self.ledger.given.get((ran.path, ran.kind[-1]))
         if given and ran.decisions:
             impose_(given.pop(0), made)
@@ -287,7 +337,9 @@ class _LabelMode(Watch):
 
     def _learnt(self, func: Any) -> _Known:
         rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
-        known = self._known[id(func)] = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func))
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        known = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws)
+        self._known[id(func)] = known
         return known
 
     def _run(
@@ -351,7 +403,7 @@ class _LabelMode(Watch):
             self.seen.add(id(tensor))
             return given[1]
         mark, labels = getattr(tensor, _RIDING, _NOTHING)
-        return labels if mark is self._mark else _UNLABELLED
+        return labels if mark is self._mark else _FOREIGN
 
     def _lay(self, tensor: Tensor, labels: Labels) -> None:
         if id(tensor) in self._given:  # written in place
@@ -388,7 +440,7 @@ class _NumberMode(TorchFunctionMode):
     def __init__(self, labels: _LabelMode) -> None:
         super().__init__()
         self._labels = labels
-        self._compared = partial(compared, labels.ledger)
+        self._told = _told(labels.ledger)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -408,9 +460,9 @@ class _NumberMode(TorchFunctionMode):
             return sizes
         if isinstance(sizes, int):
             found = dims.get(int(dim[0]) % tensor.dim() if dim else -1)
-            return Number(sizes, Size(found), self._compared) if found else sizes
+            return Number(sizes, Size(found), self._told) if found else sizes
         return torch.Size(
-            [Number(size, Size(dims[d]), self._compared) if d in dims else size for d, size in enumerate(sizes)]
+            [Number(size, Size(dims[d]), self._told) if d in dims else size for d, size in enumerate(sizes)]
         )
 
 

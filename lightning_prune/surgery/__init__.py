@@ -1,6 +1,7 @@
 """Cuts units out of parameters, buffers, attributes and optimizer state, each cut proved before it is made."""
 
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
+from lightning_prune.surgery.configs import config_fields, follow_configs
 from lightning_prune.surgery.cut import Cut, SlimValues, cut_, draft
 from lightning_prune.surgery.recipe import (
     RECIPE,
@@ -36,10 +37,12 @@ __all__ = [
     "Told",
     "checked",
     "compensated",
+    "config_fields",
     "cut_",
     "draft",
     "drop_unused_recipe_",
     "find_groups",
+    "follow_configs",
     "held_number",
     "narrowed",
     "recipe_of",

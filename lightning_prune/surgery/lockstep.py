@@ -102,6 +102,9 @@ class Lockstep(Reference):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = self.in_parts(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         try:
             facts = self.facts_of(func)
             at = self.course.next(func)
@@ -204,7 +207,7 @@ class Lockstep(Reference):
             return self.plain_run(facts, args, kwargs), taken
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             raise OutOfStepError("the code brings its own random numbers")
-        if self._seed is not None and torch.initial_seed() != self._seed:
+        if torch.initial_seed() != self._seed:
             raise OutOfStepError("the code seeds its random numbers")
         return self._drawn(at, facts, args, kwargs), taken
 
@@ -290,7 +293,9 @@ class Lockstep(Reference):
     # Running the full model
 
     def _goes_through(self, ran: Ran, facts: Facts, mine: tuple[Any, ...]) -> bool:
-        """Return whether an operator, which may reduce, sums over nothing that loses units though its inputs do."""
+        """Return whether an operator, which may reduce, sums over nothing that loses units, or constants alone."""
+        if all(labels.constant for labels in ran.taken):
+            return True
         entering = [self._lefts.of(labels) for labels in ran.taken]
         return any(entering) and self._passes(ran, facts, entering, mine)
 

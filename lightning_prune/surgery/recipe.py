@@ -6,8 +6,10 @@ model tells of itself, wherever it was pruned and into whatever it was put.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +29,9 @@ from lightning_prune.surgery.attributes import (
     set_attributes_,
     shape_attributes,
 )
+from lightning_prune.surgery.configs import follow_configs
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
+from lightning_prune.surgery.skipped import Skipped, check_skip, follow_layers_, removed_layers
 
 __all__ = [
     "RECIPE", "PackedMasks", "Recipe", "Told", "checked", "drop_unused_recipe_", "recipe_of", "recipes_in", "resize_",
@@ -43,7 +47,9 @@ PackedMasks = dict[str, list[Any]]
 """Name of a parameter -> its mask, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
 
 Told = dict[str, dict[str, Any]]
-"""Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name."""
+"""Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name.
+
+Where a layer was removed there is also ``layer``: what is returned in its place."""
 
 
 @dataclass(eq=False)
@@ -64,6 +70,8 @@ class _Part:
         """Write plain numbers, lists and tensors, and never fail: state dicts are saved by code that is not ours."""
         masks = {leaf: m for leaf, m in self.masks.items() if _holds(m, state_dict.get(prefix + leaf))}
         local_metadata[RECIPE] = {"version": _VERSION, "attributes": self.values(module), "masks": masks}
+        if isinstance(module, Skipped):
+            local_metadata[RECIPE]["layer"] = copy.deepcopy(module.skip)
 
     def values(self, module: nn.Module) -> dict[str, Any]:
         """Return the numbers that are still there, by name."""
@@ -216,11 +224,24 @@ def take_shapes_(
 
 
 def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> set[str]:
-    """Apply the shapes, numbers and masks that parts of a recipe record; return the names of the tensors made anew.
+    """Apply the layers, shapes, numbers and masks that parts of a recipe record.
+
+    Returns:
+        The names of the tensors made anew.
 
     Raises:
         PruningError: If they are not for this model. The model stays as it is.
     """
+    skips = {path: recipe["layer"] for path, recipe in told.items() if "layer" in recipe}
+    with all_or_nothing(module) if skips or removed_layers(module) else nullcontext():
+        before = named_tensors(module).keys()
+        if follow_layers_(module, state_dict, skips):
+            recipe_of(module).needed = True
+        brought = named_tensors(module).keys() - before
+        return _take_shapes(module, state_dict, told) | brought
+
+
+def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> set[str]:
     modules = dict(module.named_modules(remove_duplicate=False))
     told = {path: recipe for path, recipe in told.items() if path in modules}
     names = _names_of(module)
@@ -277,6 +298,8 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     for change in known:
         _refuse_impossible(modules[change.module], change, largest)
     changes = shape_attributes(model, shapes, known)
+    told = {(change.module, change.name): change.new for change in known}
+    changes += follow_configs(model, shapes, told, ()).changes if shapes else ()
     new = {name: own[name].new_zeros(shape) for name, shape in shapes.items()}
     recipe = recipe_of(model)
     with all_or_nothing(model):
@@ -318,6 +341,8 @@ def _refuse_unreadable(path: Any, recipe: Any) -> None:
         for name, value in recipe["attributes"].items():
             if not isinstance(name, str) or not (_is_whole(value) or _are_whole(value)):
                 raise TypeError(f"{name!r}: {value!r}")
+        if "layer" in recipe:
+            check_skip(recipe["layer"])
         for name, (packed, shape) in recipe["masks"].items():
             if not isinstance(name, str) or not _are_whole(shape) or min(shape, default=0) < 0:
                 raise TypeError(f"{name!r}: {shape!r}")

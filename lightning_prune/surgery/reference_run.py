@@ -41,6 +41,10 @@ _TURNS = frozenset({_aten.t, _aten.transpose, _aten.permute, _aten.detach, _aten
 """Operators that show what is left of a weight as they show the whole weight: no argument of theirs is a size."""
 
 
+_SUMMED = {_aten.mm: {0: 1, 1: 0}, _aten.bmm: {0: 2, 1: 1}, _aten.addmm: {1: 1, 2: 0}}
+"""Matrix product -> for each tensor that it takes, by position, the dimension that it sums over."""
+
+
 @dataclass(frozen=True)
 class Constant:
     """A number that the code works out from a width, so that it changes when units leave.
@@ -192,6 +196,8 @@ class Reference(Replay):
     def _reduced(self, at: int, facts: Facts, seen: Seen | None, args: Any, kwargs: Any) -> Any:
         """Run an operator on what is left of its inputs, and fill in what is gone of its outputs."""
         ran = self._ran[at]
+        if all(labels.constant for labels in ran.taken):  # a sum of ones is a number made from a width
+            return self.plain_run(facts, args, kwargs)
         entering = [self._lefts.of(labels) for labels in ran.taken]
         mine = plain((*args, *kwargs.values()) if kwargs else args)
         if seen is not None:
@@ -228,6 +234,9 @@ class Reference(Replay):
             return not mine[5]
         if not facts.product:
             return False
+        summed = _summed(facts, mine)
+        if any(summed[which] in left for which, left in enumerate(entering) if which in summed):
+            return False  # though the output may carry the same labels
         made = {id(label) for labels in ran.made for own in labels.dims.values() for label in own}
         for labels, left in zip(ran.taken, entering, strict=True):
             if any(id(label) not in made for dim in left for label in labels.dims[dim]):
@@ -261,6 +270,14 @@ def silenced(tensor: Tensor, left: Mapping[int, Left]) -> Tensor:
     for dim, own in left.items():
         tensor = tensor.index_fill(dim, own.gone.to(tensor.device), 0)
     return tensor
+
+
+def _summed(facts: Facts, mine: tuple[Any, ...]) -> Mapping[int, int]:
+    """Return for the tensors that a product takes, by position, the dimension that it sums over; none if unknown."""
+    if facts.packet is not _aten.convolution:
+        return _SUMMED[facts.packet]
+    transposed, groups = mine[6], mine[8]
+    return {0: 1, 1: 0 if transposed else 1} if groups == 1 else {}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -179,9 +179,10 @@ def _run_slim(model: nn.Module, structure: Structure, cut: Cut) -> tuple[Ledger,
         ledger.numbers, ledger.hollow = False, hollow
         ledger.given = decisions_in_order(structure.ledger.ran)
         try:
-            for training, inputs in structure.ledger.passes:
+            for one in structure.ledger.passes:
                 with undisturbed(model), same_draws(), attributes_set(model, cut.attributes):
-                    watch(model, inputs, tensors, ledger, labels, training)
+                    watch(model, one, tensors, ledger, labels)
+                ledger.passes.append(one)
             return ledger, None
         except NumbersNeededError as error:
             failure: Exception = error

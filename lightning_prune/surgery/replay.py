@@ -41,6 +41,7 @@ _SCALED = frozenset({_aten.mul, _aten.mul_, _aten.div, _aten.div_})
 _COUNTING = frozenset({
     _aten.native_group_norm, _aten.native_layer_norm, _aten._fused_rms_norm, _aten.convolution
 })  # fmt: skip
+_FIRST_SEED = 0x5EED_0F_7E57_0000
 _PRODUCTS = frozenset({_aten.convolution, _aten.mm, _aten.addmm, _aten.bmm})
 
 
@@ -131,11 +132,19 @@ class Replay(Watch):
         self._ran, self._lefts, self._instead, self._counts = ran, lefts, instead, counts
         self.course = Course(ran)
         self.failure: Exception | None = None
-        self._seed: int | None = None
+        self._seed = 0
         self._facts: dict[int, Facts] = {}  # by ``id`` of an operator
+
+    def __enter__(self) -> Any:
+        """Start from a seed of our own, so that code which sets one is noticed, whatever it sets."""
+        self._seed = _own_seed(0)
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        parts = self.in_parts(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         if self._instead:
             kwargs = {name: self._taken(value) for name, value in kwargs.items()}
             args = [self._taken(value) for value in args]
@@ -212,14 +221,11 @@ class Replay(Watch):
         Where the code brings a generator, or sets the seed, its numbers are constants and stay what they are.
         """
         own_generator = any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values()))
-        if self._seed is None:
-            self._seed = torch.initial_seed()
         if own_generator or torch.initial_seed() != self._seed:
             return self.plain_run(facts, args, kwargs)
         fills = facts.packet in _FILLS and not tensors_among(args[1:])
         if not fills and facts.packet not in _DRAWS:
-            torch.manual_seed(at)
-            self._seed = torch.initial_seed()
+            self._seed = _own_seed(at)
             return self.plain_run(facts, args, kwargs)
         out = self.plain_run(facts, args, kwargs)
         left = self._lefts.of(self._ran[at].made[0])
@@ -232,6 +238,13 @@ class Replay(Watch):
         fill(*(args[1:] if fills else ()), generator=generator)
         out.copy_(restricted(drawn, left) if self.slim else drawn)
         return out
+
+
+def _own_seed(at: int) -> int:
+    """Seed torch for the operator at an index of the trace, with a number that no code chooses; return that."""
+    seed = _FIRST_SEED + at
+    torch.manual_seed(seed)
+    return seed
 
 
 def restricted(tensor: Tensor, left: Mapping[int, Left]) -> Tensor:

@@ -51,7 +51,8 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 class all_or_nothing:  # noqa: N801, it is used like a function
     """Undo all that the body wrote if it does not come to its end, be it by Ctrl-C or for want of memory.
 
-    That is tensors in place of others, gradients, attributes, buffers, what optimizers hold, and what hooks keep.
+    That is tensors in place of others, gradients, attributes, buffers, submodules, what optimizers hold, and what hooks
+    keep.
     A class, since a generator that is never resumed would take things back when it is collected.
 
     Args:
@@ -65,10 +66,15 @@ class all_or_nothing:  # noqa: N801, it is used like a function
         own = named_tensors(model) if values else {}
         modules = [module for _, module in modules_of(model)]
         hooks = [hook for module in modules for hook in module._state_dict_hooks.values() if hasattr(hook, "__dict__")]
+        optimizers = list(optimizers)
         states = [optimizer.state for optimizer in optimizers]
         # Shallow copies are enough: shapes change by putting new objects in the place of old ones.
-        tables: list[dict[str, Any]] = [vars(owner) for owner in (*modules, *hooks)]
-        tables += [module._buffers for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        tables: list[dict[Any, Any]] = [vars(owner) for owner in (*modules, *hooks)]
+        for module in modules:
+            if not isinstance(module, torch.jit.ScriptModule):
+                tables += [module._buffers, module._modules]
+        tables += states
+        tables += [group for optimizer in optimizers for group in optimizer.param_groups]
         parameters = list(named_parameters(model).values())
         tables += [state[p] for state in states for p in parameters if p in state]
         self._tables = [(table, table.copy()) for table in tables]

@@ -90,6 +90,10 @@ def check_count(ran: Ran, plain: tuple[Any, ...], name: str, count: int) -> None
 
 
 def is_constant(ran: Ran, out: Tensor) -> bool:
-    """Return whether an output is one number that was made of single numbers, and of no data."""
-    single = out.numel() == 1 and not out.is_complex() and ran.made[0].weight and not ran.made[0].blank
-    return single and all(math.prod(shape) <= 1 for shape in ran.entering)
+    """Return whether an output is one number that was made of constants, or of single numbers and of no data."""
+    if out.numel() != 1 or out.is_complex():
+        return False
+    labels = ran.made[0]
+    if labels.constant:
+        return True
+    return labels.weight and not labels.blank and all(math.prod(shape) <= 1 for shape in ran.entering)

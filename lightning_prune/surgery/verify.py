@@ -14,18 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import (
-    ExampleInputs,
-    fewer_positions,
-    run,
-    same_draws,
-    tensors_in,
-    uncollected,
-    undisturbed,
-)
+from lightning_prune.model.calls import fewer_positions, mode_of, run, same_draws, tensors_in, uncollected, undisturbed
 from lightning_prune.model.errors import failures_suppressed, reraise_out_of_memory
 from lightning_prune.structure import Keep, Structure, named_tensors
-from lightning_prune.structure.labels import Kind
+from lightning_prune.structure.labels import Kind, Pass
 from lightning_prune.structure.tensor_names import exchange_
 from lightning_prune.structure.tracer import taken_apart
 from lightning_prune.surgery.attributes import AttributeChange, attributes_set
@@ -42,7 +34,6 @@ from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
 
 __all__ = ["Disproof", "Proof", "compensated", "counted", "keep_two", "verify"]
 
-Passes = Sequence[tuple[bool, ExampleInputs]]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _TOLERANCE = 1e-3  # of the largest projection of an output; one wrong number among a million shows
@@ -95,7 +86,7 @@ class Proof:
 class _Setting:
     """What both models run on."""
 
-    passes: Passes
+    passes: Sequence[Pass]
     dtype: torch.dtype | None
     ordinary: bool
     tolerance: float
@@ -256,10 +247,10 @@ def _settings(model: nn.Module, structure: Structure) -> Iterator[_Setting]:
     passes = structure.ledger.passes
     half = any(tensor.dtype in _HALVES for tensor in named_tensors(model).values())
     dtype = torch.float32 if half else None
-    smaller = zip(*(fewer_positions(inputs) for _, inputs in passes), strict=False)
+    smaller = zip(*(fewer_positions(one.inputs) for one in passes), strict=False)
     for inputs in smaller if structure.ledger.hollow else ():
-        modes = [training for training, _ in passes]
-        yield _Setting(list(zip(modes, inputs, strict=True)), dtype, True, _TOLERANCE, fewer=True)
+        thinned = [one._replace(inputs=fewer) for one, fewer in zip(passes, inputs, strict=True)]
+        yield _Setting(thinned, dtype, True, _TOLERANCE, fewer=True)
     yield _Setting(passes, dtype, True, _TOLERANCE)
     yield _Setting(passes, None, False, _TOLERANCE_HALF if half else _TOLERANCE)
 
@@ -352,13 +343,11 @@ def _run_all(
 ) -> list[Tensor]:
     """Run every pass of a trace and return what came out of them."""
     outputs: list[Tensor] = []
-    for training, inputs in setting.passes:
-        inputs = inputs_of_ordinary_size(inputs, setting.dtype, setting.ordinary)
+    for one in setting.passes:
+        inputs = inputs_of_ordinary_size(one.inputs, setting.dtype, setting.ordinary)
         with undisturbed(model), same_draws(), attributes_set(model, attributes):
             exchange_(model, exchanged)
-            if training:
-                model.train()
-            with taken_apart():
+            with mode_of(model, one.training, one.gradients), taken_apart():
                 if mode is None:
                     outputs.extend(tensors_in(run(model, inputs)))
                 else:

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_prune.callbacks.engine.step import call_step, silent
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["losses_of", "training_batches"]
+
+_LARGE = 2**20  # bytes: a smaller tensor may be a counter
 
 
 @contextmanager
@@ -75,13 +77,52 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
 def _beside(loader: Any) -> Any:
     """Return a loader of the same data that works in this process and shares neither iterator nor place with it."""
     if isinstance(loader, Iterator):  # which can be read once alone
+        _warn_lost(loader)
         return loader
     own = copy.copy(loader)
     if not isinstance(loader, DataLoader):
-        return own
+        return _copied(loader, own)
     vars(own).update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
     vars(own).update(_DataLoader__multiprocessing_context=None)
+    # A stream or a sampler may remember its place, so that reading it here would move the training on.
+    for name in ("dataset", "sampler", "batch_sampler"):
+        part = getattr(loader, name)
+        if part is not None and (name != "dataset" or isinstance(part, IterableDataset)):
+            vars(own)[name] = _copied(part, part)
     return own
+
+
+def _copied(source: Any, otherwise: Any) -> Any:
+    """Return a copy that keeps a place of its own; where there is none to be had, warn and return ``otherwise``."""
+    memo = {id(part): part for part in _parts(source) if _is_data(part)}
+    try:
+        return copy.deepcopy(source, memo)
+    except Exception:  # generators, open files, locks: each raises its own
+        _warn_lost(source)
+        return otherwise
+
+
+def _parts(source: Any) -> list[Any]:
+    """Return the attributes of an object, and those of its attributes."""
+    own = list(getattr(source, "__dict__", {}).values())
+    inner = [value for part in own for value in getattr(part, "__dict__", {}).values()]
+    return own + inner
+
+
+def _is_data(part: Any) -> bool:
+    """Return whether this holds examples and no place among them: it need not be copied."""
+    if isinstance(part, Tensor | np.ndarray):
+        return part.nbytes > _LARGE
+    return isinstance(part, Dataset) and not isinstance(part, IterableDataset)
+
+
+def _warn_lost(source: Any) -> None:
+    """Warn that what is read here may be missing from the training."""
+    rank_zero_warn(
+        f"{type(source).__name__} cannot be copied, so the training batches that the pruning reads are taken from it. "
+        "If it goes on where it stopped, training does not see them. Make it copyable (copy.deepcopy), or use a "
+        "criterion that reads no batches, such as 'taylor'."
+    )
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

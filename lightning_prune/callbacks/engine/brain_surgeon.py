@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
-from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import Amount
 from lightning_prune.pruning.obs import Asked, LayerFit, plan_obs, refuse_beyond_reach, write_
 
@@ -23,7 +22,7 @@ class BrainSurgeon(WeightChoice):
         fits: How well each layer's outputs were kept.
     """
 
-    reads_batches, repeatable = True, False
+    reads_batches = True
 
     def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
         self.asked = asked
@@ -39,12 +38,7 @@ class BrainSurgeon(WeightChoice):
             refuse_beyond_reach(sizes, self.asked)
 
     def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
-        """Return what is kept, and work out what it becomes."""
-        if own.masks.keep:
-            raise PruningError(
-                f"{run.where}: some of the weights are masked already, and what is masked would move. Prune once, or "
-                "name other weights by parameters= or ignore=."
-            )
+        """Return what is kept, and work out what it becomes; what the model's masks hold at zero stays zero."""
         trainer, to_prune = run.trainer, own.to_prune
         asked = replace(
             self.asked,

@@ -21,8 +21,9 @@ def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, A
 
     Each callback's state holds the history and the example inputs of the run, so that each can be restored alone.
     """
-    shared = {"history": log.history.to_plain(), "outdated": list(log.outdated), **inputs.state_dict()}
-    own = {"asked": member.asked_before or member.strategy.arguments.asked}
+    history = {**log.history.to_plain(), "facts": {}}  # equal runs have equal checkpoints, whenever they run
+    shared = {"history": history, "outdated": list(log.outdated), **inputs.state_dict()}
+    own = {"asked": member.asked_before or member.asked}
     return {**member.clock.state_dict(), **own, **shared, **member.strategy.state_dict()}
 
 
@@ -63,7 +64,7 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
     try:
         history = History.from_plain(state["history"])
         asked = dict(state["asked"])
-        if asked.keys() != member.strategy.arguments.asked.keys():
+        if asked.keys() != member.asked.keys():
             raise KeyError("asked")
         outdated = list(map(str, state["outdated"]))
         member.strategy.load_state_dict(state)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
-from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.guard import companions, guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks.engine.run_log import RunLog
@@ -47,9 +47,14 @@ class Engine:
         self._module = None if pl_module is None else weakref.ref(pl_module)
         self._hooks: list[Any] = []  # on the module and its averaged copies
 
+    @property
+    def module(self) -> LightningModule | None:
+        """The module that is pruned, while there is one."""
+        return None if self._module is None else self._module()
+
     def is_of(self, pl_module: LightningModule) -> bool:
         """Return whether this is the engine of a run of the module."""
-        return self._module is not None and self._module() is pl_module
+        return self.module is pl_module
 
     # The beginning and the end of a run
 
@@ -66,6 +71,9 @@ class Engine:
         recipe_of(pl_module)
         if own is self.members[0]:
             self.log.start_run()
+            if stage == "fit":
+                callbacks = [*(member.callback for member in self.members), *guards(trainer)]
+                self.log.log_settings(trainer, pl_module, callbacks)
             self._remove_hooks()
             follow = let_copies_follow(trainer, pl_module)
             self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_), *follow]
@@ -77,7 +85,7 @@ class Engine:
         if own is self.members[0]:
             refuse_misfits(run.where, trainer, pl_module)
             refuse_uneven(run.where, trainer)
-        self.log.history.stopped = ""
+            self.log.start_training(run)
         self._prepare(run, None)
 
     def end_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,7 +166,6 @@ class Engine:
         own = run.own
         if own.changes:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
-            own.strategy.refuse_changes(run)
             own.clock.progress = 0.0
         own.prepared = own.strategy.prepare(run, batch)
         if own.prepared:
@@ -202,13 +209,18 @@ class Engine:
 
     # For guards
 
-    def rollback_states(self) -> list[dict[str, Any]]:
+    def rollback_states(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Return what the next pruning step changes of the callbacks' state, for :meth:`rollback`."""
-        return [{**m.clock.state_dict(), "own": m.strategy.rollback_state()} for m in self.members]
+        return {
+            "members": [{**m.clock.state_dict(), "own": m.strategy.rollback_state()} for m in self.members],
+            "companions": [companion.rollback_state() for companion in companions(trainer)],
+        }
 
-    def rollback(self, trainer: Trainer, pl_module: LightningModule, states: list[dict[str, Any]], halve: bool) -> None:
+    def rollback(self, trainer: Trainer, pl_module: LightningModule, states: dict[str, list[Any]], halve: bool) -> None:
         """Follow a model that is as it was before the last pruning step; go on with half the step, or no further."""
-        for member, state in zip(self.members, states, strict=True):
+        for companion, own in zip(companions(trainer), states["companions"], strict=True):
+            companion.rollback(own)
+        for member, state in zip(self.members, states["members"], strict=True):
             member.clock.rollback(state["progress"], halve)
             member.strategy.rollback(self._run(member, trainer, pl_module), state["own"])
         self.log.outdated = []  # they are of this size again

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lightning_prune.callbacks.engine.step import Traced, check_traced
 from lightning_prune.pruning.arguments import (
@@ -19,7 +20,6 @@ from lightning_prune.pruning.arguments import (
     listed,
     part_of,
     plain,
-    shown,
     told_apart,
     with_ignored,
     within_part,
@@ -45,6 +45,8 @@ class FilterArguments:
     recalibrate: int
     trace: Traced
     module: Parts = None
+    report: bool = True
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -60,6 +62,8 @@ class FilterArguments:
         """
         limits = self.round_to, self.min_width, self.max_amount
         check_arguments(where, self.amount, "l1", self.target, self.scope, *limits, self.ignore)
+        if not isinstance(self.report, bool):
+            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
         recalibrate = self.recalibrate
@@ -76,17 +80,16 @@ class FilterArguments:
         """What the user named to be pruned."""
         return [*(self.amount if isinstance(self.amount, Mapping) else ()), *listed(self.module)]
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
-        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "ignore")
-        return {name: plain(getattr(self, name)) for name in names}
+    def asked(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore")
+        asked = {name: plain(getattr(self, name), model) for name in names}
+        return {**asked, "module": told_apart(self.module, model).get("module")}
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The arguments that say which channels are pruned."""
-        named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
-        return {"amount": named, "ignore": list(map(shown, self.ignore)), **told_apart(self.module)}
+    def parts(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return the arguments that say which channels are pruned, modules by their path once the model is known."""
+        amount = sorted(plain(self.amount, model)) if isinstance(self.amount, Mapping) else []
+        return {"amount": amount, "ignore": plain(self.ignore, model), **told_apart(self.module, model)}
 
     def claims(self, pl_module: LightningModule, structure: Structure) -> set[str]:
         """Return the groups whose widths these arguments set."""

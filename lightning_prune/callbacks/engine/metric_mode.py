@@ -1,28 +1,15 @@
-"""Knows whether a higher or a lower value of a metric is better, from other callbacks or from its name."""
+"""Knows whether a higher or a lower value of a metric is better, from other callbacks."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from typing import Literal
 
 from lightning.pytorch import Callback
 
 from lightning_prune.model.errors import PruningError
+from lightning_prune.reports.metric_mode import Mode
 
-__all__ = ["Mode", "mode_by_callbacks", "mode_by_name"]
-
-Mode = Literal["min", "max"]
-
-_LOWER_IS_BETTER = re.compile(
-    r"loss|error|perplexity|entropy|divergence|distance|latency|brier"
-    r"|(?<![a-z])(err|ppl|r?msl?e|s?mape|mae|mase|nll|bce|ce|ece|kld?|wer|cer|fid|kid|lpips|bp[cd]|crps|cost)(?![a-z])"
-)
-
-
-def mode_by_name(metric: str) -> Mode:
-    """Return ``"min"`` for names of losses, errors and distances, ``"max"`` for all others."""
-    return "min" if _LOWER_IS_BETTER.search(metric.lower()) else "max"
+__all__ = ["mode_by_callbacks"]
 
 
 def mode_by_callbacks(where: str, metric: str, callbacks: Iterable[Callback]) -> tuple[Mode, str] | None:

@@ -54,7 +54,7 @@ class PruningCallback(AnyCallback, ABC):
     @property
     def state_key(self) -> str:
         """A key of the state in checkpoints that tells callbacks of one class apart by the parts that they prune."""
-        key = self._generate_state_key(**self.member.strategy.arguments.parts)
+        key = self._generate_state_key(**self.member.strategy.arguments.parts(self.engine.module))
         # A Trainer refuses equal keys when it is made, and does not say what to do; setup does.
         return key if self.engine.members else f"{key} {id(self)}"
 

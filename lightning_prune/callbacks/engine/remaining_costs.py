@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lightning.pytorch import LightningModule
+
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.measure.latency import circumstances
+from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.plan import count_params
 from lightning_prune.reports import History, LayerChange, layer_costs
 
-__all__ = ["describe", "measure"]
+__all__ = ["describe", "measure", "weights_bytes"]
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -24,7 +29,10 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def describe(run: Run, history: History) -> None:
-    """Write into a history how every layer and weight stands."""
+    """Write into a history how every layer and weight stands, and what was asked and reached."""
+    goals = [member.strategy.goal(replace(run, own=member)) for member in run.members]
+    history.goals = [goal for goal in goals if goal is not None]
+    history.note_bytes(weights_bytes(run.module))
     maskings, removals = run.strategies(WeightMasking), run.strategies(UnitRemoval)
     history.weights = [count for masking in maskings for count in masking.own.counts]
     history.dense = {}
@@ -40,12 +48,24 @@ def describe(run: Run, history: History) -> None:
         history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
 
 
+def weights_bytes(pl_module: LightningModule) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*pl_module.parameters(), *pl_module.buffers()))
+
+
 def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float]:
     counts = [count for masking in maskings for count in masking.own.counts]
     size = sum(count.size for count in counts)
     pruned = sum(count.size - count.stays for count in counts)
     nonzero = count_params(run.module) - pruned
+    values: dict[str, float] = {}
+    named = [(_name(run, masking), masking) for masking in maskings]
+    for name, masking in named if len({name for name, _ in named}) > 1 else ():
+        own = masking.own.counts
+        if name:
+            values[f"prune/weight_sparsity/{name}"] = 1 - sum(c.stays for c in own) / max(sum(c.size for c in own), 1)
     return {
+        **values,
         "prune/weight_sparsity": pruned / size,
         "prune/nonzero": float(nonzero),
         "prune/nonzero_kept": nonzero / maskings[-1].params,
@@ -54,12 +74,14 @@ def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float
 
 
 def _left_of_units(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
-    start = removals[-1].start
-    part = start.budget.part
-    flops, params = part.counted(removals[-1].traced.flops(run.module)), part.params(run.module)
     dense: dict[str, int] = {}
     left: dict[str, int] = {}
     values: dict[str, float] = {}
+    parts = {_name(run, removal): removal for removal in removals}
+    for name, removal in parts.items() if len(parts) > 1 else ():
+        if name:
+            each = _left_of_parts(run, [removal])
+            values |= {f"{key}/{name}": value for key, value in each.items()}
     for removal in removals:
         widths = removal.state.widths
         for name, width in removal.start.widths.items():
@@ -68,10 +90,40 @@ def _left_of_units(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
         if removal.start.shapes is not None:
             values["prune/latency_kept"] = removal.state.latency
     return {
-        "prune/params": float(params),
-        "prune/flops": float(flops),
-        "prune/params_kept": params / max(start.params, 1),
-        "prune/flops_kept": flops / max(start.flops, 1),
+        **_left_of_parts(run, _outermost(list(parts.values()))),
         "prune/sparsity": 1 - sum(left.values()) / max(sum(dense.values()), 1),
         **values,
     }
+
+
+def _left_of_parts(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
+    """Return what is left of the parts of some callbacks, which do not overlap, together."""
+    params = flops = dense_params = dense_flops = 0
+    for removal in removals:
+        part = removal.start.budget.part
+        params += part.params(run.module)
+        flops += part.counted(removal.traced.flops(run.module))
+        dense_params += removal.start.params
+        dense_flops += removal.start.flops
+    return {
+        "prune/params": float(params),
+        "prune/flops": float(flops),
+        "prune/params_kept": params / max(dense_params, 1),
+        "prune/flops_kept": flops / max(dense_flops, 1),
+    }
+
+
+def _outermost(removals: list[UnitRemoval]) -> list[UnitRemoval]:
+    """Return the callbacks whose parts lie in no other's."""
+    found: list[UnitRemoval] = []
+    for removal in removals:
+        part = removal.start.budget.part
+        others = [other.start.budget.part for other in removals if other is not removal]
+        if not any(all(map(other.holds, part.inside)) for other in others):
+            found.append(removal)
+    return found
+
+
+def _name(run: Run, strategy: WeightMasking | UnitRemoval) -> str:
+    """Return the paths of the part that a callback prunes; nothing for the whole model."""
+    return "+".join(part_of(run.module, strategy.arguments.module).inside)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lightning_prune.reports import History, draw_run, run_tables, write_run
+from lightning_prune.reports import History, draw_run, files_of_run, headline, run_tables, write_run
 
-__all__ = ["call_of", "comparing_checkpoints", "guarded", "new_metrics", "report"]
+__all__ = ["comparing_checkpoints", "guarded", "log_left", "new_metrics", "report"]
 
 
 @contextmanager
@@ -46,44 +46,53 @@ def comparing_checkpoints(trainer: Trainer) -> list[Any]:
     return found
 
 
-def call_of(callback: Callback) -> str:
-    """Return the call that makes a callback, without what was left at its default and without example inputs."""
-    given = []
-    for name, parameter in inspect.signature(type(callback)).parameters.items():
-        value = getattr(callback, name)
-        if name == "example_inputs" or value == parameter.default or (value == [] and not parameter.default):
-            continue
-        given.append(f"{name}={value!r}")
-    return f"{type(callback).__name__}({', '.join(given)})"
+def log_left(trainer: Trainer, history: History) -> None:
+    """Log what is left where the last log does not say it."""
+    for logger in trainer.loggers:
+        with guarded(f"What is left could not be logged to {type(logger).__name__}"):
+            logger.log_metrics(history.left, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def report(trainer: Trainer, history: History, unlogged: bool, tables: bool = True) -> None:
+def report(trainer: Trainer, history: History, tables: bool = True) -> None:
     """Print the tables of a run, and hand each logger the same as files: ``pruning.html``, ``.png`` and ``.json``.
 
-    What is left is logged, too, where the last log does not say it. Above an error of the user's no tables are printed.
+    Above an error of the user's no tables are printed.
     """
     console = Console(markup=False)  # names of modules and metrics may hold brackets
     with guarded("The tables of the pruning could not be printed"):
-        for table in run_tables(history) if tables else ():
-            console.print(table)
+        for shown in (*headline(history), *run_tables(history)) if tables else ():
+            console.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
     for logger in trainer.loggers:
         with guarded(
             f"The report of the pruning could not be handed to {type(logger).__name__}"
         ):  # by a full disk, for example
-            if unlogged:
-                logger.log_metrics(history.left, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
             written = _way_of(logger)(logger, history)
             if written:
                 console.print(f"Report of the pruning: {written}", soft_wrap=True)
 
 
-def _to_folder(logger: Any, history: History) -> str | None:
-    """Write into the folder of the run, as checkpoints are; a logger without one gets nothing."""
+def _folder_of(logger: Any) -> str | None:
+    """Return the folder or URL where a logger writes, beside the checkpoints of its run, if it writes to one."""
     folder = getattr(logger, "log_dir", None)
-    if folder is None and logger.save_dir is not None:
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = Path(logger.save_dir) / str(logger.name) / version
-    return None if folder is None else str(write_run(history, folder)[1])
+    if folder is not None:
+        return str(folder)
+    if logger.save_dir is None:
+        return None
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(str(logger.save_dir), str(logger.name), version)
+
+
+def _to_folder(logger: Any, history: History) -> str | None:
+    """Write to where the logger writes, remote folders included; a logger without a folder gets nothing."""
+    folder = _folder_of(logger)
+    if folder is None:
+        return None
+    system = get_filesystem(folder)
+    system.makedirs(folder, exist_ok=True)
+    for name, content in files_of_run(history).items():
+        with system.open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    return os.path.join(folder, "pruning.html")
 
 
 def _to_tensorboard(logger: Any, history: History) -> str | None:
@@ -101,12 +110,15 @@ def _to_wandb(logger: Any, history: History) -> str:
     with TemporaryDirectory() as folder:
         files = write_run(history, folder)
         logger.experiment.log_artifact(folder, name=name, type="report")
-        if len(files) > 2:
-            logger.log_image("prune/report", [str(files[2])])
+        pictures = [str(path) for path in files if path.suffix == ".png"]
+        if pictures:
+            logger.log_image("prune/report", pictures)
     return f"artifact {name} of the run in W&B"
 
 
-def _to_mlflow(logger: Any, history: History) -> str:
+def _to_mlflow(logger: Any, history: History) -> str | None:
+    if not getattr(logger, "_log_model", True):  # the user wants no artifacts in the store
+        return _to_folder(logger, history)
     with TemporaryDirectory() as folder:
         write_run(history, folder)
         logger.experiment.log_artifacts(logger.run_id, folder, "pruning")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.callbacks.engine.remaining_costs import describe, measure
-from lightning_prune.callbacks.engine.reporting import call_of, comparing_checkpoints, guarded, new_metrics, report
+from lightning_prune.callbacks.engine.remaining_costs import describe, measure, weights_bytes
+from lightning_prune.callbacks.engine.reporting import comparing_checkpoints, guarded, log_left, new_metrics, report
+from lightning_prune.callbacks.engine.settings import call_of, facts_of_run, log_settings
 from lightning_prune.callbacks.engine.strategy import Run
-from lightning_prune.reports import History
+from lightning_prune.reports import Decision, History
 
 __all__ = ["RunLog"]
 
@@ -30,11 +34,16 @@ class RunLog:
         self.changed = False
         self.outdated: list[str] = []
         self._reported = False
+        self._began = time.monotonic()
         self._before: dict[str, Any] = {}  # what was logged before the validation that runs
 
     def start_run(self) -> None:
         """Expect another report."""
         self._reported = False
+
+    def log_settings(self, trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback]) -> None:
+        """Log the settings of all callbacks as hyperparameters."""
+        log_settings(trainer, pl_module, callbacks)
 
     def start_validation(self, trainer: Trainer) -> None:
         """Note what was logged before."""
@@ -46,12 +55,23 @@ class RunLog:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.history.note_metrics(trainer.current_epoch, trainer.global_step, new_metrics(trainer, before))
 
+    def start_training(self, run: Run) -> None:
+        """Note the size of the model before anything is pruned, and what the report says of the run."""
+        self.history.stopped = ""
+        self.history.note_bytes(weights_bytes(run.module))
+        self._began = time.monotonic()
+        self.history.facts = facts_of_run()
+
     def log(self, run: Run) -> None:
         """Log what is left of the model, if something changed: at each step if steps can change it, else by epochs."""
         if self.changed:
             self.changed = False
             within = any(member.clock.schedule.by == "steps" for member in run.members)
             run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
+
+    def note_decision(self, trainer: Trainer, kept: bool, why: str) -> None:
+        """Write into the history what a guard decided about the last pruning step."""
+        self.history.decisions.append(Decision(trainer.current_epoch, trainer.global_step, kept, why))
 
     def warn_changes(self, run: Run) -> None:
         """Warn of arguments that are others than in the run that is resumed."""
@@ -109,7 +129,10 @@ class RunLog:
             logged = self.history.left
             unlogged = self._note(run) != logged  # by a pruning step after the last batch, or one rolled back
             if run.trainer.is_global_zero:
-                report(run.trainer, self.history, unlogged)
+                if unlogged:
+                    log_left(run.trainer, self.history)
+                if _wanted(run):
+                    report(run.trainer, self.history)
 
     def report_stop(self, run: Run, exception: BaseException) -> None:
         """Report what was pruned until an exception; tables are for those who stopped the run, not for errors."""
@@ -118,9 +141,14 @@ class RunLog:
         self._reported = True
         name, epoch, step = type(exception).__name__, run.trainer.current_epoch, run.trainer.global_step
         self.history.stopped = f"{name} in epoch {epoch}, after step {step}"
-        if run.trainer.is_global_zero:
+        if run.trainer.is_global_zero and _wanted(run):
+            self._note_time()
             with guarded("The report of the pruning failed"):
-                report(run.trainer, self.history, unlogged=False, tables=isinstance(exception, KeyboardInterrupt))
+                report(run.trainer, self.history, tables=isinstance(exception, KeyboardInterrupt))
+
+    def _note_time(self) -> None:
+        seconds = round(time.monotonic() - self._began)
+        self.history.facts["training time"] = str(timedelta(seconds=seconds))
 
     def _note(self, run: Run) -> dict[str, float]:
         """Write into the history how the model stands; return what is left of it."""
@@ -130,4 +158,10 @@ class RunLog:
         history.callbacks = [call_of(member.callback) for member in run.members]
         history.note_left(run.trainer.current_epoch, run.trainer.global_step, values)
         describe(prepared, history)
+        self._note_time()
         return values
+
+
+def _wanted(run: Run) -> bool:
+    """Return whether no callback switched the report off."""
+    return all(member.strategy.arguments.report for member in run.members)

@@ -16,10 +16,11 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
-from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
+from lightning_prune.reports import Goal
 
 __all__ = ["Member", "Run", "RunEvents", "Strategy"]
 
@@ -115,8 +116,9 @@ class Strategy(RunEvents, ABC):
 
     # What a strategy may leave as it is
 
-    def refuse_changes(self, run: Run) -> None:
-        """Refuse arguments that are others than in the run that is resumed, if they cannot be followed."""
+    def goal(self, run: Run) -> Goal | None:
+        """Return what was asked and what is reached now, for the report."""
+        return None
 
     @property
     def ready(self) -> bool:
@@ -176,11 +178,16 @@ class Member:
         self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """The arguments that say how much of what is pruned, as plain values."""
+        return self.strategy.arguments.asked(None if self.module is None else self.module())
+
+    @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
         """The arguments that are others than in the run that is resumed: what they were, and what they are."""
         if self.asked_before is None:
             return {}
-        now = self.strategy.arguments.asked
+        now = self.asked
         return {name: (was, now[name]) for name, was in self.asked_before.items() if was != now[name]}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,6 +228,6 @@ class Run:
         return [member.strategy for member in self.members if isinstance(member.strategy, kind)]
 
     def before_step(self) -> None:
-        """Announce to the guards that the model is about to change."""
-        for guard in guards(self.trainer):
-            guard.before_cut(self.trainer, self.module)
+        """Announce to the callbacks beside ours that the model is about to change."""
+        for companion in companions(self.trainer):
+            companion.before_cut(self.trainer, self.module)

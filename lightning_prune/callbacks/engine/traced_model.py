@@ -13,6 +13,7 @@ from lightning_prune.measure.footprint import Part, count
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.pruning.arguments import part_of, with_ignored, within_part
 from lightning_prune.pruning.left_alone import with_left_alone
+from lightning_prune.pruning.uniform import with_one_width
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import find_groups, recipe_of
 
@@ -69,6 +70,7 @@ class TracedModel:
         structure = within_part(structure, part_of(pl_module, self._arguments.module))
         structure = with_left_alone(structure, self.alone)
         structure = structure.without_each({name: why for name, why in refused.items() if name in structure.groups})
+        structure = with_one_width(pl_module, structure) if self._arguments.uniform else structure
         return structure if self._narrow is None else self._narrow(pl_module, structure, self.inputs)
 
     def count(self, pl_module: LightningModule, structure: Structure, keep: Keep = MappingProxyType({})) -> None:

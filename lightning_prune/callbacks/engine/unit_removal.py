@@ -27,12 +27,15 @@ from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
+from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
+from lightning_prune.pruning.outcome import outcome_of
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
+from lightning_prune.reports import Goal
 from lightning_prune.structure import Structure
 
 __all__ = ["UnitRemoval"]
@@ -121,6 +124,7 @@ class UnitRemoval(Strategy):
             part = self.traced.part(run.module)
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
         elif run.own.changes:
+            _refuse_other_part(run)
             self.start.follow(run.module, structure, self.arguments)
             self.state.warned = False
         if self.arguments.target == "latency" and self.start.shapes is None:
@@ -151,7 +155,9 @@ class UnitRemoval(Strategy):
                 self.state.latency = plan.latency_kept
             if self._repair is not None:
                 plan = self._repair.repair(run, plan)
-            apply_plan_(run, plan)
+            inexpressible = apply_plan_(run, plan)
+            if inexpressible and progress >= 1.0:
+                rank_zero_warn(f"{run.where}: {inexpressible}")
             self.traced.count(run.module, plan.structure, plan.keep)
             recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
         self.state.widths |= {width.name: width.after for width in plan.widths}
@@ -185,6 +191,14 @@ class UnitRemoval(Strategy):
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""
         refuse_blind(run.where, self.gathering, run.trainer, run.module)
+
+    def goal(self, run: Run) -> Goal:
+        """Return what was asked and what is reached now."""
+        start, target = self.start, self.arguments.target
+        part = start.budget.part
+        now = Footprint(part.params(run.module), part.counted(self.traced.flops(run.module)))
+        outcome = outcome_of(start.amount, target, start.dense, self.state.widths, now, self.state.latency, {})
+        return Goal(run.where, target, outcome.asked, outcome.reached)
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the widths and the latency."""
@@ -257,3 +271,14 @@ class UnitRemoval(Strategy):
         if known and plan.outcome.short and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.outcome.short}")
+
+
+def _refuse_other_part(run: Run) -> None:
+    """Refuse to resume with another ``module=``, whose size before pruning is not known."""
+    was, now = run.own.changes.get("module", (None, None))
+    if was != now:
+        raise PruningError(
+            f"{run.where}: the checkpoint was pruned with module={was!r}, and this run has module={now!r}. Amounts are "
+            "relative to the dense size of that part, which the checkpoint does not tell of another. Resume with the "
+            "same module=, or load the weights alone, by load_from_checkpoint, and start a run from them."
+        )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import optim
+from torch import nn, optim
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, shown, told_apart
+from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, told_apart
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -36,6 +36,7 @@ class WeightArguments:
     pattern: str | None
     mask_gradients: MaskGradients
     module: Parts = None
+    report: bool = True
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -51,6 +52,8 @@ class WeightArguments:
             ValueError: If an argument is out of range, or two contradict.
             TypeError: If an argument is of a wrong kind.
         """
+        if not isinstance(self.report, bool):
+            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module)
         check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
         if self.mask_gradients not in (True, False, "auto"):
@@ -65,22 +68,19 @@ class WeightArguments:
             *listed(self.module),
         ]
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """The arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
+    def asked(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
         names = ("amount", "scope", "parameters", "ignore", "pattern")
-        return {name: plain(getattr(self, name)) for name in names}
+        asked = {name: plain(getattr(self, name), model) for name in names}
+        return {**asked, "module": told_apart(self.module, model).get("module")}
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        """The arguments that say which weights are pruned."""
-        named = sorted(map(shown, self.amount)) if isinstance(self.amount, Mapping) else []
-        parameters = None if self.parameters is None else list(map(shown, self.parameters))
+    def parts(self, model: nn.Module | None) -> dict[str, Any]:
+        """Return the arguments that say which weights are pruned, modules by their path once the model is known."""
         return {
-            "amount": named,
-            "parameters": parameters,
-            "ignore": list(map(shown, self.ignore)),
-            **told_apart(self.module),
+            "amount": sorted(plain(self.amount, model)) if isinstance(self.amount, Mapping) else [],
+            "parameters": plain(self.parameters, model),
+            "ignore": plain(self.ignore, model),
+            **told_apart(self.module, model),
         }
 
     def masks_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:

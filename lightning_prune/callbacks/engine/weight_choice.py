@@ -37,8 +37,6 @@ class MaskedWeights:
 class WeightChoice(RunEvents, ABC):
     """Base of the ways to choose which weights are masked, and of what else belongs to a pruning step."""
 
-    repeatable: bool = True
-    """Whether more can be pruned of weights that are masked in part."""
     reads_batches: bool = False
     """Whether the model will be run on training batches beside the training."""
 

@@ -33,6 +33,7 @@ from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.find_weights import warning_of
 from lightning_prune.pruning.plan import Plan, count_params
 from lightning_prune.pruning.weights import weight_count, weights_to_prune
+from lightning_prune.reports import Goal
 from lightning_prune.surgery import PackedMasks, recipe_of
 from lightning_prune.surgery.masks import Masks, unpacked
 
@@ -80,15 +81,6 @@ class WeightMasking(Strategy):
             )
         self.choice.refuse(run)
 
-    def refuse_changes(self, run: Run) -> None:
-        """Refuse to choose weights a second time where masked weights would move."""
-        if run.own.clock.progress > 0 and not self.choice.repeatable:
-            told = ", ".join(f"{name}={was!r}, now {now!r}" for name, (was, now) in run.own.changes.items())
-            raise PruningError(
-                f"{run.where}: the checkpoint was pruned already, with {told}, and what is masked would move. Resume "
-                "with the arguments of the checkpoint, or leave the callback out."
-            )
-
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether weights are chosen on training batches."""
         return self.choice.reads_batches
@@ -98,9 +90,10 @@ class WeightMasking(Strategy):
         arguments, module, optimizers = self.arguments, run.module, run.trainer.optimizers
         refuse_unmaskable(run.where, optimizers)
         alone = networks_left_alone(run, arguments.named)
-        ignore = [*arguments.ignore, *alone]
         part = part_of(module, arguments.module)
-        to_prune = weights_to_prune(module, arguments.amount, arguments.parameters, ignore, arguments.pattern, part)
+        to_prune = weights_to_prune(
+            module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern, part, alone
+        )
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
@@ -163,6 +156,17 @@ class WeightMasking(Strategy):
         """Remove the sign of zeros."""
         for model in (run.module, *averaged_copies(run.trainer)):
             self.own.masks.apply_(model)
+
+    def goal(self, run: Run) -> Goal:
+        """Return what was asked and what is reached now, of the weights that the amounts name."""
+        amount = self.own.to_prune.amount
+        asked, pruned, size = 0.0, 0, 0
+        for count in self.own.counts:
+            share = amount.get(count.name, 0.0) if isinstance(amount, Mapping) else amount
+            asked += share * count.size
+            pruned += count.size - count.stays
+            size += count.size
+        return Goal(run.where, "weights", asked / max(size, 1), pruned / max(size, 1))
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the masks."""

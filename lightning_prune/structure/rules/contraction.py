@@ -116,6 +116,7 @@ def trilinear(call: Call) -> Dims:
             dims[dim - sum(gone < dim for gone in summed)] = tied
         elif not of_weights:
             call.ledger.mix(tied)
+            call.ledger.use("contracted", tied)
     return dims
 
 
@@ -194,6 +195,7 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
         return ()
     if labels.weight == call.labels(x).weight:  # neither or both are parameters: none alone can silence a term
         ledger.mix((*entering, *shared))
+        ledger.use("contracted", (*entering, *shared))
     if transposed:
         entering = ledger.tie([entering, stacked], "")
     rows = np.stack([label.atoms.reshape(groups, -1) for label in entering], axis=-1)  # (groups, in each, labels)
@@ -274,6 +276,7 @@ def _contract(call: Call, a: Tensor, a_dim: int, b: Tensor, b_dim: int) -> None:
             call.ledger.use("consumer", mine.at(dim))
     if left.weight == right.weight:  # neither or both are parameters: none alone can silence a term
         call.ledger.mix(left.at(a_dim) + right.at(b_dim))
+        call.ledger.use("contracted", left.at(a_dim) + right.at(b_dim))
 
 
 def _made(call: Call, tensor: Tensor, dim: int) -> tuple[Label, ...]:

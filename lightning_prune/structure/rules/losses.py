@@ -29,7 +29,9 @@ def loss(call: Call) -> Dims | list[Dims]:
             if own >= 0 and tensor.shape[own] > 1:
                 sides.append(call.labels(tensor).at(own))
         if any(sides):
-            call.ledger.mix(call.ledger.tie(sides, "compared with a tensor of fixed size"))
+            tied = call.ledger.tie(sides, "compared with a tensor of fixed size")
+            call.ledger.mix(tied)
+            call.ledger.use("reduced", tied)
     return {}
 
 
@@ -53,4 +55,5 @@ def nll_loss(call: Call) -> list[Dims]:
         return [dims, {}]
     for found in dims.values():
         call.ledger.mix(found)
+        call.ledger.use("reduced", found)
     return [{}, {}]

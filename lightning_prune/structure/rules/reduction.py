@@ -59,4 +59,5 @@ def _reduced(call: Call, ordered: bool) -> Dims | list[Dims]:
             call.ledger.pin(found, f"positions matter in {call.func.overloadpacket}")
         else:
             call.ledger.mix(found)
+            call.ledger.use("reduced", found)
     return call.each_output(dims)

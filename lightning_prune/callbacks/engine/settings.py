@@ -1,0 +1,100 @@
+"""Knows the settings of a run's callbacks, as a call, as hyperparameters, and as facts of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_prune.callbacks.engine.reporting import guarded
+from lightning_prune.pruning.arguments import shown
+
+__all__ = ["call_of", "facts_of_run", "log_settings", "settings_of"]
+
+_NOT_SETTINGS = ("example_inputs", "report")
+
+
+def call_of(callback: Callback) -> str:
+    """Return the call that makes a callback, without what was left at its default and without example inputs."""
+    given = []
+    for name, default, value in _arguments(callback):
+        if value == default or (value == [] and not default):
+            continue
+        given.append(f"{name}={value!r}")
+    return f"{type(callback).__name__}({', '.join(given)})"
+
+
+def settings_of(callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """Return every argument of the callbacks, as numbers, bools and strings, by ``prune/Class/argument``.
+
+    Several callbacks of a class are numbered: ``prune/Class-2/argument``.
+    """
+    settings = {}
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        kind = type(callback).__name__
+        seen[kind] += 1
+        which = kind if seen[kind] == 1 else f"{kind}-{seen[kind]}"
+        for name, _, value in _arguments(callback):
+            settings[f"prune/{which}/{name}"] = _plain(value)
+    return settings
+
+
+def log_settings(trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback]) -> None:
+    """Log the arguments of the callbacks as hyperparameters to every logger.
+
+    Those of the module and the datamodule, which Lightning logs later, are logged along: TensorBoard shows the
+    hyperparameters of the first call alone.
+    """
+    settings: dict[str, Any] = {}
+    for source in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
+        if source is not None and source._log_hyperparams:
+            settings |= dict(source.hparams_initial)
+    settings |= settings_of(callbacks)
+    for logger in trainer.loggers:
+        with guarded(f"The settings of the pruning could not be logged to {type(logger).__name__}"):
+            logger.log_hyperparams(settings)
+
+
+def facts_of_run() -> dict[str, str]:
+    """Return when a run started, its seed and the versions of what it runs on."""
+    facts = {"started": datetime.now().astimezone().isoformat(" ", "seconds")}
+    seed = os.environ.get("PL_GLOBAL_SEED")  # what seed_everything sets
+    facts["seed"] = seed if seed is not None else "not set by seed_everything"
+    for package in ("lightning-prune", "lightning"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from its sources
+            facts[package] = "not installed"
+    return {**facts, "torch": str(torch.__version__), "Python": platform.python_version()}
+
+
+def _arguments(callback: Callback) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, the default and the value of every argument."""
+    for name, parameter in inspect.signature(type(callback)).parameters.items():
+        if name not in _NOT_SETTINGS:
+            yield name, parameter.default, getattr(callback, name)
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    """Return a value that every logger can store; modules, functions and schedules as text."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, nn.Module):
+        return shown(value)
+    if isinstance(value, Mapping):
+        return str({_plain(key): _plain(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return str([_plain(item) for item in value])
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)

@@ -1,0 +1,240 @@
+"""Scores layers by what is lost without them, on batches of data; removes nothing for good."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.algorithms.criteria.depth import block_influence, first_order, second_order
+from lightning_prune.measure.calibration import Run
+from lightning_prune.measure.gradients import Loss, differentiable
+from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.output_forms import main_output, value_at
+from lightning_prune.structure.skippable import Branches, Depth, SkippableLayer
+from lightning_prune.structure.tracer import unfused
+from lightning_prune.surgery.skipped import skip_of, temporarily_skipped
+
+__all__ = ["LAYER_CRITERIA", "LayerCriterion", "LayerData", "score_layers"]
+
+LayerCriterion = str | Callable[[Tensor, Tensor], Tensor]
+"""A name, or a function from the input and the output of a layer to a single number; higher is kept longer."""
+
+LAYER_CRITERIA = ("influence", "taylor", "taylor_second_order", "output_change", "loss")
+
+
+class LayerData:
+    """The batches that layers are scored on, and how the model runs on them.
+
+    Args:
+        batches: The batches, one at least.
+        forward: Calls the model on one of them.
+        loss: Returns the mean loss of one of them; for criteria that need it.
+        over_processes: Averages a score over processes; by default there are none.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Any],
+        forward: Run,
+        loss: Loss | None = None,
+        over_processes: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not batches:
+            raise PruningError("No batch came. Pass a list or loader of at least one batch.")
+        self.batches, self.forward, self.loss = batches, forward, loss
+        self.over_processes = over_processes or _alone
+
+
+def score_layers(
+    model: nn.Module,
+    depth: Depth,
+    candidates: Iterable[str],
+    criterion: LayerCriterion,
+    data: LayerData,
+    skips: Mapping[str, dict[str, Any]],
+) -> dict[str, float]:
+    """Score layers of a model in eval mode; the lowest score is to be removed first.
+
+    Args:
+        model: The model, left as found.
+        depth: Its layers.
+        candidates: Paths of those to score.
+        criterion: One of ``LAYER_CRITERIA``, or a function of a layer's input and output.
+        data: The batches.
+        skips: Layers that are left out meanwhile: path -> what is returned in their place.
+
+    Raises:
+        PruningError: If a layer is not called on the batches, or a score is not finite.
+    """
+    layers = {path: depth.layers[path] for path in candidates}
+    if callable(criterion):
+        scores = _by_passing(model, layers, data, skips, criterion)
+    elif criterion == "influence":
+        scores = _by_passing(model, layers, data, skips, block_influence)
+    elif criterion in ("taylor", "taylor_second_order"):
+        scores = _by_gradients(model, layers, data, skips, criterion == "taylor_second_order")
+    elif criterion == "output_change":
+        scores = _by_outputs(model, layers, data, skips)
+    else:
+        scores = _by_loss(model, layers, data, skips)
+    for path, score in scores.items():
+        scores[path] = float(data.over_processes(torch.tensor(score, dtype=torch.float64)))
+        if not scores[path] == scores[path]:
+            raise PruningError(f"{path}: its score by {criterion!r} is not a number. Are losses or outputs NaN?")
+    missing = sorted(layers.keys() - scores.keys())
+    if missing:
+        raise PruningError(
+            f"{missing[0]} is not called on the batches. Pass batches that reach it, or name it in ignore=."
+        )
+    return scores
+
+
+def _alone(total: Tensor) -> Tensor:
+    return total
+
+
+def _by_passing(
+    model: nn.Module,
+    layers: Mapping[str, SkippableLayer],
+    data: LayerData,
+    skips: Mapping[str, dict[str, Any]],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, float]:
+    """Apply a function to the input and output of every call; of a branch, to what it is added to and the sum."""
+    found: dict[str, list[float]] = defaultdict(list)
+    numbers: dict[int, str] = {}
+
+    def receive(number: int, other: Tensor, total: Tensor) -> None:
+        if number in numbers:
+            found[numbers[number]].append(float(criterion(other, total)))
+
+    for batch in data.batches:
+        branches = Branches(receive)
+        with undisturbed(model), temporarily_skipped(model, skips), unfused(), branches:
+            for path, layer in layers.items():
+                given: list[Tensor] = []
+                look = partial(_look, path, layer, branches, numbers, found, criterion, given)
+                _hook(model.get_submodule(path), layer, given, look)
+            data.forward(model, batch)
+        numbers.clear()
+    return {path: sum(scores) / len(scores) for path, scores in found.items()}
+
+
+def _look(
+    path: str,
+    layer: SkippableLayer,
+    branches: Branches,
+    numbers: dict[int, str],
+    found: dict[str, list[float]],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    given: list[Tensor],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Any,
+) -> None:
+    main = main_output(output)
+    if main is None:
+        return
+    if layer.fill == "zeros":
+        numbers[branches.made(main)] = path
+    else:
+        found[path].append(float(criterion(given.pop(), main)))
+
+
+def _hook(module: nn.Module, layer: SkippableLayer, given: list[Tensor], look: Callable[..., None]) -> None:
+    """Call ``look`` after each call of a layer; ``given`` then ends with what went in, before it was written to."""
+    if layer.fill == "input":
+        module.register_forward_pre_hook(partial(_note_given, layer, given), with_kwargs=True)
+    module.register_forward_hook(look, with_kwargs=True)
+
+
+def _note_given(layer: SkippableLayer, given: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
+    given.append(value_at(layer.source, args, kwargs).detach().clone())
+
+
+def _by_gradients(
+    model: nn.Module,
+    layers: Mapping[str, SkippableLayer],
+    data: LayerData,
+    skips: Mapping[str, dict[str, Any]],
+    second: bool,
+) -> dict[str, float]:
+    """Expand the loss along input minus output of every layer."""
+    assert data.loss is not None  # asked for before
+    found: dict[str, list[float]] = defaultdict(list)
+    for batch in data.batches:
+        with undisturbed(model), temporarily_skipped(model, skips), torch.enable_grad():
+            parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+            for path, layer in layers.items():
+                given: list[Tensor] = []
+                look = partial(_await_gradient, found[path], layer, second, given)
+                _hook(model.get_submodule(path), layer, given, look)
+            with differentiable(parameters):
+                torch.autograd.grad(data.loss(model, batch), parameters, allow_unused=True)
+    return {path: sum(scores) / len(data.batches) for path, scores in found.items() if scores}
+
+
+def _await_gradient(
+    scores: list[float],
+    layer: SkippableLayer,
+    second: bool,
+    given: list[Tensor],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: Any,
+) -> None:
+    main = main_output(output)
+    if main is None or not main.requires_grad:
+        return
+    change = given.pop() - main.detach() if layer.fill == "input" else -main.detach()
+
+    def receive(gradient: Tensor) -> None:
+        if second:
+            scores.append(float(second_order(change, gradient)))
+        else:
+            scores.append(float(first_order(change, gradient).abs().sum()))
+
+    main.register_hook(receive)
+
+
+def _by_outputs(
+    model: nn.Module, layers: Mapping[str, SkippableLayer], data: LayerData, skips: Mapping[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Compare the model's outputs with and without each layer: the squared distance per example."""
+    found: dict[str, float] = dict.fromkeys(layers, 0.0)
+    for batch in data.batches:
+        whole = _outputs(model, data, batch, skips)
+        count = len(whole[0]) if whole and whole[0].dim() else 1
+        for path, layer in layers.items():
+            other = _outputs(model, data, batch, {**skips, path: skip_of(layer)})
+            moved = [(a - b).double().square().sum() for a, b in zip(whole, other, strict=True)]
+            found[path] += float(sum(moved)) / count / len(data.batches)
+    return found
+
+
+def _outputs(model: nn.Module, data: LayerData, batch: Any, skips: Mapping[str, dict[str, Any]]) -> list[Tensor]:
+    with undisturbed(model), temporarily_skipped(model, skips):
+        return [tensor for tensor in tensors_in(data.forward(model, batch)) if tensor.is_floating_point()]
+
+
+def _by_loss(
+    model: nn.Module, layers: Mapping[str, SkippableLayer], data: LayerData, skips: Mapping[str, dict[str, Any]]
+) -> dict[str, float]:
+    """Return how the mean loss changes without each layer."""
+    whole = _loss(model, data, skips)
+    return {path: _loss(model, data, {**skips, path: skip_of(layer)}) - whole for path, layer in layers.items()}
+
+
+def _loss(model: nn.Module, data: LayerData, skips: Mapping[str, dict[str, Any]]) -> float:
+    assert data.loss is not None  # asked for before
+    with undisturbed(model), temporarily_skipped(model, skips):
+        losses = [float(data.loss(model, batch)) for batch in data.batches]
+    return sum(losses) / len(losses)

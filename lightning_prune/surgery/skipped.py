@@ -1,0 +1,244 @@
+"""Takes layers out of a model, and brings them back: pass-throughs stand where they stood; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.model.calls import modules_of
+from lightning_prune.model.output_forms import check_form, filled, value_at
+from lightning_prune.structure import named_tensors
+from lightning_prune.structure.skippable import SkippableLayer, outermost_of
+from lightning_prune.surgery.resize import all_or_nothing
+
+__all__ = [
+    "Skipped", "bring_back_", "check_skip", "follow_layers_", "passed", "put_in_", "removed_layers", "skip_of",
+    "take_out_", "temporarily_skipped",
+]  # fmt: skip
+
+
+class Skipped(nn.Module):
+    """Stands where a layer stood, and returns what that layer was given.
+
+    It holds no parameters and no buffers. Plain attributes of the layer, which the code around it may read, are still
+    there. The emptied layer is kept aside, so that a checkpoint which has it can be loaded.
+
+    Args:
+        layer: The module that was there; its tensors are left as they are.
+        skip: What to return, from :func:`skip_of`.
+    """
+
+    def __init__(self, layer: nn.Module, skip: dict[str, Any]) -> None:
+        super().__init__()
+        self.skip = skip
+        self.sizes: dict[str, list[int]] = {}  # of the tensors of the layer, once they are emptied
+        vars(self)["_layer"] = layer  # beside the modules, so that nothing finds its tensors
+        self.training = layer.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the input, or zeros of its shape, in the form of the layer's output."""
+        return passed(self.skip, args, kwargs)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer that was here; empty once it was removed."""
+        found: nn.Module = vars(self)["_layer"]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = vars(self).get("_layer")
+            if layer is None or name.startswith("__"):
+                raise
+            if name in layer._parameters or name in layer._buffers:
+                return None  # as of a layer that has no bias
+            held = getattr(layer, name, None)
+            # Plain attributes of the layer, such as its kind of attention; modules have left.
+            if held is None or callable(held) or isinstance(held, Tensor | nn.Module):
+                raise
+            return held
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Skipped:
+        """Follow the model to another device or dtype, with the layer that may be brought back."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Say what stood here."""
+        what = "its input" if self.skip["fill"] == "input" else "zeros"
+        return f"{type(self.layer).__name__} was removed; returns {what}"
+
+
+def skip_of(layer: SkippableLayer) -> dict[str, Any]:
+    """Return what a pass-through must know of a layer, as plain data for recipes."""
+    return {"source": list(layer.source), "fill": layer.fill, "form": layer.form}
+
+
+def check_skip(skip: Any) -> None:
+    """Refuse what :func:`skip_of` did not make.
+
+    Raises:
+        ValueError: Saying what is wrong.
+    """
+    if not isinstance(skip, dict) or skip.keys() != {"source", "fill", "form"}:
+        raise ValueError(f"{skip!r} is no removed layer")
+    source, fill = skip["source"], skip["fill"]
+    if fill not in ("input", "zeros") or not isinstance(source, list) or len(source) < 2:
+        raise ValueError(f"{skip!r} is no removed layer")
+    check_form(skip["form"])
+
+
+def passed(skip: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what stands in for a layer's output."""
+    source = value_at(skip["source"], args, kwargs)
+    main = source if skip["fill"] == "input" else torch.zeros_like(source)
+    return filled(skip["form"], main, args, kwargs)
+
+
+def removed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the layers that were removed from a model: path -> what is returned in their place."""
+    return {path: module.skip for path, module in modules_of(model) if isinstance(module, Skipped)}
+
+
+@contextmanager
+def temporarily_skipped(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Leave layers out inside the block; nothing else of the model is touched.
+
+    Args:
+        model: The model.
+        skips: Path of a layer -> what to return in its place. Layers inside of others need not be named.
+    """
+    before = [(module, dict(module._modules)) for _, module in modules_of(model) if module._modules]
+    try:
+        put_in_(model, skips)
+        yield
+    finally:
+        for module, children in before:
+            if dict(module._modules) != children:
+                module._modules.clear()
+                module._modules.update(children)
+
+
+def put_in_(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -> dict[str, Skipped]:
+    """Put pass-throughs in the places of layers, under all their names, and return them by path."""
+    made: dict[str, Skipped] = {}
+    for path in outermost_of(skips):  # what lies inside of one is gone with it
+        layer = model.get_submodule(path)
+        made[path] = Skipped(layer, skips[path])
+        _exchange(model, layer, made[path])
+    return made
+
+
+def take_out_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers: Iterable[Optimizer] = ()) -> None:
+    """Remove layers for good: their parameters, buffers and what optimizers hold of them.
+
+    What other modules hold, too, stays. If it is interrupted, everything is as before.
+
+    Args:
+        model: The model.
+        skips: Path of a layer -> what to return in its place.
+        optimizers: The optimizers that train the model; their parameter groups stay, also where they end up empty.
+    """
+    optimizers = list(optimizers)
+    with all_or_nothing(model, optimizers):
+        before = {id(parameter) for parameter in model.parameters()}
+        made = put_in_(model, skips)
+        here = {id(tensor) for tensor in named_tensors(model).values()}
+        _drop_state_(optimizers, before - here)
+        for skipped in made.values():
+            skipped.sizes = {name: list(tensor.shape) for name, tensor in named_tensors(skipped.layer).items()}
+            _resize_own_(skipped, here, empty=True)
+
+
+def bring_back_(model: nn.Module, paths: Collection[str]) -> None:
+    """Put removed layers back in their places; their values are to be loaded next, and optimizers do not know them.
+
+    Args:
+        model: The model.
+        paths: Paths of removed layers.
+    """
+    with all_or_nothing(model):
+        for path in paths:
+            skipped = model.get_submodule(path)
+            assert isinstance(skipped, Skipped)
+            here = {id(tensor) for tensor in named_tensors(model).values()}
+            _resize_own_(skipped, here, empty=False)
+            for module in skipped.layer.modules():
+                module.training = skipped.training
+            _exchange(model, skipped, skipped.layer)
+
+
+def follow_layers_(model: nn.Module, names: Iterable[str], skips: Mapping[str, dict[str, Any]]) -> bool:
+    """Make a model have the layers of which there are tensors, and lack those that are told to be removed.
+
+    Args:
+        model: The model, with more or fewer layers.
+        names: Names of the tensors that are to be loaded into it.
+        skips: Path of a removed layer -> what is returned in its place.
+
+    Returns:
+        Whether anything changed.
+    """
+    own = removed_layers(model)
+    prefixes = {name.rpartition(".")[0] for name in names} if own else set()
+    back = [path for path in own if path not in skips and any(_is_in(prefix, path) for prefix in prefixes)]
+    away = {path: skip for path, skip in skips.items() if own.get(path) != skip and _has(model, path)}
+    if not back and not away:
+        return False
+    with all_or_nothing(model):
+        bring_back_(model, back)
+        bring_back_(model, [path for path in away if path in own])  # of another form
+        take_out_(model, away)
+    return True
+
+
+def _is_in(path: str, layer: str) -> bool:
+    return path == layer or path.startswith(f"{layer}.")
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return bool(path)
+
+
+def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for _, module in modules_of(model):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def _drop_state_(optimizers: Iterable[Optimizer], gone: Collection[int]) -> None:
+    for optimizer in optimizers:
+        for parameter in [known for known in optimizer.state if id(known) in gone]:
+            del optimizer.state[parameter]
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _resize_own_(skipped: Skipped, here: Collection[int], empty: bool) -> None:
+    """Empty the tensors of a removed layer that the model does not hold, or make room for their values again."""
+    for path, module in modules_of(skipped.layer):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{path}.{leaf}" if path else leaf
+            if tensor is None or id(tensor) in here or name not in skipped.sizes:
+                continue
+            new = tensor.new_zeros(0) if empty else tensor.new_zeros(skipped.sizes[name])
+            if isinstance(tensor, nn.Parameter):
+                tensor.grad = None
+                tensor.data = new
+            else:
+                module._buffers[leaf] = new

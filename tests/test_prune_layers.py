@@ -1,0 +1,693 @@
+"""Whole layers leave: what is found, that the model without them is right, and that everything else follows."""
+
+import copy
+import dataclasses
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_prune import PruningError, load_state_dict_, prune_layers, slim_loading
+from lightning_prune.algorithms.criteria.depth import block_influence
+from lightning_prune.structure.skippable import find_skippable
+from lightning_prune.surgery.depth import remove_layers_
+from lightning_prune.surgery.loading import recipe_json
+from lightning_prune.surgery.skipped import Skipped, skip_of
+from lightning_prune.surgery.verify_skips import verify_skips
+from tests.test_interruption import broken_points
+
+WIDTH = 6
+
+
+@dataclasses.dataclass
+class Output:
+    """What some blocks return, as those of language models do."""
+
+    hidden: torch.Tensor
+    extra: object = None
+
+
+class Block(nn.Module):
+    """A residual block of one of several kinds; it returns its output in one of several forms."""
+
+    def __init__(self, kind, form, width=WIDTH):
+        super().__init__()
+        self.kind, self.form = kind, form
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(0.3)
+
+    def branch(self, x):
+        return self.drop(self.down(torch.tanh(self.up(x))))
+
+    def forward(self, hidden, scale=1.0):
+        if self.kind == "pre":
+            hidden = hidden + scale * self.branch(self.norm(hidden))
+        elif self.kind == "post":
+            hidden = self.norm(hidden + self.branch(hidden))
+        elif self.kind == "in place":
+            hidden += self.branch(torch.tanh(hidden))
+        else:
+            hidden = self.branch(hidden)
+        return {"tensor": hidden, "tuple": (hidden, None), "data": Output(hidden), "dict": {"hidden": hidden}}[
+            self.form
+        ]
+
+
+def plain(output):
+    """Return the tensor in what a block returned."""
+    if isinstance(output, Output):
+        return output.hidden
+    return output["hidden"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head, but for those that are ``without``: then they are not even built."""
+
+    def __init__(self, kinds, forms, by_name=(), without=()):
+        super().__init__()
+        self.embed = nn.Linear(3, WIDTH)
+        self.by_name = by_name
+        self.blocks = nn.ModuleDict({f"b{i}": Block(kinds[i], forms[i]) for i in range(len(kinds)) if i not in without})
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for name, block in self.blocks.items():
+            x = plain(block(hidden=x) if name in self.by_name else block(x, 0.5))
+        return self.head(x)
+
+
+def without(model, make, gone):
+    """Return a model that was built without some blocks, with the weights of the others."""
+    twin = make(gone)
+    own = model.state_dict()
+    twin.load_state_dict({name: own[name].clone() for name in twin.state_dict()})
+    return twin.train(model.training)
+
+
+KINDS = st.sampled_from(["pre", "post", "in place", "plain"])
+FORMS = st.sampled_from(["tensor", "tuple", "data", "dict"])
+STACKS = st.integers(2, 5).flatmap(
+    lambda n: st.tuples(
+        st.lists(KINDS, min_size=n, max_size=n),
+        st.lists(FORMS, min_size=n, max_size=n),
+        st.sets(st.integers(0, n - 1)),
+        st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1),
+        st.integers(0, 2**20),
+    )
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(STACKS)
+def test_a_model_without_layers_is_the_one_built_without_them(drawn):
+    """Whatever blocks return and take, in eval and in train mode outputs and gradients are those of a twin."""
+    kinds, forms, named, gone, seed = drawn
+    by_name = {f"b{i}" for i in named}
+    torch.manual_seed(seed)
+
+    def make(without=()):
+        return Stack(kinds, forms, by_name, without)
+
+    model, x = make(), torch.randn(4, 5, 3)
+    twin = without(model, make, gone)
+    depth = find_skippable(model, x)
+    assert set(depth.layers) == {f"blocks.b{i}" for i in range(len(kinds))}
+    skips = {f"blocks.b{i}": skip_of(depth.layers[f"blocks.b{i}"]) for i in gone}
+    names = [name for name, _ in twin.named_parameters()]
+    kept = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    proof = verify_skips(model, x, skips)
+    assert not proof.wrong and proof.modes == ("eval", "train") and proof.compared
+    remove_layers_(model, skips)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(model.get_parameter(name) is parameter for name, parameter in kept.items())
+    for mode in (True, False):
+        results = []
+        for one in (model.train(mode), twin.train(mode)):
+            torch.manual_seed(seed)
+            one.zero_grad()
+            found = one(x)
+            found.square().sum().backward()
+            results.append((found, [parameter.grad for parameter in one.parameters()]))
+        assert torch.equal(results[0][0], results[1][0])
+        for one, other in zip(results[0][1], results[1][1], strict=True):
+            assert (one is other is None) or torch.equal(one, other)
+
+
+class Encoder(nn.Module):
+    """A transformer of blocks that hold attention and a feed-forward part as modules."""
+
+    def __init__(self, blocks, attention=(), feeding=()):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(
+            [Attending(i not in attention, i not in feeding) for i in range(blocks)],
+        )
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2)), None
+
+
+class Attending(nn.Module):
+    """Attention and feed-forward parts, each on a branch; a part may be missing."""
+
+    def __init__(self, attends, feeds):
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention = SelfAttention() if attends else None
+        self.feed = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) if feeds else None
+        self.scale = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        if self.attention is not None:
+            x = x + self.scale * self.attention(self.first(x))[0]
+        if self.feed is not None:
+            x = x + self.feed(self.second(x))
+        return x
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(0, 2)), st.sets(st.integers(0, 2)), st.integers(0, 2**20))
+def test_parts_of_blocks_leave_alone(attention, feeding, seed):
+    """Of a block the attention or the feed-forward part can leave alone: what it adds is nothing then."""
+    torch.manual_seed(seed)
+    model, ids = Encoder(3), torch.randint(0, 11, (2, 7))
+    twin = without(model, lambda _: Encoder(3, attention, feeding), ())
+    depth = find_skippable(model, ids)
+    assert depth.outermost == ["blocks.0", "blocks.1", "blocks.2"]
+    assert depth.layers["blocks.1"].parts == ("blocks.1.attention", "blocks.1.feed")
+    assert depth.layers["blocks.1.feed"].fill == "zeros" and depth.layers["blocks.1"].fill == "input"
+    gone = [f"blocks.{i}.attention" for i in attention] + [f"blocks.{i}.feed" for i in feeding]
+    skips = {path: skip_of(depth.layers[path]) for path in gone}
+    assert not verify_skips(model, ids, skips).wrong
+    remove_layers_(model, skips)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in twin.parameters())
+    torch.testing.assert_close(model(ids), twin(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam], ids=lambda kind: kind.__name__)
+def test_the_next_step_is_that_of_a_slim_twin(kind):
+    """Optimizers forget what left, and go on as if they had trained the slim model all along."""
+    torch.manual_seed(0)
+    make = lambda gone=(): Stack(["pre"] * 4, ["tuple"] * 4, (), gone)  # noqa: E731
+    model, x = make(), torch.randn(4, 5, 3)
+    arguments = {"lr": 0.1, "momentum": 0.9} if kind is torch.optim.SGD else {"lr": 0.1}
+    groups = [
+        {"params": list(model.blocks.parameters())},
+        {"params": [*model.embed.parameters(), *model.head.parameters()]},
+    ]
+    optimizer = kind(groups, **arguments)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    report = prune_layers(model, x, 0.5, optimizer=optimizer, progress=False)
+    gone = {int(layer.path[-1]) for layer in report.removed}
+    assert len(gone) == 2
+    twin = without(model, make, gone)
+    theirs = [
+        {"params": list(twin.blocks.parameters())},
+        {"params": [*twin.embed.parameters(), *twin.head.parameters()]},
+    ]
+    other = kind(theirs, **arguments)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()} and len(optimizer.state) == len(held)
+    for one, stepping in ((model, optimizer), (twin, other)):
+        torch.manual_seed(1)
+        stepping.zero_grad()
+        one(x).square().sum().backward()
+        stepping.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def pruned_and_dense():
+    torch.manual_seed(0)
+    dense = Stack(["pre", "post", "pre", "in place"], ["data", "tuple", "dict", "tensor"]).eval()
+    model, x = copy.deepcopy(dense), torch.randn(4, 5, 3)
+    report = prune_layers(model, x, 0.5, progress=False)
+    assert len(report.removed) == 2 and report.proved
+    return model, dense, x
+
+
+def test_state_dicts_tell_which_layers_left():
+    """A slim state dict loads into a full model and back, through files, plain dicts with JSON and copies."""
+    model, dense, x = pruned_and_dense()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = copy.deepcopy(dense)
+    for state, expected in ((saved, model), (dense.state_dict(), dense), (saved, model)):
+        load_state_dict_(other, state)
+        assert torch.equal(other(x), expected(x))
+        assert list(other.state_dict()) == list(expected.state_dict())
+    recipe, tensors = recipe_json(model), dict(model.state_dict())
+    other = copy.deepcopy(dense)
+    load_state_dict_(other, tensors, recipe=recipe)
+    assert torch.equal(other(x), model(x))
+    with slim_loading(recipe):
+        other = copy.deepcopy(dense)
+        other.load_state_dict(tensors)
+    assert torch.equal(other(x), model(x))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x)) and str(other) == str(model)
+        load_state_dict_(other, dense.state_dict())
+        assert torch.equal(other(x), dense(x))
+
+
+def test_a_failed_load_changes_nothing():
+    """A state dict that does not fit leaves the layers of the model as they are."""
+    model, dense, x = pruned_and_dense()
+    state = model.state_dict()
+    del state["head.weight"]
+    before = dense(x)
+    with pytest.raises(PruningError, match="head.weight"):
+        load_state_dict_(dense, state)
+    assert torch.equal(dense(x), before) and not any(isinstance(m, Skipped) for m in dense.modules())
+
+
+def test_a_recipe_that_is_none_is_refused():
+    """What a file says of a removed layer is checked before anything is made of it."""
+    model, dense, _ = pruned_and_dense()
+    state = model.state_dict()
+    path = next(path for path, module in model.named_modules() if isinstance(module, Skipped))
+    good = state._metadata[path]["lightning_prune"]["layer"]
+    bad = [{"fill": "ones"}, {"form": ["object", "os:system", []], "x": 1}, {"form": ["call", "os"]}, {"source": 3}]
+    for changes in bad:
+        state._metadata[path]["lightning_prune"]["layer"] = {**good, **changes}
+        with pytest.raises(PruningError, match="cannot be read"):
+            load_state_dict_(copy.deepcopy(dense), state)
+
+
+def test_a_form_calls_nothing_but_dataclasses():
+    """A file cannot have another class or function called than a dataclass that is imported already."""
+    _, dense, x = pruned_and_dense()
+    depth = find_skippable(dense, x)
+    for name in ("os:system", "subprocess:Popen", "no_such_module:Thing"):
+        skip = {**skip_of(depth.layers["blocks.b0"]), "form": ["object", name, [["hidden", ["main"]]]]}
+        remove_layers_(other := copy.deepcopy(dense), {"blocks.b0": skip})
+        with pytest.raises(PruningError, match="not imported"):
+            other(x)
+
+
+def made():
+    torch.manual_seed(0)
+    model = Stack(["pre"] * 3, ["tensor"] * 3)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    model(torch.randn(4, 5, 3)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def picture(made):
+    """Return all that a removal may change, as bytes and names."""
+    model, optimizer = made
+    own = {name: (tuple(p.shape), p.detach().numpy().tobytes()) for name, p in model.named_parameters()}
+    grads = {name: None if p.grad is None else p.grad.numpy().tobytes() for name, p in model.named_parameters()}
+    state = [
+        {key: value.numpy().tobytes() for key, value in optimizer.state[p].items()}
+        for p in model.parameters()
+        if p in optimizer.state
+    ]
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    return str(model), own, grads, state, groups, len(optimizer.state), torch.is_grad_enabled()
+
+
+def test_an_interruption_leaves_all_or_nothing():
+    """Ctrl-C at any line of a removal leaves the model, its optimizer and its gradients whole, or the removal made."""
+    skips = {"blocks.b1": skip_of(find_skippable(made()[0], torch.randn(4, 5, 3)).layers["blocks.b1"])}
+
+    def action(both):
+        remove_layers_(both[0], skips, [both[1]])
+
+    def after(both):
+        both[0](torch.randn(4, 5, 3)).square().sum().backward()
+        both[1].step()
+
+    lines, broken = broken_points(made(), action, picture, after, KeyboardInterrupt, every=13)
+    assert lines > 50 and not broken
+
+
+# What cannot leave
+
+
+class Reading(nn.Module):
+    """Reads a weight of its first block besides calling it, and calls its second through a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block("pre", "tensor") for _ in range(3)])
+        self.aside = [self.blocks[1]]
+
+    def forward(self, x):
+        x = self.blocks[0](x) * self.blocks[0].norm.weight.sum()
+        return self.blocks[2](self.aside[0](x))
+
+
+def test_what_cannot_be_verified_stays():
+    """A block whose parts are read, or that is called past its container, is kept and named with the reason."""
+    model, x = Reading(), torch.randn(2, 5, WIDTH)
+    with pytest.warns(UserWarning, match="could not be verified"):
+        report = prune_layers(model, x, 0.9, progress=False)
+    assert [layer.path for layer in report.removed] == ["blocks.2"]
+    assert "does not run without it" in report.pinned["blocks.0"]
+    assert "blocks.1" in report.pinned
+
+
+def test_what_is_no_layer_is_named():
+    """Modules whose output no input can stand in for, or that only string others together, have their reasons."""
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Sequential(*(Block("pre", "tensor", 4) for _ in range(3))), nn.Linear(4, 2)
+    )
+    found = find_skippable(model, torch.randn(2, 5, 3))
+    assert list(found.layers) == ["1.0", "1.1", "1.2"]
+    assert found.others["0"] == "it returns shape (2, 5, 4), and no input has that shape and dtype"
+    assert found.others["1"] == "it strings together 3 layers, which can be left out one by one"
+    with pytest.raises(PruningError, match="No layer of Linear can be removed"):
+        prune_layers(nn.Linear(3, 4), torch.randn(2, 3))
+
+
+class Shared(nn.Module):
+    """Calls one block twice, and another under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.one, self.last = Block("pre", "tuple"), Block("pre", "tuple"), Block("pre", "tuple")
+        self.other = self.one
+
+    def forward(self, x):
+        for block in (self.twice, self.one, self.twice, self.other, self.last):
+            x = block(x)[0]
+        return x
+
+
+def test_a_shared_layer_leaves_everywhere():
+    """A layer that is called several times, or under several names, leaves all of its places."""
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(2, 5, WIDTH)
+    expected = model.last(x)[0]
+    depth = find_skippable(model, x)
+    assert {path: layer.calls for path, layer in depth.layers.items()} == {"twice": 2, "one": 2, "last": 1}
+    skips = {path: skip_of(depth.layers[path]) for path in ("twice", "one")}
+    assert not verify_skips(model, x, skips).wrong
+    remove_layers_(model, skips)
+    assert torch.equal(model(x), expected) and model.other is model.one
+
+
+# Scores
+
+
+def residual(blocks=4):
+    torch.manual_seed(0)
+    return Stack(["pre"] * blocks, ["tensor"] * blocks).eval()
+
+
+def batches(count=2):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, 5, 3, generator=generator), torch.randn(4, 5, 2, generator=generator)) for _ in range(count)
+    ]
+
+
+def loss(model, batch):
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def passing(model, x):
+    """Return what goes into and comes out of every block."""
+    found = {}
+    x = model.embed(x)
+    for name, block in model.blocks.items():
+        found[name] = (x, block(x, 0.5))
+        x = found[name][1]
+    return found
+
+
+def scores_of(report):
+    return {layer.path: layer.score for layer in report.removed}
+
+
+def first_removed(model, criterion, **more):
+    report = prune_layers(model, batches()[0][0], 0.25, criterion=criterion, batches=batches(), loss=loss, **more)
+    (layer,) = report.removed
+    return layer
+
+
+def test_influence_is_one_minus_the_cosine():
+    """The layer that turns its tokens least leaves first, and its score is the formula's mean over batches."""
+    model = residual()
+    by_hand = {}
+    for name in model.blocks:
+        pairs = [passing(model, x)[name] for x, _ in batches()]
+        cosines = [(a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)) for a, b in pairs]
+        by_hand[f"blocks.{name}"] = float(1 - torch.stack(cosines).detach().mean())
+    layer = first_removed(model, "influence")
+    assert layer.path == min(by_hand, key=by_hand.get) and layer.score == pytest.approx(by_hand[layer.path], rel=1e-5)
+    images = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    tokens = [image.permute(0, 2, 3, 1) for image in images]
+    assert float(block_influence(*images)) == pytest.approx(float(1 - F.cosine_similarity(*tokens, dim=-1).mean()))
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "taylor_second_order"])
+def test_taylor_is_the_derivative_along_input_minus_output(criterion):
+    """Scores are those of a factor t in front of what the layer changes: derivatives of the loss at t = 1."""
+    model = residual()
+    by_hand = {f"blocks.{name}": 0.0 for name in model.blocks}
+    for x, y in batches():
+        for name in model.blocks:
+            factors = torch.ones(len(x), 1, 1, requires_grad=True)
+            out = model.embed(x)
+            for other, block in model.blocks.items():
+                after = block(out, 0.5)
+                out = out + factors * (after - out) if other == name else after
+            (slope,) = torch.autograd.grad(F.mse_loss(model.head(out), y), factors)
+            slope = -slope.flatten().double()  # towards t = 0
+            second = slope.sum() + 0.5 * len(x) * slope.square().sum()
+            by_hand[f"blocks.{name}"] += float(slope.abs().sum() if criterion == "taylor" else second) / 2
+    layer = first_removed(model, criterion)
+    assert layer.path == min(by_hand, key=by_hand.get) and layer.score == pytest.approx(by_hand[layer.path], rel=1e-4)
+
+
+@pytest.mark.parametrize("criterion", ["loss", "output_change"])
+def test_scores_are_measured_on_the_model_built_without_the_layer(criterion):
+    """The loss, or the squared distance of outputs, is that of a twin without the layer; others are scored anew."""
+    model = residual()
+    make = lambda gone: Stack(["pre"] * 4, ["tensor"] * 4, (), gone)  # noqa: E731
+
+    def measured(gone, base):
+        twins = [without(model, make, these) for these in (gone, base)]
+        if criterion == "loss":
+            losses = [sum(float(loss(twin, batch).detach()) for batch in batches()) / 2 for twin in twins]
+            return losses[0] - losses[1]
+        moved = [(twins[0](x) - twins[1](x)).detach().double().square().sum() / len(x) for x, _ in batches()]
+        return float(sum(moved)) / 2
+
+    first = {i: measured({i}, set()) for i in range(4)}
+    one = min(first, key=first.get)
+    second = {i: measured({i, one}, {one}) for i in range(4) if i != one}
+    two = min(second, key=second.get)
+    whole = copy.deepcopy(model)
+    report = prune_layers(
+        model, batches()[0][0], 0.5, criterion=criterion, batches=batches(), loss=loss, progress=False
+    )
+    assert [layer.path for layer in report.removed] == [f"blocks.b{one}", f"blocks.b{two}"]
+    assert [layer.score for layer in report.removed] == pytest.approx([first[one], second[two]], rel=1e-4)
+    model = whole
+
+
+def test_a_function_scores_layers():
+    """A function of a layer's input and output takes the place of a name."""
+    model = residual()
+    sizes = {f"blocks.{name}": float(after.norm()) for name, (_, after) in passing(model, batches()[0][0]).items()}
+    report = prune_layers(model, batches()[0][0], 0.25, criterion=lambda before, after: -after.norm(), progress=False)
+    assert report.removed[0].path == max(sizes, key=sizes.get)
+
+
+# Amounts and limits
+
+
+class Uneven(nn.Module):
+    """Blocks of different sizes at one width."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for hidden in (4, 40, 8, 20):
+            block = Block("pre", "tensor")
+            block.up, block.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
+            self.blocks.append(block)
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("target", ["layers", "params", "flops"])
+@pytest.mark.parametrize("amount", [0.0, 0.2, 0.5, 0.7])
+def test_amounts_are_reached(target, amount):
+    """So much of the target is gone, by counts of the model as it then is, and no more than the last layer over."""
+    torch.manual_seed(0)
+    model, x = Uneven(), torch.randn(2, 5, WIDTH)
+    report = prune_layers(model, x, amount, target=target, progress=False)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    assert (report.params_after, report.asked) == (params, amount)
+    gone = {
+        "layers": len(report.removed) / 4,
+        "params": 1 - params / report.params_before,
+        "flops": 1 - report.flops_after / report.flops_before,
+    }[target]
+    assert report.reached == pytest.approx(gone) and gone >= amount - 1e-9
+    if report.removed:
+        last = report.removed[-1]
+        share = {
+            "layers": 1 / 4,
+            "params": last.params / report.params_before,
+            "flops": last.flops / report.flops_before,
+        }[target]
+        assert gone - share < amount
+    assert not (set(report.kept) & {layer.path for layer in report.removed})
+
+
+def test_the_latency_is_measured(monkeypatch):
+    """Layers leave until the measured share of the latency is reached, whatever their FLOPs say."""
+    shares = iter([0.97, 0.9, 0.6])
+    monkeypatch.setattr(
+        "lightning_prune.pruning.layers.time_without", lambda m, x, skips: next(shares) if skips else 1.0
+    )
+    report = prune_layers(residual(), torch.randn(4, 5, 3), 0.3, target="latency", progress=False)
+    assert len(report.removed) == 3 and report.latency_kept == 0.6 and report.reached == pytest.approx(0.4)
+
+
+def test_limits_are_kept():
+    """min_layers, ignore and module keep layers, by pattern, path or module."""
+    x = torch.randn(4, 5, 3)
+    with pytest.warns(UserWarning, match="min_layers=3 keeps the other layers"):
+        report = prune_layers(residual(), x, 0.9, min_layers=3, progress=False)
+    assert len(report.removed) == 1
+    model = residual()
+    report = prune_layers(model, x, 0.9, ignore=["blocks.b0", model.blocks["b1"]], progress=False)
+    assert {layer.path for layer in report.removed} == {"blocks.b2", "blocks.b3"}
+    assert report.pinned["blocks.b0"] == "named in ignore="
+    both = nn.Sequential(residual(2), nn.Linear(2, 3), residual(4))
+    report = prune_layers(both, x, 0.5, module="2", progress=False)
+    assert len(report.removed) == 2 and all(layer.path.startswith("2.") for layer in report.removed)
+    assert report.params_before == sum(p.numel() for p in residual(4).parameters())
+
+
+@pytest.mark.parametrize(
+    "given, error, told",
+    [
+        ({"amount": 1.0}, ValueError, r"\[0, 1\)"),
+        ({"amount": 3}, ValueError, "no number of units"),
+        ({"amount": {"blocks": 0.5}}, TypeError, "one fraction of all layers"),
+        ({"target": "filters"}, ValueError, "'layers', 'params', 'flops', 'latency'"),
+        ({"criterion": "l1"}, ValueError, "'influence', 'taylor'"),
+        ({"criterion": "taylor"}, ValueError, "pass batches and loss="),
+        ({"min_layers": 0}, ValueError, "min_layers=0"),
+        ({"ignore": "blocks.b0"}, TypeError, "pass a list of patterns"),
+        ({"ignore": ["block.b0"]}, ValueError, "names no module"),
+        ({"module": "nets"}, ValueError, "names no module"),
+        ({"repair": True}, ValueError, "pass batches"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(given, error, told):
+    """What no model could make sense of is refused, and the model is as it was."""
+    model = residual()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=told):
+        prune_layers(model, torch.randn(4, 5, 3), **given)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# Repair
+
+
+class Images(nn.Module):
+    """Residual blocks of convolutions with BatchNorm, each followed by a rectifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(ConvBlock() for _ in range(4)))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.head(self.blocks(self.stem(images).relu()).mean(dim=(2, 3)))
+
+
+class ConvBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        for norm in (self.norm, self.second):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.05, 0.3)
+
+    def forward(self, x):
+        return (x + self.second(self.two(self.norm(self.one(x)).relu()))).relu()
+
+
+def test_repair_brings_outputs_back():
+    """On fresh images outputs are much nearer to those of the whole model with the repair than without."""
+    torch.manual_seed(0)
+    whole, images = Images().eval(), torch.randn(256, 3, 8, 8)
+    distances = []
+    for repair in (False, True):
+        model = copy.deepcopy(whole)
+        given = [images[:64], images[64:128]]
+        report = prune_layers(model, images[:2], 0.5, batches=given, repair=repair, progress=False)
+        with torch.no_grad():
+            distances.append(float((model(images[128:]) - whole(images[128:])).square().mean()))
+        first = min(int(layer.path[-1]) for layer in report.removed)
+        for name, value in model.state_dict().items():  # what runs before the first of them is as it was
+            if name.startswith("stem") or name.startswith(tuple(f"blocks.{i}." for i in range(first))):
+                assert torch.equal(value, whole.state_dict()[name])
+    assert distances[1] < 0.5 * distances[0]
+    assert report.repairs and all(repair.after <= repair.before + 1e-6 for repair in report.repairs)
+
+
+def test_repair_is_exact_where_it_can_be():
+    """Where the next branch can compute what the removed layer added, nothing is lost."""
+
+    class Linearly(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.inner, self.out = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=bias)
+
+        def forward(self, x):
+            return x + self.out(self.inner(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Linearly(True), Linearly(True), nn.Linear(4, 3))
+    x = torch.randn(64, 4)
+    before = model(x).detach()
+    prune_layers(model, x, 0.4, batches=[x], repair=True, damping=0, ignore=["1"], progress=False)
+    assert isinstance(model[0], Skipped)
+    # Six numbers hold all four inputs, so that any affine function of them can be made of these six.
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
