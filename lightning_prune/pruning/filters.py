@@ -191,12 +191,12 @@ def prune_filters(
                 plan if calibration is None or not repair else repaired(plan, products, calibration, damping, progress)
             )
 
-        # Where scores cost little, whether every group can shrink is asked only if the cut cannot be verified.
+        # Where scores cost little, whether every group can shrink is asked only if less can be cut than was asked.
         plan = None
         if batches is None and criterion in _CHEAP and target != "latency":
             with suppress(PruningError):
                 plan = planned(traced, refuse=False)
-        if plan is None:
+        if plan is None or plan.outcome.short:
             plan = planned(rehearsed(model, example_inputs, traced), refuse=True)
         report = plan.apply_(optimizers)
     plan.outcome.warn(where)

@@ -263,6 +263,8 @@ class _LabelMode(Watch):
         ledger = self.ledger
         ran = Ran(func, path, kind, found, entering, plain((*args, *kwargs.values()) if kwargs else args))
         ledger.ran.append(ran)
+        if _FOREIGN in found:
+            ran.foreign = {at: tensors[at] for at, labels in enumerate(found) if labels is _FOREIGN}
         if known.reads and not weight:
             ledger.decided.append(path)
         blank = known.rule is made_anew

@@ -32,8 +32,6 @@ _TURNS = frozenset({_aten.t, _aten.transpose, _aten.permute, _aten.detach, _aten
 """Operators that show all entries of their input in another order of dimensions."""
 _SIZED = frozenset({_aten.view, _aten._unsafe_view, _aten._reshape_alias, _aten.expand})
 """Operators that are told the sizes of their output."""
-_PIECES = frozenset({_aten.slice, _aten.split, _aten.split_with_sizes})
-"""Operators that are told where along one dimension to take what."""
 _RIDING = "_lightning_prune_twin"
 _HUGE = 1e20
 _ROUNDING = 1e-5
@@ -95,7 +93,9 @@ class Lockstep(Reference):
         """
         super().__init__(ran, lefts, instead, counts, {}, tolerance)
         self._run = object()
-        self._given = {id(slim): (slim, _Twin(full, equal, self._run)) for slim, full, equal in pairs}
+        self._given: dict[int, tuple[Tensor, _Twin]] = {}
+        for slim, full, equal in pairs:
+            self._given[id(slim)] = slim, _Twin(None if full is slim else full, equal, self._run)
         self._instead_of_full, self._fewer = instead_of_full, fewer
         self._last_written: dict[int, int] = {}  # storage -> ``id`` of the tensor that was written to last
         self.operators = 0
@@ -114,6 +114,11 @@ class Lockstep(Reference):
         except (DifferentError, OtherOperatorsError, OutOfStepError) as error:
             self.failure = self.failure or error
             raise
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Let both models run on the same tensors, their inputs."""
+        for tensor in tensors:
+            self._given[id(tensor)] = tensor, _Twin(None, True, self._run)
 
     def twin_of(self, tensor: Tensor) -> Tensor:
         """Return the tensor of the full model at the place of one of the slim model's.
@@ -138,7 +143,7 @@ class Lockstep(Reference):
                 raise OutOfStepError("the models' outputs differ")
 
     def _known(self, tensor: Tensor) -> _Twin | None:
-        """Return the twin of a tensor, None for one that the model's code holds, which both models share."""
+        """Return the twin of a tensor, None for one that the model's code brings."""
         given = self._given.get(id(tensor))
         if given is not None:
             return given[1]
@@ -155,6 +160,8 @@ class Lockstep(Reference):
         values = (*args, *kwargs.values()) if kwargs else args
         tensors = tensors_among(values)
         twins = [self._known(tensor) for tensor in tensors]
+        if None in twins:
+            self._check_foreign(ran, tensors, twins)
         seen = Seen(plain(values))
         if at in self._counts:
             check_count(ran, seen.plain, *self._counts[at])
@@ -225,6 +232,18 @@ class Lockstep(Reference):
             return False
         return mine == ran.plain and not any(labels.blank for labels in ran.made)
 
+    def _check_foreign(self, ran: Ran, tensors: list[Tensor], twins: list[_Twin | None]) -> None:
+        """Check that tensors which the model's code brings are those that it brought to the trace.
+
+        A tensor that it makes from a number may be another in the slim model.
+        """
+        for at, (tensor, twin) in enumerate(zip(tensors, twins, strict=True)):
+            if twin is None:
+                full = (ran.foreign or {}).get(at)
+                if full is not tensor and (full is None or not _equal(full, tensor)):
+                    told = f"the code brings another tensor ({ran.path}, {ran.func})"
+                    raise AllPositionsError(told) if self._fewer else OutOfStepError(told)
+
     def _refuse_shared(self, facts: Facts, args: Any) -> None:
         """Refuse to write into a tensor that both models share."""
         for position in facts.written:
@@ -237,10 +256,11 @@ class Lockstep(Reference):
         if facts.packet in _SIZED or len(tensors_among(args)) != 1:
             raise OutOfStepError("the slim model shows a tensor in another way")
         twin = self._known(args[0])
+        if twin is None:
+            raise OutOfStepError("the code brings another tensor")
         out = self.run(facts.func, args, kwargs)
-        if twin is not None:
-            full = None if twin.full is None else self.run(facts.func, [self.twin_of(args[0]), *args[1:]], kwargs)
-            self._lay(out, full, twin.equal and not self._written_elsewhere(args[0]))
+        full = None if twin.full is None else self.run(facts.func, [self.twin_of(args[0]), *args[1:]], kwargs)
+        self._lay(out, full, twin.equal and not self._written_elsewhere(args[0]))
         return out
 
     # The full model's numbers
@@ -252,28 +272,9 @@ class Lockstep(Reference):
         ran, mine = self._ran[at], seen.plain
         if mine == ran.plain or not self._fewer:
             return ran.plain
-        if facts.packet in _SIZED and len(outputs) == 1 and mine[1:2]:
-            labelled = ran.made[0].dims
-            pairs = enumerate(zip(ran.leaving[0], outputs[0].shape, strict=True))
-            return (None, tuple([full if dim in labelled else slim for dim, (full, slim) in pairs]), *mine[2:])
-        if facts.packet in _PIECES:
-            where = 1 if facts.packet is _aten.slice else 2
-            dim = mine[where] if len(mine) > where else 0
-            return ran.plain if dim % len(ran.entering[0]) in self._lefts.of(ran.taken[0]) else mine
-        if not any(map(self._lefts.of, (*ran.taken, *ran.made))):
-            return mine
-        if facts.packet is _aten.constant_pad_nd and self._pads_positions(ran, mine):
-            return mine
-        if self._as_on_all(ran, tensors, outputs):
+        if not facts.pointwise and self._as_on_all(ran, tensors, outputs):
             return ran.plain
         raise AllPositionsError(f"positions and channels look alike ({ran.path}, {facts.packet}: {mine})")
-
-    def _pads_positions(self, ran: Ran, mine: tuple[Any, ...]) -> bool:
-        """Return whether only dimensions that lose nothing are padded by other numbers than on all positions."""
-        own = self._lefts.of(ran.taken[0])
-        last = len(ran.entering[0]) - 1
-        pads = enumerate(zip(mine[1], ran.plain[1], strict=True))
-        return not any(one != other and last - place // 2 in own for place, (one, other) in pads)
 
     def _as_on_all(self, ran: Ran, tensors: list[Tensor], outputs: list[Tensor]) -> bool:
         """Return whether all tensors of an operator have the sizes that they would have on all positions."""

@@ -77,8 +77,7 @@ class StandIns:
             one, other = slim.get(name, own), full.get(name, own)
             if one is other and not isinstance(own, nn.Parameter) and own.numel() <= _SAMPLED:
                 other = own.detach().clone()  # operators may write into small buffers, such as counters
-            if one is not other:
-                found.append((one, other, not self._changes(name)))
+            found.append((one, other, not self._changes(name)))
         return found
 
     def _exchanged(
