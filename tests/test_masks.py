@@ -211,15 +211,20 @@ def test_whole_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_mask_is_as_large_as_its_weight(dtype):
-    """Masks cost the memory of what they mask once, in its dtype and layout, and nothing else."""
+    """A mask that waits takes one bit an entry; while an optimizer is held, as much memory as its weight."""
     model = small().to(dtype).to(memory_format=torch.channels_last)
+    optimizer = optim.SGD(model.parameters(), 0.1)
     masks = Masks(model)
     masks.let_fall_(KEEP)
-    for name, mask in masks._masks.items():
+    assert {name: bits.nbytes for name, (bits, _) in masks.packed().items()} == {"conv.weight": 9, "head.weight": 2}
+    assert not masks._factors and not masks._pairs
+    masks.hold([optimizer])
+    for name, mask in masks._factors.items():
         weight = model.get_parameter(name)
         assert (mask.dtype, mask.stride(), mask.nbytes) == (weight.dtype, weight.stride(), weight.nbytes)
-    tensors = [value for value in vars(masks).values() if isinstance(value, torch.Tensor)]
-    assert not tensors and not masks._pairs
+    assert masks._factors.keys() == KEEP.keys()
+    masks.release()
+    assert not masks._factors and not masks._pairs
 
 
 @pytest.mark.parametrize("clips", [True, False])

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.algorithms.selection import keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
+from lightning_prune import PruningError, prune_weights
+from lightning_prune.algorithms import selection
+from lightning_prune.algorithms.selection import Scored, keep_best_of_all, keep_highest, keep_n_of_m, parse_pattern
 
 SCORES = st.lists(st.sampled_from([-1.0, 0.0, 0.5, 0.5, 2.0, math.inf, math.nan]), min_size=1, max_size=20)
 
@@ -70,6 +72,58 @@ def test_of_several_tensors_as_of_one(one, other, data):
     assert keep["one"].shape == (len(one), 1)
     together = torch.cat([keep["one"].flatten(), keep["other"]])
     assert torch.equal(together, keep_highest(torch.tensor(one + other), count))
+
+
+NUMBERS = [0.0, -0.0, 1e-40, -1e-40, 5e-324, 1e-7, 0.5, -0.5, 1.0, 3.0, -3.0, 6e4, math.inf, -math.inf, math.nan]
+TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+PART = st.tuples(
+    st.lists(st.sampled_from(NUMBERS) | st.floats(width=32), min_size=1, max_size=12),
+    st.sampled_from(TYPES),
+    st.booleans(),
+    st.integers(0, 2**12 - 1),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(parts=st.lists(PART, min_size=1, max_size=4), at_once=st.integers(1, 5), data=st.data())
+def test_scores_a_part_at_a_time_choose_as_all_at_once(parts, at_once, data):
+    """Exactly those are kept that come last in a stable sort of all scores, whatever their type, layout and parts."""
+    scores, expected = {}, []
+    for number, (values, dtype, turned, bits) in enumerate(parts):
+        raw = torch.tensor(values, dtype=torch.float64).to(dtype)
+        alive = torch.tensor([bool(bits >> place & 1) for place in range(len(raw))])
+        for value, stays in zip(raw.abs().double().tolist(), alive.tolist(), strict=True):
+            expected.append((stays, -math.inf if math.isnan(value) or not stays else value))
+        shaped = torch.stack([raw, raw], dim=1)[:, :1] if turned else raw  # a view that is not contiguous
+        scores[str(number)] = Scored(shaped, torch.abs, alive.view(shaped.shape))
+    count = data.draw(st.integers(0, len(expected)))
+    last = sorted(range(len(expected)), key=lambda place: (expected[place], place))[len(expected) - count :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_AT_ONCE", at_once)
+        keep = keep_best_of_all(scores, count)
+    together = torch.cat([kept.flatten() for kept in keep.values()])
+    assert together.nonzero().flatten().tolist() == sorted(last)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 999), share=st.floats(0, 1), dtype=st.sampled_from(TYPES), few=st.booleans())
+def test_large_tensors_choose_as_topk(seed, share, dtype, few):
+    """Over several parts the sum of what is kept is that of ``topk``, and the count is exact, with ties or without."""
+    drawn = torch.randn(3000, generator=torch.Generator().manual_seed(seed))
+    scores = (drawn.round() if few else drawn).to(dtype)
+    count = int(share * len(scores))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_AT_ONCE", 512)
+        keep = keep_highest(scores, count)
+    assert torch.equal(scores[keep].sort().values, scores.topk(count).values.sort().values)
+
+
+def test_whole_numbers_are_no_weights():
+    """Weights of integers are refused, and nothing is changed."""
+    model = torch.nn.Linear(3, 2)
+    model.weight = torch.nn.Parameter(torch.arange(6).view(2, 3), requires_grad=False)
+    with pytest.raises(PruningError, match=r"weight is a tensor of torch.int64.*only dense weights"):
+        prune_weights(model, 0.5, scope="global")
 
 
 @settings(deadline=None, max_examples=30)

@@ -176,7 +176,7 @@ def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:
-    return float(spearman_corrcoef(a.double().cpu(), b.double().cpu()).nan_to_num())  # nan where all scores tie
+    return float(spearman_corrcoef(a.cpu().double(), b.cpu().double()).nan_to_num())  # nan where all scores tie
 
 
 @contextmanager

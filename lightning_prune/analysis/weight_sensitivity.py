@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.algorithms.selection import keep_highest, number_to_prune
+from lightning_prune.algorithms.selection import keep_best_of_all, number_to_prune
 from lightning_prune.analysis.layer_sensitivity import TENTHS, begin, evaluated, measure_each
 from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Mode, Sensitivity
 from lightning_prune.model.inference_mode import changes_model
@@ -91,9 +91,9 @@ def weight_sensitivity(
         gone[name] = sorted({number_to_prune(share, size) for share in found.asked} - {0})
 
     def measure(name: str, advance: Callable[[], Any]) -> GroupSensitivity:
-        scores, values = score_weights({name: weights[name]}, criterion)[name], []
+        scores, values = score_weights({name: weights[name]}, criterion), []
         for count in gone[name]:
-            with _zeroed(weights[name].parameter, keep_highest(scores, sizes[name] - count)):
+            with _zeroed(weights[name].parameter, keep_best_of_all(scores, sizes[name] - count)[name]):
                 values.append(evaluated(model, evaluate))
             advance()
         return GroupSensitivity(

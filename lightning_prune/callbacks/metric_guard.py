@@ -15,6 +15,7 @@ from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
 from lightning_prune.callbacks.engine.metric_mode import mode_by_callbacks
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
+from lightning_prune.callbacks.engine.sharding import whole_model
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
@@ -191,7 +192,8 @@ class MetricGuard(Guard):
         averaged = isinstance(strategy.model, DistributedDataParallel)
         if averaged:
             strategy.model = pl_module
-        restore_(pl_module, trainer.optimizers, before)
+        with whole_model("MetricGuard", trainer, pl_module):
+            restore_(pl_module, trainer.optimizers, before)
         for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
             restore_(copy, (), own)
         if averaged:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_prune.measure.calibration import Run
 from lightning_prune.measure.products import Products, watch_inputs
 from lightning_prune.measure.unrolled import Matmul, Reading
+from lightning_prune.model.devices import widened
 
 __all__ = ["Made", "made_by"]
 
@@ -49,8 +50,8 @@ class Made:
         """
         if self.term is None:
             return None
-        x = self.product.double() - self.product.double().mean(dim=1, keepdim=True)
-        y = self.term.double() - self.term.double().mean(dim=1, keepdim=True)
+        x = widened(self.product) - widened(self.product).mean(dim=1, keepdim=True)
+        y = widened(self.term) - widened(self.term).mean(dim=1, keepdim=True)
         xx, xy, yy = x.square().sum(dim=1), (x * y).sum(dim=1), y.square().sum(dim=1)
         loud = (xx > 0) & (yy > 1e-12 * yy.max())
         correlation = xy.abs() / (xx * yy).sqrt().clamp_min(torch.finfo(xx.dtype).tiny)

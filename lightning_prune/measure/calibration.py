@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.model.calls import call_on
+from lightning_prune.model.devices import supported
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["Calibration", "Run"]
@@ -29,7 +30,8 @@ class Calibration:
     Attributes:
         batches: The batches, one at least.
         forward: Calls the model on one of them; by default as on example inputs.
-        dtype: What sums over the data are kept in, and what is solved with them.
+        dtype: What sums over the data are kept in, and what is solved with them; float32 in place of float64 for a
+            device that has no float64.
         over_processes: Adds a sum over these batches to those of other processes, which see other batches and ask in
             the same order; by default there are none.
 
@@ -46,3 +48,7 @@ class Calibration:
         """Refuse to look at nothing."""
         if not self.batches:
             raise PruningError("No batch came. Pass a list or loader of at least one batch.")
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return what sums are kept in on a device."""
+        return supported(self.dtype, device)

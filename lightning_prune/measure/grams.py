@@ -14,6 +14,7 @@ from lightning_prune.measure.calibration import Calibration, Run
 from lightning_prune.measure.products import Products, watch_inputs
 from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.calls import undisturbed
+from lightning_prune.model.devices import widest_float
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 
@@ -104,12 +105,13 @@ def gather_grams(
     Raises:
         PruningError: If one of them multiplied nothing.
     """
-    grams = {name: _nothing(model, products, name, calibration.dtype) for name in names}
+    grams = {name: _nothing(model, products, name, calibration) for name in names}
 
     def receive(name: str, reading: Reading, inputs: Tensor) -> None:
         columns = _single(reading.unrolled(inputs.detach()))
-        grams[name].hessian += (columns @ columns.transpose(1, 2)).to(calibration.dtype)
-        grams[name].mean += columns.sum(dim=2).to(calibration.dtype)
+        wide = calibration.dtype_on(columns.device)
+        grams[name].hessian += (columns @ columns.transpose(1, 2)).to(wide)
+        grams[name].mean += columns.sum(dim=2).to(wide)
         grams[name].count += columns.shape[2]
 
     with undisturbed(model), watch_inputs(model, names, receive):
@@ -152,7 +154,7 @@ def gather_pair(
                 "two cannot be compared. Prune with sequential=False."
             )
         found = [_product(x, x), _product(x, y), _product(y, y), x.sum(dim=2), y.sum(dim=2)]
-        found = [new.to(calibration.dtype) for new in found]
+        found = [new.to(calibration.dtype_on(new.device)) for new in found]
         sums = [total + new for total, new in zip(sums, found, strict=True)] if sums else found
         count += x.shape[2]
     everywhere = _count(count, sums[0], calibration)
@@ -185,9 +187,10 @@ def _single(columns: Tensor) -> Tensor:
     return columns.to(torch.promote_types(columns.dtype, torch.float32))
 
 
-def _nothing(model: nn.Module, products: Products, name: str, dtype: torch.dtype) -> Gram:
+def _nothing(model: nn.Module, products: Products, name: str, calibration: Calibration) -> Gram:
     groups, _, columns = products.shapes[name]
-    hessian = torch.zeros(groups, columns, columns, dtype=dtype, device=named_tensors(model)[name].device)
+    device = named_tensors(model)[name].device
+    hessian = torch.zeros(groups, columns, columns, dtype=calibration.dtype_on(device), device=device)
     return Gram(products.readings[name], hessian, hessian.new_zeros(groups, columns), 0)
 
 
@@ -204,4 +207,5 @@ def _mean(name: str, gram: Gram, calibration: Calibration) -> Gram:
 
 def _count(count: int, like: Tensor, calibration: Calibration) -> int:
     """Return how many columns all processes saw."""
-    return round(float(calibration.over_processes(torch.tensor(float(count), dtype=torch.float64, device=like.device))))
+    wide = widest_float(like.device)
+    return round(float(calibration.over_processes(torch.tensor(float(count), dtype=wide, device=like.device))))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.devices import widest_float
 from lightning_prune.structure.tensor_names import exchange_
 
 __all__ = ["Outputs", "replaced"]
@@ -34,7 +35,7 @@ class Outputs:
     def moved(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the squared distance of all outputs from those before, other tensors standing in for parameters."""
         pairs = zip(self._given(tensors), self._whole, strict=True)
-        moved = [(new - old).square().sum(dtype=torch.float64) for new, old in pairs]
+        moved = [(new - old).square().sum(dtype=widest_float(new.device)) for new, old in pairs]
         return float(self.calibration.over_processes(torch.stack(moved).sum())) if moved else 0.0
 
     def _given(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 
 from lightning_prune.measure.unit_reads import Place, Reads, Seen, find_reads
 from lightning_prune.model.calls import tensors_in
+from lightning_prune.model.devices import widest_float
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import Slot, Structure
 
@@ -53,7 +54,7 @@ class UnitMeans(Metric):
         super().__init__()
         self.names = list(widths)
         self.widths = list(widths.values())
-        wide = _wide(device)
+        wide = widest_float(torch.device(device))
         self.add_state("total", torch.zeros(sum(self.widths), dtype=wide, device=device), dist_reduce_fx="sum")
         # per group: what the sums are over, and passes in which the group took no part or could not be seen
         for name in ("count", "absent", "hidden"):
@@ -317,15 +318,10 @@ def moments_of(seen: Iterable[Seen]) -> dict[str, dict[str, Tensor]]:
         for place in operator.read.places:
             own = found.setdefault(place.group, {})
             for name, value in sums.items():
-                rows = place.over_units(value.to(_wide(value.device)))
+                rows = place.over_units(value.to(widest_float(value.device)))
                 own[name] = own[name] + rows if name in own else rows
     return found
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _wide(device: torch.device | str) -> torch.dtype:
-    """Return the widest numbers that a device can add."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64

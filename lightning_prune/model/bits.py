@@ -43,4 +43,4 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
                 [ True,  True]])
     """
     count = int(np.prod(shape, dtype=np.int64))
-    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count).astype(bool)).view(tuple(shape))
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=count).view(bool)).view(tuple(shape))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
 
 __all__ = [
@@ -267,7 +268,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     named = modules_of(model)
     _refuse_shapeless(named)
     before = _ModuleState([module for _, module in named])
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=before.cuda_devices()):
+    with torch.inference_mode(False), torch.no_grad(), generators_restored(before.devices()):
         try:
             for module in before.modules:
                 if module.training:
@@ -303,14 +304,13 @@ class _ModuleState:
                 seen.add(id(buffer))
                 self.buffers.append((buffer, buffer.detach().clone()))
 
-    def cuda_devices(self) -> list[int]:
-        """Return the indices of the GPUs that hold parameters."""
-        devices: set[int] = set()
+    def devices(self) -> set[torch.device]:
+        """Return the devices that hold parameters or buffers."""
+        found: set[torch.device] = set()
         for module in self.modules:
-            for tensor in module._parameters.values():
-                if tensor is not None and tensor.is_cuda:
-                    devices.add(tensor.device.index or 0)
-        return sorted(devices)
+            for tensors in (module._parameters, module._buffers):
+                found.update(tensor.device for tensor in tensors.values() if tensor is not None)
+        return found
 
     def restore_(self) -> None:
         """Restore everything, writing only what has changed."""

@@ -15,6 +15,7 @@ from lightning_prune.algorithms.solvers.brain_surgeon import Step, damage, inver
 from lightning_prune.measure.curvature import OutputLoss, outer_product_rows
 from lightning_prune.measure.footprint import Part
 from lightning_prune.model.calls import undisturbed
+from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import counted
@@ -220,12 +221,12 @@ class _Patient:
 
 def _by_surgeon(patient: _Patient, batches: list[Any], loss: OutputLoss, alpha: float) -> Step:
     rows, examples = _rows(patient, batches, loss)
-    return surgeon(patient.values()[patient.left].double(), inverse_of_outer_products(rows, examples, alpha))
+    return surgeon(widened(patient.values()[patient.left]), inverse_of_outer_products(rows, examples, alpha))
 
 
 def _by_damage(patient: _Patient, batches: list[Any], loss: OutputLoss, alpha: float) -> Step:
     rows, examples = _rows(patient, batches, loss)
-    return damage(patient.values()[patient.left].double(), alpha + rows.square().sum(dim=0) / examples)
+    return damage(widened(patient.values()[patient.left]), alpha + rows.square().sum(dim=0) / examples)
 
 
 def _by_magnitude(patient: _Patient, batches: list[Any], loss: OutputLoss, alpha: float) -> Step:
@@ -242,7 +243,7 @@ _STEPS: dict[str, Callable[[_Patient, list[Any], OutputLoss, float], Step]] = {
 
 def _rows(patient: _Patient, batches: list[Any], loss: OutputLoss) -> tuple[Tensor, int]:
     rows, examples = outer_product_rows(patient.model, batches, loss, list(patient.parameters))
-    return rows[:, patient.left].double(), examples
+    return widened(rows[:, patient.left]), examples
 
 
 def _measured(model: nn.Module, batches: list[Any], loss: OutputLoss) -> float:

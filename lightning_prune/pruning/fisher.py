@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.algorithms.solvers import best_on_support, greedy_paths, inverse, keep_along
 from lightning_prune.measure.gradients import Loss, example_gradients
+from lightning_prune.model.devices import supported
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
@@ -86,7 +87,7 @@ def prune_fisher(
             that are pruned; by default the weights of all linear and convolutional layers.
         block: How many neighbours make up for each other.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
-        dtype: What the matrix is summed and solved in.
+        dtype: What the matrix is summed and solved in; float32 in place of float64 for a device that has no float64.
         progress: Whether to show progress bars.
 
     Raises:
@@ -113,7 +114,7 @@ def prune_fisher(
     check_module("prune_fisher", module)
     alone = left_alone(model, [*(parameters or ()), *listed(module)])
     found = find_weights(model, parameters, [*ignore, *alone], part=part_of(model, module))
-    flat = {name: weight.parameter.detach().flatten().to(dtype) for name, weight in found.found.items()}
+    flat = {name: _wide(weight.parameter.detach().flatten(), dtype) for name, weight in found.found.items()}
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
     with each(batches, "batches", progress) as seen:
         fisher = block_fisher(model, ordinary(seen), loss, parts, dtype)
@@ -160,11 +161,14 @@ def block_fisher(
         PruningError: If no batch came.
     """
     parameters = dict(model.named_parameters())
-    totals = [torch.zeros(p.blocks, p.size, p.size, dtype=dtype, device=parameters[p.name].device) for p in parts]
+    totals = []
+    for part in parts:
+        device = parameters[part.name].device
+        totals.append(torch.zeros(part.blocks, part.size, part.size, dtype=supported(dtype, device), device=device))
     examples = 0
     for gradients in example_gradients(model, batches, loss):
         examples += 1
-        flat: Mapping[str, Tensor] = {name: gradient.flatten().to(dtype) for name, gradient in gradients.items()}
+        flat: Mapping[str, Tensor] = {name: _wide(gradient.flatten(), dtype) for name, gradient in gradients.items()}
         for part, total in zip(parts, totals, strict=True):
             if part.name in flat:
                 rows = part.of(flat[part.name])
@@ -172,6 +176,10 @@ def block_fisher(
     if not examples:
         raise PruningError("prune_fisher: no batch came. Pass a list or loader of at least one batch.")
     return [total / examples for total in totals]
+
+
+def _wide(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(supported(dtype, values.device))
 
 
 def _parts(name: str, length: int, block: int) -> list[_Part]:

@@ -16,6 +16,7 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.products import Products, find_products, watch_inputs
 from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.calls import undisturbed
+from lightning_prune.model.devices import widened, widest_float
 from lightning_prune.model.progress_bars import each
 from lightning_prune.pruning.layerwise import told_of
 from lightning_prune.pruning.report import Repair
@@ -105,7 +106,7 @@ def _changed_inputs(model: nn.Module, skips: Skips, calibration: Calibration, sl
     for found, without in zip(sums, ({}, skips), strict=True):
 
         def receive(name: str, reading: Reading, inputs: Tensor, found: dict[str, list[float]] = found) -> None:
-            found.setdefault(name, []).append(float(inputs.detach().double().square().sum()))
+            found.setdefault(name, []).append(float(widened(inputs.detach()).square().sum()))
 
         with _without(model, without, {}), watch_inputs(model, list(slim.readings), receive):
             calibration.forward(model, calibration.batches[0])
@@ -152,25 +153,26 @@ def _gathered(
             return None
         if number == 0:
             gain = whole.gain() if slim.stream is not None else None
-        wanted = _wanted(model, name, whole, slim, gain, products).to(calibration.dtype)
-        y = slim.columns.to(calibration.dtype)
+        wide = calibration.dtype_on(slim.columns.device)
+        wanted = _wanted(model, name, whole, slim, gain, products).to(wide)
+        y = slim.columns.to(wide)
         d = wanted.reshape(y.shape[0], -1, y.shape[2])
         found = [d @ y.transpose(1, 2), y @ y.transpose(1, 2), d.sum(dim=2), y.sum(dim=2), d.square().sum(dim=2)]
         sums = [total + new for total, new in zip(sums, found, strict=True)] if sums else found
         count += y.shape[2]
-    everywhere = calibration.over_processes(torch.tensor(float(count), dtype=torch.float64, device=sums[0].device))
+    everywhere = calibration.over_processes(sums[0].new_tensor(float(count), dtype=widest_float(sums[0].device)))
     return _Moments(*(calibration.over_processes(total) / float(everywhere) for total in sums))
 
 
 def _wanted(model: nn.Module, name: str, whole: Made, slim: Made, gain: Tensor | None, products: Products) -> Tensor:
     """Return what a weight shall make, without its bias, ``(channels, n)``."""
-    wanted = whole.product.double()
+    wanted = widened(whole.product)
     shift = products.shifts.get(name)
     if shift is not None and shift.sign > 0:  # a bias, which both models add
-        wanted = wanted - named_tensors(model)[shift.name].detach().double().reshape(-1, 1)
+        wanted = wanted - widened(named_tensors(model)[shift.name].detach()).reshape(-1, 1)
     if gain is None or whole.stream is None or slim.stream is None:
         return wanted
-    missing = whole.stream.double() - slim.stream.double()
+    missing = widened(whole.stream) - widened(slim.stream)
     return wanted + torch.where(gain != 0, missing / torch.where(gain != 0, gain, 1.0), 0.0)
 
 

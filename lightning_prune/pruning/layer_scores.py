@@ -14,6 +14,7 @@ from lightning_prune.algorithms.criteria.depth import block_influence, first_ord
 from lightning_prune.measure.calibration import Run
 from lightning_prune.measure.gradients import Loss, differentiable
 from lightning_prune.model.calls import tensors_in, undisturbed
+from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.output_forms import main_output, value_at
 from lightning_prune.structure.skippable import Branches, Depth, SkippableLayer
@@ -215,7 +216,7 @@ def _by_outputs(
         count = len(whole[0]) if whole and whole[0].dim() else 1
         for path, layer in layers.items():
             other = _outputs(model, data, batch, {**skips, path: skip_of(layer)})
-            moved = [(a - b).double().square().sum() for a, b in zip(whole, other, strict=True)]
+            moved = [widened(a - b).square().sum() for a, b in zip(whole, other, strict=True)]
             found[path] += float(sum(moved)) / count / len(data.batches)
     return found
 

@@ -91,7 +91,8 @@ class Surgery:
 
     def rows(self, name: str) -> Tensor:
         """Return a layer's weights as ``(groups, rows, columns)``."""
-        return self.products.readings[name].rows(self.tensors[name].detach()).to(self.calibration.dtype)
+        weight = self.tensors[name].detach()
+        return self.products.readings[name].rows(weight).to(self.calibration.dtype_on(weight.device))
 
     def solve(self, name: str, solver: RowSolver, leaving: int | Pattern) -> tuple[Tensor, Tensor]:
         """Return the new rows of a layer and what stays of them, which is nothing that was zeroed before."""

@@ -110,7 +110,7 @@ def prune_obs(
             outputs of the whole model. Takes one more run over the batches per layer.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
         forward: Calls the model on a batch and returns its outputs; by default as on example inputs.
-        dtype: What Hessians are summed and solved in.
+        dtype: What Hessians are summed and solved in; float32 in place of float64 for a device that has no float64.
         progress: Whether to show progress bars.
 
     Returns:

@@ -91,7 +91,7 @@ class Walk:
         keys = np.zeros(block.steps)
         units = np.zeros(block.steps)
         for which, name in enumerate(block.members):
-            ranked = np.sort(self._scores[name].double().nan_to_num(nan=-math.inf).cpu().numpy())
+            ranked = np.sort(self._scores[name].cpu().double().nan_to_num(nan=-math.inf).numpy())
             gone = block.widths[0, which] - block.widths[:, which]
             leaving = np.diff(gone)
             with np.errstate(invalid="ignore"):  # infinities of both signs

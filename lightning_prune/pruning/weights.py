@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_prune.algorithms.criteria import magnitude
 from lightning_prune.algorithms.selection import (
+    Scored,
     keep_best_of_all,
-    keep_highest,
     keep_n_of_m,
     number_to_prune,
     parse_pattern,
@@ -25,6 +25,8 @@ from lightning_prune.algorithms.selection import (
 from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.shards import whole
 from lightning_prune.pruning.arguments import (
     Amount,
     Parameters,
@@ -41,7 +43,7 @@ from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_
 from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
 from lightning_prune.pruning.report import GroupWidth, WeightReport
 from lightning_prune.structure import Pinned
-from lightning_prune.surgery.masks import Masks, masks_on
+from lightning_prune.surgery.masks import Masks, carried_masks
 
 __all__ = [
     "ToPrune",
@@ -131,9 +133,8 @@ def prune_weights(
     named = [*(amount if isinstance(amount, Mapping) else ()), *(parameters or ()), *listed(module)]
     alone = left_alone(model, named)
     found = weights_to_prune(model, amount, parameters, ignore, pattern, part_of(model, module), alone)
-    keep = choose_weights(
-        found.weights, score_weights(found.weights, criterion), masks_on(model), found.amount, scope, pattern
-    )
+    scores = score_weights(found.weights, criterion)
+    keep = choose_weights(found.weights, scores, carried_masks(model), found.amount, scope, pattern)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     before = count_unmasked(model)
     Masks(model).let_fall_(keep, optimizers)
@@ -188,7 +189,7 @@ def _pinned(model: nn.Module, name: str, why: str) -> Pinned:
 
 def count_unmasked(model: nn.Module) -> int:
     """Count the parameters of a model that its masks do not hold at zero."""
-    masks = masks_on(model)
+    masks = carried_masks(model)
     total = 0
     for name, parameter in model.named_parameters():
         total += weight_count(name, parameter, masks.get(name)).stays
@@ -249,8 +250,10 @@ def weights_to_prune(
     return ToPrune({name: weights[name] for name in amounts}, amounts, stay, others)
 
 
-def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> dict[str, Tensor]:
+def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> Mapping[str, Scored]:
     """Score every entry of every weight; higher is kept longer.
+
+    Scores of a criterion that has a name are computed when they are looked at, and not held.
 
     Raises:
         ValueError: If a function of the user's gives scores of another shape.
@@ -263,20 +266,24 @@ def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> 
                 f"{name} is a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}: only dense weights of 16 "
                 "bits or more can be scored. Prune before weights are converted."
             )
-    score = _CRITERIA[criterion] if isinstance(criterion, str) else lambda name, weight: criterion(weight)
-    scores = {name: score(name, weight.parameter.detach()) for name, weight in weights.items()}
+    if isinstance(criterion, str):
+        score = _CRITERIA[criterion]
+        return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach())))
+    found = {}
     for name, weight in weights.items():
-        if scores[name].shape != weight.parameter.shape:
+        scores = criterion(weight.parameter.detach())
+        if scores.shape != weight.parameter.shape:
             raise ValueError(
                 f"criterion: {name} of shape {tuple(weight.parameter.shape)} got scores of shape "
-                f"{tuple(scores[name].shape)}. Return one score for each entry."
+                f"{tuple(scores.shape)}. Return one score for each entry."
             )
-    return scores
+        found[name] = Scored(scores)
+    return found
 
 
 def choose_weights(
     weights: Mapping[str, Weight],
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Scored],
     alive: Mapping[str, Tensor],
     amount: Amount,
     scope: WeightScope,
@@ -295,9 +302,7 @@ def choose_weights(
     Returns:
         What stays, as bool of each weight's shape, by name.
     """
-    ordered = {name: _below(scores[name], alive.get(name)) for name in weights}
-    left = {name: weight_count(name, weight.parameter, alive.get(name)).stays for name, weight in weights.items()}
-    sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
+    ranked = Lazily(weights, lambda name: replace(scores[name], alive=alive.get(name)))
     if pattern is not None:
         assert not isinstance(amount, Mapping)
         m = parse_pattern(pattern)[1]
@@ -305,12 +310,18 @@ def choose_weights(
         chosen = {}
         for name, weight in weights.items():
             assert weight.input_dim is not None  # where it is not known, the weight stays
-            chosen[name] = keep_n_of_m(ordered[name], stays, m, weight.input_dim)
-        return {name: keep & (ordered[name] > -math.inf) for name, keep in chosen.items()}
+            chosen[name] = keep_n_of_m(ranked[name], stays, m, weight.input_dim)
+        return chosen
+    left = {name: weight_count(name, weight.parameter, alive.get(name)).stays for name, weight in weights.items()}
+    sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     if scope == "global" and not isinstance(amount, Mapping):
-        return keep_best_of_all(ordered, min(_stays(sum(sizes.values()), amount), sum(left.values())))
+        return keep_best_of_all(ranked, min(_stays(sum(sizes.values()), amount), sum(left.values())))
     shares = amount if isinstance(amount, Mapping) else dict.fromkeys(weights, amount)
-    return {name: keep_highest(ordered[name], min(_stays(sizes[name], shares[name]), left[name])) for name in weights}
+    chosen = {}
+    for name in weights:
+        count = min(_stays(sizes[name], shares[name]), left[name])
+        chosen |= keep_best_of_all({name: ranked[name]}, count)
+    return chosen
 
 
 def shuffled(keep: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -366,21 +377,13 @@ def _stays(size: int, amount: float) -> int:
     return size - number_to_prune(amount, size)
 
 
-def _below(scores: Tensor, alive: Tensor | None) -> Tensor:
-    """Rank what has gone below all that is left, which itself is finite from below."""
-    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.nan_to_num(nan=lowest, neginf=lowest, posinf=math.inf)
-    return scores if alive is None else scores.masked_fill(~alive.to(scores.device), -math.inf)
-
-
 def _random(name: str, weight: Tensor, seed: int) -> Tensor:
     """Draw scores: the same for one seed, and leaving the global generator alone."""
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-_CRITERIA: dict[str, Callable[[str, Tensor], Tensor]] = {
-    "magnitude": lambda name, weight: magnitude(weight),
-    "random": lambda name, weight: _random(name, weight, torch.initial_seed()),
+_CRITERIA: dict[str, Callable[[str, Tensor], Scored]] = {
+    "magnitude": lambda name, weight: Scored(weight, magnitude),
+    "random": lambda name, weight: Scored(_random(name, weight, torch.initial_seed())),
 }

@@ -20,6 +20,7 @@ from lightning_prune.model.calls import mode_of, modules_of, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
+from lightning_prune.structure.fused_cells import CellsInSteps
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
 from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
@@ -37,7 +38,7 @@ _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
 _STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
 _RUNNING_STATISTICS = {
@@ -493,7 +494,8 @@ def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.set_flags(_enabled=False)[0] for library in libraries]
     try:
-        return func(*args, **kwargs)
+        with CellsInSteps():
+            return func(*args, **kwargs)
     finally:
         for library, before in zip(libraries, enabled, strict=True):
             library.set_flags(_enabled=before)

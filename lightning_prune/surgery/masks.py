@@ -14,17 +14,20 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.lazy import Lazily
+from lightning_prune.model.shards import own_part, part_like, settle_
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
-__all__ = ["Masks", "apply_masks_", "hold_masks", "masks_on", "unpacked"]
+__all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked"]
 
 
 class Masks:
     """Zeros in a model's parameters that stay zero.
 
-    A mask is a tensor of ones and zeros in its parameter's dtype, by which the parameter is multiplied after each step
-    of an optimizer that owns it: in place, so that parameters, their names and their place in optimizers and state
-    dicts stay what they are. Between two steps the zeros are zero for everyone who looks.
+    A mask that waits is one bit for each entry. While optimizers are held, it is a tensor of ones and zeros in its
+    parameter's dtype, by which the parameter is multiplied after each step of an optimizer that owns it: in place, so
+    that parameters, their names and their place in optimizers and state dicts stay what they are. Between two steps the
+    zeros are zero for everyone who looks.
 
     The model carries its masks in its recipe (:func:`~lightning_prune.surgery.recipe_of`), so that its state dicts tell
     of them.
@@ -46,14 +49,16 @@ class Masks:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._masks: dict[str, Tensor] = {}
+        self._packed: PackedMasks = {}
+        self._factors: dict[str, Tensor] = {}  # ones and zeros, while optimizers are held
         self._held: dict[int, tuple[Optimizer, RemovableHandle]] = {}
         self._pairs: dict[int, _Pairs] = {}
 
     @property
-    def keep(self) -> dict[str, Tensor]:
-        """What stays of every masked parameter, as bool of its shape, or of one that broadcasts to it."""
-        return {name: mask.bool() for name, mask in self._masks.items()}
+    def keep(self) -> Mapping[str, Tensor]:
+        """What stays of every masked parameter, as bool of its shape, or of one that broadcasts to it; on the CPU."""
+        packed = self._packed
+        return Lazily(packed, lambda name: unpack_bits(*packed[name]))
 
     def let_fall_(self, keep: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
         """Set masks, zero what they hide, and clear there what optimizers remember.
@@ -63,51 +68,60 @@ class Masks:
                 ``(out, 1, 1, 1)`` where whole filters go. Other parameters keep the masks they have.
             optimizers: The optimizers that train the model.
         """
-        parameters = dict(self._model.named_parameters())
-        whole = [name for name, stays in keep.items() if stays.all()]  # where nothing goes no mask is needed
-        masks = {name: _as_mask(stays, parameters[name]) for name, stays in keep.items() if name not in whole}
-        self._masks = {name: mask for name, mask in (self._masks | masks).items() if name not in whole}
+        whole, packed = [], dict(self._packed)
+        for name in keep:
+            stays = keep[name]
+            packed.pop(name, None)
+            if stays.all():  # where nothing goes no mask is needed
+                whole.append(name)
+            else:
+                packed[name] = [pack_bits(stays), list(stays.shape)]
+        self._packed = packed
         self._changed(lifted=whole)
         self.clear_(optimizers)
 
     def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Zero what is hidden, and what optimizers remember of it."""
-        self.apply_()
-        parameters = dict(self._model.named_parameters())
-        with torch.no_grad():
-            for name, mask in self._masks.items():
+        parameters, optimizers = _parameters(self._model), list(optimizers)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, keep in self.keep.items():
                 parameter = parameters[name]
+                _zero_(parameter, keep)
                 for optimizer in optimizers:
                     for value in optimizer.state.get(parameter, {}).values():
                         if isinstance(value, Tensor) and value.shape == parameter.shape:
-                            value.mul_(mask.to(value))
+                            _zero_(value, keep)
 
     def lift(self) -> None:
         """Forget all masks; what they hid stays zero until something is written there."""
-        lifted, self._masks = self._masks, {}
+        lifted, self._packed = self._packed, {}
         self._changed(lifted)
 
     def apply_(self, model: nn.Module | None = None) -> None:
         """Zero what is hidden: of the model, or of a copy of it, such as an average of its weights."""
-        parameters = dict((model or self._model).named_parameters())
+        parameters = _parameters(model or self._model)
         with torch.inference_mode(False), torch.no_grad():
-            for name, mask in self._masks.items():
-                parameters[name].masked_fill_(mask.to(parameters[name].device) == 0, 0)
+            for name, keep in self.keep.items():
+                _zero_(parameters[name], keep)
+
+    def renew(self) -> None:
+        """Find the parameters anew: others may stand in their places."""
+        self._factors = {}
+        self._lay_out()
 
     def hold(self, optimizers: Iterable[Optimizer]) -> None:
         """Multiply by the masks after every step of these optimizers, until :meth:`release`; again is no more."""
-        parameters = dict(self._model.named_parameters())
-        self._masks = {name: mask.to(parameters[name]) for name, mask in self._masks.items()}
-        self._pairs = {}
         for optimizer in optimizers:
             if id(optimizer) not in self._held:
                 self._held[id(optimizer)] = optimizer, optimizer.register_step_post_hook(self._after_step)
+        self._lay_out()
 
     def release(self) -> None:
         """Remove every hook from the optimizers."""
         for _, handle in self._held.values():
             handle.remove()
-        self._held, self._pairs = {}, {}
+        self._held = {}
+        self._lay_out()
 
     def mask_gradients_(self, optimizer: Optimizer) -> None:
         """Zero the gradients of what is hidden, of the parameters that an optimizer owns."""
@@ -117,27 +131,41 @@ class Masks:
             for weight, mask in zip(pairs.weights, pairs.masks, strict=True)
             if weight.grad is not None and weight.grad.layout == torch.strided
         ]
-        _multiply_([gradient for gradient, _ in dense], [mask for _, mask in dense])
+        _multiply_([own_part(gradient) for gradient, _ in dense], [mask for _, mask in dense])
 
     def follow_(self, kept: Kept) -> None:
         """Follow a cut that removed entries of the parameters themselves."""
         for name, dims in kept.items():
-            if name in self._masks:
-                self._masks[name] = _followed(self._masks[name], dims)
+            if name in self._packed:
+                slim = _followed(unpack_bits(*self._packed[name]), dims)
+                self._packed[name] = [pack_bits(slim), list(slim.shape)]
         self._changed()
 
     def packed(self) -> PackedMasks:
         """Return the masks as a checkpoint holds them: packed bits and shapes, by name."""
-        return {name: [pack_bits(keep), list(keep.shape)] for name, keep in self.keep.items()}
+        return {name: [bits, list(shape)] for name, (bits, shape) in self._packed.items()}
 
     def _changed(self, lifted: Iterable[str] = ()) -> None:
         """Write the masks into the recipe, which may hold masks of others, too."""
-        self._pairs = {}
+        self._factors = {}
+        self._lay_out()
         recipe_of(self._model).write_masks_(self.packed(), lifted)
+
+    def _lay_out(self) -> None:
+        """Make what parameters are multiplied by, while optimizers are held."""
+        self._pairs = {}
+        if not self._held:
+            self._factors = {}
+            return
+        parameters = _parameters(self._model)
+        for name in self._packed:
+            parameter, factor = parameters[name], self._factors.get(name)
+            if factor is None or (factor.dtype, factor.device) != (parameter.dtype, parameter.device):
+                self._factors[name] = _as_mask(self.keep[name], parameter)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         pairs = self._pairs_of(optimizer)
-        _multiply_(pairs.weights, pairs.masks)
+        _multiply_([own_part(weight) for weight in pairs.weights], pairs.masks)
 
     def _pairs_of(self, optimizer: Optimizer) -> _Pairs:
         """Return the masked parameters that an optimizer owns; parameters may join it while it trains."""
@@ -145,8 +173,8 @@ class Masks:
         pairs = self._pairs.get(id(optimizer))
         if pairs is None or pairs.owned != owned:
             theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            named = dict(self._model.named_parameters())
-            masked = [(named[name], mask) for name, mask in self._masks.items() if id(named[name]) in theirs]
+            named = _parameters(self._model)
+            masked = [(named[name], mask) for name, mask in self._factors.items() if id(named[name]) in theirs]
             pairs = _Pairs(owned, [weight for weight, _ in masked], [mask for _, mask in masked])
             self._pairs[id(optimizer)] = pairs
         return pairs
@@ -162,7 +190,13 @@ class _Pairs(NamedTuple):
 
 def masks_on(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks that a model and its parts carry, as bool, by name; weights set to other values have none."""
-    return unpacked(Recipe(model).masks)
+    return dict(carried_masks(model))
+
+
+def carried_masks(model: nn.Module) -> Mapping[str, Tensor]:
+    """Return the masks of :func:`masks_on`, each unpacked when it is looked at."""
+    packed = Recipe(model).masks
+    return Lazily(packed, lambda name: unpack_bits(*packed[name]))
 
 
 def unpacked(masks: PackedMasks) -> dict[str, Tensor]:
@@ -269,11 +303,27 @@ def _followed(mask: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def _as_mask(keep: Tensor, parameter: Tensor) -> Tensor:
-    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller."""
-    parameter = parameter.detach()
+    """Return ones and zeros of a parameter's dtype, lying in memory as the parameter does, or smaller.
+
+    Of a parameter that is split over processes, what belongs to this process's part.
+    """
+    keep = part_like(keep, parameter)
+    parameter = own_part(parameter.detach())
     if keep.shape != parameter.shape:
         return keep.to(parameter)
     return torch.empty_like(parameter).copy_(keep)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name; of those that are split over processes, the parts and not what was gathered."""
+    settle_(model)
+    return dict(model.named_parameters())
+
+
+def _zero_(tensor: Tensor, keep: Tensor) -> None:
+    """Zero what is not kept; of a tensor that is split over processes, in this process's part."""
+    own = own_part(tensor.detach())
+    own.masked_fill_(~part_like(keep, tensor).to(own.device), 0)
 
 
 def _multiply_(tensors: list[Tensor], masks: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import own_part, part_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import (
     ABSENT,
@@ -42,6 +43,7 @@ RECIPE = "lightning_prune"
 """The key under which the metadata of a module in a state dict carries its part of the recipe."""
 
 _VERSION = 1
+_AT_ONCE = 2**20  # entries of a weight that are compared with its mask together
 
 PackedMasks = dict[str, list[Any]]
 """Name of a parameter -> its mask, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
@@ -457,7 +459,13 @@ def _holds(mask: list[Any], weight: Any) -> bool:
     if not _fits(shape, weight.shape):
         return False
     try:
-        return not _dense(weight).masked_fill(unpack_bits(packed, shape).to(weight.device), 0).any()
+        keep = part_like(unpack_bits(packed, shape), weight)
+        dense = torch.atleast_1d(_dense(own_part(weight)))
+        keep = keep.to(dense.device).expand(dense.shape)
+        # a part at a time: a copy of a large weight is as large as the weight
+        rows = max(1, _AT_ONCE // max(1, math.prod(dense.shape[1:])))
+        parts = zip(dense.split(rows), keep.split(rows), strict=True)
+        return not any(part.masked_fill(stays, 0).any() for part, stays in parts)
     except (NotImplementedError, RuntimeError, TypeError):  # of a kind that does not say what it holds
         return False
 

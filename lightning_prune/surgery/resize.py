@@ -131,6 +131,6 @@ def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, T
 def _set_data(parameter: nn.Parameter, new: Tensor) -> None:
     parameter.grad = None
     # A change of dtype makes autograd forget the gradient accumulator that remembers the old shape.
-    other = torch.float64 if new.dtype != torch.float64 else torch.float32
+    other = torch.float16 if new.dtype != torch.float16 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = new.to(parameter.device)

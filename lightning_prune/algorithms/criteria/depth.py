@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_prune.model.devices import widened
+
 __all__ = ["block_influence", "first_order", "second_order"]
 
 
@@ -28,7 +30,7 @@ def block_influence(before: Tensor, after: Tensor) -> Tensor:
         eq. 1.
     """
     along = 1 if before.dim() > 3 else -1
-    x, y = before.double(), after.double()
+    x, y = widened(before), widened(after)
     return (1 - torch.cosine_similarity(x, y, dim=along)).mean().to(torch.promote_types(before.dtype, torch.float32))
 
 
@@ -46,7 +48,7 @@ def first_order(change: Tensor, gradients: Tensor) -> Tensor:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019 (arXiv:1906.10771), with a layer
         in place of a filter.
     """
-    product = change.double() * gradients.double()
+    product = widened(change) * widened(gradients)
     return product.flatten(1).sum(dim=1) if product.dim() > 1 else product
 
 

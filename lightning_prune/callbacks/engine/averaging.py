@@ -19,6 +19,7 @@ from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
 
 __all__ = [
     "averaged_copies", "cut_copies_", "keep_metadata_", "let_copies_follow", "refuse_order", "restart_averages_",
+    "with_metadata",
 ]  # fmt: skip
 
 
@@ -59,9 +60,14 @@ def keep_metadata_(checkpoint: dict[str, Any]) -> None:
     """Copy the pruning metadata of the model's state dict to the averaged weights in a checkpoint."""
     metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
     if metadata is not None:
-        averaged = OrderedDict(checkpoint["state_dict"])
-        averaged._metadata = metadata  # type: ignore[attr-defined]
-        checkpoint["state_dict"] = averaged
+        checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
+
+
+def with_metadata(state_dict: Mapping[str, Any], metadata: Any) -> OrderedDict[str, Any]:
+    """Return a copy of a state dict with metadata, which tell what its shapes cannot."""
+    copied = OrderedDict(state_dict)
+    copied._metadata = metadata  # type: ignore[attr-defined]
+    return copied
 
 
 def cut_copies_(trainer: Trainer, pl_module: LightningModule, cut: Cut) -> None:

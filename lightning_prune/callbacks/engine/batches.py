@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_prune.callbacks.engine.step import call_step, silent
 from lightning_prune.measure.gradients import Loss
+from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["losses_of", "training_batches"]
@@ -39,8 +40,7 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, count: int) -
     generators = [g for loader in pytree.tree_leaves(own) for g in _generators(loader)]
     states = [generator.get_state() for generator in generators]
     chance = random.getstate(), np.random.get_state()
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with generators_restored([pl_module.device]):
         torch.manual_seed(torch.initial_seed() + trainer.global_step)
         try:
             combined = CombinedLoader(own, loaders._mode)

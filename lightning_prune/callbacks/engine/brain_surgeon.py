@@ -22,7 +22,7 @@ class BrainSurgeon(WeightChoice):
         fits: How well each layer's outputs were kept.
     """
 
-    reads_batches = True
+    on_shards, reads_batches = True, True
 
     def __init__(self, asked: Asked, batches: int, recalibrate: int) -> None:
         self.asked = asked

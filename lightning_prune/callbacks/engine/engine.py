@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +16,13 @@ from lightning_prune.callbacks.engine.guard import companions, guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks.engine.run_log import RunLog
+from lightning_prune.callbacks.engine.sharding import (
+    is_model_parallel,
+    load_as_before_,
+    note_shapes_,
+    take_shapes_before_loading_,
+    whole_model,
+)
 from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.model.inference_mode import refuse_inference_tensors
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
@@ -70,6 +79,8 @@ class Engine:
         own.start_run(pl_module)
         recipe_of(pl_module)
         if own is self.members[0]:
+            if is_model_parallel(trainer):
+                take_shapes_before_loading_(run.where, trainer, pl_module)
             self.log.start_run()
             if stage == "fit":
                 callbacks = [*(member.callback for member in self.members), *guards(trainer)]
@@ -111,13 +122,14 @@ class Engine:
 
     def stop(self, own: Member, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as after a run that ended well, and report what was pruned until then."""
-        self.teardown(own, pl_module)
+        self.teardown(own, trainer, pl_module)
         if own.prepared and self._is_last(own):
             self.log.report_stop(self._run(own, trainer, pl_module), exception)
 
-    def teardown(self, own: Member, pl_module: LightningModule) -> None:
+    def teardown(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove every hook; a model that was cut goes on to say so in its state dicts."""
         own.strategy.release()
+        load_as_before_(trainer)
         if self.members[:1] == (own,):  # the others may have none: a run can end before all are set up
             self._remove_hooks()
         drop_unused_recipe_(pl_module)
@@ -143,9 +155,9 @@ class Engine:
             self._prepare(run, batch)
         if own.prepared:
             if not own.inputs_verified and clock.unfinished and own.strategy.reads_batches(pl_module):
-                next(
-                    inputs_of(pl_module, [batch], own.strategy.traces)
-                )  # refuses what does not run before steps are spent
+                with self._whole(run):
+                    # refuses what does not run before steps are spent
+                    next(inputs_of(pl_module, [batch], own.strategy.traces))
                 own.inputs_verified = True
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
                 self._advance(run)
@@ -167,7 +179,8 @@ class Engine:
         if own.changes:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
             own.clock.progress = 0.0
-        own.prepared = own.strategy.prepare(run, batch)
+        with self._whole(run):
+            own.prepared = own.strategy.prepare(run, batch)
         if own.prepared:
             self.log.warn_changes(run)
             own.asked_before = None
@@ -192,7 +205,8 @@ class Engine:
 
     def _prune(self, run: Run, progress: float) -> None:
         self.log.note_outdated(run.trainer)
-        run.own.strategy.prune_to(run, progress)
+        with self._whole(run):
+            run.own.strategy.prune_to(run, progress)
         clock = run.own.clock
         clock.progress, clock.moment = progress, (run.trainer.current_epoch, run.trainer.global_step)
         self.log.changed = True
@@ -231,8 +245,23 @@ class Engine:
     def save(self, own: Member, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint: shapes of averaged weights, and what all processes have gathered."""
         keep_metadata_(checkpoint)
+        if is_model_parallel(trainer):
+            note_shapes_(pl_module, checkpoint)
         state = checkpoint["callbacks"][own.callback.state_key]
         own.strategy.before_save(self._run(own, trainer, pl_module), state)
+
+    @contextmanager
+    def _whole(self, run: Run) -> Iterator[None]:
+        """Show the body a plain model, where FSDP2 has split it and the strategy must look at all of it."""
+        if not (is_model_parallel(run.trainer) and run.own.strategy.needs_whole_model):
+            yield
+            return
+        try:
+            with whole_model(run.where, run.trainer, run.module):
+                yield
+        finally:
+            for member in self.members:
+                member.strategy.after_split()
 
     def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
         return Run(trainer, pl_module, self.members, own, self.inputs)

@@ -120,7 +120,7 @@ class PruningCallback(AnyCallback, ABC):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove hooks."""
-        self.engine.teardown(self.member, pl_module)
+        self.engine.teardown(self.member, trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete the checkpoint."""

@@ -11,7 +11,9 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import whole
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.loading import Prunable
 
@@ -27,7 +29,10 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
     Raises:
         PruningError: Saying what to use instead.
     """
-    _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
+    if is_model_parallel(trainer):
+        refuse_unsplittable(where, trainer)
+    else:
+        _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
     _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
     _refuse_model_pruning(where, trainer, "cuts")
     if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
@@ -37,13 +42,20 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
         )
 
 
-def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
+def refuse_masks(where: str, trainer: Trainer, pl_module: LightningModule, on_shards: bool) -> None:
     """Refuse strategies and other callbacks beside which masks cannot hold.
+
+    Args:
+        where: The callback, for messages.
+        trainer: The Trainer.
+        pl_module: What it trains.
+        on_shards: Whether the callback can choose among weights that FSDP2 or tensor parallelism split.
 
     Raises:
         PruningError: Saying what to use instead.
     """
-    _refuse_shards(where, trainer, "on which no mask of the whole fits")
+    if not (on_shards and is_model_parallel(trainer)):
+        _refuse_shards(where, trainer, "on which no mask of the whole fits")
     _refuse_spawned(where, trainer, pl_module, "what is known of the masks ends with them")
     _refuse_model_pruning(where, trainer, "masks")
 
@@ -71,8 +83,10 @@ def refuse_not_finite(where: str, pl_module: LightningModule, names: Iterable[st
     """
     own = named_tensors(pl_module)
     for name in dict.fromkeys(names):
-        weight = own[name]
-        if isinstance(weight, nn.Parameter) and not weight.is_meta and not weight.isfinite().all():
+        if not isinstance(own[name], nn.Parameter) or own[name].is_meta:
+            continue
+        weight = whole(own[name])
+        if not weight.isfinite().all():
             count = int((~weight.isfinite()).sum())
             raise PruningError(
                 f"{where}: {count} of {weight.numel()} entries of {name} are NaN or infinite, so no choice among them "
@@ -212,8 +226,8 @@ def refuse_shared(mine: Callback, other: Callback, shared: Collection[str], part
 def _refuse_shards(where: str, trainer: Trainer, why: str, then: str = "") -> None:
     if trainer.strategy.restore_checkpoint_after_setup:
         raise PruningError(
-            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, {why}. Prune on one device or "
-            f"with strategy='ddp'{then}."
+            f"{where}: {type(trainer.strategy).__name__} splits parameters into shards, {why}. Move to FSDP2 "
+            f"(ModelParallelStrategy), or prune on one device or with strategy='ddp'{then}."
         )
 
 

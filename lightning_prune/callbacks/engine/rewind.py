@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import restore_, take_snapshot
 
@@ -47,7 +48,7 @@ def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, 
 
 def draw_anew_(pl_module: LightningModule, seed: int) -> None:
     """Draw the parameters of every module that has ``reset_parameters`` anew; the run's random numbers stay as are."""
-    with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
+    with generators_restored([pl_module.device]):
         torch.manual_seed(seed ^ zlib.crc32(b"draw anew"))
         for module in pl_module.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

@@ -37,6 +37,7 @@ class SmallestWeights(WeightChoice):
         self.pattern = pattern
         self.rewind_to = rewind_to
         self.control: Control | None = control
+        self.on_shards = rewind_to is None
         self._early: dict[str, Any] | None = None  # the run as it stood at rewind_to
         self._seed: int | None = None  # of the run that began, which one that resumes it may not have
 

@@ -116,6 +116,12 @@ class Strategy(RunEvents, ABC):
 
     # What a strategy may leave as it is
 
+    needs_whole_model: bool = True
+    """Whether it looks at a plain model where FSDP2 has split it."""
+
+    def after_split(self) -> None:
+        """Find the parameters anew, after the model was whole for a pruning step and split again."""
+
     def goal(self, run: Run) -> Goal | None:
         """Return what was asked and what is reached now, for the report."""
         return None

@@ -24,6 +24,7 @@ from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
@@ -98,6 +99,8 @@ class UnitRemoval(Strategy):
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no unit can be removed."""
         refuse_removal(run.where, run.trainer, run.module)
+        if is_model_parallel(run.trainer):
+            self._refuse_on_shards(run)
         refuse_step(run.where, self.arguments.trace, run.module)
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
@@ -232,6 +235,20 @@ class UnitRemoval(Strategy):
     def release(self) -> None:
         """Remove every hook from the model."""
         self.gathering.rest()
+
+    def _refuse_on_shards(self, run: Run) -> None:
+        """Refuse what is not seen where FSDP2 splits the model."""
+        if self.gathering.looks_at_training:
+            raise PruningError(
+                f"{run.where}: {self.gathering.looks_at_training} of training steps cannot be gathered from a model "
+                "that FSDP2 splits. Use a criterion of weights ('l1', 'l2', 'bn_scale') or one that reads batches at "
+                "the pruning step ('obs', 'obd', 'taylor_second_order', 'output_change')."
+            )
+        if len(run.strategies(UnitRemoval)) > 1:
+            raise PruningError(
+                f"{run.where}: one callback alone can remove units of a model that FSDP2 splits. Use one, with amounts "
+                "by pattern."
+            )
 
     def _refuse_overlap(self, run: Run, structure: Structure) -> None:
         own = self.arguments.claims(run.module, structure)

@@ -37,6 +37,8 @@ class MaskedWeights:
 class WeightChoice(RunEvents, ABC):
     """Base of the ways to choose which weights are masked, and of what else belongs to a pruning step."""
 
+    on_shards: bool = False
+    """Whether it can choose among weights that are split over processes."""
     reads_batches: bool = False
     """Whether the model will be run on training batches beside the training."""
 

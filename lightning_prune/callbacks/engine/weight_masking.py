@@ -23,6 +23,7 @@ from lightning_prune.callbacks.engine.refusals import (
     refuse_shared,
     refuse_unmaskable,
 )
+from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
@@ -71,7 +72,9 @@ class WeightMasking(Strategy):
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which masks cannot hold."""
-        refuse_masks(run.where, run.trainer, run.module)
+        refuse_masks(run.where, run.trainer, run.module, self.choice.on_shards)
+        if is_model_parallel(run.trainer) and self.needs_whole_model:
+            refuse_unsplittable(run.where, run.trainer)
         removing = [member for member in run.members if isinstance(member.strategy, UnitRemoval)]
         if self.arguments.pattern is not None and removing:
             raise PruningError(
@@ -80,6 +83,16 @@ class WeightMasking(Strategy):
                 "run before."
             )
         self.choice.refuse(run)
+
+    @property
+    def needs_whole_model(self) -> bool:  # type: ignore[override]
+        """Whether weights are chosen by what the model computes."""
+        return self.choice.reads_batches
+
+    def after_split(self) -> None:
+        """Hold the masks on the parameters that are there now."""
+        if self.in_run is not None:
+            self.in_run.masks.renew()
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether weights are chosen on training batches."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.model.devices import widest_float
 from lightning_prune.structure.rules.table import Call, Dims, tensors_among
 
 __all__ = ["tested"]
@@ -280,7 +281,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return bool((one == other).all())
     tolerance = 1e3 * torch.finfo(one.dtype).eps
     wide = torch.complex128 if one.is_complex() else torch.float64
-    one, other = one.to(wide), other.to(wide)
+    one, other = one.cpu().to(wide), other.cpu().to(wide)
     finite = one[one.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
     return torch.allclose(one, other, rtol=0.0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
@@ -304,7 +305,11 @@ def _random(
         return (torch.rand(tensor.shape, generator=random) < 0.5).to(tensor.device)
     dtype = torch.complex128 if tensor.is_complex() else torch.float64
     made = torch.empty(tensor.shape, dtype=dtype)
-    return fill(made, random).to(device=tensor.device, dtype=dtype if double else tensor.dtype)
+    if not double:
+        dtype = tensor.dtype
+    elif not tensor.is_complex():
+        dtype = widest_float(tensor.device)
+    return fill(made, random).to(dtype).to(tensor.device)
 
 
 def _normal(made: Tensor, random: torch.Generator) -> Tensor:

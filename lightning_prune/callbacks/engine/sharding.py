@@ -1,0 +1,228 @@
+"""Makes a model that FSDP2 has split whole for the length of a pruning step, and splits it again.
+
+The only file that uses private names of torch: none of its functions undoes ``fully_shard``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.callbacks.engine.averaging import with_metadata
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import as_sharded, is_sharded, settle_, whole
+from lightning_prune.surgery import RECIPE, checked, take_told_
+
+__all__ = [
+    "is_model_parallel", "load_as_before_", "note_shapes_", "refuse_unsplittable", "take_shapes_before_loading_",
+    "whole_model",
+]  # fmt: skip
+
+_LARGER = 2  # how much larger than the largest tensor of the model one of a checkpoint may be
+_METADATA = "meta.pt"  # where Lightning keeps what is no tensor of the model in a folder of shards
+
+
+def is_model_parallel(trainer: Trainer) -> bool:
+    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
+    return any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
+
+
+def refuse_unsplittable(where: str, trainer: Trainer) -> None:
+    """Refuse ways of splitting that cannot be undone for a pruning step.
+
+    Raises:
+        PruningError: For tensor parallelism, and where torch lacks what is needed.
+    """
+    if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
+        raise PruningError(
+            f"{where}: tensor parallelism splits channels over processes, from which no unit can be cut. Prune under "
+            "FSDP2 alone (tensor_parallel_size=1), or before the model is split."
+        )
+    try:
+        from torch.distributed._composable_state import _module_state_mapping  # noqa: F401
+        from torch.distributed.fsdp import FSDPModule  # noqa: F401
+    except ImportError as error:
+        raise PruningError(
+            f"{where}: torch {torch.__version__} does not have what undoes fully_shard ({error}). Prune under DDP, or "
+            "with a version that lightning_prune was tested with."
+        ) from error
+
+
+@contextmanager
+def whole_model(where: str, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Show the body a plain model and plain optimizer state, on every process; split both again behind it.
+
+    Every process holds the whole model, and its optimizer state, for the length of the body. Parameters are other
+    objects before and afterwards; their names, and what optimizers know of them, stay. Where nothing is split, the body
+    just runs.
+
+    Raises:
+        PruningError: If ``configure_model`` does not split a model that it split before.
+    """
+    settle_(pl_module)
+    split = {name for name, parameter in pl_module.named_parameters() if is_sharded(parameter)}
+    if not split:
+        yield
+        return
+    gathered = {name: _plain(parameter) for name, parameter in pl_module.named_parameters()}
+    _undo_fully_shard(pl_module)
+    _exchange_(pl_module, trainer.optimizers, gathered)
+    try:
+        yield
+    finally:
+        _split_again(where, trainer, pl_module, split)
+
+
+def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Add to a checkpoint the shapes and the recipe of a model that is split, and to its state dict the metadata."""
+    state_dict = pl_module.state_dict()
+    metadata = state_dict._metadata  # type: ignore[attr-defined]
+    told = {path: of[RECIPE] for path, of in metadata.items() if RECIPE in of}
+    shapes = {name: list(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
+    checkpoint[RECIPE] = {"shapes": shapes, "recipe": told}
+    checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
+
+
+def take_shapes_before_loading_(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Have the model take the shapes of any checkpoint before the strategy loads it into the shards."""
+    strategy: Any = trainer.strategy
+    if "load_checkpoint" in vars(strategy):
+        return
+    load = strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        told = _told_by(Path(strategy.broadcast(checkpoint_path)))
+        if told is not None:
+            with whole_model(where, trainer, pl_module):
+                _take_shapes(pl_module, told)
+        return load(checkpoint_path, *args, **kwargs)
+
+    strategy.load_checkpoint = load_checkpoint
+
+
+def load_as_before_(trainer: Trainer) -> None:
+    """Undo :func:`take_shapes_before_loading_`."""
+    vars(trainer.strategy).pop("load_checkpoint", None)
+
+
+def _told_by(path: Path) -> Mapping[str, Any] | None:
+    """Return the shapes and the recipe that a file, or a folder of shards, tells of; None if it is of no pruned run."""
+    file = path / _METADATA if path.is_dir() else path
+    if not file.is_file():
+        return None  # loading says so
+    found = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
+    return found.get(RECIPE) if isinstance(found, Mapping) else None
+
+
+def _take_shapes(pl_module: LightningModule, told: Mapping[str, Any]) -> None:
+    """Apply shapes and a recipe that a checkpoint tells of.
+
+    Raises:
+        PruningError: If they cannot be, or are not for this model.
+    """
+    own = pl_module.state_dict()
+    largest = max((value.numel() for value in own.values() if isinstance(value, Tensor)), default=1)
+    tensors = {}
+    for name, shape in told["shapes"].items():
+        if math.prod(shape) > largest * _LARGER:
+            raise PruningError(f"The checkpoint says that {name} is of shape {tuple(shape)}: it is damaged.")
+        # values come next, from the shards; here shapes alone count
+        tensors[name] = torch.empty(shape, dtype=torch.uint8)
+    take_told_(pl_module, tensors, checked(told["recipe"]))
+
+
+def _plain(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+
+
+def _undo_fully_shard(model: nn.Module) -> None:
+    """Turn every module back into its own class, without the hooks that gather and free its parameters."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(model.modules()):
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        for name in ("_pre_forward_hook_handle", "_post_forward_hook_handle"):
+            getattr(state, name).remove()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in filter(None, groups):
+            for handles in (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for handle in handles.values():
+                    handle.remove()
+            for parameter in group.fsdp_params:
+                parameter._post_load_hook_handle.remove()
+        module.__class__ = type(module).__bases__[1]  # behind FSDPModule
+        _module_state_mapping.pop(module, None)
+        for key in (STATE_KEY, REGISTRY_KEY):
+            vars(module).pop(key, None)
+
+
+def _exchange_(model: nn.Module, optimizers: Iterable[Optimizer], new: Mapping[str, nn.Parameter]) -> None:
+    """Put other parameters in place of the model's, under all names, and whole state in place of that of shards."""
+    by_id = {id(parameter): new[name] for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[leaf] = by_id[id(parameter)]
+    _hand_over(optimizers, by_id, lambda value, parameter: whole(value))
+
+
+def _hand_over(
+    optimizers: Iterable[Optimizer], by_id: Mapping[int, nn.Parameter], change: Callable[[Tensor, nn.Parameter], Tensor]
+) -> None:
+    """Hand optimizers other parameters, with the state of the old ones, changed on the way."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [by_id.get(id(parameter), parameter) for parameter in group["params"]]
+        state = dict(optimizer.state)
+        optimizer.state.clear()
+        for old, values in state.items():
+            parameter: Any = by_id.get(id(old), old)
+            optimizer.state[parameter] = {
+                name: change(value, parameter) if isinstance(value, Tensor) else value for name, value in values.items()
+            }
+
+
+def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, split: set[str]) -> None:
+    """Have the user's own code split the model, and give the optimizers what it made of their parameters.
+
+    Raises:
+        PruningError: If it does not split what it split before.
+    """
+    before = dict(pl_module.named_parameters())
+    with (
+        trainer.strategy.tensor_init_context(),
+        trainer.strategy.model_sharded_context(),
+        trainer.precision_plugin.module_init_context(),
+    ):
+        pl_module.configure_model()
+    after = dict(pl_module.named_parameters())
+    now = {name for name, parameter in after.items() if is_sharded(parameter)}
+    if now != split:
+        missing = ", ".join(sorted(split ^ now)[:3])
+        raise PruningError(
+            f"{where}: a pruning step calls configure_model of {type(pl_module).__name__} again, and {missing} is then "
+            "split otherwise than at first. Let it split the model whenever it is called, without a guard that returns "
+            "early, and build the model in __init__."
+        )
+    by_id = {id(before[name]): parameter for name, parameter in after.items()}
+
+    def to_shards(value: Tensor, parameter: nn.Parameter) -> Tensor:
+        alike = value.dim() > 0 and value.shape == parameter.shape and is_sharded(parameter)
+        return as_sharded(value, parameter) if alike else value
+
+    _hand_over(trainer.optimizers, by_id, to_shards)

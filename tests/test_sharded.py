@@ -1,0 +1,91 @@
+"""Single weights are pruned where FSDP2 or tensor parallelism split them, as they are in one process."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_prune import load_from_checkpoint
+from tests.sharded_runs import CASES, Lit, data, trainer
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What two processes saved of all runs."""
+    out = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    here |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    here |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.sharded_runs", out], env=here | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [process.communicate(timeout=500)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), said[0][-3000:] + said[1][-3000:]
+    return out
+
+
+def alone(case, **options):
+    """The same run in one process."""
+    module = Lit()
+    loader = DataLoader(data(), 32)
+    trainer(case, devices=1).fit(module, loader, loader, **options)
+    return module
+
+
+@pytest.mark.parametrize("name", [*(f"fsdp-{case}" for case in CASES if case != "taylor"), "tp-layer", "tp-global"])
+def test_same_weights_are_pruned_as_in_one_process(results, name):
+    """The same zeros, to the last one, and weights equal but for the order of sums."""
+    expected, found = alone(name.partition("-")[2]).state_dict(), torch.load(results / name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(value == 0, found[key] == 0), key
+        assert torch.allclose(value, found[key], atol=1e-4), key
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "slim-file", "slim-folder"])
+def test_a_resumed_run_ends_as_the_whole_one(results, kind):
+    """From a file of the whole and from a folder of shards."""
+    whole, resumed = torch.load(results / f"{kind}s"), torch.load(results / f"resumed-{kind}")
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+def test_one_process_goes_on_where_two_stopped(results):
+    """A file that two processes saved is resumed by one, with its masks."""
+    module = alone("global", ckpt_path=results / "file" / "epoch=1.ckpt")
+    whole = torch.load(results / "files")
+    for key, value in module.state_dict().items():
+        assert torch.equal(value == 0, whole[key] == 0), key
+        assert torch.allclose(value, whole[key], atol=1e-4), key
+
+
+def test_one_process_loads_what_two_have_cut(results):
+    """A file that two processes saved of a slim model is loaded by its class alone, and resumed by one."""
+    path = results / "slim-file" / "epoch=2.ckpt"
+    saved, whole = torch.load(path)["state_dict"], torch.load(results / "slim-files")
+    assert saved["net.0.weight"].shape == (22, 8)
+    for key, value in load_from_checkpoint(Lit, path).state_dict().items():
+        assert torch.equal(value, saved[key]), key
+    module = alone("filters", ckpt_path=path)
+    for key, value in module.state_dict().items():
+        assert torch.allclose(value, whole[key], atol=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("tp-filters", "tensor parallelism splits channels"), ("taylor", "Use a criterion of weights")]
+)
+def test_what_cannot_be_done_is_refused(results, name, told):
+    """Before training starts, with what to do instead."""
+    assert told in (results / name).read_text()
