@@ -135,14 +135,24 @@ class Accumulator:
         return scores
 
 
-class Weights(Accumulator):
+class _OfWeights(Accumulator):
+    """Base of what scores weights as they are; sums nothing."""
+
+    needs = ""
+
+    @contextmanager
+    def watch(self, model: nn.Module, structure: Structure) -> Iterator[None]:
+        """Remember the model; there is nothing to watch."""
+        self.model, self.structure = model, structure
+        yield
+
+
+class Weights(_OfWeights):
     """Scores units by the filters that make them, summed over the layers of the group.
 
     Args:
         score: From a weight ``(out, ...)`` to one score per filter ``(out,)``.
     """
-
-    needs = ""
 
     def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
         self.score = score
@@ -161,10 +171,8 @@ class Weights(Accumulator):
         return by_mean(scores)
 
 
-class NormScales(Accumulator):
+class NormScales(_OfWeights):
     """Scores units by the scales of the normalisations behind them, summed over the layers of the group."""
-
-    needs = ""
 
     def compute(self) -> Scores:
         """Score the scales as they are."""

@@ -185,16 +185,19 @@ def _of_the_kind(old: Any, new: Any) -> Any:
 @contextmanager
 def attributes_set(model: nn.Module, changes: Iterable[AttributeChange]) -> Iterator[None]:
     """Set attributes inside the block, and take that back afterwards."""
-    modules = [module for _, module in modules_of(model)]
+    changes = list(changes)
+    modules = [module for _, module in modules_of(model)] if changes else []
     before = [vars(module).copy() for module in modules]
     try:
         set_attributes_(model, changes)
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
-            for name in vars(module).keys() - own.keys():
-                del vars(module)[name]
-            vars(module).update(own)
+            now = vars(module)
+            if now.keys() != own.keys():
+                for name in now.keys() - own.keys():
+                    del now[name]
+            now.update(own)
 
 
 def held_number(module: nn.Module | None, name: str) -> Any:
