@@ -120,7 +120,7 @@ class Lockstep(Reference):
             raise
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Let both models run on the same tensors, their inputs."""
+        """Have both models run on the same tensors, their inputs."""
         for tensor in tensors:
             self._given[id(tensor)] = tensor, _Twin(None, True, self._run)
 
