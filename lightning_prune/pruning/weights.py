@@ -51,6 +51,7 @@ __all__ = [
     "WeightCriterion",
     "WeightScope",
     "check_weight_arguments",
+    "check_weight_criterion",
     "choose_weights",
     "count_unmasked",
     "prune_weights",
@@ -250,10 +251,13 @@ def weights_to_prune(
     return ToPrune({name: weights[name] for name in amounts}, amounts, stay, others)
 
 
-def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> Mapping[str, Scored]:
+def score_weights(
+    weights: Mapping[str, Weight], criterion: WeightCriterion, seed: int | None = None
+) -> Mapping[str, Scored]:
     """Score every entry of every weight; higher is kept longer.
 
-    Scores of a criterion that has a name are computed when they are looked at, and not held.
+    Scores of a criterion that has a name are computed when they are looked at, and not held. ``random`` draws by
+    ``seed``, by default that of torch.
 
     Raises:
         ValueError: If a function of the user's gives scores of another shape.
@@ -267,11 +271,11 @@ def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> 
                 "bits or more can be scored. Prune before weights are converted."
             )
     if isinstance(criterion, str):
-        score = _CRITERIA[criterion]
-        return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach())))
+        score, drawn = _CRITERIA[criterion], torch.initial_seed() if seed is None else seed
+        return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach()), drawn))
     found = {}
     for name, weight in weights.items():
-        scores = criterion(weight.parameter.detach())
+        scores = criterion(whole(weight.parameter.detach()))
         if scores.shape != weight.parameter.shape:
             raise ValueError(
                 f"criterion: {name} of shape {tuple(weight.parameter.shape)} got scores of shape "
@@ -367,10 +371,22 @@ def check_weight_arguments(
     if isinstance(amount, Mapping) and parameters is not None:
         raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
     check_choice(where, "scope", scope, get_args(WeightScope))
+    check_weight_criterion(where, criterion)
+
+
+def check_weight_criterion(where: str, criterion: WeightCriterion) -> None:
+    """Refuse a criterion that is neither a known name nor a function.
+
+    Raises:
+        ValueError: Naming those that are known.
+        TypeError: If it is something else.
+    """
     if isinstance(criterion, str) and criterion not in _CRITERIA:
         raise ValueError(
             f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, _CRITERIA))}, or pass a function."
         )
+    if not callable(criterion) and not isinstance(criterion, str):
+        raise TypeError(f"{where}(criterion={criterion!r}): pass the name of a criterion, or a function.")
 
 
 def _stays(size: int, amount: float) -> int:
@@ -383,7 +399,7 @@ def _random(name: str, weight: Tensor, seed: int) -> Tensor:
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-_CRITERIA: dict[str, Callable[[str, Tensor], Scored]] = {
-    "magnitude": lambda name, weight: Scored(weight, magnitude),
-    "random": lambda name, weight: Scored(_random(name, weight, torch.initial_seed())),
+_CRITERIA: dict[str, Callable[[str, Tensor, int], Scored]] = {
+    "magnitude": lambda name, weight, seed: Scored(weight, magnitude),
+    "random": lambda name, weight, seed: Scored(_random(name, weight, seed)),
 }
