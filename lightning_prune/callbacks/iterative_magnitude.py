@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.named_criterion import found_criterion
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.smallest_weights import Control, SmallestWeights
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.pruning.arguments import Parts
-from lightning_prune.pruning.weights import WeightCriterion, check_weight_criterion
+from lightning_prune.pruning.weights import WEIGHT_CRITERIA, WeightCriterion
 
 __all__ = ["IterativeMagnitudePruning"]
 
@@ -39,7 +40,7 @@ class IterativeMagnitudePruning(PruningCallback):
             pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
             dense. By default 0.5, or what ``pattern`` says.
         criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
-            longer. ``magnitude`` or ``random``, whose draws follow the seed of the run.
+            longer. ``magnitude``, ``random`` (drawn by the seed of the run), or the import path of a function.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
             pattern are of each layer under both.
         schedule: When how much of ``amount`` is pruned. By default everything before the first batch, as when a trained
@@ -92,8 +93,8 @@ class IterativeMagnitudePruning(PruningCallback):
         control: Literal["reinitialize", "shuffle"] | None = None,
     ) -> None:
         arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module, report)
-        check_weight_criterion(type(self).__name__, criterion)
-        choice = SmallestWeights(criterion, scope, pattern, rewind_to, control)
+        found = found_criterion(type(self).__name__, criterion, WEIGHT_CRITERIA)
+        choice = SmallestWeights(found, scope, pattern, rewind_to, control)
         schedule = OneShot() if schedule is None else schedule
         super().__init__(schedule, WeightMasking(arguments, choice))
         choice.check(type(self).__name__, schedule)

@@ -46,12 +46,12 @@ from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, carried_masks
 
 __all__ = [
+    "WEIGHT_CRITERIA",
     "ToPrune",
     "WeightCount",
     "WeightCriterion",
     "WeightScope",
     "check_weight_arguments",
-    "check_weight_criterion",
     "choose_weights",
     "count_unmasked",
     "prune_weights",
@@ -271,7 +271,7 @@ def score_weights(
                 "bits or more can be scored. Prune before weights are converted."
             )
     if isinstance(criterion, str):
-        score, drawn = _CRITERIA[criterion], torch.initial_seed() if seed is None else seed
+        score, drawn = WEIGHT_CRITERIA[criterion], torch.initial_seed() if seed is None else seed
         return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach()), drawn))
     found = {}
     for name, weight in weights.items():
@@ -371,22 +371,9 @@ def check_weight_arguments(
     if isinstance(amount, Mapping) and parameters is not None:
         raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
     check_choice(where, "scope", scope, get_args(WeightScope))
-    check_weight_criterion(where, criterion)
-
-
-def check_weight_criterion(where: str, criterion: WeightCriterion) -> None:
-    """Refuse a criterion that is neither a known name nor a function.
-
-    Raises:
-        ValueError: Naming those that are known.
-        TypeError: If it is something else.
-    """
-    if isinstance(criterion, str) and criterion not in _CRITERIA:
-        raise ValueError(
-            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, _CRITERIA))}, or pass a function."
-        )
-    if not callable(criterion) and not isinstance(criterion, str):
-        raise TypeError(f"{where}(criterion={criterion!r}): pass the name of a criterion, or a function.")
+    if isinstance(criterion, str) and criterion not in WEIGHT_CRITERIA:
+        known = ", ".join(map(repr, WEIGHT_CRITERIA))
+        raise ValueError(f"{where}(criterion={criterion!r}): choose one of {known}, or pass a function.")
 
 
 def _stays(size: int, amount: float) -> int:
@@ -399,7 +386,7 @@ def _random(name: str, weight: Tensor, seed: int) -> Tensor:
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-_CRITERIA: dict[str, Callable[[str, Tensor, int], Scored]] = {
+WEIGHT_CRITERIA: dict[str, Callable[[str, Tensor, int], Scored]] = {
     "magnitude": lambda name, weight, seed: Scored(weight, magnitude),
     "random": lambda name, weight, seed: Scored(_random(name, weight, seed)),
 }
