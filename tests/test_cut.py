@@ -326,6 +326,28 @@ def test_identity_names_and_modes_survive(name):
     assert all(torch.equal(parameter.grad, parameter) for parameter in model.parameters())  # cut alike
 
 
+@pytest.mark.parametrize(
+    "conv, last, shape",
+    [
+        (nn.Conv2d, torch.channels_last, (1, 3, 8, 8)),
+        (nn.Conv3d, torch.channels_last_3d, (1, 3, 4, 8, 8)),
+    ],
+)
+def test_weights_in_channels_last_stay_so(conv, last, shape):
+    """Weights and momentum keep their memory format, ``channels_last`` or contiguous."""
+    for memory_format in (last, torch.contiguous_format):
+        model = nn.Sequential(conv(3, 8, 3, padding=1), conv(8, 6, 3, padding=1)).to(memory_format=memory_format)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model(torch.randn(shape)).sum().backward()
+        optimizer.step()
+        prune_filters(model, torch.randn(shape), 0.5, optimizer=optimizer, progress=False)
+        assert model[1].weight.shape[1] == 4
+        for module in model:
+            assert module.weight.is_contiguous(memory_format=memory_format)
+            momentum = optimizer.state[module.weight]["momentum_buffer"]
+            assert momentum.is_contiguous(memory_format=memory_format)
+
+
 def test_tied_weights_stay_tied():
     """A weight used in two layers is one Parameter afterwards too, cut on both sides at once."""
     model, inputs = built("Tied")

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.model.calls import ExampleInputs, as_call, called, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.structure.rules import is_pointwise
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore scripts a function as it is imported; torch calls that deprecated.
@@ -379,7 +380,7 @@ def may_multiply(kind: str) -> bool:
     returns = [value for overload in overloads for value in overload._schema.returns]
     return not (
         operator.__name__ in _FREE
-        or any(torch.Tag.pointwise in overload.tags for overload in overloads)
+        or any(is_pointwise(overload) for overload in overloads)
         or any(value.alias_info is not None and not value.alias_info.is_write for value in returns)  # A view.
         or not any("Tensor" in str(value.type) for value in returns)
     )

@@ -76,7 +76,10 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 def _devices_in_use() -> set[torch.device]:
     """Return the devices of this machine's accelerator, if anything runs on it."""
-    accelerator = torch.accelerator.current_accelerator()
+    try:
+        accelerator = torch.accelerator.current_accelerator()
+    except RuntimeError:  # so says torch 2.6 that there is none
+        return set()
     if accelerator is None or accelerator.type == "mps":
         return set()
     module: Any = torch.get_device_module(accelerator)

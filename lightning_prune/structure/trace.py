@@ -21,6 +21,7 @@ from lightning_prune.model.errors import PruningError, failures_suppressed, rera
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.decisions import EXPLORED, Ways
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Pass, Ran
+from lightning_prune.structure.rules import is_pointwise
 from lightning_prune.structure.siblings import follow_siblings
 from lightning_prune.structure.solve_ints import add_unknowns_
 from lightning_prune.structure.tensor_names import named_tensors
@@ -180,7 +181,7 @@ def _only_perturbs(func: Any) -> bool:
     """Return whether an operator makes random numbers, or works element by element."""
     aten = torch.ops.aten
     blank = func.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty)
-    return blank or torch.Tag.nondeterministic_seeded in func.tags or torch.Tag.pointwise in func.tags
+    return blank or torch.Tag.nondeterministic_seeded in func.tags or is_pointwise(func)
 
 
 def _run_pass(

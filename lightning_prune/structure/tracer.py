@@ -23,7 +23,7 @@ from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
 from lightning_prune.structure.fused_cells import CellsInSteps
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
-from lightning_prune.structure.rules import Call, Rule, pointwise_rule, rule_for, tensors_among, tested
+from lightning_prune.structure.rules import Call, Rule, is_pointwise, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
 from lightning_prune.structure.rules.movement import repeat
 from lightning_prune.structure.rules.views import expand
@@ -238,7 +238,7 @@ class _LabelMode(Watch):
         ruled = labelled or (known.rule in _STRETCHING and self.arguments and out.numel())
         if ruled or known.cost is not None:
             call = Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
-        if labelled and torch.Tag.pointwise in func.tags and self._takes_number():
+        if labelled and is_pointwise(func) and self._takes_number():
             ledger.note_real()
         if ruled:
             ledger.running = (path, func)
@@ -304,7 +304,7 @@ class _LabelMode(Watch):
                 self.ledger.pin(own, "reaches a tensor that was empty on the example inputs")
 
     def _learnt(self, func: Any) -> _Known:
-        rule = rule_for(func) or (pointwise_rule if torch.Tag.pointwise in func.tags else tested)
+        rule = rule_for(func) or (pointwise_rule if is_pointwise(func) else tested)
         draws = torch.Tag.nondeterministic_seeded in func.tags
         known = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws)
         self._known[id(func)] = known

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_prune.structure.decisions import impose_
 from lightning_prune.structure.labels import Ran
-from lightning_prune.structure.rules import reduces, tensors_among
+from lightning_prune.structure.rules import is_pointwise, reduces, tensors_among
 from lightning_prune.structure.shape_only import writes
 from lightning_prune.structure.tracer import Watch, aliases, plain
 from lightning_prune.surgery.expected_outputs import Course, Left, Lefts, OtherOperatorsError
@@ -39,7 +39,7 @@ _FILLS = frozenset({
 _DRAWS = {_aten.rand: "uniform_", _aten.rand_like: "uniform_", _aten.randn: "normal_", _aten.randn_like: "normal_"}
 _SCALED = frozenset({_aten.mul, _aten.mul_, _aten.div, _aten.div_})
 _COUNTING = frozenset({
-    _aten.native_group_norm, _aten.native_layer_norm, _aten._fused_rms_norm, _aten.convolution
+    _aten.native_group_norm, _aten.native_layer_norm, _aten.convolution, getattr(_aten, "_fused_rms_norm", None)
 })  # fmt: skip
 _FIRST_SEED = 0x5EED_0F_7E57_0000
 _PRODUCTS = frozenset({_aten.convolution, _aten.mm, _aten.addmm, _aten.bmm})
@@ -67,7 +67,7 @@ def _facts(func: Any) -> Facts:
         packet,
         draws=torch.Tag.nondeterministic_seeded in func.tags,
         reduces=reduces(func),
-        pointwise=torch.Tag.pointwise in func.tags,
+        pointwise=is_pointwise(func),
         shows_only=aliases(func) and not func._schema.is_mutable,
         writes=writes(func),
         unwritten=packet in _UNWRITTEN,

@@ -21,10 +21,21 @@ Kept = dict[str, dict[int, Tensor]]
 
 @torch.no_grad()
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """Return a copy of the tensor with only the kept indices of each dimension."""
+    """Return a copy of the tensor with only the kept indices of each dimension, channels last in memory if it was."""
+    memory_format = _memory_format(tensor)
     for dim, indices in sorted(kept.items()):  # whole rows first: they lie together
         tensor = tensor.index_select(dim, indices.to(tensor.device))
+    if tensor.layout == torch.strided:
+        tensor = tensor.contiguous(memory_format=memory_format)
     return tensor.detach()
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return ``channels_last`` or ``channels_last_3d`` for a tensor that is only contiguous so."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is None or tensor.layout != torch.strided or tensor.is_contiguous():
+        return torch.contiguous_format
+    return last if tensor.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 # Decorators rather than blocks: Ctrl-C on the last line of a block leaves torch without gradients.
@@ -122,9 +133,7 @@ def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, T
                 f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter "
                 f"of shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
             )
-        slim[key] = narrowed(
-            value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1}
-        ).contiguous()
+        slim[key] = narrowed(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1})
     return slim
 
 

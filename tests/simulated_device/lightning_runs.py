@@ -75,7 +75,7 @@ def _choices(kind: type, argument: str) -> tuple[Any, ...]:
 
 def trainer(device: str, *others: pl.Callback, **arguments: Any) -> pl.Trainer:
     """A silent trainer on a device."""
-    chosen = "cpu" if device == "cpu" else Accelerator()
+    chosen = Accelerator() if device == DEVICE else device
     return runs.trainer(*others, **{"accelerator": chosen, "max_epochs": 2, **arguments})
 
 
@@ -89,8 +89,8 @@ def _made(kind: type, **arguments: Any) -> list[pl.Callback]:
 
 def _fitted(kind: type, device: str, precision: bool = False, **arguments: Any) -> Any:
     """Train two epochs, and say what became of the model and of what was logged."""
-    plugins = [MixedPrecision("bf16-mixed", DEVICE)] if precision and device != "cpu" else []
-    how = {"precision": "bf16-mixed"} if precision and device == "cpu" else {}
+    plugins = [MixedPrecision("bf16-mixed", DEVICE)] if precision and device == DEVICE else []
+    how = {"precision": "bf16-mixed"} if precision and device != DEVICE else {}
     module = runs.net(Net)
     needed = _made(kind, **arguments)
     saves = any(isinstance(callback, ModelCheckpoint) for callback in needed)
@@ -143,8 +143,8 @@ def _printed(command: str, device: str) -> Any:
         torch.manual_seed(1)
         made.fit(runs.net(Net), datamodule=Data())
         made.save_checkpoint("last.ckpt")
-        where: Any = "cpu"
-        if device != "cpu":
+        where: Any = device
+        if device == DEVICE:
             where = {"class_path": f"{Accelerator.__module__}.{Accelerator.__name__}"}
         names = {"model": {"class_path": f"{Net.__module__}.Net"}, "data": {"class_path": f"{Data.__module__}.Data"}}
         Path("run.yaml").write_text(yaml.safe_dump({"trainer": {"accelerator": where}, **names}))

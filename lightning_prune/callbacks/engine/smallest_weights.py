@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.averaging import restart_averages_
+from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.guard import guards
-from lightning_prune.callbacks.engine.refusals import steps_in_epoch
+from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.strategy import Run
@@ -64,10 +65,10 @@ class SmallestWeights(WeightChoice):
             raise ValueError(f"{where}(control={control!r}): choose 'reinitialize', 'shuffle' or None.")
         if control is not None and steps is None:
             raise ValueError(f"{where}(control={control!r}): controls are for runs that rewind. Give rewind_to, too.")
-        if steps is not None and schedule.by == "steps" and _first_step(schedule) < steps:
+        if steps is not None and schedule.by == "steps" and first_moment(schedule) < steps:
             raise ValueError(
                 f"{where}(schedule={schedule!r}, rewind_to={steps}): the first cut, at step "
-                f"{_first_step(schedule)}, comes before the step that it rewinds to. Rewind to an earlier one."
+                f"{first_moment(schedule)}, comes before the step that it rewinds to. Rewind to an earlier one."
             )
 
     def refuse(self, run: Run) -> None:
@@ -99,13 +100,8 @@ class SmallestWeights(WeightChoice):
                 f"{run.where}(rewind_to={self.rewind_to}): training starts at step "
                 f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step to come."
             )
-        first = _first_step(schedule)
-        each = steps_in_epoch(trainer)
-        if schedule.by == "epochs" and each is None:
-            each = self.rewind_to  # unknown: whether there is something to go back to shows at the pruning step
-        if schedule.by == "epochs" and each is not None:
-            first *= each
-        if first < self.rewind_to:
+        first = first_pruning_step(schedule, trainer)
+        if first is not None and first < self.rewind_to:  # else it shows at the pruning step
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}): the first cut of {schedule}, at step "
                 f"{first}, comes before. Rewind to an earlier step, or let it come later."
@@ -163,11 +159,6 @@ class SmallestWeights(WeightChoice):
     def _known_seed(self) -> int:
         assert self._seed is not None  # set when training begins
         return self._seed
-
-
-def _first_step(schedule: Schedule) -> int:
-    """Return the moment before which the first pruning step falls."""
-    return next(moment for moment in range(schedule.last + 1) if schedule.progress(moment) > 0)
 
 
 def _with_a_schedule(trainer: Trainer) -> list[Callback]:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
-__all__ = ["pointwise"]
+__all__ = ["is_pointwise", "pointwise"]
+
+_aten = torch.ops.aten
+_UNTAGGED = frozenset({
+    _aten.celu_, _aten.elu_, _aten.hardsigmoid_, _aten.hardtanh_, _aten.ldexp, _aten.leaky_relu, _aten.leaky_relu_,
+    _aten.selu_,
+})  # fmt: skip
+"""Element-wise operators that torch 2.6 does not tag so."""
+
+
+def is_pointwise(func: Any) -> bool:
+    """Return whether an operator is known to be element-wise."""
+    return torch.Tag.pointwise in func.tags or func.overloadpacket in _UNTAGGED
 
 
 @coupling_rule(
