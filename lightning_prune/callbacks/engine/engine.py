@@ -209,7 +209,7 @@ class Engine:
             self.log.changed = True
 
     def _prune(self, run: Run, progress: float) -> None:
-        self.log.note_outdated(run.trainer)
+        self.log.start_step(run)
         with self._whole(run):
             run.own.strategy.prune_to(run, progress)
         clock = run.own.clock

@@ -1,4 +1,4 @@
-"""Chooses the weights that are smallest in absolute value, and rewinds the run after each round if asked to."""
+"""Chooses the weights with the lowest scores, and rewinds the run after each round if asked to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
 from lightning_prune.pruning.arguments import Amount
-from lightning_prune.pruning.weights import WeightScope, choose_weights, score_weights, shuffled
+from lightning_prune.pruning.weights import WeightCriterion, WeightScope, choose_weights, score_weights, shuffled
 
 __all__ = ["Control", "SmallestWeights"]
 
@@ -36,7 +36,15 @@ Control = Literal["reinitialize", "shuffle"]
 class SmallestWeights(WeightChoice):
     """The choice of :class:`~lightning_prune.IterativeMagnitudePruning`, which documents the arguments."""
 
-    def __init__(self, scope: WeightScope, pattern: str | None, rewind_to: int | None, control: Control | None) -> None:
+    def __init__(
+        self,
+        criterion: WeightCriterion,
+        scope: WeightScope,
+        pattern: str | None,
+        rewind_to: int | None,
+        control: Control | None,
+    ) -> None:
+        self.criterion = criterion
         self.scope: WeightScope = scope
         self.pattern = pattern
         self.rewind_to = rewind_to
@@ -101,7 +109,7 @@ class SmallestWeights(WeightChoice):
         self.after_batch(run)
 
     def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
-        """Return what is kept when the smallest are masked; what was masked stays so."""
+        """Return what is kept when those with the lowest scores are masked; what was masked stays so."""
         if self.rewind_to is not None and self._early is None:
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}): the first pruning step of {run.own.clock.schedule} comes "
@@ -109,7 +117,7 @@ class SmallestWeights(WeightChoice):
                 "an earlier step, or start the schedule later."
             )
         weights = own.to_prune.weights
-        scores = score_weights(weights, "magnitude")
+        scores = score_weights(weights, self.criterion, self._known_seed)
         keep = choose_weights(weights, scores, own.masks.keep, due, self.scope, self.pattern)
         return shuffled(keep, self._known_seed) if self.control == "shuffle" and progress >= 1.0 else keep
 
