@@ -13,6 +13,7 @@ The predictions before and after must be equal.
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -618,11 +619,20 @@ def environment(client: str, folder: Path) -> Path:
         text=True,
     ).stdout.strip()  # fmt: skip
     (Path(site) / "packages_of_caller.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    # A client may not bring another torch, which would be the one that is imported.
+    torch, kept = _release_of("torch"), home / "constraints.txt"
+    kept.write_text(f"torch=={torch}\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(kept)]
     if CLIENTS[client].torchvision:
-        subprocess.run([*pip, "--no-deps", "torchvision"], check=True)
+        minor = int(torch.split(".")[1]) + 15  # torch 2.0 goes with torchvision 0.15, and so on
+        subprocess.run([*pip, "--no-deps", f"torchvision==0.{minor}.*"], check=True)
     subprocess.run([*pip, *CLIENTS[client].packages], check=True)
     return python
+
+
+def _release_of(package: str) -> str:
+    """Return the version of a package that is installed here, without the kind of its build."""
+    return importlib.metadata.version(package).partition("+")[0]
 
 
 def run_client(client: str, names: list[str], environments: Path) -> dict[str, Any]:

@@ -3,11 +3,12 @@
     python -m benchmarks.structure                      # needs torchvision and torch-pruning
     python -m benchmarks.structure --models resnet50    # some of them
 
-Writes what it prints into ``structure.json`` beside this file. Ours is the whole call, and its steps are timed on
-another copy of the network; torch-pruning's is building its dependency graph and pruning once. A count of the FLOPs by
-fvcore, which no call needs, is timed by itself. Seconds are of this process's CPU, so that other work on the machine
-counts less. Memory is the highest resident one, less what
-the process held before the network was there, in shares of what the network and one forward pass of it hold.
+Writes what it prints into ``structure.json`` beside this file. Ours is the whole call, FLOPs before and after included,
+and its steps are timed on another copy of the network; torch-pruning's is building its dependency graph and pruning
+once. A count of the FLOPs by fvcore, which no call needs, is timed by itself. Seconds are of this process's CPU, so
+that other work on the machine counts less. Exponents say how the seconds of chains grow with their depth. Memory is the
+highest resident one, less what the process held before the network was there, in shares of what the network and one
+forward pass of it hold; ``--no-memory`` leaves it out.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,13 +41,14 @@ from lightning_prune.measure.footprint import Footprint, measure
 from lightning_prune.pruning.budget import Budget, Dense, select_units
 from lightning_prune.pruning.filters import prune_filters
 from lightning_prune.pruning.scoring import score_units
-from lightning_prune.surgery import Disproof, cut_, draft, find_groups, verify
+from lightning_prune.structure import find_structure, trace
+from lightning_prune.surgery import Disproof, SlimValues, cut_, draft, verify
 
 RESULTS = Path(__file__).with_suffix(".json")
 MODELS = (
     "resnet18", "resnet50", "resnet152", "densenet121", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0",
     "regnet_y_400mf", "vgg16", "convnext_tiny", "vit_b_16", "swin_t", "transformer-12", "transformer-24",
-    "transformer-48", "mlp-200", "mlp-400", "conv-200", "conv-400",
+    "transformer-48", "mlp-200", "mlp-400", "mlp-800", "conv-200", "conv-400", "conv-800",
 )  # fmt: skip
 """Networks of torchvision, transformers of so many blocks, and chains of so many layers."""
 AMOUNT = 0.5
@@ -105,7 +107,7 @@ def steps(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Cut the model as ``prune_filters`` does and return the seconds of each step."""
     seconds: dict[str, float] = {}
     with timed(seconds, "groups"):
-        structure = find_groups(model, x)
+        structure = find_structure(trace(model, x))
     with timed(seconds, "plan"):
         widths = {name: group.width for name, group in structure.groups.items()}
         keep = select_units(
@@ -113,7 +115,7 @@ def steps(model: nn.Module, x: Tensor) -> dict[str, float]:
             dense=Dense(widths, Footprint(0, 0)), footprint=partial(measure, model, structure),
         )  # fmt: skip
         cut = draft(model, structure, keep)
-        tensors = cache(partial(cut.tensors, model))
+        tensors = SlimValues(cut, model)
     with timed(seconds, "proof"):
         found = verify(model, structure, cut, tensors)
     if isinstance(found, Disproof):
@@ -141,7 +143,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.process_time() - start
 
 
-def compare(name: str, repeats: int) -> dict[str, float]:
+def compare(name: str, repeats: int, with_memory: bool) -> dict[str, float]:
     """Time one network, ours and torch-pruning in turns, and return medians in seconds."""
     rows: list[dict[str, float]] = []
     for _ in range(repeats + 1):
@@ -159,7 +161,7 @@ def compare(name: str, repeats: int) -> dict[str, float]:
         row["torch-pruning"] = torch_pruning(other, x)
         rows.append(row)
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}  # the first one warms up
-    memory = {f"memory, {method}": in_a_process_of_its_own(name, method) for method in METHODS}
+    memory = {f"memory, {method}": in_a_process_of_its_own(name, method) for method in METHODS if with_memory}
     return medians | memory | {
         "ratio": statistics.median(row["ours"] / row["torch-pruning"] for row in rows[1:]),
         "params kept": sum(p.numel() for p in model.parameters()) / params,
@@ -212,8 +214,21 @@ def table(results: dict[str, dict[str, float]]) -> Table:
     for name, row in results.items():
         times = [f"{1e3 * row[key]:.0f}" for key in ("forward", "ours", "torch-pruning")]
         steps = [f"{1e3 * row[step]:.0f}" for step in STEPS]
-        held = [f"{row[f'memory, {method}']:.2f}" for method in METHODS]
+        held = [f"{row[key]:.2f}" if (key := f"memory, {method}") in row else "" for method in METHODS]
         found.add_row(name, *times, f"{row['ratio']:.2f}", *steps, f"{1e3 * row['flops']:.0f}", *held)
+    return found
+
+
+def exponents(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Fit how the seconds of a chain grow with its depth: the slope of their logarithms."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in ("mlp", "conv", "transformer"):
+        rows = {int(name.partition("-")[2]): row for name, row in results.items() if name.startswith(f"{kind}-")}
+        for method in METHODS if len(rows) > 1 else ():
+            depths = torch.tensor([float(depth) for depth in rows]).log()
+            seconds = torch.tensor([row[method] for row in rows.values()]).log()
+            centred = depths - depths.mean()
+            found.setdefault(kind, {})[method] = float((centred * seconds).sum() / centred.square().sum())
     return found
 
 
@@ -223,6 +238,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", nargs=2, metavar=("NAME", "METHOD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -233,10 +249,15 @@ def main() -> None:
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": arguments.threads}
     results: dict[str, dict[str, float]] = {}
     for name in arguments.models:
-        results[name] = compare(name, arguments.repeats)
-        told = about | {"repeats": arguments.repeats, "seconds": results}
+        results[name] = compare(name, arguments.repeats, not arguments.no_memory)
+        told = about | {"repeats": arguments.repeats, "seconds": results, "exponents": exponents(results)}
         arguments.out.write_text(json.dumps(told, indent=1) + "\n")
     Console(width=140).print(table(results))
+    print(f"median ratio: {statistics.median(row['ratio'] for row in results.values()):.2f}")
+    for kind, fitted in exponents(results).items():
+        print(
+            f"{kind}: seconds grow with depth to the power of", *[f"{power:.2f} ({by})" for by, power in fitted.items()]
+        )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def attention(
     elif extra == "rope complex" and head % 2 == 0:
         code.write(f"a = torch.arange(T, dtype=torch.float64)[:, None] / torch.arange(1, {head // 2} + 1)")
         code.write("a = torch.polar(torch.ones_like(a), a)")
-        code.write("q = torch.view_as_complex(q.double().reshape(*q.shape[:-1], -1, 2)) * a")
+        code.write("q = torch.view_as_complex(q.to(torch.float64, copy=True).reshape(*q.shape[:-1], -1, 2)) * a")
         code.write("q = torch.view_as_real(q).flatten(-2).to(x.dtype)")
     elif extra == "temperature":
         t = code.parameter("temperature", f"torch.ones({heads}, 1, 1)")

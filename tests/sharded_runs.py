@@ -88,17 +88,26 @@ CASES = {
     "second-order": partial(FilterPruning, 0.4, criterion="taylor_second_order", batches=2, schedule=OneShot(2)),
     "diagonal": partial(FilterPruning, 0.4, criterion="obd", batches=2, schedule=OneShot(2)),
     "guarded": partial(FilterL1Pruning, 0.5, schedule=OneShot(2)),
-    "taylor": TaylorFilterPruning,
-    "rewinding": partial(IterativeMagnitudePruning, 0.5, schedule=OneShot(2), rewind_to=0),
+    "taylor": partial(TaylorFilterPruning, 0.5, schedule=STEPS),
+    "two": lambda: (
+        TaylorFilterPruning({"net.0": 0.5}, schedule=OneShot(2)),
+        FilterL1Pruning({"net.4": 0.5}, schedule=OneShot(1)),
+    ),
+    "taylor-by-flops": partial(TaylorFilterPruning, 0.4, target="flops", scope="global", schedule=STEPS),
+    "taylor-activations": partial(TaylorFilterPruning, 0.5, form="activations", schedule=STEPS),
+    "activations": partial(FilterPruning, 0.5, criterion="activation_std", schedule=STEPS),
+    "rewinding": partial(IterativeMagnitudePruning, 0.7, schedule=STEPS, rewind_to=1),
+    "shuffled": partial(IterativeMagnitudePruning, 0.5, schedule=OneShot(2), rewind_to=0, control="shuffle"),
     "repaired": partial(FilterPruning, 0.4, criterion="obs", batches=2, schedule=OneShot(2)),
 }
 
 
-REFUSED = ("taylor", "rewinding")
+REFUSED = ("shuffled",)
 
 
 def trainer(case, folder=None, **options):
-    pruning = CASES[case]()
+    made = CASES[case]()
+    pruning = made if isinstance(made, tuple) else (made,)
     guard = [MetricGuard("epoch_score", drop=0.1, mode="max")] if case == "guarded" else []
     saving = [] if folder is None else [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)]
     clip = 0.1 if case == "clipped" else None
@@ -106,7 +115,7 @@ def trainer(case, folder=None, **options):
     return pl.Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
-        callbacks=[pruning, *guard, *saving],
+        callbacks=[*pruning, *guard, *saving],
         enable_checkpointing=folder is not None,
         gradient_clip_val=clip,
         **quiet,
@@ -145,8 +154,13 @@ if __name__ == "__main__":
         refused(case, case, "fsdp")
     run("tp-layer", "layer", "tp")
     run("tp-global", "global", "tp")
+    run("tp-rewinding", "rewinding", "tp")
+    run("rewinding-folders", "rewinding", "fsdp", out / "rewinding-folder", True)
+    run("resumed-rewinding-folder", "rewinding", "fsdp", ckpt_path=out / "rewinding-folder" / "epoch=1.ckpt")
     run("slim-files", "filters", "fsdp", out / "slim-file", False)
     run("slim-folders", "filters", "fsdp", out / "slim-folder", True)
+    run("taylor-files", "taylor", "fsdp", out / "taylor-file", False)
+    run("resumed-taylor-file", "taylor", "fsdp", ckpt_path=out / "taylor-file" / "epoch=1.ckpt")
     run("resumed-slim-file", "filters", "fsdp", ckpt_path=out / "slim-file" / "epoch=2.ckpt")
     run("resumed-slim-folder", "filters", "fsdp", folders=True, ckpt_path=out / "slim-folder" / "epoch=2.ckpt")
     run("files", "global", "fsdp", out / "file", False)

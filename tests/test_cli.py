@@ -76,6 +76,18 @@ def test_yaml_of_a_criterion_of_ones_own(tmp_path):
     assert widths(module) == {"first": 6, "second": 3, "hidden": 8}
 
 
+@pytest.mark.parametrize("criterion", ["random", "tests.test_cli.smallest_last"])
+def test_yaml_of_a_criterion_for_weights(criterion, tmp_path):
+    """A criterion of single weights is a name or an import path, too."""
+    callback = {"class_path": "IterativeMagnitudePruning", "init_args": {"amount": 0.5, "criterion": criterion}}
+    _, module = run("fit", "--config", str(configured(tmp_path, callback)))
+    assert int((module.hidden.weight == 0).sum()) == 30
+
+
+def smallest_last(weight):
+    return -weight.abs()
+
+
 def test_yaml_patterns(tmp_path):
     """Amounts and ignored layers may be patterns of module paths; several callbacks stand in a list."""
     (one, two), module = run(

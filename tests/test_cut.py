@@ -12,7 +12,7 @@ from torch import nn
 from lightning_prune import prune_filters
 from lightning_prune.measure.flops import count_flops
 from lightning_prune.model.calls import run, tensors_in
-from tests.architectures import EXACT, INPUTS, NORMS, Stage, architectures, build
+from tests.architectures import EXACT, INPUTS, NORMS, Shuffle, Stage, architectures, build
 from tests.models import IMAGE, NETS, ROWS, with_nan
 from tests.silencing import assert_equal_to_rounding, silenced
 
@@ -40,6 +40,16 @@ def test_removing_is_silencing(name, amount):
     """The slim network computes what the full one computes with nothing reading the channels that are gone."""
     model, inputs = built(name)
     assert_removing_is_silencing(model, inputs, amount, NETS[name].consumers)
+
+
+@pytest.mark.parametrize("amount", [0.25, 0.5])
+@pytest.mark.parametrize("channels, times", [(4, 2), (4, 4), (6, 2), (8, 2), (8, 4)])
+def test_removing_is_silencing_in_groups_behind_a_shuffle(channels, times, amount):
+    """Outputs of a grouped convolution read the inputs that they read before, whichever of both can leave alone."""
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(channels, times * channels, 3, groups=channels)
+    model = nn.Sequential(nn.Conv2d(3, channels, 3), Shuffle(2), grouped, nn.Conv2d(times * channels, 5, 1))
+    assert_removing_is_silencing(model.double().eval(), INPUTS, amount)
 
 
 @settings(deadline=None, max_examples=60)

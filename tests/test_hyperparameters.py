@@ -32,6 +32,19 @@ class Sized(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), self.hparams.lr)
 
 
+class Nested(Sized):
+    """Holds the number in a config of its own."""
+
+    def __init__(self, sizes=None, lr=0.1):
+        super().__init__(sizes["width"], lr)
+        self.save_hyperparameters()
+
+    def forward(self, x):
+        state = torch.zeros(x.shape[0], self.hparams.sizes["width"])
+        shift = F.interpolate(x[:, None], self.length)[:, 0, ::5].sum(-1, keepdim=True)
+        return self.head((self.hidden(x) + state).relu()) + shift
+
+
 PRUNE = {"l1": lambda: FilterL1Pruning(0.3), "taylor": lambda: TaylorFilterPruning(0.3)}
 
 
@@ -58,3 +71,20 @@ def test_a_checkpoint_builds_the_module_as_it_was_built(made, tmp_path):
     on.save_checkpoint(tmp_path / "second.ckpt")
     last = load_from_checkpoint(Sized, tmp_path / "second.ckpt", weights_only=False)
     assert torch.equal(last.eval()(x), resumed.eval()(x))
+
+
+@pytest.mark.parametrize("made", [Sized, lambda: Nested({"width": 16})], ids=["plain", "config"])
+def test_a_checkpoint_of_weights_alone_builds_the_module_as_it_was_built(made, tmp_path):
+    """Lightning lets no callback touch such a checkpoint, so its state dict carries the constructor's numbers."""
+    data = DataLoader(TensorDataset(torch.randn(32, 6), torch.randint(3, (32,))), 8)
+    module, x = made(), torch.randn(4, 6)
+    run = trainer(FilterL1Pruning(0.3), max_epochs=2)
+    run.fit(module, data)
+    path = tmp_path / "weights.ckpt"
+    run.save_checkpoint(path, weights_only=True)
+    assert "callbacks" not in torch.load(path, weights_only=True)
+    loaded = load_from_checkpoint(type(module), path)
+    assert loaded.length == 16 and loaded.hidden.out_features == 11
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    with slim_loading(), pytest.warns(UserWarning, match="width=11 instead of 16.*load_from_checkpoint"):
+        type(module).load_from_checkpoint(path)  # the class's own loader calls the constructor with what is there

@@ -1,5 +1,7 @@
 """Ways in which libraries of models write sizes and positions into their code: what is named there follows a cut."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,10 +33,58 @@ class PartedHeads(nn.Module):
         return self.out(x + self.proj(mixed.reshape(batch, tokens, width)))
 
 
+def silence_(model, kept, shared=()):
+    """Set to zero what a cut removes; the dimension of ``shared`` weights that all groups share stays."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for dim, indices in kept.get(name, {}).items():
+                gone = [index for index in range(parameter.shape[dim]) if index not in indices.tolist()]
+                if not (name in shared and dim == 1):
+                    parameter.index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0)
+
+
+class Mixed(nn.Module):
+    """Mixes tokens by a depthwise convolution behind heads that share their channels."""
+
+    def __init__(self, heads, width, per_channel, kernel):
+        super().__init__()
+        self.heads, self.width = heads, width
+        size = heads * width
+        self.value = nn.Linear(6, size)
+        self.mix = nn.Conv1d(size, size * per_channel, kernel, padding=kernel // 2, groups=size)
+        self.norm = nn.BatchNorm1d(size * per_channel)
+        self.out = nn.Linear(size * per_channel, 2)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        heads = self.value(x).reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+        mixed = heads @ (heads.transpose(-1, -2) @ heads)
+        mixed = mixed.transpose(-1, -2).reshape(batch, -1, tokens)
+        return self.out(torch.relu(self.norm(self.mix(mixed))).transpose(1, 2))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("per_channel", [1, 2])
+@pytest.mark.parametrize(("heads", "width", "amount"), [(3, 4, 0.25), (2, 6, 0.5), (5, 3, 1 / 3), (1, 8, 0.5)])
+def test_depthwise_convolutions_follow_the_channels_of_heads(heads, width, amount, per_channel, kernel):
+    """Whichever way heads shrink, each filter leaves with the channel that it reads."""
+    model = Mixed(heads, width, per_channel, kernel).double().eval()
+    full = copy.deepcopy(model)
+    report = prune_filters(model, SEQUENCE, amount)
+    assert model.value.out_features < heads * width
+    silence_(full, report.kept, shared=("mix.weight",))
+    other = torch.randn_like(SEQUENCE)
+    torch.testing.assert_close(model(other), full(other))
+
+
 def test_where_no_whole_head_can_leave_each_head_shrinks():
     """Parts of two and of three heads share no fraction, so every head, and the stream, loses a third of its width."""
     model = PartedHeads().double()
+    full = copy.deepcopy(model)
     report = prune_filters(model, SEQUENCE, 1 / 3)
+    silence_(full, report.kept, shared=("first.weight", "second.weight"))
+    other = torch.randn_like(SEQUENCE)
+    torch.testing.assert_close(model(other), full(other))
     assert (model.enter.out_features, model.value.out_features, model.heads) == (10, 10, 5)
     assert (model.parts, model.first.groups, model.second.groups) == ([4, 6], 4, 6)
     assert model(SEQUENCE).shape == (2, 5, 2) and {pin.tensor for pin in report.pinned} == {"out.weight"}

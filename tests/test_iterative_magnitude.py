@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import itertools
 import pickle
 
 import pytest
@@ -230,6 +231,7 @@ def test_gradients_are_masked_where_optimizers_look_further(kind, masked):
         {"amount": {"a.*": 0.5}, "scope": "layer", "ignore": ["c"], "mask_gradients": True},
         {"amount": 0.9, "schedule": Geometric(2, 8, 2), "parameters": ["a"], "rewind_to": 3, "control": "shuffle"},
         {"pattern": "2:4"},
+        {"criterion": "random"},
     ],
 )
 def test_repr_rebuilds(arguments):
@@ -312,6 +314,67 @@ def test_cuts_draw_no_random_numbers(control):
         fit(net(), *callbacks)
         ends.append(torch.get_rng_state())
     assert torch.equal(*ends)
+
+
+def squares(weight):
+    """Scores that have the order of magnitudes."""
+    return weight.square()
+
+
+def against_magnitude(weight):
+    return -weight.abs()
+
+
+def test_a_criterion_chooses():
+    """A function's scores decide: squares as magnitudes do, and their opposite leaves the smallest."""
+    found = {}
+    for criterion in ("magnitude", squares, against_magnitude):
+        module = net()
+        dense = module.first.weight.detach().abs()
+        fit(module, pruning(scope="layer", criterion=criterion, schedule=OneShot()), max_epochs=1)
+        found[criterion] = masks_on(module)["first.weight"]
+    assert torch.equal(found["magnitude"], found[squares])
+    kept = found[against_magnitude]
+    assert dense[kept].max() < dense[~kept].min() and int((~kept).sum()) == gone_of(0.8, 144)
+
+
+def test_random_weights_go_step_by_step():
+    """A random choice depends on the run's seed alone; what an earlier step chose stays chosen."""
+    found = []
+    for seed in (1, 1, 2):
+        module, steps = net(), []
+
+        class Masks(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx, steps=steps):
+                steps.append(masks_on(pl_module).get("second.weight"))
+
+        made = trainer(pruning(criterion="random", schedule=Linear(0, 2)), Masks())
+        torch.manual_seed(seed)
+        made.fit(module, batches())
+        assert all((late <= early).all() for early, late in itertools.pairwise(steps))
+        assert sum(zeros(module).values()) == gone_of(0.8)
+        found.append(steps[-1])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("criterion", ["size", "tests.magnitude.no_such", 3])
+def test_unknown_criteria_are_refused(criterion):
+    """A name that is none, or something else than a function, is refused when the callback is made."""
+    with pytest.raises(ValueError, match=rf"IterativeMagnitudePruning\(criterion={criterion!r}\)"):
+        IterativeMagnitudePruning(criterion=criterion)
+
+
+def test_a_line_for_each_step(caplog):
+    """Each pruning step says in one line what it pruned, by the numbers that are logged."""
+    with caplog.at_level("INFO"):
+        fit(net(), pruning(amount=0.8, schedule=Linear(1, 2)), max_epochs=4)
+    said = [record.message for record in caplog.records if "pruned, of" in record.message]
+    total = sum(p.numel() for p in net().parameters())
+    assert said == [
+        f"IterativeMagnitudePruning, before epoch {epoch}, step {4 * epoch}: {gone_of(share) / TOTAL:.1%} of the "
+        f"weights pruned, of 80.0% in the end; kept: {(total - gone_of(share)) / total:.1%} of the parameters unmasked."
+        for epoch, share in ((1, 0.4), (2, 0.8))
+    ]
 
 
 def test_much_that_was_not_considered_is_warned_of():

@@ -110,7 +110,7 @@ def test_latencies_that_are_missed_are_warned_of(reached, monkeypatch, clock):
     measured = iter([*itertools.repeat(0.5, 3), *itertools.repeat(1 - reached, 1000)])
     monkeypatch.setattr(plan, "latency_kept", lambda *_: next(measured))
     monkeypatch.setattr(plan, "select_units", lambda structure, *_, **options: halves(structure, options["latency"]))
-    with pytest.warns(UserWarning, match=f"prune_filters: asked for 50.0% of the latency, reached {reached:.1%}"):
+    with pytest.warns(UserWarning, match=f"prune_filters: asked to prune 50.0% of the latency, pruned {reached:.1%}"):
         report = prune_filters(Slow(clock), torch.ones(1, 4), 0.5, target="latency")
     assert report.reached == pytest.approx(reached)
 

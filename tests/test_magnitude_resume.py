@@ -39,6 +39,7 @@ KINDS = {
     "rounds": (Falling, {"schedule": Geometric(2, 4), "rewind_to": 5}, []),
     "shuffled": (Falling, {"schedule": Linear(1, 4), "rewind_to": 0, "control": "shuffle"}, []),
     "2:4": (WithAdam, {"amount": None, "pattern": "2:4", "schedule": Linear(1, 4, every=3)}, []),
+    "random": (Falling, {"schedule": Linear(1, 4), "criterion": "random"}, []),
     "ema": (Falling, {"schedule": Linear(1, 4)}, [lambda: EMAWeightAveraging(decay=0.9)]),
 }
 

@@ -42,7 +42,7 @@ def warned(call):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         result = call()
-    return result, [str(warning.message) for warning in found if "asked for" in str(warning.message)]
+    return result, [str(warning.message) for warning in found if "asked to prune" in str(warning.message)]
 
 
 @pytest.mark.parametrize("target", ["filters", "params", "flops"])
@@ -80,7 +80,7 @@ def test_less_than_asked_is_warned_of_once(arguments, reached, reason):
     report, told = warned(lambda: prune_filters(mlp(), X, **arguments, progress=False))
     assert report.reached == pytest.approx(reached)
     assert len(told) == 1
-    assert f"reached {reached:.1%}" in told[0]
+    assert f"pruned {reached:.1%}" in told[0]
     assert reason in told[0]
 
 

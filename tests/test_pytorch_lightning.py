@@ -127,6 +127,10 @@ def test_every_callback_in_either_package(package, name, tmp_path):
         settings = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     elif name == "DistillFromDense":
         callbacks = [kind(loss="mse"), lightning_prune.FilterL1Pruning(0.5)]
+    elif name == "LearningRateRewinding":
+        callbacks = [lightning_prune.FilterL1Pruning(0.5), kind()]
+        optimizer = model.configure_optimizers()
+        model.configure_optimizers = lambda: ([optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)])
     elif name == "LayerPruning":
         pytest.skip("the model here has no layer that can be left out; test_layer_pruning runs it")
     else:

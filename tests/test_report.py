@@ -377,7 +377,8 @@ def test_the_headline_sets_what_was_asked_against_what_was_reached(tmp_path, cap
     asked = (0.5 * sizes["first"] + 0.25 * sizes["second"]) / sum(sizes.values())
     zeros = sum(int((getattr(module, name).weight == 0).sum()) for name in sizes)
     assert weights.asked == pytest.approx(asked) and weights.reached == pytest.approx(zeros / sum(sizes.values()))
-    line = f"FilterL1Pruning: asked for 50.0% of the parameters, reached {units.reached:.1%}."
+    told = f"asked to prune 50.0% of the parameters, pruned {units.reached:.1%} ({1 - units.reached:.1%} kept)."
+    line = f"FilterL1Pruning: {told}"
     assert line in capsys.readouterr().out
     assert line in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
 

@@ -47,7 +47,12 @@ def alone(case, **options):
 
 @pytest.mark.parametrize(
     "name",
-    [*(f"fsdp-{case}" for case in CASES if case not in (*REFUSED, "by-outputs", "one-shot")), "tp-layer", "tp-global"],
+    [
+        *(f"fsdp-{case}" for case in CASES if case not in (*REFUSED, "by-outputs", "one-shot")),
+        "tp-layer",
+        "tp-global",
+        "tp-rewinding",
+    ],
 )
 def test_same_weights_are_pruned_as_in_one_process(results, name):
     """The same zeros, to the last one, and weights equal but for the order of sums."""
@@ -58,7 +63,7 @@ def test_same_weights_are_pruned_as_in_one_process(results, name):
         assert torch.allclose(value, found[key], atol=1e-4), key
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "slim-file", "slim-folder"])
+@pytest.mark.parametrize("kind", ["file", "folder", "slim-file", "slim-folder", "taylor-file", "rewinding-folder"])
 def test_a_resumed_run_ends_as_the_whole_one(results, kind):
     """From a file of the whole and from a folder of shards."""
     whole, resumed = torch.load(results / f"{kind}s"), torch.load(results / f"resumed-{kind}")
@@ -91,8 +96,7 @@ def test_one_process_loads_what_two_have_cut(results):
     ("name", "told"),
     [
         ("tp-filters", "tensor parallelism splits channels"),
-        ("taylor", "Use a criterion of weights"),
-        ("rewinding", "cannot be saved of a model that is split"),
+        ("shuffled", "Run controls under"),
     ],
 )
 def test_what_cannot_be_done_is_refused(results, name, told):

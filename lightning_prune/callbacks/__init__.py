@@ -5,6 +5,7 @@ from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
 from lightning_prune.callbacks.filter_pruning import FilterPruning
 from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
 from lightning_prune.callbacks.layer_pruning import LayerPruning
+from lightning_prune.callbacks.learning_rate_rewinding import LearningRateRewinding
 from lightning_prune.callbacks.metric_guard import MetricGuard
 from lightning_prune.callbacks.obs_one_shot import OBSOneShot
 from lightning_prune.callbacks.pruning_checkpoint import PruningCheckpoint
@@ -17,6 +18,7 @@ __all__ = [
     "FilterPruning",
     "IterativeMagnitudePruning",
     "LayerPruning",
+    "LearningRateRewinding",
     "MetricGuard",
     "OBSOneShot",
     "PruningCheckpoint",

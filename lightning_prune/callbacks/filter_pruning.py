@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from lightning_prune.algorithms.schedules import OneShot, Schedule
 from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathered_scores import gathering_for
+from lightning_prune.callbacks.engine.named_criterion import found_criterion
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.measure.products import find_products
@@ -20,7 +20,7 @@ from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.consumers import only_read
 from lightning_prune.pruning.report import Repair
-from lightning_prune.pruning.scoring import CRITERIA, Criterion
+from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterPruning"]
@@ -106,7 +106,7 @@ class FilterPruning(PruningCallback):
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
-        gathering = gathering_for(_found(criterion), batches)
+        gathering = gathering_for(found_criterion("FilterPruning", criterion, CRITERIA), batches)
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
@@ -142,28 +142,3 @@ class FilterPruning(PruningCallback):
 def _scored_by_consumers(pl_module: LightningModule, structure: Structure, inputs: ExampleInputs) -> Structure:
     """Return the structure without groups that no weight sums over."""
     return only_read(pl_module, structure, find_products(pl_module, inputs, run))
-
-
-def _found(criterion: str | Callable[[Tensor], Tensor]) -> Criterion:
-    """Look a criterion up by name or import path.
-
-    Raises:
-        ValueError: If there is no such name, or nothing to call under the path.
-    """
-    if not isinstance(criterion, str) or criterion in CRITERIA:
-        if callable(criterion) or isinstance(criterion, str):
-            return criterion
-        raise ValueError(f"FilterPruning(criterion={criterion!r}): pass a name, an import path or a function.")
-    try:
-        found = pkgutil.resolve_name(criterion) if "." in criterion else None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"FilterPruning(criterion={criterion!r}): it cannot be imported ({error}). Give the path of a function, "
-            "package.module.function, that can be imported where training starts."
-        ) from error
-    if not callable(found):
-        raise ValueError(
-            f"FilterPruning(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, the "
-            "import path of a function, or a function."
-        )
-    return found

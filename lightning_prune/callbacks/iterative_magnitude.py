@@ -1,4 +1,4 @@
-"""Prunes single weights by their size while a model trains, gradually, in rounds, or with rewinding."""
+"""Prunes single weights, by default by their size, while a model trains: gradually, in rounds, or with rewinding."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lightning_prune.algorithms.schedules import OneShot, Schedule
+from lightning_prune.callbacks.engine.named_criterion import found_criterion
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.smallest_weights import Control, SmallestWeights
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.pruning.arguments import Parts
+from lightning_prune.pruning.weights import WEIGHT_CRITERIA, WeightCriterion
 
 __all__ = ["IterativeMagnitudePruning"]
 
 
 class IterativeMagnitudePruning(PruningCallback):
     """Set the weights that are smallest in absolute value to zero while the model trains, and keep them there.
+
+    Other criteria than the absolute value can be named or passed.
 
     Sparsity is absolute: ``amount`` is what is zero in the end, of all weights there are. Nothing is wrapped or
     renamed: after each step of the optimizer the weights are multiplied by their masks, so that they are exactly zero
@@ -35,6 +39,8 @@ class IterativeMagnitudePruning(PruningCallback):
         amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
             pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
             dense. By default 0.5, or what ``pattern`` says.
+        criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
+            longer. ``magnitude``, ``random`` (drawn by the seed of the run), or the import path of a function.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
             pattern are of each layer under both.
         schedule: When how much of ``amount`` is pruned. By default everything before the first batch, as when a trained
@@ -74,6 +80,7 @@ class IterativeMagnitudePruning(PruningCallback):
         self,
         amount: float | dict[str, float] | None = None,
         *,
+        criterion: WeightCriterion = "magnitude",
         scope: Literal["layer", "global"] = "layer",
         schedule: Schedule | None = None,
         module: Parts = None,
@@ -86,9 +93,11 @@ class IterativeMagnitudePruning(PruningCallback):
         control: Literal["reinitialize", "shuffle"] | None = None,
     ) -> None:
         arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module, report)
-        choice = SmallestWeights(scope, pattern, rewind_to, control)
+        found = found_criterion(type(self).__name__, criterion, WEIGHT_CRITERIA)
+        choice = SmallestWeights(found, scope, pattern, rewind_to, control)
         schedule = OneShot() if schedule is None else schedule
         super().__init__(schedule, WeightMasking(arguments, choice))
         choice.check(type(self).__name__, schedule)
+        self.criterion = criterion
         self.rewind_to = rewind_to
         self.control: Control | None = control

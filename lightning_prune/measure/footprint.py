@@ -17,6 +17,7 @@ from lightning_prune.model.calls import ExampleInputs, modules_of
 from lightning_prune.structure import Keep, Structure, find_structure, trace
 from lightning_prune.structure.costs import COSTS
 from lightning_prune.structure.labels import Cost
+from lightning_prune.structure.tensor_names import named_parameters
 from lightning_prune.structure.width_ties import Without, left
 
 __all__ = ["WHOLE", "Footprint", "Part", "count", "count_traced", "measure", "saved_by_one_unit"]
@@ -37,12 +38,14 @@ class Part(NamedTuple):
 
     def holds(self, path: str) -> bool:
         """Return whether a module, parameter or buffer belongs to the part."""
+        if self is WHOLE:
+            return True
         above = {*_itself_and_above(path)}
         return not above.isdisjoint(self.inside) and above.isdisjoint(self.outside)
 
     def params(self, model: nn.Module) -> int:
         """Count the parameters of the part, shared ones once."""
-        return sum(parameter.numel() for name, parameter in model.named_parameters() if self.holds(name))
+        return sum(parameter.numel() for name, parameter in named_parameters(model).items() if self.holds(name))
 
     def flops(self, structure: Structure, keep: Keep) -> int:
         """Predict the multiply-adds that operators called in the part take once units have gone."""
@@ -136,11 +139,11 @@ def _itself_and_above(path: str) -> list[str]:
 
 def measure(model: nn.Module, structure: Structure, keep: Keep, part: Part = WHOLE) -> Footprint:
     """Predict what the model, or a part of it, costs once the units with ``keep == False`` have gone."""
-    alive = structure.alive(keep)
-    sizes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if part.holds(name)}
+    before = np.concatenate([[0], np.cumsum(structure.alive(keep))])  # how many atoms are kept before each
+    sizes = {name: list(parameter.shape) for name, parameter in named_parameters(model).items() if part.holds(name)}
     for slot in structure.ledger.slots:
         if slot.tensor in sizes:
-            sizes[slot.tensor][slot.dim] = int(alive[slot.start : slot.start + slot.size].sum())
+            sizes[slot.tensor][slot.dim] = int(before[slot.start + slot.size] - before[slot.start])
     return Footprint(sum(map(math.prod, sizes.values())), part.flops(structure, keep))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import gathered_names
 from lightning_prune.structure import Structure, named_tensors, trace
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 
@@ -120,6 +121,11 @@ class Seen:
     side: _Side
     added: Tensor | None  # a bias that is added behind the product
 
+    @property
+    def readable(self) -> bool:
+        """Whether :meth:`values` can be called now: FSDP2 frees weights from a forward pass to the backward pass."""
+        return not self.read.made or bool(self._saved(self.side.weight).untyped_storage().size())
+
     def values(self) -> Tensor:
         """Return what it read, or made, as ``(*lead, size)``, before or while a backward pass comes to it."""
         data = self._saved(self.side.data)
@@ -196,7 +202,7 @@ class Reads:
             groups that could have been differentiated and do not take part.
         """
         parameters = dict(self.model.named_parameters())
-        names = {id(parameter): name for name, parameter in parameters.items()}
+        names = {id(parameter): name for name, parameter in parameters.items()} | gathered_names(self.model)
         frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
         nodes = _nodes(roots)
         reached = {names[id(node.variable)] for node in nodes if node.name() == _LEAF and id(node.variable) in names}

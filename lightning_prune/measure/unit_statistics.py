@@ -15,6 +15,7 @@ from lightning_prune.measure.unit_reads import Place, Reads, Seen, find_reads
 from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.devices import widest_float
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import is_sharded, over_processes, own_part
 from lightning_prune.structure import Slot, Structure
 
 __all__ = [
@@ -245,16 +246,30 @@ def taylor_over_units(
         for slots in wanted.values():
             for slot in slots:
                 dims.setdefault(slot.tensor, set()).add(slot.dim)
-        sums = {}
-        for name, own in dims.items():
-            gradient = gradients[name]
-            assert gradient is not None
-            sums[name] = _product_sums(parameters[name], gradient, own)
+        sums = _sums_by_name(dims, parameters, gradients)
         for name, slots in wanted.items():
             total = _added(slots, structure.groups[name].width, lambda slot: sums[slot.tensor].get(slot.dim))
             if total is not None:
                 found[name] = total.square()
     return found
+
+
+def _sums_by_name(
+    dims: Mapping[str, set[int]], parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
+) -> dict[str, dict[int, Tensor]]:
+    """Sum weights times gradients for each index of the given dimensions, over all processes that hold a part."""
+    sums: dict[str, dict[int, Tensor]] = {}
+    for name, own in dims.items():
+        gradient = gradients[name]
+        assert gradient is not None
+        sums[name] = _product_sums(own_part(parameters[name]), own_part(gradient), own)
+    split = [(name, dim) for name, own in sums.items() for dim in own if is_sharded(parameters[name])]
+    if split:
+        parts = [sums[name][dim] for name, dim in split]
+        totals = over_processes(parts, [parameters[name] for name, _ in split], [dim for _, dim in split])
+        for (name, dim), total in zip(split, totals, strict=True):
+            sums[name][dim] = total
+    return sums
 
 
 class Contributions:

@@ -1,9 +1,11 @@
 """Calling a model on example inputs without side effects, and finding tensors in its inputs and outputs."""
 
 import dataclasses
+import gc
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +32,8 @@ __all__ = [
     "run",
     "same_draws",
     "tensors_in",
+    "uncollected",
+    "walked_once",
 ]
 
 
@@ -161,8 +165,43 @@ def refuse_shapeless(model: nn.Module) -> None:
                     )
 
 
+_walked: ContextVar[tuple[nn.Module, list[tuple[str, nn.Module]]] | None] = ContextVar("walked", default=None)
+"""A model whose modules stay what they are, and these."""
+
+
+@contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """Walk a model once for all calls of :func:`modules_of` in the body, in which its modules stay the same ones."""
+    token = _walked.set((model, _walk(model)))
+    try:
+        yield
+    finally:
+        _walked.reset(token)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Run the body without the cyclic garbage collector.
+
+    A trace makes many objects that all stay alive; a collection would walk through these, and through all else that
+    Python holds, several times.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return every module once, with its path: ``named_modules`` in a fraction of the time."""
+    walked = _walked.get()
+    return list(walked[1]) if walked is not None and walked[0] is model else _walk(model)
+
+
+def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     waiting = [("", model)]  # the next one comes last

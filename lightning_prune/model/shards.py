@@ -1,13 +1,22 @@
-"""Parameters that are split over processes: this process's part, and the whole; knows no strategy."""
+"""Parameters that are split over processes: this process's part, and the whole; knows no strategy.
+
+The only file that uses private names of torch: nothing public undoes ``fully_shard``, or says which parameter a tensor
+is that FSDP2 has gathered.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["as_sharded", "is_sharded", "own_part", "part_like", "settle_", "whole"]
+__all__ = [
+    "as_sharded", "gathered_names", "is_sharded", "missing_of_torch", "own_part", "over_processes", "part_like",
+    "settle_", "split_like", "undo_fully_shard_", "whole",
+]  # fmt: skip
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -50,8 +59,121 @@ def as_sharded(value: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(value.to(split.device), split.device_mesh, split.placements, src_data_rank=None)
 
 
+def split_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """Split a value that is whole, if it is of the shape of a tensor that is split; else return it."""
+    alike = value.dim() > 0 and value.shape == tensor.shape and is_sharded(tensor)
+    return as_sharded(value, tensor) if alike and not is_sharded(value) else value
+
+
 def settle_(model: nn.Module) -> None:
     """Free what FSDP2 has gathered, as it may after a validation, so that the parameters are the parts again."""
     for module in model.modules():
         if callable(reshard := getattr(module, "reshard", None)) and hasattr(module, "_get_fsdp_state"):
             reshard()
+
+
+def over_processes(sums: Sequence[Tensor], tensors: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Add up over processes what each has summed over its part of tensors, in one message for all.
+
+    Args:
+        sums: For each tensor, one number for each index of a dimension of this process's part.
+        tensors: What was summed over; of one that is not split, the sum stays as it is.
+        dims: The dimension that each sum was not taken over.
+
+    Returns:
+        One number for each index of that dimension of the whole tensor.
+    """
+    found = list(sums)
+    split = [place for place, tensor in enumerate(tensors) if is_sharded(tensor)]
+    meshes: dict[Any, list[int]] = {}
+    for place in split:
+        tensor: Any = tensors[place]
+        found[place] = _laid_out(sums[place], tensor, dims[place])
+        meshes.setdefault(tensor.device_mesh, []).append(place)
+    for mesh, places in meshes.items():
+        total = torch.cat([found[place] for place in places])
+        for dim in range(mesh.ndim):
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+        parts = total.split([len(found[place]) for place in places])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part
+    return found
+
+
+def _laid_out(rows: Tensor, tensor: Any, dim: int) -> Tensor:
+    """Put this process's numbers where they belong in those of the whole dimension; zeros where another has them."""
+    everywhere = rows.new_zeros(tensor.shape[dim])
+    own = torch.arange(tensor.shape[dim], device=rows.device)
+    mesh = tensor.device_mesh
+    for at, placement, size in zip(mesh.get_coordinate(), tensor.placements, mesh.shape, strict=True):
+        if placement.is_replicate() and at > 0:
+            return everywhere  # the first of those that hold the same counts it
+        if placement.is_shard(dim):
+            chunks = own.chunk(size)
+            own = chunks[at] if at < len(chunks) else own[:0]
+    return everywhere.index_copy(0, own, rows)
+
+
+def missing_of_torch() -> str:
+    """Return what this version of torch lacks to undo ``fully_shard``, or an empty string."""
+    try:
+        from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY  # noqa: F401
+        from torch.distributed._composable_state import _module_state_mapping  # noqa: F401
+        from torch.distributed.fsdp import FSDPModule  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def undo_fully_shard_(model: nn.Module) -> None:
+    """Turn every module back into its own class, without the hooks that gather and free its parameters."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for module in list(_fsdp_modules(model)):
+        state = module._get_fsdp_state()
+        for name in ("_pre_forward_hook_handle", "_post_forward_hook_handle"):
+            getattr(state, name).remove()
+        for group in _groups(state):
+            for handles in (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for handle in handles.values():
+                    handle.remove()
+            for parameter in group.fsdp_params:
+                parameter._post_load_hook_handle.remove()
+        module.__class__ = type(module).__bases__[1]  # behind FSDPModule
+        _module_state_mapping.pop(module, None)
+        for key in (STATE_KEY, REGISTRY_KEY):
+            vars(module).pop(key, None)
+
+
+def gathered_names(model: nn.Module) -> dict[int, str]:
+    """Return the names of the parameters that FSDP2 gathers for forward and backward passes, by ``id``.
+
+    These are other objects than the model's parameters between two passes, and what autograd graphs end in.
+    """
+    paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
+    names: dict[int, str] = {}
+    for module in _fsdp_modules(model):
+        for group in _groups(module._get_fsdp_state()):
+            for parameter in group.fsdp_params:
+                gathered = getattr(parameter, "_unsharded_param", None)  # None before the first pass
+                at = parameter._module_info
+                if gathered is not None and id(at.module) in paths:
+                    names[id(gathered)] = f"{paths[id(at.module)]}{at.param_name}"
+    return names
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:  # slow to import, and there if any such module is
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _groups(state: Any) -> Iterator[Any]:
+    """Yield the groups of parameters that FSDP2 gathers together; newer versions of torch allow several."""
+    yield from filter(None, getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group])

@@ -147,15 +147,20 @@ class WriteGuard(TorchDispatchMode):
 
 def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Yield the tensors that an operator may write to."""
-    written = _written.get(id(func))  # an operator is slow to hash
-    if written is None:
-        written = _written[id(func)] = _places(func)
-        _operators.append(func)
-    for index, name in written:
+    for index, name in places_written(func):
         value = args[index] if index < len(args) else kwargs.get(name)
         for tensor in value if isinstance(value, list | tuple) else (value,):
             if isinstance(tensor, Tensor):
                 yield tensor
+
+
+def places_written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return places and names of the arguments that an operator may write to."""
+    written = _written.get(id(func))  # an operator is slow to hash
+    if written is None:
+        written = _written[id(func)] = _places(func)
+        _operators.append(func)
+    return written
 
 
 def keep(tensor: Tensor) -> None:
@@ -170,7 +175,6 @@ _operators: list[Any] = []  # those operators, so that each ``id`` stays theirs
 
 
 def _places(func: Any) -> tuple[tuple[int, str], ...]:
-    """Return places and names of the arguments that an operator may write to."""
     schema = getattr(func, "_schema", None)
     found = []
     for index, argument in enumerate(schema.arguments if schema is not None else ()):

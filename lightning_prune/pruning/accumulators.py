@@ -135,14 +135,24 @@ class Accumulator:
         return scores
 
 
-class Weights(Accumulator):
+class _OfWeights(Accumulator):
+    """Base of what scores weights as they are; sums nothing."""
+
+    needs = ""
+
+    @contextmanager
+    def watch(self, model: nn.Module, structure: Structure) -> Iterator[None]:
+        """Remember the model; there is nothing to watch."""
+        self.model, self.structure = model, structure
+        yield
+
+
+class Weights(_OfWeights):
     """Scores units by the filters that make them, summed over the layers of the group.
 
     Args:
         score: From a weight ``(out, ...)`` to one score per filter ``(out,)``.
     """
-
-    needs = ""
 
     def __init__(self, score: Callable[[Tensor], Tensor]) -> None:
         self.score = score
@@ -161,10 +171,8 @@ class Weights(Accumulator):
         return by_mean(scores)
 
 
-class NormScales(Accumulator):
+class NormScales(_OfWeights):
     """Scores units by the scales of the normalisations behind them, summed over the layers of the group."""
-
-    needs = ""
 
     def compute(self) -> Scores:
         """Score the scales as they are."""
@@ -228,7 +236,10 @@ class Moments(Accumulator):
 
     def before_backward(self, value: Any) -> None:
         """Add the activations of a forward pass, which its graph holds."""
-        seen, hidden, absent = self.reads.seen_from(tensors_in(value))
+        found, hidden, absent = self.reads.seen_from(tensors_in(value))
+        seen = [operator for operator in found if operator.readable]
+        for operator in found:
+            hidden |= {place.group for place in operator.read.places if not operator.readable}
         totals: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
         for name, moments in moments_of(seen).items():
@@ -260,17 +271,14 @@ class TaylorOfWeights(Accumulator):
     looks_at = "gradients"
     adds_up = True
 
-    def begin(self, hooks: ExitStack) -> None:
-        """Look up the weights."""
-        self.parameters = dict(self.model.named_parameters())
-
     def before_step(self, gradients: Mapping[str, Tensor | None], elsewhere: Collection[str] = ()) -> None:
         """Add what gradients say; without any, a group that could have them is worth nothing to this loss."""
-        found = taylor_over_units(self.structure, self.parameters, gradients, elsewhere)
+        parameters = dict(self.model.named_parameters())  # FSDP2 makes them other objects
+        found = taylor_over_units(self.structure, parameters, gradients, elsewhere)
         self.means.update(found)
         missing = [group for name, group in self.structure.groups.items() if name not in found]
         if found and missing:
-            trained = {name for name in gradients if self.parameters[name].requires_grad}
+            trained = {name for name in gradients if parameters[name].requires_grad}
             absent = []
             for group in missing:
                 own = {slot.tensor for slot in group.slots}

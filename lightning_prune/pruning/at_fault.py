@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
 from itertools import chain
 
 from torch import nn
 
 from lightning_prune.structure import Keep, Structure
-from lightning_prune.surgery import Disproof, Proof, draft, verify
+from lightning_prune.surgery import Disproof, Proof, SlimValues, draft, verify
 from lightning_prune.surgery.expected_outputs import Lefts
 
 __all__ = ["groups_at_fault"]
@@ -37,7 +36,7 @@ def _culprits(model: nn.Module, structure: Structure, keep: Keep) -> dict[str, s
 
     def search(links: list[tuple[str, ...]], accepted: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         cut = draft(model, structure, {name: keep[name] for link in accepted + links for name in link})
-        failure = verify(model, structure, cut, cache(partial(cut.tensors, model)))
+        failure = verify(model, structure, cut, SlimValues(cut, model))
         if isinstance(failure, Proof):
             return links
         if len(links) == 1:

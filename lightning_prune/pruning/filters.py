@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
-from lightning_prune.model.calls import ExampleInputs, call_on
+from lightning_prune.model.calls import ExampleInputs, call_on, uncollected, walked_once
+from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
 from lightning_prune.pruning.arguments import (
@@ -38,14 +40,18 @@ from lightning_prune.pruning.arguments import (
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
 from lightning_prune.pruning.left_alone import left_alone, with_left_alone
-from lightning_prune.pruning.plan import plan_filters
+from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
 from lightning_prune.pruning.report import Report
 from lightning_prune.pruning.scoring import Criterion, adds_up, score_units
 from lightning_prune.pruning.uniform import with_one_width
-from lightning_prune.surgery import find_groups
+from lightning_prune.structure import Structure, find_structure, trace
+from lightning_prune.surgery import rehearsed
 
 __all__ = ["prune_filters"]
+
+_CHEAP = ("l1", "l2", "bn_scale")
+"""Criteria whose scores can be computed twice."""
 
 
 @changes_model
@@ -144,37 +150,55 @@ def prune_filters(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
     part = part_of(model, module)
-    structure = within_part(with_ignored(model, find_groups(model, example_inputs), ignore), part)
-    named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
-    structure = with_left_alone(structure, left_alone(model, named))
-    structure = with_one_width(model, structure) if uniform else structure
-    check_prunable(model, structure)
-    if repair or by_obs:
-        if batches is None:
-            raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
-        calibration = Calibration(list(ordinary(batches)), call_on if loss is None else partial(_outputs, loss))
-        batches = calibration.batches
-        products = find_products(model, batches[0], calibration.forward)
-    if by_obs:
-        structure = only_read(model, structure, products)
-        check_prunable(model, structure)
-        scores = score_by_readers(model, structure, products, calibration, damping, progress)
-    else:
-        with each(batches or (), "batches", progress and batches is not None) as seen:
-            scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
-    plan = plan_filters(
-        model,
-        example_inputs,
-        structure,
-        scores,
-        amount_by_group(model, structure, amount),
-        budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
-        adding_up=adds_up(criterion),
-        progress=progress,
-    )
-    if repair:
-        plan = repaired(plan, products, calibration, damping, progress)
-    report = plan.apply_(optimizers)
+    with walked_once(model), uncollected() if batches is None else nullcontext():
+        traced = find_structure(trace(model, example_inputs))
+        named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
+        alone = left_alone(model, named)
+        calibration = None
+        if repair or by_obs:
+            if batches is None:
+                raise ValueError(
+                    f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them."
+                )
+            calibration = Calibration(list(ordinary(batches)), call_on if loss is None else partial(_outputs, loss))
+            batches = calibration.batches
+
+        def planned(structure: Structure, refuse: bool) -> Plan:
+            structure = with_left_alone(within_part(with_ignored(model, structure, ignore), part), alone)
+            structure = with_one_width(model, structure) if uniform else structure
+            check_prunable(model, structure)
+            if calibration is not None:
+                products = find_products(model, calibration.batches[0], calibration.forward)
+            if by_obs and calibration is not None:
+                structure = only_read(model, structure, products)
+                check_prunable(model, structure)
+                scores = score_by_readers(model, structure, products, calibration, damping, progress)
+            else:
+                with each(batches or (), "batches", progress and batches is not None) as seen:
+                    scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
+            plan = plan_filters(
+                model,
+                example_inputs,
+                structure,
+                scores,
+                amount_by_group(model, structure, amount),
+                budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
+                adding_up=adds_up(criterion),
+                refuse=refuse,
+                progress=progress,
+            )
+            return (
+                plan if calibration is None or not repair else repaired(plan, products, calibration, damping, progress)
+            )
+
+        # Where scores cost little, whether every group can shrink is asked only if less can be cut than was asked.
+        plan = None
+        if batches is None and criterion in _CHEAP and target != "latency":
+            with suppress(PruningError):
+                plan = planned(traced, refuse=False)
+        if plan is None or plan.outcome.short:
+            plan = planned(rehearsed(model, example_inputs, traced), refuse=True)
+        report = plan.apply_(optimizers)
     plan.outcome.warn(where)
     if plan.never_ran:
         warnings.warn(f"{where}: {plan.never_ran}", stacklevel=3)  # behind this, the decorator

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.model.calls import modules_of
 from lightning_prune.pruning.arguments import path_of
 from lightning_prune.structure import Structure
+from lightning_prune.structure.tensor_names import named_parameters
 
 __all__ = ["left_alone", "weights_left_alone", "with_left_alone"]
 
@@ -33,7 +34,11 @@ def left_alone(
         frozen: Whether parameters that are frozen now stay so.
         trained: Ids of the parameters that optimizers step, where these are known.
     """
-    frozen = frozen and any(parameter.requires_grad for parameter in model.parameters())
+    parameters = named_parameters(model).values()
+    frozen = frozen and any(parameter.requires_grad for parameter in parameters)
+    unfrozen = not frozen or (not trained and all(parameter.requires_grad for parameter in parameters))
+    if unfrozen and not any(map(_reason_of_kind, {type(module) for _, module in modules_of(model)})):
+        return {}
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -76,13 +81,18 @@ def with_left_alone(structure: Structure, alone: Mapping[str, str]) -> Structure
     return structure.without_each(why)
 
 
-def _reason(module: nn.Module, frozen: bool, trained: Collection[int]) -> str:
-    """Return why a module is left alone, or nothing."""
-    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
+def _reason_of_kind(kind: type) -> str:
+    """Return why modules of a class are left alone, or nothing."""
+    kinds = {(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__}
     if ("torchmetrics", "Metric") in kinds:
         return "it belongs to a metric"
-    if ("torch", "AveragedModel") in kinds:
-        return "it is an averaged copy"
+    return "it is an averaged copy" if ("torch", "AveragedModel") in kinds else ""
+
+
+def _reason(module: nn.Module, frozen: bool, trained: Collection[int]) -> str:
+    """Return why a module is left alone, or nothing."""
+    if reason := _reason_of_kind(type(module)):
+        return reason
     parameters = list(module.parameters())
     weights = [parameter for parameter in parameters if not is_lazy(parameter) and parameter.dim() > 1]
     if not frozen or len(weights) < 2:

@@ -93,8 +93,8 @@ def channels(group: ChannelGroup) -> int:
         >>> {name: channels(group) for name, group in groups.items()}
         {'0': 1, '1.self_attn.in_proj_weight': 8, '1.linear1': 1}
     """
-    held = [slot for slot in group.slots if slot.role != "follower"]
-    return max(1, math.gcd(*(int((slot.units >= 0).sum()) // group.width for slot in held)))
+    held = {id(slot.units): slot for slot in group.slots if slot.role != "follower"}  # most share one array
+    return max(1, math.gcd(*[slot.held // group.width for slot in held.values()]))
 
 
 def least_widths(

@@ -82,7 +82,7 @@ def outcome_of(
         reason = f" ({why[name]})" if name in why else ""
         told.append(f"{name} lost {gone[name]:.1%} of {shares[name]:.1%}{reason}")
     which = f" {_listed(told)}." if told else ""
-    return Outcome(asked, reached, f"asked for {asked:.1%} of the {target}, reached {reached:.1%}.{which}")
+    return Outcome(asked, reached, f"asked to prune {asked:.1%} of the {target}, pruned {reached:.1%}.{which}")
 
 
 def _listed(told: list[str]) -> str:

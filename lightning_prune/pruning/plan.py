@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,7 @@ from lightning_prune.surgery import (
     AttributeChange,
     Cut,
     Proof,
+    SlimValues,
     compensated,
     cut_,
     draft,
@@ -35,10 +36,14 @@ from lightning_prune.surgery import (
     verify,
 )
 
-__all__ = ["Latency", "Plan", "count_params", "plan_filters"]
+__all__ = ["Latency", "Plan", "RefusedError", "count_params", "plan_filters"]
 
 Latency = Callable[[Structure, Keep], float]
 """Measures the share of the dense model's latency that a choice of units keeps."""
+
+
+class RefusedError(PruningError):
+    """A cut that could not be verified, where none was to be refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +183,7 @@ def plan_filters(
     at_most: int | None = None,
     adding_up: bool = False,
     refused: Mapping[str, str] | None = None,
+    refuse: bool = True,
     progress: bool = False,
 ) -> Plan:
     """Select the units to prune so that the amount is met, and verify their cut; the model is not changed.
@@ -199,16 +205,18 @@ def plan_filters(
             what a unit saves of the target.
         refused: Groups of ``dense`` whose cut could not be verified earlier, with the reason; none are in
             ``structure``.
+        refuse: Whether groups whose cut cannot be verified are kept whole.
         progress: Whether to show how often a latency was measured.
 
     Raises:
         PruningError: If the amount cannot be reached.
+        RefusedError: If the cut cannot be verified, unless ``refuse``.
     """
     budget = budget or Budget()
     if dense is None:
         widths = {name: group.width for name, group in structure.groups.items()}
         dense = Dense(widths, measure(model, structure, {}, budget.part))
-    ask = _Ask(model, example_inputs, amount, budget, dense, at_most, adding_up)
+    ask = _Ask(model, example_inputs, amount, budget, dense, at_most, adding_up, refuse)
     earlier = refused or {}
     if budget.target != "latency" or latency is not None:
         return _verified(ask, structure, scores, earlier, latency)
@@ -234,6 +242,7 @@ class _Ask:
     dense: Dense
     at_most: int | None
     adding_up: bool
+    refuse: bool
 
 
 def _verified(
@@ -251,17 +260,19 @@ def _verified(
         except PruningError as error:
             raise PruningError(f"{error}{told_of(reasons_of(first, structure))}") from None
         cut = draft(model, structure, keep)
-        tensors = cache(partial(cut.tensors, model))
+        tensors = SlimValues(cut, model)
         proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
         if isinstance(proof, Proof):
             break
+        if not ask.refuse:
+            raise RefusedError(proof.reason)
         structure = structure.without_each(groups_at_fault(model, structure, keep, proof))
         refused = {**earlier, **reasons_of(first, structure)}
     if stopped is not None:
         raise PruningError(f"The latency of {type(model).__name__} cannot be measured: {stopped.__cause__}.")
     if proof.constants:
         cut, proof = compensated(model, structure, cut, proof)
-        tensors = cache(partial(cut.tensors, model))
+        tensors = SlimValues(cut, model)
     kept = latency(structure, keep) if ask.budget.target == "latency" and latency is not None else None
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
     plan = Plan(

@@ -46,6 +46,7 @@ from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, carried_masks
 
 __all__ = [
+    "WEIGHT_CRITERIA",
     "ToPrune",
     "WeightCount",
     "WeightCriterion",
@@ -250,10 +251,13 @@ def weights_to_prune(
     return ToPrune({name: weights[name] for name in amounts}, amounts, stay, others)
 
 
-def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> Mapping[str, Scored]:
+def score_weights(
+    weights: Mapping[str, Weight], criterion: WeightCriterion, seed: int | None = None
+) -> Mapping[str, Scored]:
     """Score every entry of every weight; higher is kept longer.
 
-    Scores of a criterion that has a name are computed when they are looked at, and not held.
+    Scores of a criterion that has a name are computed when they are looked at, and not held. ``random`` draws by
+    ``seed``, by default that of torch.
 
     Raises:
         ValueError: If a function of the user's gives scores of another shape.
@@ -267,11 +271,11 @@ def score_weights(weights: Mapping[str, Weight], criterion: WeightCriterion) -> 
                 "bits or more can be scored. Prune before weights are converted."
             )
     if isinstance(criterion, str):
-        score = _CRITERIA[criterion]
-        return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach())))
+        score, drawn = WEIGHT_CRITERIA[criterion], torch.initial_seed() if seed is None else seed
+        return Lazily(weights, lambda name: score(name, whole(weights[name].parameter.detach()), drawn))
     found = {}
     for name, weight in weights.items():
-        scores = criterion(weight.parameter.detach())
+        scores = criterion(whole(weight.parameter.detach()))
         if scores.shape != weight.parameter.shape:
             raise ValueError(
                 f"criterion: {name} of shape {tuple(weight.parameter.shape)} got scores of shape "
@@ -367,10 +371,9 @@ def check_weight_arguments(
     if isinstance(amount, Mapping) and parameters is not None:
         raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
     check_choice(where, "scope", scope, get_args(WeightScope))
-    if isinstance(criterion, str) and criterion not in _CRITERIA:
-        raise ValueError(
-            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, _CRITERIA))}, or pass a function."
-        )
+    if isinstance(criterion, str) and criterion not in WEIGHT_CRITERIA:
+        known = ", ".join(map(repr, WEIGHT_CRITERIA))
+        raise ValueError(f"{where}(criterion={criterion!r}): choose one of {known}, or pass a function.")
 
 
 def _stays(size: int, amount: float) -> int:
@@ -383,7 +386,7 @@ def _random(name: str, weight: Tensor, seed: int) -> Tensor:
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-_CRITERIA: dict[str, Callable[[str, Tensor], Scored]] = {
-    "magnitude": lambda name, weight: Scored(weight, magnitude),
-    "random": lambda name, weight: Scored(_random(name, weight, torch.initial_seed())),
+WEIGHT_CRITERIA: dict[str, Callable[[str, Tensor, int], Scored]] = {
+    "magnitude": lambda name, weight, seed: Scored(weight, magnitude),
+    "random": lambda name, weight, seed: Scored(_random(name, weight, seed)),
 }

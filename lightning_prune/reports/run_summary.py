@@ -73,7 +73,10 @@ def headline(history: History) -> list[str]:
     lines = []
     for goal in history.goals:
         target = _TARGETS.get(goal.target, goal.target)
-        lines.append(f"{goal.callback}: asked for {goal.asked:.1%} of the {target}, reached {goal.reached:.1%}.")
+        lines.append(
+            f"{goal.callback}: asked to prune {goal.asked:.1%} of the {target}, pruned {goal.reached:.1%} "
+            f"({1 - goal.reached:.1%} kept)."
+        )
     told = metric_of_dense_and_pruned(history)
     if told:
         lines.append(told)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_prune.model.calls import uncollected
 from lightning_prune.structure.choices import Taken, Way, resolve, take
 from lightning_prune.structure.labels import PINNED, Atoms, Ledger, Role, SlotRange
 from lightning_prune.structure.pinned import Pinned, find_pinned
@@ -39,6 +40,11 @@ class Slot:
     dim: int
     units: NDArray[np.int64]
     role: Literal["producer", "consumer", "follower"]
+
+    @cached_property
+    def held(self) -> int:
+        """How many indices along the dimension belong to units."""
+        return int(np.count_nonzero(self.units >= 0))
 
     @cached_property
     def aligned(self) -> bool:
@@ -160,6 +166,7 @@ class Structure:
         return Structure(groups, pinned, self.ledger, self.taken, self.component, units, links)
 
 
+@uncollected()
 def find_structure(ledger: Ledger) -> Structure:
     """Return the channel groups of a trace.
 
@@ -208,7 +215,7 @@ def _count_free(structure: Structure) -> int:
     """Count the indices of parameters and buffers that can be pruned."""
     count = 0
     for group in structure.groups.values():
-        count += sum(int((slot.units >= 0).sum()) for slot in group.slots)
+        count += sum(slot.held for slot in group.slots)
     return count
 
 

@@ -92,6 +92,7 @@ class Ran:
         made: Labels of its outputs, filled in when its rule has been applied.
         leaving: Shapes of these.
         decisions: Outputs that the code may go on by, if it goes on by any.
+        foreign: Those of the tensors among its arguments, by place, that are neither the model's nor made by operators.
     """
 
     func: Any
@@ -103,6 +104,7 @@ class Ran:
     made: list[Labels] = field(default_factory=list)
     leaving: list[Sequence[int]] = field(default_factory=list)
     decisions: dict[int, Tensor] = field(default_factory=dict)
+    foreign: dict[int, Tensor] | None = None
 
 
 class Pass(NamedTuple):

@@ -213,9 +213,11 @@ def _addmm(addend: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor | None:
 def _batch_norm(x: Tensor, *args: Any, training: bool = False) -> Any:
     training = bool(args[4]) if len(args) > 6 else training
     channels = [value for value in args[:4] if isinstance(value, Tensor)]
-    if training or any(value.shape[0] != x.shape[1] for value in channels):
+    if x.dim() < 2 or any(value.shape[0] != x.shape[1] for value in channels):
         return None
-    statistic = x.new_empty(0)
+    # In train mode it would also update running statistics, of what was not computed.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    statistic = x.new_empty(x.shape[1], dtype=wide) if training else x.new_empty(0)
     return torch.empty_like(x), statistic, statistic
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune.model.calls import modules_of
 
-__all__ = ["exchange_", "named_tensors"]
+__all__ = ["exchange_", "named_parameters", "named_tensors"]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -25,6 +25,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                     seen.add(id(tensor))
                     found[f"{path}.{leaf}" if path else leaf] = tensor
     return parameters | buffers
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter once, under its first name: torch's ``named_parameters`` in a fraction of the time."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in modules_of(model):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{leaf}" if path else leaf] = parameter
+    return found
 
 
 def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

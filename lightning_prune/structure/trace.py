@@ -16,6 +16,7 @@ from lightning_prune.model.calls import (
     refuse_shapeless,
     same_draws,
     tensors_in,
+    uncollected,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
 from lightning_prune.model.sandbox import undisturbed
@@ -33,6 +34,7 @@ __all__ = ["trace"]
 _LARGER_BATCH = 4
 
 
+@uncollected()
 def trace(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[Literally] = frozenset()) -> Ledger:
     """Run the model on example inputs and write down which channels met.
 

@@ -122,7 +122,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: set[int] = set()  # storages of this run, which may be written to
+        self._made: set[int] = set()  # storages of this run, which may be written to, by weak references
         self._before: dict[int, tuple[Any, Any]] = {}  # storages that were there before -> themselves, and a copy
 
     @classmethod
@@ -134,16 +134,23 @@ class Watch(TorchDispatchMode):
         super().__exit__(*exception)
         for storage, copy in self._before.values():
             storage.copy_(copy)
+        for made in self._made:
+            torch.UntypedStorage._free_weak_ref(made)
+        self._made = set()
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
         for tensor in written_by(func, args, kwargs):
             self.keep(tensor)
         out = func(*args, **kwargs)
-        if not aliases(func):
-            for tensor in tensors_among((out,)):
-                if tensor.layout is torch.strided:  # sparse tensors have no one storage
-                    self._made.add(tensor.untyped_storage()._cdata)
+        if not _aliases(func):
+            for tensor in (out,) if isinstance(out, Tensor) else tensors_among((out,)):
+                if tensor.layout is not torch.strided:  # sparse tensors have no one storage
+                    continue
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._made:
+                    storage._weak_ref()  # while there is one, no other storage gets this number
+                    self._made.add(storage._cdata)
         return out
 
     def in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -166,6 +173,18 @@ class Watch(TorchDispatchMode):
         if storage._cdata not in self._made and storage._cdata not in self._before:
             keep(tensor)  # so that it is restored even if Ctrl-C arrives while this mode is left
             self._before[storage._cdata] = storage, storage.clone()
+
+
+def _aliases(func: Any) -> bool:
+    known = _SHOWING.get(id(func))
+    if known is None:
+        known = _SHOWING[id(func)] = aliases(func)
+        _OPERATORS.append(func)
+    return known
+
+
+_SHOWING: dict[int, bool] = {}  # :func:`aliases` by ``id``, since an operator is slow to hash
+_OPERATORS: list[Any] = []  # so that their ids stay
 
 
 @cache
@@ -231,6 +250,8 @@ class _LabelMode(Watch):
         ledger = self.ledger
         ran = Ran(func, path, kind, found, entering, plain((*args, *kwargs.values()) if kwargs else args))
         ledger.ran.append(ran)
+        if _FOREIGN in found:
+            ran.foreign = {at: tensors[at] for at, labels in enumerate(found) if labels is _FOREIGN}
         if known.reads and not weight:
             ledger.decided.append(path)
         blank = known.rule is made_anew

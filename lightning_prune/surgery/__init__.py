@@ -2,7 +2,7 @@
 
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.configs import config_fields, follow_configs
-from lightning_prune.surgery.cut import Cut, cut_, draft
+from lightning_prune.surgery.cut import Cut, SlimValues, cut_, draft
 from lightning_prune.surgery.recipe import (
     RECIPE,
     PackedMasks,
@@ -17,7 +17,7 @@ from lightning_prune.surgery.recipe import (
     take_told_,
 )
 from lightning_prune.surgery.reference_run import Constant
-from lightning_prune.surgery.rehearse import find_groups
+from lightning_prune.surgery.rehearse import find_groups, rehearsed
 from lightning_prune.surgery.resize import Kept, narrowed, replace_tensors_
 from lightning_prune.surgery.snapshot import restore_, take_snapshot
 from lightning_prune.surgery.temporary import temporarily_cut
@@ -34,6 +34,7 @@ __all__ = [
     "Proof",
     "RECIPE",
     "Recipe",
+    "SlimValues",
     "Told",
     "checked",
     "compensated",
@@ -48,6 +49,7 @@ __all__ = [
     "narrowed",
     "recipe_of",
     "recipes_in",
+    "rehearsed",
     "replace_tensors_",
     "resize_",
     "restore_",

@@ -14,11 +14,15 @@ from torch import nn
 from lightning_prune.model.calls import modules_of
 
 __all__ = [
-    "ABSENT", "AttributeChange", "attributes_set", "follows_cuts", "held_number", "set_attributes_", "shape_attributes",
+    "ABSENT", "HYPERPARAMETERS", "AttributeChange", "attributes_set", "constructor_numbers", "follows_cuts",
+    "held_number", "set_attributes_", "set_number_", "shape_attributes",
 ]  # fmt: skip
 
 ABSENT = object()
 """What :func:`held_number` returns where there is nothing."""
+
+HYPERPARAMETERS = "_hparams"
+"""The attribute in which a LightningModule holds its hyperparameters; those of its constructor lie beside it."""
 
 
 class AttributeChange(NamedTuple):
@@ -153,7 +157,7 @@ def set_attributes_(model: nn.Module, changes: Iterable[AttributeChange]) -> Non
     _own_configs_(modules, changes)
     for change in changes:
         module = modules.get(change.module) or model.get_submodule(change.module)  # a path may be another name
-        _set_held_(module, change.name, _of_the_kind(held_number(module, change.name), change.new))
+        set_number_(module, change.name, _of_the_kind(held_number(module, change.name), change.new))
 
 
 def _own_configs_(modules: Mapping[str, nn.Module], changes: Iterable[AttributeChange]) -> None:
@@ -185,19 +189,22 @@ def _of_the_kind(old: Any, new: Any) -> Any:
 @contextmanager
 def attributes_set(model: nn.Module, changes: Iterable[AttributeChange]) -> Iterator[None]:
     """Set attributes inside the block, and take that back afterwards."""
-    modules = [module for _, module in modules_of(model)]
+    changes = list(changes)
+    modules = [module for _, module in modules_of(model)] if changes else []
     before = [vars(module).copy() for module in modules]
     try:
         set_attributes_(model, changes)
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
-            for name in vars(module).keys() - own.keys():
-                del vars(module)[name]
-            vars(module).update(own)
+            now = vars(module)
+            if now.keys() != own.keys():
+                for name in now.keys() - own.keys():
+                    del now[name]
+            now.update(own)
 
 
-def held_number(module: nn.Module | None, name: str) -> Any:
+def held_number(module: nn.Module | dict[str, Any] | None, name: str) -> Any:
     """Return what a module holds under a name that may lead through configs, or ``ABSENT``."""
     holder: Any = module
     for part in name.split("."):
@@ -207,7 +214,24 @@ def held_number(module: nn.Module | None, name: str) -> Any:
     return holder
 
 
-def _set_held_(module: nn.Module, name: str, value: Any) -> None:
+def constructor_numbers(module: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return what hyperparameters were when the module was built, without the name of the attribute that holds them.
+
+    Args:
+        module: The module.
+        names: Names of attributes, hyperparameters or others, which are passed over.
+    """
+    found = {}
+    for name in names:
+        holder, _, leaf = name.partition(".")
+        if holder == HYPERPARAMETERS:
+            value = held_number(module, f"{HYPERPARAMETERS}_initial.{leaf}")
+            if isinstance(value, int | np.integer):
+                found[leaf] = int(value)
+    return found
+
+
+def set_number_(module: nn.Module | dict[str, Any], name: str, value: Any) -> None:
     """Set what a module holds under a name that may lead through configs."""
     path, _, leaf = name.rpartition(".")
     holder = held_number(module, path) if path else module

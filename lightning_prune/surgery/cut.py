@@ -18,7 +18,7 @@ from lightning_prune.surgery.attributes import AttributeChange, held_number, set
 from lightning_prune.surgery.recipe import recipe_of
 from lightning_prune.surgery.resize import Kept, all_or_nothing, followed, narrowed, replace_tensors_
 
-__all__ = ["Cut", "cut_", "draft"]
+__all__ = ["Cut", "SlimValues", "cut_", "draft"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,21 @@ class Cut:
             value = slim.get(name, own[name].detach())
             slim[name] = value * factors.to(value).view([-1 if other == dim else 1 for other in range(value.dim())])
         return slim
+
+
+class SlimValues:
+    """The slim values of everything that a cut changes, made when they are first asked for, by :meth:`Cut.tensors`."""
+
+    def __init__(self, cut: Cut, model: nn.Module) -> None:
+        """Remember the cut and the model."""
+        self.cut, self._model = cut, model
+        self._made: dict[str, Tensor] | None = None
+
+    def __call__(self) -> dict[str, Tensor]:
+        """Return the values, by name."""
+        if self._made is None:
+            self._made = self.cut.tensors(self._model)
+        return self._made
 
 
 def draft(model: nn.Module, structure: Structure, keep: Keep) -> Cut:

@@ -26,6 +26,9 @@ _LAYOUT = _RESHAPES | {
 """Operators that come and go with how tensors lie in memory, or their type; what they do shows in what reads them."""
 
 
+_GONE = b"\0"  # a False, as it lies in memory
+
+
 class OtherOperatorsError(Exception):
     """A run came to other operators than the trace."""
 
@@ -59,6 +62,9 @@ class Course:
             OtherOperatorsError: If another one was to run.
         """
         at = self.at
+        if at < len(self._expected) and func is self._expected[at].func:  # as most often
+            self.at = at + 1
+            return at
         while at < len(self._expected):
             if same_operator(func, self._expected[at].func):
                 self.at = at + 1
@@ -120,6 +126,11 @@ class Left:
         return torch.from_numpy(np.flatnonzero(self._alive))
 
     @cached_property
+    def gone(self) -> Tensor:
+        """Return the indices that are gone, ascending, ``(size - count,)``."""
+        return torch.from_numpy(np.flatnonzero(~self._alive))
+
+    @cached_property
     def fill(self) -> Tensor:
         """Return for each index before one after: its own where it is left, any other where not, ``(size,)``.
 
@@ -150,14 +161,14 @@ class Lefts:
         """Work out which atoms are left."""
         self._structure, self._keep = structure, keep
         self._alive = structure.alive(keep)
-        self._known: dict[tuple[int, ...], Left | None] = {}
+        self._known: dict[int | tuple[int, ...], Left | None] = {}  # by ``id`` of atoms
         self._shared: dict[bytes, Left] = {}
         self._group_of: NDArray[np.int64] | None = None
         self._of: dict[int, tuple[Labels, dict[int, Left]]] = {}  # by ``id`` of the labels, which are kept beside it
 
     def along(self, labels: tuple[Label, ...]) -> Left | None:
         """Return what is left along a dimension with these labels, None where all is."""
-        key = tuple([id(label.atoms) for label in labels])
+        key = id(labels[0].atoms) if len(labels) == 1 else tuple([id(label.atoms) for label in labels])
         if key not in self._known:
             self._known[key] = self._left(labels)
         return self._known[key]
@@ -201,9 +212,9 @@ class Lefts:
         alive = self._alive[labels[0].atoms]
         for label in labels[1:]:
             alive = alive & self._alive[label.atoms]
-        if alive.all():
-            return None
         same = alive.tobytes()  # most dimensions of a network lose the same indices as others
+        if _GONE not in same:
+            return None
         if same not in self._shared:
             self._shared[same] = Left(alive)
         return self._shared[same]

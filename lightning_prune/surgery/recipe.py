@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Container, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,9 @@ from lightning_prune.model.shards import own_part, part_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import (
     ABSENT,
+    HYPERPARAMETERS,
     AttributeChange,
+    constructor_numbers,
     follows_cuts,
     held_number,
     set_attributes_,
@@ -52,7 +55,8 @@ PackedMasks = dict[str, list[Any]]
 Told = dict[str, dict[str, Any]]
 """Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name.
 
-Where a layer was removed there is also ``layer``: what is returned in its place."""
+Where a layer was removed there is also ``layer``: what is returned in its place. Where the module holds hyperparameters
+that cuts change there is also ``built_with``: what its constructor was called with, by name."""
 
 
 @dataclass(eq=False)
@@ -75,6 +79,8 @@ class _Part:
         local_metadata[RECIPE] = {"version": _VERSION, "attributes": self.values(module), "masks": masks}
         if isinstance(module, Skipped):
             local_metadata[RECIPE]["layer"] = copy.deepcopy(module.skip)
+        if built_with := constructor_numbers(module, self.attributes):
+            local_metadata[RECIPE]["built_with"] = built_with
 
     def values(self, module: nn.Module) -> dict[str, Any]:
         """Return the numbers that are still there, by name."""
@@ -259,12 +265,30 @@ def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -
     }
     masks = {path: _fitting_masks(path, modules[path], state_dict, recipe["masks"]) for path, recipe in told.items()}
     attributes = [[path, name, value] for path, of in told.items() for name, value in of["attributes"].items()]
+    for path, recipe in told.items():
+        _warn_of_other_numbers(modules[path], recipe.get("built_with", {}))
     with all_or_nothing(module):
         changed = resize_(module, tensors, attributes)
         for path, own in masks.items():
             if (part := _part_of(modules[path])) is not None:
                 part.masks = own
     return changed
+
+
+def _warn_of_other_numbers(module: nn.Module, built_with: Mapping[str, Any]) -> None:
+    """Warn if a module was built with other numbers than the one that was saved, which may change more than widths."""
+    own = constructor_numbers(module, [f"{HYPERPARAMETERS}.{name}" for name in built_with])
+    others = [
+        f"{name}={own[name]!r} instead of {value!r}"
+        for name, value in built_with.items()
+        if own.get(name, value) != value
+    ]
+    if others:
+        warnings.warn(
+            f"{type(module).__name__} was built with {', '.join(others)}, so what its constructor makes of that "
+            "besides widths may differ. Load it by lightning_prune.load_from_checkpoint, or build it as it was.",
+            stacklevel=2,
+        )
 
 
 def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> set[str]:
@@ -353,6 +377,9 @@ def _refuse_unreadable(path: Any, recipe: Any) -> None:
                 raise TypeError(f"{name!r}: {value!r}")
         if "layer" in recipe:
             check_skip(recipe["layer"])
+        for name, value in recipe.get("built_with", {}).items():
+            if not isinstance(name, str) or not (_is_whole(value) or _are_whole(value)):
+                raise TypeError(f"{name!r}: {value!r}")
         for name, (packed, shape) in recipe["masks"].items():
             if not isinstance(name, str) or not _are_whole(shape) or min(shape, default=0) < 0:
                 raise TypeError(f"{name!r}: {shape!r}")

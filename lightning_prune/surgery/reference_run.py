@@ -31,7 +31,7 @@ from lightning_prune.surgery.replay import (
     tensors_of,
 )
 
-__all__ = ["EMPTY", "Constant", "Reference", "Window"]
+__all__ = ["EMPTY", "Constant", "Reference", "Window", "filled", "is_grouped", "silenced"]
 
 EMPTY = "its output is empty"
 """Why an operator was not compared whose numbers nobody saw."""
@@ -204,6 +204,8 @@ class Reference(Replay):
             self._check_numbers(at, facts, seen, mine)
         if not any(entering) or self._passes(ran, facts, entering, mine):
             return self.plain_run(facts, args, kwargs)
+        if is_grouped(facts, mine):
+            return self.plain_run(facts, [silenced(args[0], entering[0]), *args[1:]], kwargs)
         waiting = iter(entering)
         narrowed = [self._narrowed(value, waiting) for value in args]
         kwargs = {name: self._narrowed(value, waiting) for name, value in kwargs.items()}
@@ -211,11 +213,11 @@ class Reference(Replay):
             narrowed = _with_numbers(narrowed, seen.plain)
         out = self.plain_run(facts, narrowed, kwargs)
         pairs = zip(tensors_of(out), ran.made, strict=False)
-        filled = [_filled(tensor, self._lefts.of(labels)) for tensor, labels in pairs]
+        fulls = [filled(tensor, self._lefts.of(labels)) for tensor, labels in pairs]
         if facts.writes:
             self.keep(args[0])
-            return args[0].copy_(filled[0])
-        return filled[0] if isinstance(out, Tensor) else tuple(filled)
+            return args[0].copy_(fulls[0])
+        return fulls[0] if isinstance(out, Tensor) else tuple(fulls)
 
     def _narrowed(self, value: Any, waiting: Iterator[dict[int, Left]]) -> Any:
         """Return what is left of the tensors of an argument; ``waiting`` yields what is left of each, in order."""
@@ -256,6 +258,21 @@ class Reference(Replay):
                 raise DifferentError(f"{name} becomes {after}, not {before}", ran)
 
 
+def is_grouped(facts: Facts, numbers: tuple[Any, ...]) -> bool:
+    """Return whether an operator is a convolution of several groups, whose outputs read some of its inputs alone.
+
+    On what is left of its inputs, it would read what the slim model does, be that right or wrong.
+    """
+    return facts.packet is _aten.convolution and numbers[8] > 1
+
+
+def silenced(tensor: Tensor, left: Mapping[int, Left]) -> Tensor:
+    """Return a tensor with zeros where units are gone."""
+    for dim, own in left.items():
+        tensor = tensor.index_fill(dim, own.gone.to(tensor.device), 0)
+    return tensor
+
+
 def _summed(facts: Facts, mine: tuple[Any, ...]) -> Mapping[int, int]:
     """Return for the tensors that a product takes, by position, the dimension that it sums over; none if unknown."""
     if facts.packet is not _aten.convolution:
@@ -278,7 +295,7 @@ def _with_numbers(args: Sequence[Any], numbers: tuple[Any, ...]) -> list[Any]:
     ]
 
 
-def _filled(out: Tensor, left: Mapping[int, Left]) -> Tensor:
+def filled(out: Tensor, left: Mapping[int, Left]) -> Tensor:
     """Return an output at its full size: numbers of other units stand where units have gone."""
     for dim, own in left.items():
         if out.shape[dim] != own.count:

@@ -28,7 +28,7 @@ from lightning_prune.surgery.cut import Cut, draft
 from lightning_prune.surgery.expected_outputs import Lefts, aligned
 from lightning_prune.surgery.verify import counted
 
-__all__ = ["find_groups"]
+__all__ = ["find_groups", "rehearsed"]
 
 _MOST_TRACES = 6
 _aten = torch.ops.aten
@@ -45,16 +45,27 @@ def find_groups(model: nn.Module, example_inputs: ExampleInputs) -> Structure:
     Raises:
         PruningError: If the model does not run on the example inputs, these hold nothing, or parameters have no shape.
     """
+    return rehearsed(model, example_inputs, find_structure(trace(model, example_inputs)))
+
+
+def rehearsed(model: nn.Module, example_inputs: ExampleInputs, structure: Structure) -> Structure:
+    """Return the channel groups of a model without those that cannot shrink, each with the reason.
+
+    Args:
+        model: The model.
+        example_inputs: What it was traced on.
+        structure: What the trace found.
+    """
     literals: frozenset[Literally] = frozenset()
-    for _ in range(_MOST_TRACES):
-        structure = find_structure(trace(model, example_inputs, literals))
-        found = _rehearsed(model, structure)
-        if found.literals <= literals:
+    for left in reversed(range(_MOST_TRACES)):
+        found = _try_widths(model, structure)
+        if found.literals <= literals or not left:
             break
         literals |= found.literals
+        structure = find_structure(trace(model, example_inputs, literals))
     while found.stuck:
         structure = structure.without_each(found.stuck)
-        found = _rehearsed(model, structure)
+        found = _try_widths(model, structure)
     return structure
 
 
@@ -66,7 +77,7 @@ class _Found:
     stuck: dict[str, str] = field(default_factory=dict)
 
 
-def _rehearsed(model: nn.Module, structure: Structure) -> _Found:
+def _try_widths(model: nn.Module, structure: Structure) -> _Found:
     """Run the model with half of its units gone and compare sizes; where that does not run, with one unit gone."""
     found, stopped = _tried(model, structure, units_left(structure))
     if found.stuck or stopped is None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune.model.tensor_state import places_written
 from lightning_prune.structure.decisions import impose_
 from lightning_prune.structure.labels import Ran
 from lightning_prune.structure.rules import is_pointwise, reduces, tensors_among
@@ -58,6 +59,7 @@ class Facts(NamedTuple):
     unwritten: bool  # whether nothing is written to its output yet
     counts: bool  # whether it is told how many channels or groups there are
     product: bool  # whether it is a matrix product or a convolution
+    written: tuple[int, ...]  # positions of the arguments that it may write into
 
 
 def _facts(func: Any) -> Facts:
@@ -73,6 +75,7 @@ def _facts(func: Any) -> Facts:
         unwritten=packet in _UNWRITTEN,
         counts=packet in _COUNTING,
         product=packet in _PRODUCTS,
+        written=tuple([place for place, _ in places_written(func)]),
     )
 
 
@@ -149,9 +152,7 @@ class Replay(Watch):
         if self._instead:
             kwargs = {name: self._taken(value) for name, value in kwargs.items()}
             args = [self._taken(value) for value in args]
-        facts = self._facts.get(id(func))
-        if facts is None:
-            facts = self._facts[id(func)] = _facts(func)
+        facts = self.facts_of(func)
         try:
             before = self.course.at
             at = self.course.next(func)
@@ -168,6 +169,13 @@ class Replay(Watch):
         except (DifferentError, OtherOperatorsError) as error:
             self.failure = self.failure or error
             raise
+
+    def facts_of(self, func: Any) -> Facts:
+        """Return what is known of an operator."""
+        facts = self._facts.get(id(func))
+        if facts is None:
+            facts = self._facts[id(func)] = _facts(func)
+        return facts
 
     def replay(self, at: int, facts: Facts, args: Any, kwargs: Any) -> Any:
         """Run the operator at an index of the trace."""

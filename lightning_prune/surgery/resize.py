@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
+from lightning_prune.structure.tensor_names import named_parameters
 
 __all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_"]
 
@@ -82,9 +83,10 @@ class all_or_nothing:  # noqa: N801, it is used like a function
                 tables += [module._buffers, module._modules]
         tables += states
         tables += [group for optimizer in optimizers for group in optimizer.param_groups]
-        tables += [state[p] for state in states for p in model.parameters() if p in state]
+        parameters = list(named_parameters(model).values())
+        tables += [state[p] for state in states for p in parameters if p in state]
         self._tables = [(table, table.copy()) for table in tables]
-        self._data = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+        self._data = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
         self._values: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> all_or_nothing:

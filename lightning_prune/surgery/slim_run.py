@@ -11,7 +11,7 @@ from lightning_prune.structure.labels import Ran
 from lightning_prune.surgery.expected_outputs import Lefts, OtherOperatorsError
 from lightning_prune.surgery.replay import Counted, DifferentError, Exchanges, Facts, Replay, Seen, tensors_of
 
-__all__ = ["Slim"]
+__all__ = ["Slim", "check_count", "check_sizes", "is_constant"]
 
 
 class Slim(Replay):
@@ -34,44 +34,64 @@ class Slim(Replay):
         ran = self._ran[at]
         seen = self.seen[at] = Seen(plain)
         if at in self._counts:
-            self._check_count(ran, seen, *self._counts[at])
+            check_count(ran, plain, *self._counts[at])
         for which, tensor in enumerate(tensors_of(out)):
             if which < len(ran.made):
-                self._check_sizes(ran, which, tensor)
+                check_sizes(ran, which, tensor, self._lefts, self.fewer)
                 seen.prints.append(self.print_of(at, facts, which, tensor))
             seen.shapes.append(tuple(tensor.shape))
-        if isinstance(out, Tensor) and _is_constant(ran, out):
+        if isinstance(out, Tensor) and is_constant(ran, out):
             seen.value = float(out)
 
-    def _check_sizes(self, ran: Ran, which: int, out: Tensor) -> None:
-        labels, full = ran.made[which], ran.leaving[which]
-        expected = self._lefts.shape(labels, full)
-        if out.shape == expected:
-            return
-        if len(out.shape) != len(expected) and self.fewer:
+
+def check_sizes(ran: Ran, which: int, out: Tensor, lefts: Lefts, fewer: bool) -> None:
+    """Check that an output of the slim model has the sizes that its labels say.
+
+    Args:
+        ran: The operator of the trace.
+        which: The output's place among those of the operator.
+        out: The output.
+        lefts: What is left of tensors.
+        fewer: Whether the inputs hold fewer positions than those of the trace.
+
+    Raises:
+        DifferentError: If it has others.
+        OtherOperatorsError: If so few positions cannot tell.
+    """
+    labels, full = ran.made[which], ran.leaving[which]
+    if out.shape == full and not lefts.of(labels):
+        return
+    expected = lefts.shape(labels, full)
+    if out.shape == expected:
+        return
+    if len(out.shape) != len(expected) and fewer:
+        raise OtherOperatorsError("fewer positions tell less", ran)
+    if len(out.shape) != len(expected):
+        raise DifferentError(f"an output of shape {tuple(full)} becomes {tuple(out.shape)}", ran)
+    for dim, size in enumerate(out.shape):
+        carries = dim in labels.dims
+        if size == expected[dim] or (labels.blank and not carries):
+            continue
+        # Of smaller inputs, a dimension may count channels and positions, and one position left alone broadcasts.
+        if fewer and (carries or size == 1):
             raise OtherOperatorsError("fewer positions tell less", ran)
-        if len(out.shape) != len(expected):
-            raise DifferentError(f"an output of shape {tuple(full)} becomes {tuple(out.shape)}", ran)
-        for dim, size in enumerate(out.shape):
-            carries = dim in labels.dims
-            if size == expected[dim] or (labels.blank and not carries):
-                continue
-            # Of smaller inputs, a dimension may count channels and positions, and one position left alone broadcasts.
-            if self.fewer and (carries or size == 1):
-                raise OtherOperatorsError("fewer positions tell less", ran)
-            if carries:
-                raise DifferentError(
-                    f"an output of shape {tuple(full)} becomes {tuple(out.shape)}, not {expected}", ran
-                )
-
-    def _check_count(self, ran: Ran, seen: Seen, name: str, count: int) -> None:
-        names = [argument.name for argument in ran.func._schema.arguments]
-        found = seen.plain[names.index(name)]
-        if found != count:
-            raise DifferentError(f"{name} is {found}, not {count}", ran)
+        if carries:
+            raise DifferentError(f"an output of shape {tuple(full)} becomes {tuple(out.shape)}, not {expected}", ran)
 
 
-def _is_constant(ran: Ran, out: Tensor) -> bool:
+def check_count(ran: Ran, plain: tuple[Any, ...], name: str, count: int) -> None:
+    """Check that an argument of an operator in the slim model is the number of units that are left.
+
+    Raises:
+        DifferentError: If it is another.
+    """
+    names = [argument.name for argument in ran.func._schema.arguments]
+    found = plain[names.index(name)]
+    if found != count:
+        raise DifferentError(f"{name} is {found}, not {count}", ran)
+
+
+def is_constant(ran: Ran, out: Tensor) -> bool:
     """Return whether an output is one number that was made of constants, or of single numbers and of no data."""
     if out.numel() != 1 or out.is_complex():
         return False

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
+from lightning_prune.model.shards import split_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import recipe_of, resize_
 from lightning_prune.surgery.skipped import follow_layers_, groups_of, removed_layers, set_groups_
@@ -41,9 +44,12 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
         set_groups_(model, optimizer, groups)
     with torch.no_grad():
         for name, tensor in named_tensors(model).items():
-            tensor.copy_(snapshot["tensors"][name])
+            tensor.copy_(split_like(snapshot["tensors"][name], tensor))
             tensor.grad = None
     for optimizer, state in zip(optimizers, snapshot["optimizers"], strict=True):
-        optimizer.load_state_dict(
-            {"state": copy.deepcopy(state), "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        own = {
+            place: tree_map_only(Tensor, partial(split_like, tensor=parameters[place]), copy.deepcopy(values))
+            for place, values in state.items()
+        }
+        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})

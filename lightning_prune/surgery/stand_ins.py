@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -42,6 +43,7 @@ class StandIns:
         """
         self._own = named_tensors(model)
         self._dtype = dtype
+        self._noises: dict[str, Tensor] = {}  # of vectors, which both models need
         self._little = {
             name
             for name, tensor in self._own.items()
@@ -62,6 +64,21 @@ class StandIns:
             if name in tensors or name in rows or self._changes(name)
         }
         return self._exchanged(changed, cut.kept, rows)
+
+    def pairs(self, slim: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
+        """Return tensors of the slim model, those of the full one, and whether they are the model's own values.
+
+        Args:
+            slim: Tensors to exchange in the slim model, by name.
+            full: The same in the full one.
+        """
+        found = []
+        for name, own in self._own.items():
+            one, other = slim.get(name, own), full.get(name, own)
+            if one is other and not isinstance(own, nn.Parameter) and own.numel() <= _SAMPLED:
+                other = own.detach().clone()  # operators may write into small buffers, such as counters
+            found.append((one, other, not self._changes(name)))
+        return found
 
     def _exchanged(
         self, values: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]], rows: Rows
@@ -89,7 +106,11 @@ class StandIns:
     def _made(self, name: str, value: Tensor, kept: Mapping[int, Tensor], factors: tuple[int, Tensor] | None) -> Tensor:
         own = self._own[name]
         if name in self._little:
-            more = _noise(name, own)
+            more = self._noises.get(name)
+            if more is None:
+                more = _noise(name, own)
+                if own.dim() < 2:
+                    self._noises[name] = more
             for dim, indices in kept.items():
                 more = more.index_select(dim, indices.to(more.device))
             value = value.to(more.dtype) + more
@@ -103,10 +124,12 @@ class StandIns:
 def _tells_little(tensor: Tensor) -> bool:
     """Return whether entries of a tensor are all alike or tiny, as far as a sample shows."""
     flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLED)].float()
-    if not sample.numel() or not bool(sample.isfinite().all()):
+    sample = flat[:: max(1, flat.numel() // _SAMPLED)]
+    if not sample.numel():
         return False
-    low, high = (float(value) for value in torch.aminmax(sample))
+    low, high = [float(value) for value in torch.aminmax(sample)]
+    if not math.isfinite(high - low):  # what is no number shows in both
+        return False
     if flat.numel() == 1:
         return abs(high) < _SMALL
     return high - low <= _SMALL * max(abs(high), abs(low)) or max(abs(high), abs(low)) < _SMALL * 0.1

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import fewer_positions, mode_of, run, same_draws, tensors_in
+from lightning_prune.model.calls import fewer_positions, mode_of, run, same_draws, tensors_in, uncollected
 from lightning_prune.model.errors import failures_suppressed, reraise_out_of_memory
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
@@ -24,11 +23,12 @@ from lightning_prune.structure.tensor_names import exchange_
 from lightning_prune.structure.tracer import taken_apart
 from lightning_prune.surgery.attributes import AttributeChange, attributes_set
 from lightning_prune.surgery.compensate import Scales, scales_for
-from lightning_prune.surgery.cut import Cut, draft
+from lightning_prune.surgery.cut import Cut, SlimValues, draft
 from lightning_prune.surgery.expected_outputs import Left, Lefts
 from lightning_prune.surgery.fingerprint import agree, fingerprint
+from lightning_prune.surgery.lockstep import AllPositionsError, Lockstep, OutOfStepError
 from lightning_prune.surgery.reference_run import EMPTY, Constant, Reference
-from lightning_prune.surgery.replay import Counted, DifferentError
+from lightning_prune.surgery.replay import Counted, DifferentError, Replay
 from lightning_prune.surgery.resize import narrowed
 from lightning_prune.surgery.slim_run import Slim
 from lightning_prune.surgery.stand_ins import StandIns, inputs_of_ordinary_size
@@ -99,6 +99,7 @@ class _Setting:
         return f"{values}, {kind}"
 
 
+@uncollected()
 def verify(
     model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]]
 ) -> Proof | Disproof:
@@ -113,9 +114,14 @@ def verify(
         cut: The cut to verify.
         tensors: Makes the slim values of everything that the cut changes.
     """
-    told = _written_otherwise(model, structure, cut, tensors())
+    # What the cut itself makes of the model's tensors is right if the indices are.
+    by_cut = isinstance(tensors, SlimValues) and tensors.cut is cut
+    told = _written_otherwise(model, structure, cut, {} if by_cut else tensors())
     if told:
         return Disproof(told)
+    found = _in_lockstep(model, structure, cut, tensors)
+    if found is not None:
+        return found
     failure: Exception = RuntimeError("nothing was run")
     for setting in _settings(model, structure):
         try:
@@ -137,6 +143,59 @@ def verify(
     return _disproof(structure, cut, f"the slim model does not run ({type(failure).__name__}: {failure})", failure)
 
 
+def _in_lockstep(
+    model: nn.Module, structure: Structure, cut: Cut, tensors: Callable[[], dict[str, Tensor]]
+) -> Proof | Disproof | None:
+    """Verify a cut by one run of both models beside each other; None where that does not tell."""
+    if structure.ledger.decided:  # numbers that code reads from data are told by its own run alone
+        return None
+    lefts = Lefts(structure, cut.keep)
+    counts = counted(structure, lefts)
+    for setting in _settings(model, structure):
+        if not setting.ordinary:
+            break
+        if setting.fewer and structure.ledger.reals:  # what depends on widths and positions may come out alike
+            continue
+        try:
+            return _run_both(model, structure, cut, tensors, setting, lefts, counts)
+        except DifferentError as error:
+            return None if error.numeric else _disproof(structure, cut, str(error), error)
+        except Exception as error:  # on more positions, or in runs of their own, it may be told
+            reraise_out_of_memory(error)
+            if isinstance(error, OutOfStepError) and not isinstance(error, AllPositionsError):
+                return None
+    return None
+
+
+def _run_both(
+    model: nn.Module,
+    structure: Structure,
+    cut: Cut,
+    tensors: Callable[[], dict[str, Tensor]],
+    setting: _Setting,
+    lefts: Lefts,
+    counts: Counted,
+) -> Proof:
+    """Run both models beside each other."""
+    stand_ins = StandIns(model, setting.dtype, setting.ordinary)
+    slim, instead = stand_ins.slim(cut, tensors())
+    full, instead_of_full = stand_ins.full()
+    pairs = stand_ins.pairs(slim, full)
+    lockstep = Lockstep(
+        structure.ledger.ran, lefts, counts, setting.tolerance, pairs, instead, instead_of_full, setting.fewer
+    )
+    outputs = _run_all(model, setting, slim, cut.attributes, lockstep)
+    lockstep.compare_outputs(outputs)
+    return Proof(
+        lockstep.operators,
+        lockstep.compared,
+        lockstep.skipped,
+        tuple(dict.fromkeys(lockstep.constants)),
+        (),
+        str(setting),
+    )
+
+
 def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors: Mapping[str, Tensor]) -> str:
     """Return what of a cut is not what the structure says, if anything: the runs show it only where numbers tell."""
     alive = structure.alive(cut.keep)
@@ -145,7 +204,7 @@ def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors
     for slot in structure.ledger.slots:
         left = alive[slot.start : slot.start + slot.size]
         kept = cut.kept.get(slot.tensor, {}).get(slot.dim)
-        if not np.array_equal(np.flatnonzero(left), np.arange(slot.size) if kept is None else kept.numpy()):
+        if not (left.all() if kept is None else np.array_equal(left.nonzero()[0], kept.numpy())):
             return f"{slot.tensor} would keep other indices along dimension {slot.dim} than its channels do"
         if kept is not None and slot.tensor in tensors:
             lefts[slot.tensor][slot.dim] = Left(left)
@@ -179,7 +238,7 @@ def compensated(model: nn.Module, structure: Structure, cut: Cut, proof: Proof) 
     scales = scales_for(structure, cut, proof.constants)
     if not scales.rows:
         return cut, proof
-    tensors = cache(partial(cut.tensors, model))
+    tensors = SlimValues(cut, model)
     for setting in _settings(model, structure):
         with failures_suppressed():
             found = _compared(model, structure, cut, tensors, setting, scales)
@@ -284,12 +343,14 @@ def _run_all(
     setting: _Setting,
     exchanged: dict[str, Tensor],
     attributes: Sequence[AttributeChange],
-    mode: Slim | Reference | None,
+    mode: Replay | None,
 ) -> list[Tensor]:
     """Run every pass of a trace and return what came out of them."""
     outputs: list[Tensor] = []
     for one in setting.passes:
         inputs = inputs_of_ordinary_size(one.inputs, setting.dtype, setting.ordinary)
+        if isinstance(mode, Lockstep):
+            mode.share(tensors_in(inputs))
         with undisturbed(model, inputs, watched=mode is not None), same_draws(), attributes_set(model, attributes):
             exchange_(model, exchanged)
             with mode_of(model, one.training, one.gradients), taken_apart():
@@ -359,7 +420,7 @@ def _with_two_left(
     if all(np.array_equal(two[name], stays) for name, stays in cut.keep.items()):
         return None
     wider = draft(model, structure, two)
-    found = verify(model, structure, wider, cache(lambda: wider.tensors(model)))
+    found = verify(model, structure, wider, SlimValues(wider, model))
     if isinstance(found, Disproof):
         return found
     setting = list(_settings(model, structure))[-2]

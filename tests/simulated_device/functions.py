@@ -46,7 +46,7 @@ def entries() -> dict[str, Entry]:
             found[f"solver {solver}, {name}"] = partial(_obs, "conv", solver=solver, **how)
         found[f"solver {solver} on attention"] = partial(_obs, "attention", solver=solver)
         found[f"solver {solver} on lstm"] = partial(_obs, "lstm", solver=solver)
-    for criterion in weights._CRITERIA:
+    for criterion in weights.WEIGHT_CRITERIA:
         for scope in get_args(weights.WeightScope):
             found[f"weights {criterion}, scope {scope}"] = partial(_weights, criterion=criterion, scope=scope)
     for criterion in LAYER_CRITERIA:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_prune.algorithms.schedules import Moments, Schedule
 from lightning_prune.pruning.arguments import Amount
 
-__all__ = ["AfterTraining", "Clock", "share_due"]
+__all__ = ["AfterTraining", "Clock", "first_moment", "share_due"]
 
 _SMALLEST_STEP = 0.01  # of all pruning; below it a guard that halves steps gives up
 
@@ -115,3 +115,8 @@ def share_due(amount: Amount, schedule: Schedule, progress: float) -> Amount:
     if not isinstance(amount, Mapping):
         return schedule.sparsity(progress, amount)
     return {name: schedule.sparsity(progress, share) for name, share in amount.items()}
+
+
+def first_moment(schedule: Schedule) -> int:
+    """Return the epoch or optimizer step before which the first pruning step falls."""
+    return next((moment for moment in range(schedule.last + 1) if schedule.progress(moment) > 0), schedule.last)

@@ -209,7 +209,7 @@ class Engine:
             self.log.changed = True
 
     def _prune(self, run: Run, progress: float) -> None:
-        self.log.note_outdated(run.trainer)
+        self.log.start_step(run)
         with self._whole(run):
             run.own.strategy.prune_to(run, progress)
         clock = run.own.clock
@@ -274,6 +274,9 @@ class Engine:
         try:
             with whole_model(where, trainer, pl_module):
                 yield
+                for member in self.members:
+                    if member.prepared:
+                        member.strategy.before_split(pl_module)
         finally:
             for member in self.members:
                 member.strategy.after_split()

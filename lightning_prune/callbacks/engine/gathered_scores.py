@@ -58,7 +58,7 @@ class OverTheRun(Gathering):
         self._accumulator: Accumulator | None = None
         self._hooks = ExitStack()
         self._brought: dict[str, list[Any]] | None = None  # by a checkpoint, until the model is traced
-        self._versions: list[int] = []  # of the parameters when watching began: every step makes new ones
+        self._versions: list[int] | None = None  # of the parameters when watching began: every step makes new ones
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return what the accumulator makes of all training steps."""
@@ -80,7 +80,7 @@ class OverTheRun(Gathering):
         if self._brought is not None:
             accumulator.means.take_up(self._brought)
             self._brought = None
-        self._versions = [parameter._version for parameter in pl_module.parameters()]
+        self._versions = _versions(pl_module)
         self._accumulator = accumulator
 
     def rest(self) -> None:
@@ -95,8 +95,13 @@ class OverTheRun(Gathering):
 
     def blind(self, pl_module: LightningModule) -> bool:
         """Return whether weights have changed and nothing of it was seen."""
-        changed = self._versions != [parameter._version for parameter in pl_module.parameters()]
-        return self._accumulator is not None and not self.ready and changed
+        if self._versions is None:
+            self._versions = _versions(pl_module)
+        return self._accumulator is not None and not self.ready and self._versions != _versions(pl_module)
+
+    def after_split(self) -> None:
+        """Count the versions of the new parameters from the next look on."""
+        self._versions = None
 
     def gathered(self) -> dict[str, list[Any]] | None:
         """Return the sums of this process."""
@@ -142,6 +147,10 @@ def gathering_for(criterion: Criterion, batches: int = 8) -> Gathering:
     gathering = OverTheRun(criterion, batches) if accumulator.looks_at else AtTheCut(criterion, batches)
     gathering.adding_up = accumulator.adds_up
     return gathering
+
+
+def _versions(pl_module: LightningModule) -> list[int]:
+    return [parameter._version for parameter in pl_module.parameters()]
 
 
 def _same(one: Optimizer, other: Optimizer) -> bool:

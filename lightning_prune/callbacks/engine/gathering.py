@@ -48,6 +48,9 @@ class Gathering:
         """Return whether weights have changed and nothing of it was seen."""
         return False
 
+    def after_split(self) -> None:
+        """Go on where FSDP2 has split the model again, into parameters that are other objects."""
+
     def gathered(self) -> dict[str, list[Any]] | None:
         """Return the sums to save in a checkpoint, as ``name -> [total, count]``."""
         return None

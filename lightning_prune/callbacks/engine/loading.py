@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_prune.model.errors import PruningError
+from lightning_prune.surgery.attributes import set_number_
 from lightning_prune.surgery.loading import slim_loading
+from lightning_prune.surgery.recipe import recipes_in
 
 __all__ = ["load_from_checkpoint"]
 
@@ -34,9 +36,10 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
         PruningError: If the file is no checkpoint or only part of one, or its shapes are not the module's and it does
             not tell what else differs.
     """
+    built_with = _built_with(Path(checkpoint_path), trusted=kwargs.get("weights_only") is False)
     try:
         with slim_loading():
-            return module_class.load_from_checkpoint(checkpoint_path, **kwargs)
+            return module_class.load_from_checkpoint(checkpoint_path, **{**built_with, **kwargs})
     except PruningError as error:
         raise PruningError(f"load_from_checkpoint: {checkpoint_path}: {error}") from error
     except Exception as error:
@@ -49,6 +52,33 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
         if isinstance(error, pickle.UnpicklingError):
             raise PruningError(f"load_from_checkpoint: {checkpoint_path} cannot be read. {error}") from error
         raise
+
+
+def _built_with(path: Path, trusted: bool) -> dict[str, Any]:
+    """Return the hyperparameters that the constructor takes and a cut has changed since.
+
+    A full checkpoint holds them. In one of weights alone Lightning lets no callback correct them, so there they are in
+    the metadata of the state dict.
+    """
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return {}
+    try:
+        found = torch.load(path, map_location="meta", weights_only=not trusted)
+        told = recipes_in(found["state_dict"]).get("", {}).get("built_with", {})
+        saved = found.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    except MemoryError:
+        raise
+    except Exception:  # what loads the module says what is wrong
+        return {}
+    built_with = {}
+    for name, value in told.items():
+        key, *inner = name.split(".")
+        if not inner:
+            built_with[key] = value
+        elif key in saved:  # a config of its own, of which the number is a part
+            built_with.setdefault(key, saved[key])
+            set_number_(built_with, name, value)
+    return built_with
 
 
 def _wrong_with(path: Path) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
+from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.model.errors import PruningError
@@ -18,6 +19,7 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.loading import Prunable
 
 __all__ = [
+    "first_pruning_step",
     "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_removal",
     "refuse_run", "refuse_shared", "refuse_short", "refuse_twins", "refuse_unmaskable", "steps_in_epoch",
 ]  # fmt: skip
@@ -137,6 +139,15 @@ def refuse_short(where: str, schedule: Schedule, trainer: Trainer) -> None:
         f"{where}: {schedule} is complete only before {schedule.by[:-1]} {schedule.last} (counted from 0), but "
         f"training ends after {ends}. End the schedule earlier, or train for longer."
     )
+
+
+def first_pruning_step(schedule: Schedule, trainer: Trainer) -> int | None:
+    """Return how many optimizer steps come before the first pruning step; None if the length of epochs is unknown."""
+    moment = first_moment(schedule)
+    if moment == 0 or schedule.by == "steps":
+        return moment
+    each = steps_in_epoch(trainer)
+    return None if each is None else moment * each
 
 
 def steps_in_epoch(trainer: Trainer) -> int | None:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import settle_
 from lightning_prune.surgery import restore_, take_snapshot
 
 __all__ = ["draw_anew_", "remember", "rewind_"]
@@ -18,6 +19,7 @@ __all__ = ["draw_anew_", "remember", "rewind_"]
 
 def remember(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Copy all that training changes of the model and of what trains it, as plain dicts and tensors."""
+    settle_(pl_module)
     return {
         **take_snapshot(pl_module, trainer.optimizers),
         "groups": [copy.deepcopy(optimizer.state_dict()["param_groups"]) for optimizer in trainer.optimizers],
@@ -38,6 +40,7 @@ def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, 
             f"The optimizers have {now} parameter groups, and had {then} at the step to rewind to: groups that were "
             "added since cannot be taken back. Give the optimizers all parameters from the start, or do not rewind."
         )
+    settle_(pl_module)
     restore_(pl_module, trainer.optimizers, remembered)
     for optimizer, groups in zip(trainer.optimizers, remembered["groups"], strict=True):
         for group, was in zip(optimizer.param_groups, groups, strict=True):

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.engine.remaining_costs import describe, measure, weights_bytes
 from lightning_prune.callbacks.engine.reporting import comparing_checkpoints, guarded, log_left, new_metrics, report
 from lightning_prune.callbacks.engine.settings import call_of, facts_of_run, log_settings
-from lightning_prune.callbacks.engine.strategy import Run
+from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.reports import Decision, History
 
 __all__ = ["RunLog"]
+
+_COSTS = {
+    "prune/params_kept": "of the parameters",
+    "prune/flops_kept": "of the FLOPs",
+    "prune/latency_kept": "of the latency",
+    "prune/nonzero_kept": "of the parameters unmasked",
+}
 
 
 class RunLog:
@@ -35,6 +42,7 @@ class RunLog:
         self.outdated: list[str] = []
         self._reported = False
         self._began = time.monotonic()
+        self._pruning: list[Member] = []  # since the last log
         self._before: dict[str, Any] = {}  # what was logged before the validation that runs
 
     def start_run(self) -> None:
@@ -67,7 +75,9 @@ class RunLog:
         if self.changed:
             self.changed = False
             within = any(member.clock.schedule.by == "steps" for member in run.members)
-            run.module.log_dict(self._note(run), on_step=within, on_epoch=not within, batch_size=1)
+            left = self._note(run)
+            run.module.log_dict(left, on_step=within, on_epoch=not within, batch_size=1)
+            self._say_pruned(run, left)
 
     def note_decision(self, trainer: Trainer, kept: bool, why: str) -> None:
         """Write into the history what a guard decided about the last pruning step."""
@@ -108,9 +118,21 @@ class RunLog:
                 "back what came after."
             )
 
-    def note_outdated(self, trainer: Trainer) -> None:
-        """Note which checkpoints are the best before a pruning step."""
-        self.outdated = [callback.best_model_path for callback in comparing_checkpoints(trainer)]
+    def start_step(self, run: Run) -> None:
+        """Note who prunes, and which checkpoints are the best before a pruning step."""
+        self._pruning.append(run.own)
+        self.outdated = [callback.best_model_path for callback in comparing_checkpoints(run.trainer)]
+
+    def _say_pruned(self, run: Run, left: Mapping[str, float]) -> None:
+        """Say in a line for each callback that pruned what is pruned now, and what is left of the model."""
+        pruning, self._pruning = self._pruning, []
+        costs = [f"{left[key]:.1%} {of_what}" for key, of_what in _COSTS.items() if key in left]
+        where = f"before epoch {run.trainer.current_epoch}, step {run.trainer.global_step}"
+        for member in pruning:
+            goal = member.strategy.goal(replace(run, own=member))
+            if goal is not None:
+                done = f"{goal.reached:.1%} of the {goal.target} pruned, of {goal.asked:.1%} in the end"
+                rank_zero_info(f"{member.where}, {where}: {done}; kept: {', '.join(costs)}.")
 
     def warn_outdated(self, run: Run) -> None:
         """Warn of checkpoints that are still the best and hold the model as it was before the last pruning step."""

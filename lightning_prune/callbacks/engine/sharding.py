@@ -1,7 +1,4 @@
-"""Makes a model that FSDP2 has split whole for the length of a pruning step, and splits it again.
-
-The only file that uses private names of torch: none of its functions undoes ``fully_shard``.
-"""
+"""Makes a model that FSDP2 has split whole for the length of a pruning step, and splits it again."""
 
 from __future__ import annotations
 
@@ -19,7 +16,14 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.averaging import with_metadata
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.shards import as_sharded, is_sharded, settle_, whole
+from lightning_prune.model.shards import (
+    is_sharded,
+    missing_of_torch,
+    settle_,
+    split_like,
+    undo_fully_shard_,
+    whole,
+)
 from lightning_prune.surgery import RECIPE, checked, take_told_
 
 __all__ = [
@@ -47,14 +51,11 @@ def refuse_unsplittable(where: str, trainer: Trainer) -> None:
             f"{where}: tensor parallelism splits channels over processes, from which no unit can be cut. Prune under "
             "FSDP2 alone (tensor_parallel_size=1), or before the model is split."
         )
-    try:
-        from torch.distributed._composable_state import _module_state_mapping  # noqa: F401
-        from torch.distributed.fsdp import FSDPModule  # noqa: F401
-    except ImportError as error:
+    if missing := missing_of_torch():
         raise PruningError(
-            f"{where}: torch {torch.__version__} does not have what undoes fully_shard ({error}). Prune under DDP, or "
-            "with a version that lightning_prune was tested with."
-        ) from error
+            f"{where}: torch {torch.__version__} does not have what undoes fully_shard ({missing}). Prune under DDP, "
+            "or with a version that lightning_prune was tested with."
+        )
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def whole_model(where: str, trainer: Trainer, pl_module: LightningModule) -> Ite
         yield
         return
     gathered = {name: _plain(parameter) for name, parameter in pl_module.named_parameters()}
-    _undo_fully_shard(pl_module)
+    undo_fully_shard_(pl_module)
     _exchange_(pl_module, trainer.optimizers, gathered)
     try:
         yield
@@ -164,34 +165,6 @@ def _plain(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
 
 
-def _undo_fully_shard(model: nn.Module) -> None:
-    """Turn every module back into its own class, without the hooks that gather and free its parameters."""
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-    from torch.distributed._composable_state import _module_state_mapping
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in list(model.modules()):
-        if not isinstance(module, FSDPModule):
-            continue
-        state: Any = module._get_fsdp_state()
-        for name in ("_pre_forward_hook_handle", "_post_forward_hook_handle"):
-            getattr(state, name).remove()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in filter(None, groups):
-            for handles in (
-                group._module_to_pre_save_state_dict_hook_handle,
-                group._module_to_pre_load_state_dict_hook_handle,
-            ):
-                for handle in handles.values():
-                    handle.remove()
-            for parameter in group.fsdp_params:
-                parameter._post_load_hook_handle.remove()
-        module.__class__ = type(module).__bases__[1]  # behind FSDPModule
-        _module_state_mapping.pop(module, None)
-        for key in (STATE_KEY, REGISTRY_KEY):
-            vars(module).pop(key, None)
-
-
 def _exchange_(model: nn.Module, optimizers: Iterable[Optimizer], new: Mapping[str, nn.Parameter]) -> None:
     """Put other parameters in place of the model's, under all names, and whole state in place of that of shards."""
     by_id = {id(parameter): new[name] for name, parameter in model.named_parameters()}
@@ -242,8 +215,4 @@ def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, split
         )
     by_id = {id(before[name]): parameter for name, parameter in after.items()}
 
-    def to_shards(value: Tensor, parameter: nn.Parameter) -> Tensor:
-        alike = value.dim() > 0 and value.shape == parameter.shape and is_sharded(parameter)
-        return as_sharded(value, parameter) if alike else value
-
-    _hand_over(trainer.optimizers, by_id, to_shards)
+    _hand_over(trainer.optimizers, by_id, split_like)

@@ -1,4 +1,4 @@
-"""Chooses the weights that are smallest in absolute value, and rewinds the run after each round if asked to."""
+"""Chooses the weights with the lowest scores, and rewinds the run after each round if asked to."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.averaging import restart_averages_
+from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.guard import guards
-from lightning_prune.callbacks.engine.refusals import steps_in_epoch
+from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.strategy import Run
@@ -21,8 +23,9 @@ from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import whole
 from lightning_prune.pruning.arguments import Amount
-from lightning_prune.pruning.weights import WeightScope, choose_weights, score_weights, shuffled
+from lightning_prune.pruning.weights import WeightCriterion, WeightScope, choose_weights, score_weights, shuffled
 
 __all__ = ["Control", "SmallestWeights"]
 
@@ -33,7 +36,15 @@ Control = Literal["reinitialize", "shuffle"]
 class SmallestWeights(WeightChoice):
     """The choice of :class:`~lightning_prune.IterativeMagnitudePruning`, which documents the arguments."""
 
-    def __init__(self, scope: WeightScope, pattern: str | None, rewind_to: int | None, control: Control | None) -> None:
+    def __init__(
+        self,
+        criterion: WeightCriterion,
+        scope: WeightScope,
+        pattern: str | None,
+        rewind_to: int | None,
+        control: Control | None,
+    ) -> None:
+        self.criterion = criterion
         self.scope: WeightScope = scope
         self.pattern = pattern
         self.rewind_to = rewind_to
@@ -54,20 +65,20 @@ class SmallestWeights(WeightChoice):
             raise ValueError(f"{where}(control={control!r}): choose 'reinitialize', 'shuffle' or None.")
         if control is not None and steps is None:
             raise ValueError(f"{where}(control={control!r}): controls are for runs that rewind. Give rewind_to, too.")
-        if steps is not None and schedule.by == "steps" and _first_step(schedule) < steps:
+        if steps is not None and schedule.by == "steps" and first_moment(schedule) < steps:
             raise ValueError(
                 f"{where}(schedule={schedule!r}, rewind_to={steps}): the first cut, at step "
-                f"{_first_step(schedule)}, comes before the step that it rewinds to. Rewind to an earlier one."
+                f"{first_moment(schedule)}, comes before the step that it rewinds to. Rewind to an earlier one."
             )
 
     def refuse(self, run: Run) -> None:
         """Refuse a run that cannot go back."""
         if self.rewind_to is None:
             return
-        if is_model_parallel(run.trainer):
+        if is_model_parallel(run.trainer) and self.control is not None:
             raise PruningError(
-                f"{run.where}(rewind_to={self.rewind_to}): what a run goes back to cannot be saved of a model that is "
-                "split over processes. Rewind under strategy='ddp' or on one device, or leave rewind_to out."
+                f"{run.where}(control={self.control!r}): controls draw random numbers for whole weights, and this "
+                "model is split over processes. Run controls under strategy='ddp' or on one device."
             )
         removing = [member.callback for member in run.members if isinstance(member.strategy, UnitRemoval)]
         others = [*guards(run.trainer), *removing, *_with_a_schedule(run.trainer)]
@@ -89,13 +100,8 @@ class SmallestWeights(WeightChoice):
                 f"{run.where}(rewind_to={self.rewind_to}): training starts at step "
                 f"{trainer.global_step}, so what was there is not known. Start anew, or rewind to a step to come."
             )
-        first = _first_step(schedule)
-        each = steps_in_epoch(trainer)
-        if schedule.by == "epochs" and each is None:
-            each = self.rewind_to  # unknown: whether there is something to go back to shows at the pruning step
-        if schedule.by == "epochs" and each is not None:
-            first *= each
-        if first < self.rewind_to:
+        first = first_pruning_step(schedule, trainer)
+        if first is not None and first < self.rewind_to:  # else it shows at the pruning step
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}): the first cut of {schedule}, at step "
                 f"{first}, comes before. Rewind to an earlier step, or let it come later."
@@ -103,7 +109,7 @@ class SmallestWeights(WeightChoice):
         self.after_batch(run)
 
     def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
-        """Return what is kept when the smallest are masked; what was masked stays so."""
+        """Return what is kept when those with the lowest scores are masked; what was masked stays so."""
         if self.rewind_to is not None and self._early is None:
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}): the first pruning step of {run.own.clock.schedule} comes "
@@ -111,7 +117,7 @@ class SmallestWeights(WeightChoice):
                 "an earlier step, or start the schedule later."
             )
         weights = own.to_prune.weights
-        scores = score_weights(weights, "magnitude")
+        scores = score_weights(weights, self.criterion, self._known_seed)
         keep = choose_weights(weights, scores, own.masks.keep, due, self.scope, self.pattern)
         return shuffled(keep, self._known_seed) if self.control == "shuffle" and progress >= 1.0 else keep
 
@@ -138,7 +144,8 @@ class SmallestWeights(WeightChoice):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run as it stood where rounds start."""
-        return {"early": self._early, "seed": self._seed}
+        # all processes are here; a run of another number of them may go on
+        return {"early": tree_map_only(Tensor, whole, self._early), "seed": self._seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
@@ -152,11 +159,6 @@ class SmallestWeights(WeightChoice):
     def _known_seed(self) -> int:
         assert self._seed is not None  # set when training begins
         return self._seed
-
-
-def _first_step(schedule: Schedule) -> int:
-    """Return the moment before which the first pruning step falls."""
-    return next(moment for moment in range(schedule.last + 1) if schedule.progress(moment) > 0)
 
 
 def _with_a_schedule(trainer: Trainer) -> list[Callback]:

@@ -120,6 +120,9 @@ class Strategy(RunEvents, ABC):
     needs_whole_model: bool = True
     """Whether it looks at a plain model where FSDP2 has split it."""
 
+    def before_split(self, pl_module: LightningModule) -> None:
+        """Look once more at a model that is whole for a pruning step, before it is split again."""
+
     def after_split(self) -> None:
         """Find the parameters anew, after the model was whole for a pruning step and split again."""
 

@@ -24,7 +24,6 @@ from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
@@ -99,8 +98,6 @@ class UnitRemoval(Strategy):
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no unit can be removed."""
         refuse_removal(run.where, run.trainer, run.module)
-        if is_model_parallel(run.trainer):
-            self._refuse_on_shards(run)
         refuse_step(run.where, self.arguments.trace, run.module)
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
@@ -170,6 +167,14 @@ class UnitRemoval(Strategy):
         if progress < 1.0:
             self._watch_on(run.module)
 
+    def before_split(self, pl_module: LightningModule) -> None:
+        """Count now: the model is whole here alone."""
+        self.traced.flops(pl_module)
+
+    def after_split(self) -> None:
+        """Go on with parameters that are other objects."""
+        self.gathering.after_split()
+
     def after_cut(self, run: Run, plan: Plan) -> None:
         """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
         self.traced.changed()
@@ -211,7 +216,6 @@ class UnitRemoval(Strategy):
         """Follow a model that is as it was before the last pruning step."""
         self.state.widths, self.state.latency = dict(state["widths"]), state["latency"]
         self.traced.changed()
-        self.traced.flops(run.module)  # counted now: a model that is split is whole here alone
         self.gathering.rest()
         if run.own.clock.unfinished:
             self._watch_on(run.module)
@@ -236,20 +240,6 @@ class UnitRemoval(Strategy):
     def release(self) -> None:
         """Remove every hook from the model."""
         self.gathering.rest()
-
-    def _refuse_on_shards(self, run: Run) -> None:
-        """Refuse what is not seen where FSDP2 splits the model."""
-        if self.gathering.looks_at_training:
-            raise PruningError(
-                f"{run.where}: {self.gathering.looks_at_training} of training steps cannot be gathered from a model "
-                "that FSDP2 splits. Use a criterion of weights ('l1', 'l2', 'bn_scale') or one that reads batches at "
-                "the pruning step ('obs', 'obd', 'taylor_second_order', 'output_change')."
-            )
-        if len(run.strategies(UnitRemoval)) > 1:
-            raise PruningError(
-                f"{run.where}: one callback alone can remove units of a model that FSDP2 splits. Use one, with amounts "
-                "by pattern."
-            )
 
     def _refuse_overlap(self, run: Run, structure: Structure) -> None:
         own = self.arguments.claims(run.module, structure)

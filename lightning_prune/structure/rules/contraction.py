@@ -222,8 +222,8 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
     rows = np.stack([label.atoms.reshape(groups, -1) for label in entering], axis=-1)  # (groups, in each, labels)
     inputs, outputs = rows.reshape(groups, -1), stacked[0].atoms.reshape(groups, -1)
     if inputs.shape[1] == len(entering) and not (transposed and shared):  # depthwise: a group is a channel
-        ledger.meet(inputs[:, :1], outputs)
-        ledger.meet(inputs[:, :1], inputs)
+        for column in inputs.T:  # of the labels of a choice, those of the alternative taken count
+            ledger.meet(column[:, None], outputs)
         _follow_groups(call, entering)
         return stacked
     # Each block is a matrix of atoms, those of one column to be pruned together. If whole groups are pruned, the shared
@@ -238,8 +238,9 @@ def _grouped(call: Call, x: Tensor, weight: Tensor, groups: int, transposed: boo
     whole = np.concatenate([inputs, outputs], axis=1).T
     inner = np.concatenate([alike, *shrinking])
     if (whole == whole[:, :1]).all():  # examples with kernels of their own: groups are alike, none can be pruned alone
-        for block in (inner, outputs):
-            ledger.meet(block[:1], block[1:])
+        ledger.meet(outputs[:1], outputs[1:])
+        for first in (*alike[: len(entering)], *shrinking):  # likewise
+            ledger.meet(first, inner)
         return stacked
     handed = ledger.choose("groups", {_OUTER: [whole, *fixed], _INNER: [inner, outputs]})
     _follow_groups(call, handed[:1])
