@@ -40,7 +40,8 @@ def to_semi_structured_(model: nn.Module) -> SemiStructured:
         >>> from lightning_prune import prune_weights
         >>> model = nn.Linear(64, 64)
         >>> _ = prune_weights(model, pattern="2:4")
-        >>> with warnings.catch_warnings(action="ignore"):
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     found = to_semi_structured_(model)
         >>> found.faster, found.dense
         ((), {'weight': 'it lies on cpu, not on an NVIDIA GPU of compute capability 8.0 or higher'})
