@@ -5,6 +5,8 @@ python examples/recipe_detection.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ class Detector(pl.LightningModule):
 
 def pictures() -> DataLoader:
     """Noise with a box: put your own data here."""
-    rows = []
+    rows: Any = []
     for _ in range(8):
         target = {"boxes": torch.tensor([[20.0, 20.0, 90.0, 90.0]]), "labels": torch.randint(1, 4, (1,))}
         rows.append((torch.rand(3, SIDE, SIDE), target))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -47,7 +48,7 @@ def decoder() -> PreTrainedModel:
 
 def batches(of_words: bool) -> DataLoader:
     """Random words; the labels of a decoder are the words themselves."""
-    rows = []
+    rows: Any = []
     for _ in range(32):
         words = torch.randint(WORDS, (16,))
         label = words if of_words else torch.randint(3, ())

@@ -22,6 +22,8 @@ from lightning_prune.callbacks import DistillFromDense
 class Contrastive(pl.LightningModule):
     """Two views of an image shall have one embedding; only the encoder is deployed later."""
 
+    memory: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
