@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from lightning_prune import FilterL1Pruning, IterativeMagnitudePruning, MetricGuard, OneShot, PruningError
+from lightning_prune import FilterL1Pruning, IterativeMagnitudePruning, MetricGuard, OBSOneShot, OneShot, PruningError
 from lightning_prune.algorithms.schedules import Linear
 from lightning_prune.callbacks import LearningRateRewinding
 from tests.runs import SIDE, Known
@@ -114,6 +114,16 @@ def test_a_resumed_run_goes_on_as_the_whole_one(tmp_path, epoch):
     assert resumed == whole[(epoch + 1) * PER_EPOCH :]
 
 
+def test_a_second_run_goes_back_to_its_own_learning_rate():
+    """The same callback beside the same module, which trains with another learning rate now."""
+    module, rewinding = Lit(), LearningRateRewinding()
+    fit(module, FilterL1Pruning(0.5, schedule=OneShot(3)), rewinding)
+    module.used, module.hparams.lr = [], 0.01
+    fit(module, FilterL1Pruning(0.5, schedule=OneShot(3)), rewinding)
+    cut = 3 * PER_EPOCH
+    assert module.used[cut:] == module.used[:cut] and module.used[0][0] == 0.01
+
+
 class Worse(Lit):
     """Has a metric that falls when the model is pruned."""
 
@@ -145,6 +155,7 @@ class Bare(Known):
         (Lit, [LearningRateRewinding()], "no callback prunes"),
         (Bare, [FilterL1Pruning(0.5), LearningRateRewinding()], "no learning-rate scheduler"),
         (Lit, [FilterL1Pruning(0.5, schedule=OneShot(1)), LearningRateRewinding(7)], "comes after 4 optimizer steps"),
+        (Lit, [OBSOneShot(0.5), LearningRateRewinding(2)], "comes after the last batch"),
         (
             Lit,
             [

@@ -7,6 +7,7 @@ import torch
 from torch import nn, optim
 
 from lightning_prune import PruningError, prune_filters
+from lightning_prune.surgery import restore_, take_snapshot
 
 IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -253,3 +254,32 @@ def test_state_of_another_model_is_refused():
             weight = model[index].weight
             optimizer.state[weight]["exp_avg"] = torch.zeros(wrong(weight.shape), dtype=torch.float64)
             assert_refused(model, optimizer, "state 'exp_avg' of shape .* does not fit its parameter")
+
+
+class Counting(optim.SGD):
+    """Keeps state that belongs to no parameter, under a name, as some second-order optimizers do."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.state["all"]["steps"] = self.state["all"].get("steps", torch.zeros(())) + 1
+        return loss
+
+
+def test_state_of_no_parameter_is_brought_back():
+    """What an optimizer keeps under a name is restored beside the state of parameters."""
+    model = nn.Linear(3, 2)
+    optimizer = Counting(model.parameters(), 0.1, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    step()
+    snapshot = take_snapshot(model, [optimizer])
+    weight, momentum = model.weight.detach().clone(), optimizer.state[model.weight]["momentum_buffer"].clone()
+    step()
+    restore_(model, [optimizer], snapshot)
+    assert float(optimizer.state["all"]["steps"]) == 1
+    assert torch.equal(model.weight, weight)
+    assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], momentum)

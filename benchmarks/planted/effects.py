@@ -65,7 +65,7 @@ def written(full: nn.Module, tensors: Tensors, attributes: tuple[AttributeChange
 
 @contextmanager
 def filled() -> Iterator[None]:
-    """Let memory that nothing was written to hold NaN, so that two runs read the same there."""
+    """Fill memory that nothing was written to with NaN, so that two runs read the same there."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -136,7 +136,7 @@ class GPT(nn.Module):
 
 
 def scaled(program: Program) -> Program:
-    """Let every stage that can join by a LayerScale of 1e-6."""
+    """Join every stage that can by a LayerScale of 1e-6."""
     return dataclasses.replace(program, stages=tuple(dataclasses.replace(s, join="scaled") for s in program.stages))
 
 

@@ -36,8 +36,9 @@ class LearningRateRewinding(AnyCallback):
 
     Raises:
         ValueError: If ``to`` is no number of steps.
-        PruningError: Before training: without a pruning callback or a learning-rate scheduler, or if step ``to`` has
-            passed. At the pruning step: if it comes before step ``to``, or parameter groups were added since.
+        PruningError: Before training: without a learning-rate scheduler, without a callback that prunes while the
+            model trains, or if step ``to`` has passed. At the pruning step: if it comes before step ``to``, or
+            parameter groups were added since.
 
     References:
         Renda, Frankle, Carbin, Comparing Rewinding and Fine-tuning in Neural Network Pruning, ICLR 2020
@@ -79,12 +80,20 @@ class LearningRateRewinding(AnyCallback):
                 f"{self._where}: configure_optimizers returns no learning-rate scheduler, so there is no schedule to "
                 "set back. Return one, or leave the callback out."
             )
-        if self._early is None and trainer.global_step > self.to:
+        if trainer.global_step <= self.to:  # what an earlier run of this module saved is not of this one
+            self._early = None
+        elif self._early is None:
             raise PruningError(
                 f"{self._where}: training starts at step {trainer.global_step}, so the learning rate of step {self.to} "
                 "is not known. Start anew, or set schedules back to a step to come."
             )
-        for callback in pruning_callbacks(trainer) if self._early is None else ():
+        within = [own for own in pruning_callbacks(trainer) if not own.member.clock.prunes_after_training]
+        if not within:
+            raise PruningError(
+                f"{self._where}: all pruning comes after the last batch, so no training follows in which a schedule "
+                "could go on. Prune before an epoch (OBSOneShot has epoch=), or leave the callback out."
+            )
+        for callback in within if self._early is None else ():
             first = first_pruning_step(callback.member.clock.schedule, trainer)
             if first is not None and first < self.to:
                 raise PruningError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.shards import gathered_names
+from lightning_prune.model.shards import gathered_names, is_sharded
 from lightning_prune.structure import Structure, named_tensors, trace
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 
@@ -202,7 +202,9 @@ class Reads:
             groups that could have been differentiated and do not take part.
         """
         parameters = dict(self.model.named_parameters())
-        names = {id(parameter): name for name, parameter in parameters.items()} | gathered_names(self.model)
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        if any(map(is_sharded, parameters.values())):
+            names |= gathered_names(self.model)
         frozen = {name for name, parameter in parameters.items() if not parameter.requires_grad}
         nodes = _nodes(roots)
         reached = {names[id(node.variable)] for node in nodes if node.name() == _LEAF and id(node.variable) in names}

@@ -1,7 +1,7 @@
 """Parameters that are split over processes: this process's part, and the whole; knows no strategy.
 
-The only file that uses private names of torch: nothing public undoes ``fully_shard``, or says which parameter a tensor
-is that FSDP2 has gathered.
+The only file that uses private names of FSDP2: nothing public undoes ``fully_shard``, or says which parameter a tensor
+is that it has gathered.
 """
 
 from __future__ import annotations

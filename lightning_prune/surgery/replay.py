@@ -154,10 +154,7 @@ class Replay(Watch):
             args = [self._taken(value) for value in args]
         facts = self.facts_of(func)
         try:
-            before = self.course.at
-            at = self.course.next(func)
-            if at is not None and facts.packet is _aten.clone and not self.takes(at, args[0]):
-                self.course.at, at = before, None  # a copy of another tensor, which lies in memory otherwise here
+            at = self.next(facts, args)
             if at is None:
                 return self.plain_run(facts, args, kwargs)
             out = self._drawn(at, facts, args, kwargs) if facts.draws else self.replay(at, facts, args, kwargs)
@@ -176,6 +173,19 @@ class Replay(Watch):
         if facts is None:
             facts = self._facts[id(func)] = _facts(func)
         return facts
+
+    def next(self, facts: Facts, args: Any) -> int | None:
+        """Return the index of the traced operator that this one is; None for one that only lays out memory.
+
+        Raises:
+            OtherOperatorsError: If another one was to run.
+        """
+        before = self.course.at
+        at = self.course.next(facts.func)
+        if at is not None and facts.packet is _aten.clone and not self.takes(at, args[0]):
+            self.course.at = before  # a copy of another tensor, which lies in memory otherwise here
+            return None
+        return at
 
     def replay(self, at: int, facts: Facts, args: Any, kwargs: Any) -> Any:
         """Run the operator at an index of the trace."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.model.shards import split_like
+from lightning_prune.model.shards import is_sharded, split_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import recipe_of, resize_
 from lightning_prune.surgery.skipped import follow_layers_, groups_of, removed_layers, set_groups_
@@ -47,9 +47,14 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
             tensor.copy_(split_like(snapshot["tensors"][name], tensor))
             tensor.grad = None
     for optimizer, state in zip(optimizers, snapshot["optimizers"], strict=True):
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        own = {
-            place: tree_map_only(Tensor, partial(split_like, tensor=parameters[place]), copy.deepcopy(values))
-            for place, values in state.items()
-        }
+        own = _split_state(optimizer, copy.deepcopy(state))
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _split_state(optimizer: Optimizer, state: dict[Any, Any]) -> dict[Any, Any]:
+    """Split state that is whole, as from a checkpoint, where its parameter is split over processes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, parameter in enumerate(parameters):
+        if place in state and is_sharded(parameter):
+            state[place] = tree_map_only(Tensor, partial(split_like, tensor=parameter), state[place])
+    return state

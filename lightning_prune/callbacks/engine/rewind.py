@@ -22,7 +22,7 @@ def remember(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     settle_(pl_module)
     return {
         **take_snapshot(pl_module, trainer.optimizers),
-        "groups": [copy.deepcopy(optimizer.state_dict()["param_groups"]) for optimizer in trainer.optimizers],
+        "settings": [copy.deepcopy(optimizer.state_dict()["param_groups"]) for optimizer in trainer.optimizers],
         "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
     }
 
@@ -34,7 +34,7 @@ def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, 
         PruningError: If an optimizer has other parameter groups than then.
     """
     now = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-    then = [len(groups) for groups in remembered["groups"]]
+    then = [len(groups) for groups in remembered["settings"]]
     if now != then:
         raise PruningError(
             f"The optimizers have {now} parameter groups, and had {then} at the step to rewind to: groups that were "
@@ -42,7 +42,7 @@ def rewind_(trainer: Trainer, pl_module: LightningModule, remembered: dict[str, 
         )
     settle_(pl_module)
     restore_(pl_module, trainer.optimizers, remembered)
-    for optimizer, groups in zip(trainer.optimizers, remembered["groups"], strict=True):
+    for optimizer, groups in zip(trainer.optimizers, remembered["settings"], strict=True):
         for group, was in zip(optimizer.param_groups, groups, strict=True):
             group.update({name: copy.deepcopy(value) for name, value in was.items() if name != "params"})
     for config, was in zip(trainer.lr_scheduler_configs, remembered["schedulers"], strict=True):
