@@ -48,14 +48,19 @@ class Finished(NamedTuple):
 
 
 class Client(NamedTuple):
-    """A library: what to install, and whether it needs torchvision, which is installed without its dependencies."""
+    """A library: what to install.
+
+    ``torchvision``: whether it needs that, which is installed without its dependencies. ``uniform``: whether its files
+    have one width for all layers of a kind, so that filters are pruned with ``uniform=True``.
+    """
 
     train: Callable[[Any, Path], Finished]
     packages: tuple[str, ...]
     torchvision: bool = False
+    uniform: bool = False
 
 
-def callback_named(name: str) -> Any:
+def callback_named(name: str, uniform: bool = False) -> Any:
     """Return a new callback that prunes half of what it can, or 30 % of the channels."""
     import lightning_prune
 
@@ -64,8 +69,10 @@ def callback_named(name: str) -> Any:
     if name == "OBSOneShot":
         return lightning_prune.OBSOneShot(0.5, batches=2)
     if name == "TaylorFilterPruning":
-        return lightning_prune.TaylorFilterPruning(0.3, schedule=lightning_prune.OneShot(1, by="steps"))
-    return lightning_prune.FilterL1Pruning(0.3)
+        return lightning_prune.TaylorFilterPruning(
+            0.3, schedule=lightning_prune.OneShot(1, by="steps"), uniform=uniform
+        )
+    return lightning_prune.FilterL1Pruning(0.3, uniform=uniform)
 
 
 NAMES = ("IterativeMagnitudePruning", "FilterL1Pruning", "TaylorFilterPruning", "OBSOneShot")
@@ -528,7 +535,7 @@ CLIENTS = {
     "lightly": Client(lightly, ("lightly",), torchvision=True),
     "monai": Client(monai, ("monai",)),
     "torchgeo": Client(torchgeo, ("torchgeo",), torchvision=True),
-    "transformers": Client(transformers, ("transformers",)),
+    "transformers": Client(transformers, ("transformers",), uniform=True),
 }
 
 
@@ -542,7 +549,7 @@ def run_one(client: str, name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     found: dict[str, Any] = {"started": False}
-    callback = callback_named(name)
+    callback = callback_named(name, CLIENTS[client].uniform)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         try:

@@ -102,6 +102,24 @@ def test_models_that_are_no_chain_are_run_as_a_whole(how):
     )
 
 
+class Optional(nn.Module):
+    """A layer with a norm that may be None, as a place of its container."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 2), norm)
+
+    def forward(self, x):
+        for part in self.parts:
+            x = x if part is None else part(x)
+        return x
+
+
+def test_places_without_a_block_are_passed_over():
+    """A container may hold None where a block is optional."""
+    assert prune_obs(Optional(), 0.5, batches=[torch.randn(64, 5)], progress=False).reached == 0.5
+
+
 def test_blocks_are_found():
     """The blocks that hold most weights are found, and the model is as it was, hooks included."""
     model, batches = made()

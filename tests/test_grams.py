@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError
+from lightning_prune import PruningError, prune_obs
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import gather_grams, gather_pair
 from lightning_prune.measure.output_change import replaced
@@ -85,6 +85,30 @@ def test_grams_are_means_of_outer_products_over_all_batches_and_calls():
         torch.testing.assert_close(grams[name].hessian[0], (inputs.T @ inputs / len(inputs)).detach())
         torch.testing.assert_close(grams[name].mean[0], inputs.mean(dim=0).detach())
         assert grams[name].count == len(inputs)
+
+
+@pytest.mark.parametrize("width", [16, 512])
+def test_inputs_that_hardly_vary_keep_their_covariance(width):
+    """Means are subtracted before products are rounded, so that a covariance is as in double precision."""
+    torch.manual_seed(0)
+    level, layer = torch.randn(width), nn.Linear(width, 3)
+    batches = [level + 1e-4 * torch.randn(50, width), level.expand(50, width)]
+    products = find_products(layer, batches[0], call)
+    gram = gather_grams(layer, products, ["weight"], Calibration(batches))["weight"]
+    x = torch.cat(batches).double()
+    expected = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+    covariance = gram.hessian[0] - gram.mean[0][:, None] * gram.mean[0]
+    assert torch.allclose(covariance, expected, rtol=0, atol=1e-4 * expected.diagonal().mean())
+    assert torch.allclose(gram.hessian[0], x.T @ x / len(x), rtol=1e-6)
+
+
+def test_inputs_that_never_vary_are_solved():
+    """A layer whose inputs are the same in every example is pruned: its bias makes up for all."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 4), torch.randn(1, 16).expand(1000, 16)
+    before = layer(x).detach()
+    assert prune_obs(layer, 0.5, batches=[x], progress=False).reached == 0.5
+    assert torch.allclose(layer(x), before, atol=1e-5)
 
 
 def test_other_uses_of_a_weight_are_told():

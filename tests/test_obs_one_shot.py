@@ -37,6 +37,25 @@ def arguments_of(callback):
     return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters}
 
 
+class Spare(Net):
+    """Has a layer that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = torch.nn.Linear(12, 5)
+
+
+def test_weights_that_never_run_are_named():
+    """What multiplies nothing stays dense: the warning says so, and how to count without it."""
+    module, other = Spare(), Spare()
+    with pytest.warns(UserWarning, match=r"less than amount is pruned.*spare\.weight: nothing was seen.*ignore="):
+        fit(module, OBSOneShot(0.5))
+    assert not (module.spare.weight == 0).any()
+    callback = OBSOneShot(0.5, ignore=["spare"])
+    fit(other, callback)
+    assert callback.history.goals[-1].reached == 0.5
+
+
 def test_after_training_half_of_the_weights_are_zero_and_outputs_hardly_move():
     """By default it happens once, after the last step: half of the weights go, and hardly any of what the net gives."""
     dense, pruned = net(), net()

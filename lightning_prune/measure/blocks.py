@@ -114,14 +114,16 @@ def find_chain(model: nn.Module, calibration: Calibration) -> Chain | None:
     """
     containers = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
+        # A place of a container may be empty, so its blocks are its children.
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(list(module.children())) > 1:
             containers.append((sum(parameter.numel() for parameter in module.parameters()), path, module))
     for _, path, module in sorted(containers, key=lambda found: -found[0]):
         paths = tuple([f"{path}.{name}".lstrip(".") for name, _ in module.named_children()])
-        if _shares_parameters(model, list(module)):
+        blocks = list(module.children())
+        if _shares_parameters(model, blocks):
             continue
         with suppress(Exception):  # whatever fails here runs well as a whole
-            place = _place_of_hidden(model, list(module), calibration)
+            place = _place_of_hidden(model, blocks, calibration)
             if place is not None:
                 chain = Chain(model, paths, place)
                 if _is_closed(chain, calibration):

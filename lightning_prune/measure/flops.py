@@ -1,4 +1,4 @@
-"""Knows how many multiply-adds a model performs on example inputs; knows nothing of what may leave it."""
+"""Counts the multiply-adds of a model on example inputs; knows nothing of what may leave it."""
 
 import math
 import warnings

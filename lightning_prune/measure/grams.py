@@ -34,12 +34,36 @@ class Gram:
             half the squared error of an output, its mean over positions.
         mean: Mean column, ``(groups, columns)``.
         count: How many columns were seen.
+        centre: While sums are taken, what is subtracted from each column: products of inputs that hardly vary would
+            otherwise lose their variance to the rounding of single precision. ``(groups, columns)``.
     """
 
     reading: Reading
     hessian: Tensor
     mean: Tensor
     count: int
+    centre: Tensor | None = None
+
+    def add(self, columns: Tensor) -> None:
+        """Add columns, ``(groups, columns, n)``, to the sums."""
+        if self.centre is None and columns.shape[2]:
+            self.centre = columns.mean(dim=2)
+        apart = columns if self.centre is None else columns - self.centre[:, :, None]
+        self.hessian += (apart @ apart.transpose(1, 2)).to(self.hessian)
+        self.mean += apart.sum(dim=2).to(self.mean)
+        self.count += columns.shape[2]
+
+    def uncentre_(self) -> None:
+        """Turn the sums into those of the columns themselves."""
+        if self.centre is None:
+            return
+        centre = self.centre.to(self.hessian)[:, :, None]
+        row = centre.transpose(1, 2)
+        self.hessian.baddbmm_(centre, self.mean[:, None])
+        self.hessian.baddbmm_(self.mean[:, :, None], row)
+        self.hessian.baddbmm_(centre * self.count, row)
+        self.mean += self.count * centre[..., 0]
+        self.centre = None
 
     def without(self, groups: Tensor, columns: Tensor) -> Pair:
         """Return this beside what is left of it once only some columns are there.
@@ -108,16 +132,14 @@ def gather_grams(
     grams = {name: _nothing(model, products, name, calibration) for name in names}
 
     def receive(name: str, reading: Reading, inputs: Tensor) -> None:
-        columns = _single(reading.unrolled(inputs.detach()))
-        wide = calibration.dtype_on(columns.device)
-        grams[name].hessian += (columns @ columns.transpose(1, 2)).to(wide)
-        grams[name].mean += columns.sum(dim=2).to(wide)
-        grams[name].count += columns.shape[2]
+        grams[name].add(_single(reading.unrolled(inputs.detach())))
 
     with undisturbed(model), watch_inputs(model, names, receive):
         for batch in calibration.batches:
             with unchanged(batch):
                 calibration.forward(model, batch)
+    for gram in grams.values():
+        gram.uncentre_()
     return {name: _mean(name, gram, calibration) for name, gram in grams.items()}
 
 

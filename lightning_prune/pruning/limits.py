@@ -1,4 +1,4 @@
-"""Knows how narrow every layer may become, and by which steps; knows no scores and chooses nothing."""
+"""Works out how narrow every layer may become, and by which steps; reads no scores and chooses nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows what each operator costs in multiply-adds, as fvcore counts them; knows no model and no channel group.
+"""Counts the multiply-adds of each operator, as fvcore does; knows no model and no channel group.
 
 An operator that is not in the table costs nothing, nor does one that no output depends on. Sizes are labels where
 channels run, so that the cost can be worked out again for other widths.

@@ -1,4 +1,4 @@
-"""Knows which numbers on modules repeat the shapes of their tensors, and what they become after a cut."""
+"""Finds the numbers on modules that repeat the shapes of their tensors, and what they become after a cut."""
 
 from __future__ import annotations
 

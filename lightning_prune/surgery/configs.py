@@ -1,4 +1,4 @@
-"""Knows which fields of a Hugging Face config give widths, and what they become after a cut; writes nothing.
+"""Finds the fields of a Hugging Face config that give widths, and what they become after a cut; writes nothing.
 
 A config is read by no operator, only by constructors. So models are built from it on the meta device, where that costs
 no memory: with one field changed, to see which sizes follow it, and with new values, to see whether they give exactly

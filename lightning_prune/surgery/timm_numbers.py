@@ -1,4 +1,4 @@
-"""Knows the numbers on timm's models that only ``reset_classifier`` reads, and what they become after a cut."""
+"""Finds the numbers on timm's models that only ``reset_classifier`` reads, and what they become after a cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows where averaging callbacks keep their copies of the model, and lets the copies follow its shapes."""
+"""Finds where averaging callbacks keep their copies of the model, and lets the copies follow its shapes."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
@@ -14,6 +15,8 @@ from lightning_prune.pruning.arguments import Amount
 from lightning_prune.pruning.obs import Asked, LayerFit, plan_obs, refuse_beyond_reach, write_
 
 __all__ = ["BrainSurgeon"]
+
+_MOST = 5  # weights that a warning names
 
 
 class BrainSurgeon(WeightChoice):
@@ -50,6 +53,7 @@ class BrainSurgeon(WeightChoice):
         with calibration_of(trainer, run.module, self.batches) as calibration:
             plan = plan_obs(run.module, calibration, asked)
         self.fits = plan.layers
+        _warn_of_skipped(run.where, {name: why for name, why in plan.skipped.items() if name in to_prune.weights})
         if trainer.world_size > 1:
             self._planned = trainer.strategy.broadcast(dict(plan.tensors))
         else:
@@ -61,3 +65,14 @@ class BrainSurgeon(WeightChoice):
         write_(run.module, self._planned)
         self._planned = {}
         recalibrate_(run.trainer, run.module, self.recalibrate)
+
+
+def _warn_of_skipped(where: str, skipped: Mapping[str, str]) -> None:
+    """Warn of weights that stay dense, so that less is pruned than was asked."""
+    if skipped:
+        told = [f"{name}: {why}" for name, why in list(skipped.items())[:_MOST]]
+        more = f"; and {len(skipped) - _MOST} more" if len(skipped) > _MOST else ""
+        rank_zero_warn(
+            f"{where}: less than amount is pruned, as weights stay dense ({'; '.join(told)}{more}). Name them by "
+            "ignore= to count without them."
+        )

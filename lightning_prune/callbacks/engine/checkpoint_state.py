@@ -1,4 +1,4 @@
-"""Knows what a checkpoint holds of a pruning callback; knows neither Trainer nor model."""
+"""Saves and restores what a checkpoint holds of a pruning callback; reads neither Trainer nor model."""
 
 from __future__ import annotations
 

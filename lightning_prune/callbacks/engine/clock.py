@@ -1,4 +1,4 @@
-"""Knows how far one callback's schedule has come and what is due; knows no model and no Trainer."""
+"""Counts how far one callback's schedule has come and what is due; reads no model and no Trainer."""
 
 from __future__ import annotations
 

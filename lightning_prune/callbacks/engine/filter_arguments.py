@@ -1,4 +1,4 @@
-"""Knows the arguments that all callbacks share that remove units; prunes nothing."""
+"""Holds and checks the arguments that all callbacks share that remove units; prunes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows what callbacks beside those that prune must offer: to judge pruning steps, or to follow them."""
+"""Declares what callbacks beside those that prune must offer: to judge pruning steps, or to follow them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the arguments of callbacks that remove layers; prunes nothing."""
+"""Holds and checks the arguments of callbacks that remove layers; prunes nothing."""
 
 from __future__ import annotations
 

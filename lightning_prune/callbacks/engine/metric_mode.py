@@ -1,4 +1,4 @@
-"""Knows whether a higher or a lower value of a metric is better, from other callbacks."""
+"""Finds out whether a higher or a lower value of a metric is better, from other callbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows the state of a callback that removes units, and its form in checkpoints; changes no model."""
+"""Holds the state of a callback that removes units, and its form in checkpoints; changes no model."""
 
 from __future__ import annotations
 

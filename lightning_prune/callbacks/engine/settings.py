@@ -1,4 +1,4 @@
-"""Knows the settings of a run's callbacks, as a call, as hyperparameters, and as facts of the run."""
+"""Gives the settings of a run's callbacks, as a call, as hyperparameters, and as facts of the run."""
 
 from __future__ import annotations
 

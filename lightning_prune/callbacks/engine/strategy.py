@@ -1,4 +1,4 @@
-"""Knows what a run asks of each way of pruning; decides neither when to prune nor what is logged."""
+"""Declares what a run calls of each way of pruning; decides neither when to prune nor what is logged."""
 
 from __future__ import annotations
 

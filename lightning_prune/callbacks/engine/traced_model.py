@@ -1,4 +1,4 @@
-"""Knows, in a run, the channel groups of the model as it stands and what it costs; prunes nothing."""
+"""Holds, in a run, the channel groups of the model as it stands and what it costs; prunes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knows what masking in a run asks of each way to choose weights; chooses none."""
+"""Declares what masking in a run calls of each way to choose weights; chooses none."""
 
 from __future__ import annotations
 
