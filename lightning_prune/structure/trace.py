@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.model.calls import (
     ExampleInputs,
     Instead,
+    modules_of,
     refuse_empty,
     refuse_shapeless,
     same_draws,
@@ -79,6 +80,7 @@ def _in_both_modes(
         ledger.literals = literals
         labels = {name: ledger.register(name, tensor) for name, tensor in named_tensors(model).items()}
         ledger.numbers, ledger.hollow = numbers, hollow
+        _pin_compiled(model, ledger, labels)
         _run_pass(model, Pass(False, example_inputs), ledger, labels)
         return ledger, labels
 
@@ -111,6 +113,16 @@ def _in_both_modes(
         ledger.idle = [name for name in idle if name not in followed]
         ledger.guessed = sorted(followed)
     return ledger
+
+
+def _pin_compiled(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> None:
+    """Pin what TorchScript holds: it hands out another tensor each time it is asked, so that none can be exchanged."""
+    for path, module in modules_of(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            for leaf, _ in (*module._parameters.items(), *module._buffers.items()):
+                name = f"{path}.{leaf}" if path else leaf
+                for found in labels[name].dims.values():
+                    ledger.pin(found, "held by TorchScript (torch.jit.script or torch.jit.trace)")
 
 
 def _explore(model: nn.Module, example_inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels]) -> bool:
