@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_prune.model.calls import ExampleInputs, call_on, uncollected, wal
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
+from lightning_prune.model.sandbox import remembered_once
 from lightning_prune.pruning.arguments import (
     Amount,
     MaxAmount,
@@ -150,7 +151,13 @@ def prune_filters(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
     part = part_of(model, module)
-    with walked_once(model), uncollected() if batches is None else nullcontext():
+    cheap = batches is None and criterion in _CHEAP
+    with ExitStack() as stack:
+        stack.enter_context(walked_once(model))
+        if batches is None:
+            stack.enter_context(uncollected())
+        if cheap:  # criteria of users may change what they like; the cut comes last
+            stack.enter_context(remembered_once(model))
         traced = find_structure(trace(model, example_inputs))
         named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
         alone = left_alone(model, named)
@@ -193,7 +200,7 @@ def prune_filters(
 
         # Where scores cost little, whether every group can shrink is asked only if less can be cut than was asked.
         plan = None
-        if batches is None and criterion in _CHEAP and target != "latency":
+        if cheap and target != "latency":
             with suppress(PruningError):
                 plan = planned(traced, refuse=False)
         if plan is None or plan.outcome.short:

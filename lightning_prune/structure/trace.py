@@ -20,7 +20,7 @@ from lightning_prune.model.calls import (
     uncollected,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
-from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.model.sandbox import remembered_once, undisturbed
 from lightning_prune.structure.decisions import EXPLORED, Ways
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Pass, Ran
 from lightning_prune.structure.rules import is_pointwise
@@ -53,6 +53,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[L
     """
     refuse_shapeless(model)
     refuse_empty(example_inputs)
+    with remembered_once(model):
+        return _traced(model, example_inputs, literals)
+
+
+def _traced(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[Literally]) -> Ledger:
+    """Trace without numbers where that tells all, else with them."""
     for hollow in (True, False):
         with failures_suppressed():  # some code takes plain numbers alone
             return _in_both_modes(model, example_inputs, literals, numbers=True, hollow=hollow)
