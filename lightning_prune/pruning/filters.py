@@ -20,8 +20,8 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import remembered_once
+from lightning_prune.pruning.amounts import Amount, in_fractions
 from lightning_prune.pruning.arguments import (
-    Amount,
     MaxAmount,
     MinWidth,
     Modules,
@@ -86,8 +86,9 @@ def prune_filters(
     Args:
         model: The model. Anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
-            of module paths or by module, of the units that these produce. What no pattern names is kept whole.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            units, of each layer or, with ``scope="global"``, of all; or these by pattern of module paths or by module,
+            of the units that these produce. What no pattern names is kept whole.
         criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
             higher is kept longer. Of weights: ``l1``, ``l2``, ``bn_scale``, ``random``; with ``batches``:
             ``activation_mean``, ``activation_std``, ``apoz``, ``obs`` (prunes first what its consumer layers can best
@@ -183,12 +184,13 @@ def prune_filters(
             else:
                 with each(batches or (), "batches", progress and batches is not None) as seen:
                     scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
+            widths = {name: group.width for name, group in structure.groups.items()}
             plan = plan_filters(
                 model,
                 example_inputs,
                 structure,
                 scores,
-                amount_by_group(model, structure, amount),
+                in_fractions(amount_by_group(model, structure, amount), widths, scope, "units"),
                 budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
                 adding_up=adds_up(criterion),
                 refuse=refuse,

@@ -16,7 +16,7 @@ from lightning_prune.model.calls import ExampleInputs, modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.model.sandbox import remembered_once
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.at_fault import groups_at_fault
 from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, select_units
 from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
