@@ -33,7 +33,7 @@ from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LayerData, score_layers
 from lightning_prune.pruning.layers import apply_layers_
 from lightning_prune.structure.skippable import Depth, find_skippable
-from lightning_prune.surgery.skipped import skip_of
+from lightning_prune.surgery.pass_through import skip_of
 from lightning_prune.surgery.verify_skips import SkipProof, verify_skips
 
 RESULTS = Path(__file__).with_suffix(".json")

@@ -25,7 +25,7 @@ from lightning_prune import (
     load_from_checkpoint,
 )
 from lightning_prune.reports.run_tables import run_tables
-from lightning_prune.surgery.skipped import Skipped
+from lightning_prune.surgery.pass_through import Skipped
 from tests.runs import CLASSES, IMAGE, Net, assert_same_weights, batches, fit, net, weights
 from tests.test_callback_contract import arguments_of, global_hooks, hooks_of, recipe_hooks
 

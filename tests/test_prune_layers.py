@@ -17,7 +17,7 @@ from lightning_prune.algorithms.criteria.depth import block_influence
 from lightning_prune.structure.skippable import find_skippable
 from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.loading import recipe_json
-from lightning_prune.surgery.skipped import Skipped, skip_of
+from lightning_prune.surgery.pass_through import Skipped, skip_of
 from lightning_prune.surgery.verify_skips import verify_skips
 from tests.test_interruption import broken_points
 
@@ -592,6 +592,8 @@ def test_limits_are_kept():
     report = prune_layers(model, x, 0.9, ignore=["blocks.b0", model.blocks["b1"]], progress=False)
     assert {layer.path for layer in report.removed} == {"blocks.b2", "blocks.b3"}
     assert report.pinned["blocks.b0"] == "named in ignore="
+    with pytest.raises(PruningError, match="No layer of Stack can be removed"):
+        prune_layers(residual(), x, 0.25, ignore=["blocks.*.up"], progress=False)
     both = nn.Sequential(residual(2), nn.Linear(2, 3), residual(4))
     report = prune_layers(both, x, 0.5, module="2", progress=False)
     assert len(report.removed) == 2 and all(layer.path.startswith("2.") for layer in report.removed)

@@ -16,7 +16,8 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, score_layers
 from lightning_prune.pruning.report import RemovedLayer
 from lightning_prune.structure.skippable import Depth, is_inside, outermost_of, parts_of
-from lightning_prune.surgery.skipped import skip_of
+from lightning_prune.surgery.layer_numbers import numbered_layers
+from lightning_prune.surgery.pass_through import skip_of
 from lightning_prune.surgery.verify_skips import SkipProof, verify_skips
 
 __all__ = ["LayerBudget", "LayerCosts", "LayerPlan", "LayerTarget", "plan_layers"]
@@ -181,6 +182,12 @@ def plan_layers(
         best = min(candidates, key=lambda path: state.loss_per_saving(path, scores[path], skips))
         wider = _with(skips, best, skip_of(depth.layers[best]))
         found = verify_skips(model, example_inputs, wider)
+        if found.wrong and numbered_layers(model):
+            # Some code does more with the number of a layer than to find its cache: then the others keep theirs.
+            numbers_kept = _with(skips, best, skip_of(depth.layers[best], renumber=False))
+            other = verify_skips(model, example_inputs, numbers_kept)
+            if not other.wrong:
+                wider, found = numbers_kept, other
         if found.wrong:
             reasons[best] = found.wrong
             continue

@@ -20,7 +20,8 @@ from lightning_prune.model.output_forms import main_output, value_at
 from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.structure.skippable import Branches, Depth, SkippableLayer
 from lightning_prune.structure.tracer import unfused
-from lightning_prune.surgery.skipped import skip_of, temporarily_skipped
+from lightning_prune.surgery.pass_through import skip_of
+from lightning_prune.surgery.skipped import temporarily_skipped
 
 __all__ = ["LAYER_CRITERIA", "LayerCriterion", "LayerData", "score_layers"]
 

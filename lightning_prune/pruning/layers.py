@@ -17,7 +17,7 @@ from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.latency import Turn, circumstances, rounds
-from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, run
+from lightning_prune.model.calls import ExampleInputs, call_on, modules_of, refuse_empty, refuse_shapeless, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.sandbox import undisturbed
@@ -246,10 +246,11 @@ def prunable_layers(
             if path == network or path.startswith(f"{network}."):
                 why[path] = f"{network} is left alone: {reason}"
     # A layer of which a part is to stay cannot leave either.
+    named = [path for path, _ in modules_of(model) if any(names_module(pattern, path) for pattern in patterns)]
     for path in depth.layers:
-        inside = [pattern for pattern in patterns if pattern.startswith(f"{path}.")]
-        if inside and path not in why:
-            why[path] = f"{inside[0]} inside of it is named in ignore="
+        inside = next((part for part in named if part.startswith(f"{path}.")), None)
+        if inside is not None and path not in why:
+            why[path] = f"{inside} inside of it is named in ignore="
     depth = depth.without(why)
     if not depth.layers:
         told = "; ".join(f"{path}: {reason}" for path, reason in list(depth.others.items())[:5])

@@ -20,7 +20,7 @@ from torch import nn
 from lightning_prune.model.calls import modules_of
 from lightning_prune.surgery.attributes import ABSENT, AttributeChange, follows_cuts, held_number
 
-__all__ = ["ConfigField", "FollowedConfigs", "config_fields", "follow_configs"]
+__all__ = ["ConfigField", "FollowedConfigs", "config_fields", "follow_configs", "pretrained_models"]
 
 # Names under which configs of transformers hold widths and numbers of heads.
 _NAMES = frozenset(
@@ -75,7 +75,7 @@ class FollowedConfigs(NamedTuple):
 def config_fields(model: nn.Module) -> list[ConfigField]:
     """Return the fields of all Hugging Face configs in a model that give widths or numbers of heads."""
     found: list[ConfigField] = []
-    for path, module in _pretrained(model):
+    for path, module in pretrained_models(model):
         dense = _twin(module, {})
         if dense is not None:
             found += _fields(path, module, dense, _made_explicit(module, dense))
@@ -93,7 +93,7 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
     """
     changes: list[AttributeChange] = []
     told = []
-    for path, module in _pretrained(model):
+    for path, module in pretrained_models(model):
         after = _shapes_after(model, path, module, shapes)
         inside = {place: value for place, value in numbers.items() if _lies_in(place[0], path)}
         dense = _twin(module, {})
@@ -120,7 +120,7 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
 # Models and their twins
 
 
-def _pretrained(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the Hugging Face models in a model, none of which lies in another."""
     found: list[str] = []
     for path, module in modules_of(model):

@@ -34,8 +34,9 @@ from lightning_prune.surgery.attributes import (
     shape_attributes,
 )
 from lightning_prune.surgery.configs import follow_configs
+from lightning_prune.surgery.pass_through import Skipped, check_skip
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
-from lightning_prune.surgery.skipped import Skipped, check_skip, follow_layers_, removed_layers
+from lightning_prune.surgery.skipped import follow_layers_, removed_layers
 from lightning_prune.surgery.timm_numbers import follow_timm
 
 __all__ = [

@@ -7,100 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.model.calls import modules_of
-from lightning_prune.model.output_forms import check_form, filled, value_at
 from lightning_prune.structure import named_tensors
-from lightning_prune.structure.skippable import SkippableLayer, outermost_of
+from lightning_prune.structure.skippable import outermost_of
+from lightning_prune.surgery.layer_numbers import numbered_layers, renumber_
+from lightning_prune.surgery.pass_through import Skipped
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = [
-    "Skipped", "bring_back_", "check_skip", "follow_layers_", "groups_of", "passed", "put_in_", "removed_layers",
-    "set_groups_", "skip_of", "take_out_", "temporarily_skipped", "temporarily_whole",
+    "bring_back_", "follow_layers_", "groups_of", "put_in_", "removed_layers", "set_groups_", "take_out_",
+    "temporarily_skipped", "temporarily_whole",
 ]  # fmt: skip
-
-
-class Skipped(nn.Module):
-    """Stands where a layer stood, and returns what that layer was given.
-
-    It holds no parameters and no buffers. Plain attributes of the layer, which the code around it may read, are still
-    there. The emptied layer is kept aside, so that a checkpoint which has it can be loaded.
-
-    Args:
-        layer: The module that was there; its tensors are left as they are.
-        skip: What to return, from :func:`skip_of`.
-    """
-
-    def __init__(self, layer: nn.Module, skip: dict[str, Any]) -> None:
-        super().__init__()
-        self.skip = skip
-        self.sizes: dict[str, list[int]] = {}  # of the tensors of the layer, once they are emptied
-        vars(self)["_layer"] = layer  # beside the modules, so that nothing finds its tensors
-        self.training = layer.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the input, or zeros of its shape, in the form of the layer's output."""
-        return passed(self.skip, args, kwargs)
-
-    @property
-    def layer(self) -> nn.Module:
-        """The layer that was here; empty once it was removed."""
-        found: nn.Module = vars(self)["_layer"]
-        return found
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            layer = vars(self).get("_layer")
-            if layer is None or name.startswith("__"):
-                raise
-            if name in layer._parameters or name in layer._buffers:
-                return None  # as of a layer that has no bias
-            held = getattr(layer, name, None)
-            # Plain attributes of the layer, such as its kind of attention; modules have left.
-            if held is None or callable(held) or isinstance(held, Tensor | nn.Module):
-                raise
-            return held
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Skipped:
-        """Follow the model to another device or dtype, with the layer that may be brought back."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def extra_repr(self) -> str:
-        """Say what stood here."""
-        what = "its input" if self.skip["fill"] == "input" else "zeros"
-        return f"{type(self.layer).__name__} was removed; returns {what}"
-
-
-def skip_of(layer: SkippableLayer) -> dict[str, Any]:
-    """Return what a pass-through must know of a layer, as plain data for recipes."""
-    return {"source": list(layer.source), "fill": layer.fill, "form": layer.form}
-
-
-def check_skip(skip: Any) -> None:
-    """Refuse what :func:`skip_of` did not make.
-
-    Raises:
-        ValueError: Saying what is wrong.
-    """
-    if not isinstance(skip, dict) or skip.keys() != {"source", "fill", "form"}:
-        raise ValueError(f"{skip!r} is no removed layer")
-    source, fill = skip["source"], skip["fill"]
-    if fill not in ("input", "zeros") or not isinstance(source, list) or len(source) < 2:
-        raise ValueError(f"{skip!r} is no removed layer")
-    check_form(skip["form"])
-
-
-def passed(skip: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return what stands in for a layer's output."""
-    source = value_at(skip["source"], args, kwargs)
-    main = source if skip["fill"] == "input" else torch.zeros_like(source)
-    return filled(skip["form"], main, args, kwargs)
 
 
 def removed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -117,14 +37,17 @@ def temporarily_skipped(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -
         skips: Path of a layer -> what to return in its place. Layers inside of others need not be named.
     """
     before = [(module, dict(module._modules)) for _, module in modules_of(model) if module._modules]
+    numbered = numbered_layers(model)
     try:
         put_in_(model, skips)
+        renumber_(numbered)
         yield
     finally:
         for module, children in before:
             if dict(module._modules) != children:
                 module._modules.clear()
                 module._modules.update(children)
+        renumber_(numbered)
 
 
 @contextmanager
@@ -132,15 +55,18 @@ def temporarily_whole(model: nn.Module) -> Iterator[None]:
     """Put removed layers back inside the block, with zeros for their values: to time the whole model, not to use it."""
     own = [module for _, module in modules_of(model) if isinstance(module, Skipped)]
     here = {id(tensor) for tensor in named_tensors(model).values()}
+    numbered = numbered_layers(model)
     try:
         for skipped in own:
             _resize_own_(skipped, here, empty=False)
             _exchange(model, skipped, skipped.layer)
+        renumber_(numbered)
         yield
     finally:
         for skipped in own:
             _exchange(model, skipped.layer, skipped)
             _resize_own_(skipped, here, empty=True)
+        renumber_(numbered)
 
 
 def put_in_(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -> dict[str, Skipped]:
@@ -166,7 +92,9 @@ def take_out_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers:
     optimizers = list(optimizers)
     with all_or_nothing(model, optimizers):
         before = {id(parameter) for parameter in model.parameters()}
+        numbered = numbered_layers(model)
         made = put_in_(model, skips)
+        renumber_(numbered)
         here = {id(tensor) for tensor in named_tensors(model).values()}
         _drop_state_(optimizers, before - here)
         for skipped in made.values():
@@ -182,6 +110,7 @@ def bring_back_(model: nn.Module, paths: Collection[str]) -> None:
         paths: Paths of removed layers.
     """
     with all_or_nothing(model):
+        numbered = numbered_layers(model)
         for path in paths:
             skipped = model.get_submodule(path)
             assert isinstance(skipped, Skipped)
@@ -190,6 +119,7 @@ def bring_back_(model: nn.Module, paths: Collection[str]) -> None:
             for module in skipped.layer.modules():
                 module.training = skipped.training
             _exchange(model, skipped, skipped.layer)
+        renumber_(numbered)
 
 
 def groups_of(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:

@@ -8,6 +8,7 @@ model without the layers, in the same order, with the same outputs.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,10 @@ from lightning_prune.model.calls import ExampleInputs, run, same_draws, tensors_
 from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.tracer import unfused
+from lightning_prune.surgery.cached_decoding import cache_is_wrong
 from lightning_prune.surgery.fingerprint import Print, agree, fingerprint
-from lightning_prune.surgery.skipped import passed, temporarily_skipped
+from lightning_prune.surgery.pass_through import passed
+from lightning_prune.surgery.skipped import temporarily_skipped
 from lightning_prune.surgery.stand_ins import inputs_of_ordinary_size
 
 __all__ = ["SkipProof", "verify_skips"]
@@ -66,13 +69,19 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self.steps: list[_Step] = []
         self.inside = 0  # how many layers that are to leave are under way
+        self._leaving: dict[int, weakref.ref[Tensor]] = {}  # what these layers made, by identity
+
+    def stays(self, tensor: Tensor) -> bool:
+        """Return whether a tensor was made outside of the layers that are to leave."""
+        made = self._leaving.get(id(tensor))
+        return made is None or made() is not tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self.inside:
-            found = [
-                tensor for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, Tensor)
-            ]
+        found = [tensor for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, Tensor)]
+        if self.inside:
+            self._leaving |= {id(tensor): weakref.ref(tensor) for tensor in found}
+        else:
             prints = tuple(None if _is_unwritten(func) else _print_of(tensor) for tensor in found)
             self.steps.append(_Step(str(func), tuple(tuple(tensor.shape) for tensor in found), prints))
         return out
@@ -90,6 +99,7 @@ def verify_skips(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
     """
     example_inputs = inputs_of_ordinary_size(example_inputs, None, True)
     operators = compared = 0
+    stays: list[bool] = []
     modes: list[str] = []
     skipped: list[str] = []
     for training in (False, True):
@@ -110,17 +120,23 @@ def verify_skips(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
             return SkipProof(
                 wrong=f"the model does not run without it in {mode} mode ({type(error).__name__}: {error})"
             )
+        stays = stays or expected.stays
         wrong = _difference(expected, found)
         if wrong:
             return SkipProof(wrong=f"in {mode} mode, {wrong}")
-        operators += len(found[0])
-        compared += sum(each is not None for step in found[0] for each in step.prints)
+        operators += len(found.steps)
+        compared += sum(each is not None for step in found.steps for each in step.prints)
         modes.append(mode)
-    wrong = _as_users_run_it(model, example_inputs, skips)
+    wrong = _as_users_run_it(model, example_inputs, skips, stays) or cache_is_wrong(model, example_inputs, skips)
     return SkipProof(operators, compared, tuple(modes), tuple(skipped), wrong)
 
 
-_Found = tuple[list[_Step], list[Tensor]]
+class _Found(NamedTuple):
+    """What a run did: its operators, its outputs, and whether each of these was made outside of the layers."""
+
+    steps: list[_Step]
+    outputs: list[Tensor]
+    stays: list[bool]
 
 
 def _full(
@@ -135,7 +151,7 @@ def _full(
         torch.manual_seed(0)
         with record:
             outputs = list(tensors_in(run(model, example_inputs)))
-    return record.steps, outputs
+    return _Found(record.steps, outputs, [record.stays(tensor) for tensor in outputs])
 
 
 def _slim(
@@ -148,7 +164,7 @@ def _slim(
         torch.manual_seed(0)
         with record:
             outputs = list(tensors_in(run(model, example_inputs)))
-    return record.steps, outputs
+    return _Found(record.steps, outputs, [True] * len(outputs))
 
 
 def _replace_outputs(model: nn.Module, skips: Mapping[str, dict[str, Any]], record: _Record) -> None:
@@ -182,18 +198,21 @@ def _leave(
 
 def _difference(expected: _Found, found: _Found) -> str:
     """Say what two runs differ in, if anything."""
-    for number, (one, other) in enumerate(zip(expected[0], found[0], strict=False)):
+    for number, (one, other) in enumerate(zip(expected.steps, found.steps, strict=False)):
         if one.operator != other.operator or one.shapes != other.shapes:
             return f"operator {number} is {other.operator} on {other.shapes}, not {one.operator} on {one.shapes}"
         for before, after in zip(one.prints, other.prints, strict=True):
             if before is not None and after is not None and not agree(before, after, _TOLERANCE):
                 return f"operator {number}, {one.operator}, gives other numbers"
-    if len(expected[0]) != len(found[0]):
-        return f"{len(found[0])} operators run instead of {len(expected[0])}"
-    return _outputs_differ(expected[1], found[1], _TOLERANCE)
+    if len(expected.steps) != len(found.steps):
+        return f"{len(found.steps)} operators run instead of {len(expected.steps)}"
+    return _outputs_differ(expected.outputs, found.outputs, expected.stays, _TOLERANCE)
 
 
-def _outputs_differ(expected: list[Tensor], found: list[Tensor], tolerance: float) -> str:
+def _outputs_differ(expected: list[Tensor], found: list[Tensor], stays: list[bool], tolerance: float) -> str:
+    """Say how outputs differ; what a layer keeps for later, such as its keys in a cache, leaves with it."""
+    if not all(stays) and len(stays) == len(expected):
+        return _entries_differ([tensor for tensor, stay in zip(expected, stays, strict=True) if stay], found, tolerance)
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
         return "the model's outputs have other shapes"
     for one, other in zip(expected, found, strict=True):
@@ -203,7 +222,28 @@ def _outputs_differ(expected: list[Tensor], found: list[Tensor], tolerance: floa
     return ""
 
 
-def _as_users_run_it(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]]) -> str:
+def _entries_differ(expected: list[Tensor], found: list[Tensor], tolerance: float) -> str:
+    """Say how outputs differ, whose order may be another: the layers that stay may have other entries in a cache."""
+    if len(expected) != len(found):
+        return f"the model returns {len(found)} tensors instead of {len(expected)}"
+    left = list(found)
+    for one in expected:
+        place = next((at for at, other in enumerate(left) if _are_alike(one, other, tolerance)), None)
+        if place is None:
+            return "the model's outputs differ"
+        del left[place]
+    return ""
+
+
+def _are_alike(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    before, after = _print_of(one), _print_of(other)
+    same = one.shape == other.shape and one.dtype == other.dtype
+    return same and (before is None or after is None or agree(before, after, tolerance))
+
+
+def _as_users_run_it(
+    model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]], stays: list[bool]
+) -> str:
     """Say what is different with the fused kernels that an ordinary call takes, if anything."""
     with undisturbed(model, example_inputs), same_draws():
         _replace_outputs(model, skips, _Record())
@@ -217,7 +257,7 @@ def _as_users_run_it(model: nn.Module, example_inputs: ExampleInputs, skips: Map
         reraise_out_of_memory(error)
         return f"the model does not run without it as users call it ({type(error).__name__}: {error})"
     if all(tensor.dtype in (torch.float32, torch.float64) for tensor in expected if tensor.is_floating_point()):
-        return _outputs_differ(expected, found, _OUTPUTS)
+        return _outputs_differ(expected, found, stays, _OUTPUTS)
     return ""
 
 
