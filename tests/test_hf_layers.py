@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lightning_prune import prune_layers
+from lightning_prune import load_state_dict_, prune_layers
 from lightning_prune.model.output_forms import main_output
 from lightning_prune.structure.skippable import find_skippable
-from lightning_prune.surgery.depth import remove_layers_
+from lightning_prune.surgery.depth import close_gaps_, remove_layers_
 from lightning_prune.surgery.pass_through import Skipped, passed, skip_of
 from lightning_prune.surgery.verify_skips import verify_skips
 
@@ -81,7 +81,7 @@ def generated(model, use_cache):
     return model.generate(IDS, max_new_tokens=8, do_sample=False, use_cache=use_cache)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(CASES)
 def test_generation_with_a_cache_is_right(drawn):
     """Any attentions and layers leave with the cache in the outputs; tokens are those of the model without a cache."""
@@ -109,8 +109,55 @@ def test_the_attention_of_the_first_layer_leaves():
     """The entries of the cache are those of the attentions that stay, from the first on."""
     model = made("llama")
     ignored = ["model.layers.*.mlp", *(f"model.layers.{i}" for i in (1, 2, 3))]
-    report = prune_layers(model, IDS, 0.1, ignore=ignored, progress=False)
+    with pytest.warns(UserWarning, match="cannot express"):
+        report = prune_layers(model, IDS, 0.1, ignore=ignored, progress=False)
     assert [layer.path for layer in report.removed] == ["model.layers.0.self_attn"] and report.proved
     assert isinstance(model.model.layers[0].self_attn, Skipped)
     assert [model.model.layers[i].self_attn.layer_idx for i in (1, 2, 3)] == [0, 1, 2]
     assert torch.equal(generated(model, True), generated(model, False))
+
+
+def saved_and_loaded(model, folder):
+    model.save_pretrained(folder)
+    again = type(model).from_pretrained(folder).eval()
+    again.generation_config.eos_token_id = None
+    return again
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(gone=st.sets(st.integers(0, 3), min_size=1, max_size=3), seed=st.integers(0, 2**20))
+def test_files_bring_back_the_model_that_is_left(tmp_path_factory, name, gone, seed):
+    """Once whole decoder layers are gone, save_pretrained and from_pretrained give the same model, and tokens."""
+    model = made(name, seed)
+    dense = copy.deepcopy(model)
+    depth = find_skippable(model, IDS)
+    skips = drawn_skips(depth, ["both" if i in gone else "" for i in range(4)])
+    expected = twin_logits(model, skips)
+    if verify_skips(model, IDS, skips).wrong:
+        return  # asserted above
+    remove_layers_(model, skips)
+    assert close_gaps_(model, IDS) == ""
+    again = saved_and_loaded(model, tmp_path_factory.mktemp("saved"))
+    assert again.config.num_hidden_layers == model.config.num_hidden_layers == 4 - len(gone)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, expected)
+        torch.testing.assert_close(model(IDS).logits, expected)
+    tokens = generated(model, False)
+    for one in (model, again):
+        assert torch.equal(generated(one, True), tokens)
+    load_state_dict_(model, dense.state_dict())
+    assert model.config.num_hidden_layers == 4 and torch.equal(generated(model, True), generated(dense, True))
+
+
+def test_parts_of_layers_are_said_not_to_be_in_the_config():
+    """Where the attention alone is gone, a warning says that from_pretrained makes it anew, and how to save instead."""
+    model = made("llama")
+    ignored = ["model.layers.*.mlp", *(f"model.layers.{i}" for i in (1, 2, 3))]
+    with pytest.warns(UserWarning, match=r"model.layers.0.self_attn is removed.* Save the state dict by torch.save"):
+        report = prune_layers(model, IDS, 0.1, ignore=ignored, progress=False)
+    assert "LlamaConfig" in report.config
+    again = type(model)(model.config)
+    again.generation_config.eos_token_id = None
+    load_state_dict_(again.eval(), model.state_dict())
+    assert torch.equal(generated(again, True), generated(model, False))

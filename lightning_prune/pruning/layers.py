@@ -43,7 +43,7 @@ from lightning_prune.pruning.repair import DAMPING
 from lightning_prune.pruning.report import LayerReport
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import Depth, find_skippable, is_inside, outermost_of
-from lightning_prune.surgery.depth import remove_layers_
+from lightning_prune.surgery.depth import close_gaps_, remove_layers_
 from lightning_prune.surgery.resize import all_or_nothing
 from lightning_prune.surgery.skipped import removed_layers, temporarily_skipped, temporarily_whole
 
@@ -155,6 +155,9 @@ def prune_layers(
     if repair and plan.removed:
         fixed = repaired_layers(model, plan.skips, Calibration(data.batches, data.forward), damping, progress)
     apply_layers_(model, plan, fixed, optimizers)
+    config = close_gaps_(model, example_inputs)
+    if config and plan.removed:
+        warnings.warn(f"{where}: {config}", stacklevel=3)  # behind this, its decorator
     after = count(model, example_inputs)
     if plan.short:
         warnings.warn(f"{where}: {plan.short}", stacklevel=3)  # behind this, its decorator
@@ -175,6 +178,7 @@ def prune_layers(
         counted=after.counted,
         repairs=fixed.repairs,
         skipped=fixed.skipped,
+        config=config,
     )
 
 

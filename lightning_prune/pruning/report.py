@@ -139,6 +139,7 @@ class LayerReport:
         counted: What counted the multiply-adds, in words.
         repairs: With ``repair``: weights that were refitted, in the order in which they run.
         skipped: With ``repair``: by name, why a weight behind a removed layer was not refitted.
+        config: Why the config of a Hugging Face model cannot express the removal; empty if it does.
     """
 
     params_before: int
@@ -157,3 +158,4 @@ class LayerReport:
     counted: str = BY_TRACE
     repairs: tuple[Repair, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""

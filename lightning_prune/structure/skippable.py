@@ -28,6 +28,13 @@ _LINEAR = frozenset({
 })  # fmt: skip
 
 
+# How large numbers are, by which norms divide them: of zeros, whatever this is, the quotient is zero.
+_OF_SIZE = frozenset({
+    _aten.pow, _aten.mean, _aten.sum, _aten.abs, _aten.sqrt, _aten.rsqrt, _aten.reciprocal, _aten.add, _aten.clamp,
+    _aten._to_copy, _aten.linalg_vector_norm, _aten.div, _aten.mul, _aten.view, _aten.expand,
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SkippableLayer:
     """A module that can be left out.
@@ -194,6 +201,7 @@ class Branches(TorchDispatchMode):
         self._held: list[Tensor] = []  # so that no other tensor takes the identity of one
         self._numbers: dict[int, set[int]] = {}  # id of a tensor -> outputs of which it is zero where they are zero
         self._uses: list[set[str]] = []  # of each output
+        self._factors: dict[int, set[int]] = {}  # id of a tensor -> outputs that it depends on, only to multiply them
 
     def made(self, output: Tensor | None) -> int:
         """Follow an output from here on; return its number."""
@@ -213,25 +221,45 @@ class Branches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
-        if packet in _ADDS:
+        if packet in _ADDS and all(isinstance(term, Tensor) and term.dim() for term in args[:2]):
             terms = args
             if packet is _aten.add_ and self._receive is not None and self._numbers.get(id(args[1])):
                 terms = (args[0].clone(), *args[1:])  # the sum takes its memory
             out = func(*args, **(kwargs or {}))
+            for term in args[:2]:
+                self._use(self._factors.get(id(term), ()))
             self._add(terms, out)
             return out
         out = func(*args, **(kwargs or {}))
-        for position, value in enumerate(_tensors_given(args, kwargs)):
-            numbers = self._numbers.get(id(value))
-            if not numbers:
-                continue
+        made = out[0] if isinstance(out, tuple | list) else out
+        given = list(_tensors_given(args, kwargs))
+        zeros: set[int] = set()  # outputs that make this one zero
+        for position, value in enumerate(given):
+            numbers = self._numbers.get(id(value), set())
             if packet in _LINEAR and (position == 0 or packet is _aten.mul):
-                made = out[0] if isinstance(out, tuple | list) else out
-                self._note(made, numbers)
+                zeros |= numbers
+            elif packet in _OF_SIZE and position == 0:
+                self._note_factor(made, numbers)
             else:
-                for number in numbers:
-                    self._uses[number].add("used")
+                self._use(numbers)
+        for value in given:
+            factors = self._factors.get(id(value), set()) - zeros
+            if packet in _OF_SIZE:
+                self._note_factor(made, factors)
+            else:
+                self._use(factors)
+        if zeros:
+            self._note(made, zeros)
         return out
+
+    def _use(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._uses[number].add("used")
+
+    def _note_factor(self, tensor: Tensor, numbers: set[int]) -> None:
+        if numbers:
+            self._held.append(tensor)
+            self._factors.setdefault(id(tensor), set()).update(numbers)
 
     def _add(self, args: Any, out: Tensor) -> None:
         terms = [self._numbers.get(id(value), set()) if isinstance(value, Tensor) else set() for value in args[:2]]

@@ -20,7 +20,10 @@ from torch import nn
 from lightning_prune.model.calls import modules_of
 from lightning_prune.surgery.attributes import ABSENT, AttributeChange, follows_cuts, held_number
 
-__all__ = ["ConfigField", "FollowedConfigs", "config_fields", "follow_configs", "pretrained_models"]
+__all__ = [
+    "ConfigField", "FollowedConfigs", "config_fields", "configs_in", "follow_configs", "pretrained_models", "shapes_of",
+    "twin_of",
+]  # fmt: skip
 
 # Names under which configs of transformers hold widths and numbers of heads.
 _NAMES = frozenset(
@@ -76,7 +79,7 @@ def config_fields(model: nn.Module) -> list[ConfigField]:
     """Return the fields of all Hugging Face configs in a model that give widths or numbers of heads."""
     found: list[ConfigField] = []
     for path, module in pretrained_models(model):
-        dense = _twin(module, {})
+        dense = twin_of(module, {})
         if dense is not None:
             found += _fields(path, module, dense, _made_explicit(module, dense))
     return found
@@ -96,10 +99,10 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
     for path, module in pretrained_models(model):
         after = _shapes_after(model, path, module, shapes)
         inside = {place: value for place, value in numbers.items() if _lies_in(place[0], path)}
-        dense = _twin(module, {})
-        if dense is None or _shapes(dense).keys() != after.keys():
+        dense = twin_of(module, {})
+        if dense is None or shapes_of(dense).keys() != after.keys():
             continue  # wrapped or extended since it was built: its config does not tell all of it
-        if _shapes(dense) == after and _agrees(dense, path, inside):
+        if shapes_of(dense) == after and _agrees(dense, path, inside):
             continue
         computed = _computed(model, path, module, set(kept))
         explicit = _made_explicit(module, dense)
@@ -130,7 +133,7 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _twin(module: nn.Module, values: Mapping[str, int]) -> nn.Module | None:
+def twin_of(module: nn.Module, values: Mapping[str, Any]) -> nn.Module | None:
     """Return the model that the config gives with some fields changed, on the meta device; None if it gives none."""
     config: Any = copy.deepcopy(module.config)
     for name, value in values.items():
@@ -151,19 +154,19 @@ def _twin(module: nn.Module, values: Mapping[str, int]) -> nn.Module | None:
 def _made_explicit(module: nn.Module, dense: nn.Module) -> dict[str, int]:
     """Return the optional fields that a config leaves out, with the values that constructors work out for them."""
     found: dict[str, int] = {}
-    before = _shapes(dense)
-    for holder, prefix in _configs(module.config, "config", 0):
+    before = shapes_of(dense)
+    for holder, prefix in configs_in(module.config):
         for leaf in _OPTIONAL:
             name = f"{prefix}.{leaf}"
-            probe = _twin(module, {name: 16}) if type(getattr(holder, leaf, None)) is not int else None
-            if probe is None or _shapes(probe).keys() != before.keys():
+            probe = twin_of(module, {name: 16}) if type(getattr(holder, leaf, None)) is not int else None
+            if probe is None or shapes_of(probe).keys() != before.keys():
                 continue
             values = {vars(mine).get(leaf) for _, mine in dense.named_modules()}
-            for tensor, shape in _shapes(probe).items():
+            for tensor, shape in shapes_of(probe).items():
                 values |= {old for old, new in zip(before[tensor], shape, strict=False) if old != new}
             for value in sorted(value for value in values if type(value) is int and value > 1):
-                same, other = _twin(module, {name: value}), _twin(module, {name: 2 * value})
-                if same is not None and other is not None and _shapes(same) == before != _shapes(other):
+                same, other = twin_of(module, {name: value}), twin_of(module, {name: 2 * value})
+                if same is not None and other is not None and shapes_of(same) == before != shapes_of(other):
                     found[name] = value
                     break
     return found
@@ -172,11 +175,11 @@ def _made_explicit(module: nn.Module, dense: nn.Module) -> dict[str, int]:
 def _fields(path: str, module: nn.Module, dense: nn.Module, explicit: Mapping[str, int]) -> list[ConfigField]:
     """Find what follows each field: change it alone, and compare what is built."""
     found = []
-    before = _shapes(dense)
+    before = shapes_of(dense)
     for name, value in [*_values(module.config), *explicit.items()]:
         for other in (2 * value, 3 * value, value // 2, value + 1):
-            twin = _twin(module, {**explicit, name: other}) if other >= 1 else None
-            shapes = {} if twin is None else _shapes(twin)
+            twin = twin_of(module, {**explicit, name: other}) if other >= 1 else None
+            shapes = {} if twin is None else shapes_of(twin)
             if twin is None or shapes.keys() != before.keys():
                 continue
             places = {}
@@ -191,7 +194,7 @@ def _fields(path: str, module: nn.Module, dense: nn.Module, explicit: Mapping[st
                     if type(held) is int and held == other and was == value:
                         numbers.append((_joined(path, at), attribute))
             if places or numbers:
-                divided = _twin(module, {**explicit, name: value + 1}) is None
+                divided = twin_of(module, {**explicit, name: value + 1}) is None
                 found.append(ConfigField(path, name, value, places, tuple(numbers), divided))
             break
     return found
@@ -199,21 +202,21 @@ def _fields(path: str, module: nn.Module, dense: nn.Module, explicit: Mapping[st
 
 def _values(config: Any) -> Iterator[tuple[str, int]]:
     """Yield the fields of a config, and of configs in it, that may give widths."""
-    for holder, prefix in _configs(config, "config", 0):
+    for holder, prefix in configs_in(config):
         for name, value in vars(holder).items():
             if name in _NAMES and type(value) is int and value > 1:
                 yield f"{prefix}.{name}", value
 
 
-def _configs(config: Any, prefix: str, depth: int) -> Iterator[tuple[Any, str]]:
+def configs_in(config: Any, prefix: str = "config", depth: int = 0) -> Iterator[tuple[Any, str]]:
     """Yield a config and those in it, with the names that lead there."""
     yield config, prefix
     for name, value in list(vars(config).items()) if depth < _DEEPEST else ():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
-            yield from _configs(value, f"{prefix}.{name}", depth + 1)
+            yield from configs_in(value, f"{prefix}.{name}", depth + 1)
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter and buffer, by each of its names."""
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: tuple(tensor.shape) for name, tensor in tensors}
@@ -258,8 +261,8 @@ def _solved(
     for out in without:
         for more in scaled:
             values = {**explicit, **{name: value for name, value in read.items() if name not in out}, **more}
-            twin = _twin(module, values)
-            if twin is not None and _shapes(twin) == after and _agrees(twin, path, numbers):
+            twin = twin_of(module, values)
+            if twin is not None and shapes_of(twin) == after and _agrees(twin, path, numbers):
                 return values, twin
     return {}, None
 
@@ -267,7 +270,7 @@ def _solved(
 def _readings(field: ConfigField, dense: nn.Module, after: Shapes, numbers: Numbers) -> dict[float, list[str]]:
     """Return the values that a field would need, each with the tensors, or else the numbers, that need it."""
     found: dict[float, list[str]] = defaultdict(list)
-    before = _shapes(dense)
+    before = shapes_of(dense)
     for (tensor, dim), slope in field.places.items():
         own = _within(tensor, field.module)
         found[field.value + (after[own][dim] - before[own][dim]) / slope].append(tensor)

@@ -7,7 +7,7 @@ attribute counts if it is the position of its layer in a list.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,34 +25,43 @@ class NumberedLayers:
     """Modules in the layers of one list, each of which holds the position of its layer in the list.
 
     Attributes:
+        path: Path of the list.
         layers: The list.
         inside: Names that lead from a layer to the module that holds the number.
         attribute: What the number is called there.
-        holders: Position in the list -> that module, removed ones too.
-        kinds: The kind of the cache's entry at each position.
     """
 
+    path: str
     layers: nn.Module
     inside: tuple[str, ...]
     attribute: str
-    holders: dict[int, nn.Module]
-    kinds: list[Any]
 
-    def numbers(self) -> dict[int, int]:
-        """Return the number of each holder, by position: those that were not removed have the first of their kind."""
+    def holders(self) -> dict[int, nn.Module]:
+        """Return the modules that hold the number, by position in the list as it is now, removed ones too."""
+        found: dict[int, nn.Module] = {}
+        for position, entry in enumerate(self.layers._modules.values()):
+            holder = _whole(entry)
+            for name in self.inside:
+                holder = None if holder is None else _whole(holder._modules.get(name))
+            if holder is not None and self.attribute in vars(holder):
+                found[position] = holder
+        return found
+
+    def numbers(self, modules: Mapping[str, nn.Module]) -> dict[int, int]:
+        """Return the number of each holder, by position: those that were not removed have the first of their kind.
+
+        Args:
+            modules: The modules of the model by path, some of which may hold a config that lists kinds.
+        """
         entries = list(self.layers._modules.values())
+        kinds = _kinds(modules, self.path, len(entries))
+        positions = list(self.holders())
         free: dict[Any, list[int]] = {}
-        for position in sorted(self.holders):
-            free.setdefault(self.kinds[position], []).append(position)
-        stays: list[int] = []
-        gone: list[int] = []
-        for position in sorted(self.holders):
-            (gone if _gave_its_number(entries[position], self.inside) else stays).append(position)
-        return {position: free[self.kinds[position]].pop(0) for position in (*stays, *gone)}
-
-    def agree(self) -> bool:
-        """Return whether the holders have these numbers."""
-        return all(vars(self.holders[at])[self.attribute] == number for at, number in self.numbers().items())
+        for position in positions:
+            free.setdefault(kinds[position], []).append(position)
+        stay = [position for position in positions if not _gave_its_number(entries[position], self.inside)]
+        gone = [position for position in positions if position not in stay]
+        return {position: free[kinds[position]].pop(0) for position in (*stay, *gone)}
 
 
 def numbered_layers(model: nn.Module) -> list[NumberedLayers]:
@@ -62,41 +71,54 @@ def numbered_layers(model: nn.Module) -> list[NumberedLayers]:
     for path, module in modules.items():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
-        kinds = _kinds(modules, path, len(module))
-        holders: dict[tuple[tuple[str, ...], str], dict[int, nn.Module]] = {}
-        for position, entry in enumerate(module._modules.values()):
-            for inside, holder, attribute in _whole_numbers(entry, ()):
-                holders.setdefault((inside, attribute), {})[position] = holder
-        for (inside, attribute), of_positions in holders.items():
-            numbered = NumberedLayers(module, inside, attribute, of_positions, kinds)
-            if len(of_positions) > 1 and numbered.agree():
+        places: dict[tuple[tuple[str, ...], str], int] = {}
+        for entry in module._modules.values():
+            for place in _whole_numbers(entry, ()):
+                places[place] = places.get(place, 0) + 1
+        for (inside, attribute), count in places.items():
+            numbered = NumberedLayers(path, module, inside, attribute)
+            if count > 1 and _agree(numbered, modules):
                 found.append(numbered)
     return found
 
 
-def renumber_(found: list[NumberedLayers]) -> None:
+def renumber_(model: nn.Module, found: Iterable[NumberedLayers]) -> None:
     """Set the numbers that follow from which layers are there now.
 
     Args:
+        model: The model.
         found: What :func:`numbered_layers` returned before layers were removed or brought back.
     """
+    modules = dict(modules_of(model))
     for numbered in found:
-        for position, number in numbered.numbers().items():
-            vars(numbered.holders[position])[numbered.attribute] = number
+        holders = numbered.holders()
+        for position, number in numbered.numbers(modules).items():
+            vars(holders[position])[numbered.attribute] = number
 
 
-def _whole_numbers(
-    module: nn.Module | None, inside: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], nn.Module, str]]:
-    """Yield the whole numbers that modules of other code hold, in a layer or in what was removed of it."""
+def _agree(numbered: NumberedLayers, modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether modules hold the numbers that follow from which layers are there."""
+    holders = numbered.holders()
+    held = {position: vars(holder)[numbered.attribute] for position, holder in holders.items()}
+    if any(type(number) is not int for number in held.values()) or sorted(held.values()) != list(held):
+        return False
+    return held == numbered.numbers(modules)
+
+
+def _whole(module: nn.Module | None) -> nn.Module | None:
+    """Return a module, or the one that stood in its place before it was removed."""
+    return module.layer if isinstance(module, Skipped) else module
+
+
+def _whole_numbers(entry: nn.Module | None, inside: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield where modules of other code hold whole numbers, in a layer or in what was removed of it."""
+    module = _whole(entry)
     if module is None or isinstance(module, torch.jit.ScriptModule):
         return
-    if isinstance(module, Skipped):
-        module = module.layer
     if not type(module).__module__.startswith("torch.nn."):
         for name, value in vars(module).items():
             if type(value) is int:
-                yield inside, module, name
+                yield inside, name
     for name, child in module._modules.items():
         yield from _whole_numbers(child, (*inside, name))
 
@@ -104,10 +126,9 @@ def _whole_numbers(
 def _gave_its_number(module: nn.Module | None, inside: tuple[str, ...]) -> bool:
     """Return whether a module was removed, itself or with one around it, and others took its number."""
     for name in (*inside, ""):
-        if isinstance(module, Skipped):
-            if module.skip["renumber"]:
-                return True
-            module = module.layer
+        if isinstance(module, Skipped) and module.skip["renumber"]:
+            return True
+        module = _whole(module)
         if module is not None and name:
             module = module._modules.get(name)
     return False

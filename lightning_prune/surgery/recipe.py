@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,14 @@ from lightning_prune.surgery.attributes import (
     shape_attributes,
 )
 from lightning_prune.surgery.configs import follow_configs
+from lightning_prune.surgery.layer_lists import (
+    ClosedList,
+    Gaps,
+    close_lists_,
+    follow_depth,
+    moved_back,
+    open_lists_,
+)
 from lightning_prune.surgery.pass_through import Skipped, check_skip
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
 from lightning_prune.surgery.skipped import follow_layers_, removed_layers
@@ -56,8 +64,9 @@ PackedMasks = dict[str, list[Any]]
 Told = dict[str, dict[str, Any]]
 """Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name.
 
-Where a layer was removed there is also ``layer``: what is returned in its place. Where the module holds hyperparameters
-that cuts change there is also ``built_with``: what its constructor was called with, by name."""
+Where a layer was removed there is also ``layer``: what is returned in its place. Where layers were taken out of a list
+there is also ``gaps``: pairs of a position in it and what is returned in its place. Where the module holds
+hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
 
 
 @dataclass(eq=False)
@@ -80,6 +89,8 @@ class _Part:
         local_metadata[RECIPE] = {"version": _VERSION, "attributes": self.values(module), "masks": masks}
         if isinstance(module, Skipped):
             local_metadata[RECIPE]["layer"] = copy.deepcopy(module.skip)
+        if isinstance(module, ClosedList) and module.gone:
+            local_metadata[RECIPE]["gaps"] = [[position, copy.deepcopy(skip)] for position, skip in module.gone.items()]
         if built_with := constructor_numbers(module, self.attributes):
             local_metadata[RECIPE]["built_with"] = built_with
 
@@ -243,12 +254,51 @@ def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> 
         PruningError: If they are not for this model. The model stays as it is.
     """
     skips = {path: recipe["layer"] for path, recipe in told.items() if "layer" in recipe}
-    with all_or_nothing(module) if skips or removed_layers(module) else nullcontext():
+    closed = {path for path, own in modules_of(module) if isinstance(own, ClosedList)}
+    gaps = {path: dict(recipe["gaps"]) for path, recipe in told.items() if "gaps" in recipe}
+    with all_or_nothing(module) if skips or gaps or closed or removed_layers(module) else nullcontext():
         before = named_tensors(module).keys()
-        if follow_layers_(module, state_dict, skips):
+        if _follow_depth(module, state_dict, told, skips, gaps, closed):
             recipe_of(module).needed = True
         brought = named_tensors(module).keys() - before
         return _take_shapes(module, state_dict, told) | brought
+
+
+def _follow_depth(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    told: Told,
+    skips: Mapping[str, dict[str, Any]],
+    gaps: Mapping[str, dict[int, dict[str, Any]]],
+    closed: Collection[str],
+) -> bool:
+    """Make a model have the layers that a state dict has, in lists from which as many were taken out.
+
+    Returns:
+        Whether anything changed.
+    """
+    lists = {path: module.get_submodule(path) for path in closed}
+    same = {path for path, own in lists.items() if path in gaps and own.gone == gaps[path]}  # type: ignore[attr-defined]
+    others = {path: gone for path, gone in gaps.items() if path not in same}
+    opened = []
+    for path, own in lists.items():
+        beyond = f"{path}.{len(own._modules)}."
+        if path not in same and (path in told or any(name.startswith(beyond) for name in state_dict)):
+            opened.append(path)
+    if not others and not opened:
+        return follow_layers_(module, state_dict, skips)
+    open_lists_(module, opened)
+    whole = {moved_back(path, others): skip for path, skip in skips.items()}
+    taken: Gaps = {}
+    for path, gone in others.items():
+        at = moved_back(path, others)
+        taken[at] = tuple(sorted(gone))
+        whole |= {f"{at}.{position}": skip for position, skip in gone.items()}
+    follow_layers_(module, [moved_back(name, others) for name in state_dict], whole)
+    there = removed_layers(module).keys()
+    taken = {path: gone for path, gone in taken.items() if all(f"{path}.{position}" in there for position in gone)}
+    close_lists_(module, taken, [change for change in follow_depth(module).changes if taken])
+    return True
 
 
 def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> set[str]:
@@ -378,6 +428,10 @@ def _refuse_unreadable(path: Any, recipe: Any) -> None:
                 raise TypeError(f"{name!r}: {value!r}")
         if "layer" in recipe:
             check_skip(recipe["layer"])
+        for position, skip in recipe.get("gaps", []):
+            if not _is_whole(position) or position < 0:
+                raise TypeError(f"{position!r} is no position")
+            check_skip(skip)
         for name, value in recipe.get("built_with", {}).items():
             if not isinstance(name, str) or not (_is_whole(value) or _are_whole(value)):
                 raise TypeError(f"{name!r}: {value!r}")

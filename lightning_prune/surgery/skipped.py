@@ -40,14 +40,14 @@ def temporarily_skipped(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -
     numbered = numbered_layers(model)
     try:
         put_in_(model, skips)
-        renumber_(numbered)
+        renumber_(model, numbered)
         yield
     finally:
         for module, children in before:
             if dict(module._modules) != children:
                 module._modules.clear()
                 module._modules.update(children)
-        renumber_(numbered)
+        renumber_(model, numbered)
 
 
 @contextmanager
@@ -60,13 +60,13 @@ def temporarily_whole(model: nn.Module) -> Iterator[None]:
         for skipped in own:
             _resize_own_(skipped, here, empty=False)
             _exchange(model, skipped, skipped.layer)
-        renumber_(numbered)
+        renumber_(model, numbered)
         yield
     finally:
         for skipped in own:
             _exchange(model, skipped.layer, skipped)
             _resize_own_(skipped, here, empty=True)
-        renumber_(numbered)
+        renumber_(model, numbered)
 
 
 def put_in_(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -> dict[str, Skipped]:
@@ -94,7 +94,7 @@ def take_out_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers:
         before = {id(parameter) for parameter in model.parameters()}
         numbered = numbered_layers(model)
         made = put_in_(model, skips)
-        renumber_(numbered)
+        renumber_(model, numbered)
         here = {id(tensor) for tensor in named_tensors(model).values()}
         _drop_state_(optimizers, before - here)
         for skipped in made.values():
@@ -119,7 +119,7 @@ def bring_back_(model: nn.Module, paths: Collection[str]) -> None:
             for module in skipped.layer.modules():
                 module.training = skipped.training
             _exchange(model, skipped, skipped.layer)
-        renumber_(numbered)
+        renumber_(model, numbered)
 
 
 def groups_of(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:

@@ -42,7 +42,7 @@ from lightning_prune.reports import layer_costs
 from lightning_prune.reports.history import Goal
 from lightning_prune.structure.skippable import Depth
 from lightning_prune.surgery import Cut
-from lightning_prune.surgery.depth import remove_layers_
+from lightning_prune.surgery.depth import close_gaps_, open_gaps_, remove_layers_
 
 __all__ = ["LayerRemoval"]
 
@@ -120,6 +120,8 @@ class LayerRemoval(Strategy):
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Look at the model on known inputs, or on the first batch that holds any; refuse what cannot be reached."""
         check_optimizers(run.where, run.trainer.optimizers)
+        if self.state.dense is not None:
+            open_gaps_(run.module)  # so that layers have the names that they had when pruning began
         inputs = run.inputs.find(run.module, self.traces, [self.example_inputs], batch)
         if inputs is None:
             return False
@@ -173,6 +175,13 @@ class LayerRemoval(Strategy):
         if target == "latency":
             reached = 1 - self.state.latency
         return Goal(run.where, target, self._amount, reached)
+
+    def after_training(self, run: Run) -> None:
+        """Have the config of a Hugging Face model say which layers are left, or warn that it cannot."""
+        if self.state.removed:
+            told = close_gaps_(run.module, self.inputs)
+            if told:
+                rank_zero_warn(f"{run.where}: {told}")
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the removed layers and the latency."""
