@@ -13,7 +13,6 @@ from torch import nn
 from lightning_prune import PruningError, count_flops, prune_filters
 from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.pruning.budget import Budget, Dense, per_saving, select_units
-from lightning_prune.pruning.limits import channels
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.structure import find_structure, trace
 from tests.architectures import INPUTS, architectures, build
@@ -171,7 +170,7 @@ def test_plans_are_those_of_one_unit_after_another(stages, amount, target, scope
         return  # each layer's own share: see above
     model = build(stages)
     structure = find_structure(trace(model, INPUTS))
-    if not structure.groups or any(channels(group) > 1 for group in structure.groups.values()):
+    if not structure.groups or any(group.channels > 1 for group in structure.groups.values()):
         return  # limits count channels, and steps of several of them are made up for: see test_steps.py
     random = np.random.default_rng(seed)
     scores = {name: random.permutation(group.width) + random.random() for name, group in structure.groups.items()}

@@ -453,3 +453,17 @@ def test_gradients_are_taken_where_they_are_wanted():
         model(torch.ones(1, 2)).sum().backward()
     assert found["weight"].tolist() == [[1, 1]]
     assert model.weight.grad.tolist() == [[1, 1]] and model.bias.grad is None
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+@pytest.mark.parametrize("training", [False, True])
+def test_running_statistics_are_copied_where_they_are_updated(kind, training):
+    """A norm writes to its statistics in train mode alone, and there they are restored."""
+    norm = kind(2**15, affine=False, track_running_stats=True)
+    mean, before = norm.running_mean, norm.running_mean.clone()
+    with undisturbed(norm):
+        norm.train(training)
+        norm(torch.randn(2, 2**15, 2, 1))
+        assert torch.equal(norm.running_mean, before) != training
+    assert norm.running_mean is mean
+    assert torch.equal(norm.running_mean, before)

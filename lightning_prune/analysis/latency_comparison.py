@@ -20,7 +20,7 @@ from lightning_prune.model.calls import ExampleInputs, run, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import seen
 from lightning_prune.model.sandbox import undisturbed
-from lightning_prune.pruning.limits import channels, step_of
+from lightning_prune.pruning.limits import step_of
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.surgery import draft, find_groups, temporarily_cut
 
@@ -123,7 +123,7 @@ def compare_latency(
             batch = _resized(example_inputs, size)
             timings.append(_timed(dense, pruned, batch, size, shapes, partial(bar.advance, task)))
     best, saves = _best(timings, shapes)
-    wide = {name: width * channels(structure.groups[name]) for name, width in widths.items()}
+    wide = {name: width * structure.groups[name].channels for name, width in widths.items()}
     awkward = {name: width for name, width in wide.items() if width % _MULTIPLES[0]}
     return LatencyReport(circumstances(dense, example_inputs), flops, tuple(timings), awkward, best, saves)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
-from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["changes_model", "ordinary", "refuse_inference_tensors"]
@@ -46,14 +46,16 @@ def refuse_inference_tensors(where: str, model: nn.Module) -> None:
     Raises:
         PruningError: If it does, with the way to make ordinary tensors of them.
     """
-    made = []
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        # A lazy parameter has no shape yet and cannot be asked; it is refused elsewhere.
-        if not is_lazy(tensor) and tensor.is_inference():
-            made.append(name)
+    made: dict[int, str] = {}
+    for path, module in modules_of(model):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            # A lazy parameter has no shape yet and cannot be asked; it is refused elsewhere.
+            if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
+                made.setdefault(id(tensor), f"{path}.{leaf}" if path else leaf)
     if made:
+        first = next(iter(made.values()))
         raise PruningError(
-            f"{where}: {len(made)} parameters and buffers of {type(model).__name__} (the first is {made[0]}) were made "
+            f"{where}: {len(made)} parameters and buffers of {type(model).__name__} (the first is {first}) were made "
             "inside torch.inference_mode, so they can be neither pruned nor trained. Make the model outside of it, "
             "or give it ordinary tensors: model.load_state_dict({name: tensor.clone() for name, tensor in "
             "model.state_dict().items()}, assign=True)."

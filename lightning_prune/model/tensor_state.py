@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model.errors import reraise_out_of_memory
 
-__all__ = ["TensorStates", "WriteGuard", "keep", "written_by"]
+__all__ = ["TensorStates", "WriteGuard", "keep", "places_written", "updates_nothing", "written_by"]
 
 _ORDINARY = frozenset({Tensor, nn.Parameter})  # never without shape
 _WRITTEN_UNSAID = frozenset({"running_mean", "running_var"})  # BatchNorm writes to them, which schemas do not say
+_TRAINING = frozenset({"training", "train", "use_input_stats"})  # unless this argument of it is False
 
 
 class _State(NamedTuple):
@@ -147,6 +149,8 @@ class WriteGuard(TorchDispatchMode):
 
 def written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Yield the tensors that an operator may write to."""
+    if not places_written(func) or updates_nothing(func, args, kwargs):
+        return
     for index, name in places_written(func):
         value = args[index] if index < len(args) else kwargs.get(name)
         for tensor in value if isinstance(value, list | tuple) else (value,):
@@ -161,6 +165,22 @@ def places_written(func: Any) -> tuple[tuple[int, str], ...]:
         written = _written[id(func)] = _places(func)
         _operators.append(func)
     return written
+
+
+def updates_nothing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an operator that may update running statistics, and write to nothing else, is told not to."""
+    index, name = _training_flag(func)
+    if index < 0:
+        return False
+    return (args[index] if index < len(args) else kwargs.get(name)) is False
+
+
+@cache
+def _training_flag(func: Any) -> tuple[int, str]:
+    """Return place and name of the argument that tells whether running statistics are updated; -1 if there is none."""
+    schema = getattr(func, "_schema", None)
+    arguments = [] if schema is None or schema.is_mutable else schema.arguments
+    return next(((at, argument.name) for at, argument in enumerate(arguments) if argument.name in _TRAINING), (-1, ""))
 
 
 def keep(tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_prune.measure.footprint import Part
+from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.amounts import Amount, check_amount, is_count, is_number, quoted
 from lightning_prune.pruning.budget import Budget, Scope, Target
@@ -226,6 +226,8 @@ def check_ignored(model: nn.Module, ignore: Iterable[Any], what: str = "ignore")
         ValueError: If a pattern names nothing, or a module is not part of the model.
     """
     patterns = [path_of(model, given, what) for given in ignore]
+    if not patterns:
+        return []
     paths = [name for name, _ in model.named_modules() if name]
     paths += [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -275,6 +277,9 @@ def part_of(model: nn.Module, module: Parts, outside: Iterable[str] = ()) -> Par
     Raises:
         ValueError: If a path or module is none of the model.
     """
+    outside = tuple(outside)
+    if not listed(module) and not outside:
+        return WHOLE
     paths: list[str] = []
     for given in listed(module):
         pattern = path_of(model, given, "module")
@@ -284,13 +289,13 @@ def part_of(model: nn.Module, module: Parts, outside: Iterable[str] = ()) -> Par
             raise ValueError(f"module={pattern!r} names no module of {type(model).__name__}.{near(pattern, known)}")
         paths += found
     tops = [path for path in dict.fromkeys(paths) if not Part(tuple({*paths} - {path})).holds(path)]
-    return Part(tuple(tops) if paths else ("",), tuple(outside))
+    return Part(tuple(tops) if paths else ("",), outside)
 
 
 def within_part(structure: Structure, part: Part) -> Structure:
     """Return the structure with the channels pinned that lie outside of a part, or are tied to what does."""
     why: dict[str, str] = {}
-    for name, group in structure.groups.items():
+    for name, group in structure.groups.items() if part is not WHOLE else ():
         outside = [slot.tensor for slot in group.slots if not part.holds(slot.tensor)]
         if outside and any(part.holds(slot.tensor) for slot in group.slots):
             why[name] = f"it is tied to {outside[0]}, which is outside of module="

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_prune.structure import ChannelGroup, Structure
 
-__all__ = ["Block", "Least", "Room", "blocks_of", "channels", "least_widths", "rooms_told", "step_of"]
+__all__ = ["Block", "Least", "Room", "blocks_of", "least_widths", "rooms_told", "step_of"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
 
@@ -78,25 +78,6 @@ class Room(NamedTuple):
     flops: float
 
 
-def channels(group: ChannelGroup) -> int:
-    """Return how many channels one unit is, at each of the weights that make or read them: 1, or a head's width.
-
-    Weights may hold a unit differently often, as one weight of queries, keys and values does that holds each head three
-    times: the largest number of channels counts of which all of them hold a multiple.
-
-    Examples:
-        >>> from lightning_prune.structure import find_structure, trace
-        >>> import torch
-        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
-        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 32), layer, torch.nn.Linear(32, 2))
-        >>> groups = find_structure(trace(net, torch.ones(3, 1, 2))).groups
-        >>> {name: channels(group) for name, group in groups.items()}
-        {'0': 1, '1.self_attn.in_proj_weight': 8, '1.linear1': 1}
-    """
-    held = {id(slot.units): slot for slot in group.slots if slot.role != "follower"}  # most share one array
-    return max(1, math.gcd(*[slot.held // group.width for slot in held.values()]))
-
-
 def least_widths(
     structure: Structure,
     widths: Mapping[str, int],
@@ -126,7 +107,7 @@ def least_widths(
         share = max_amount.get(name, 1.0) if isinstance(max_amount, Mapping) else max_amount
         least = max(
             Least(1, "one unit stays"),
-            Least(math.ceil(narrow / channels(group)), f"min_width={narrow}"),
+            Least(math.ceil(narrow / group.channels), f"min_width={narrow}"),
             Least(widths[name] - math.floor(share * widths[name] + _ROUNDING), f"max_amount={share:g}"),
             key=lambda limit: limit.width,
         )
@@ -161,13 +142,13 @@ def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 
         shares = np.arange(parts - 1, 0, -1)[:, None] * (whole // parts)
         fits = ((shares >= fewest) & (shares % steps == 0)).all(axis=1)
         widths = np.concatenate([whole[None], shares[fits]])
-        found.append(Block(tuple(link), widths, coarse=len(link) > 1 or channels(group) > 1))
+        found.append(Block(tuple(link), widths, coarse=len(link) > 1 or group.channels > 1))
     return found
 
 
 def step_of(group: ChannelGroup, round_to: int) -> int:
     """Return the fewest units whose channels are a multiple of ``round_to``."""
-    return round_to // math.gcd(round_to, channels(group))
+    return round_to // math.gcd(round_to, group.channels)
 
 
 def rooms_told(rooms: list[Room], most: int = 8) -> str:

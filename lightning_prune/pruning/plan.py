@@ -351,6 +351,8 @@ def _in_words(plan: Plan) -> str:
 def _idle_readers(plan: Plan) -> list[str]:
     """Return parameters that never ran, and that have as many entries along a dimension as a pruned layer had."""
     ledger, kept = plan.structure.ledger, plan.cut.kept
+    if not ledger.idle:
+        return []
     pruned = {slot.size for slot in ledger.slots if slot.dim in kept.get(slot.tensor, {})}
     dims = {name: parameter.dim() for name, parameter in plan.model.named_parameters()}
     reads: dict[str, None] = {}

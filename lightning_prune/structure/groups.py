@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,6 +69,25 @@ class ChannelGroup:
     width: int
     slots: tuple[Slot, ...]
     changes_statistics: bool
+
+    @cached_property
+    def channels(self) -> int:
+        """How many channels one unit is, at each of the weights that make or read them: 1, or a head's width.
+
+        Weights may hold a unit differently often, as one weight of queries, keys and values does that holds each head
+        three times: the largest number of channels counts of which all of them hold a multiple.
+
+        Examples:
+            >>> from lightning_prune.structure import find_structure, trace
+            >>> import torch
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
+            >>> net = torch.nn.Sequential(torch.nn.Linear(2, 32), layer, torch.nn.Linear(32, 2))
+            >>> groups = find_structure(trace(net, torch.ones(3, 1, 2))).groups
+            >>> {name: group.channels for name, group in groups.items()}
+            {'0': 1, '1.self_attn.in_proj_weight': 8, '1.linear1': 1}
+        """
+        held = {id(slot.units): slot for slot in self.slots if slot.role != "follower"}  # most share one array
+        return max(1, math.gcd(*[slot.held // self.width for slot in held.values()]))
 
     @property
     def producers(self) -> tuple[str, ...]:

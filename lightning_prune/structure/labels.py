@@ -212,6 +212,7 @@ class Ledger:
         self.hollow = True  # whether the traced model runs where nothing is computed
         self.ran: list[Ran] = []
         self.passes: list[Pass] = []
+        self.in_steps = False  # whether layers ran by other operators than they do by themselves
         self.untrained = ""  # why train mode could not be traced, if it could not
         self.literals: frozenset[Literally] = frozenset()  # sizes that are known to be numbers in the code
         self._chosen: dict[str, int] = {}

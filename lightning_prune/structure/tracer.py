@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.model.calls import mode_of, modules_of, run, tensors_in
 from lightning_prune.model.errors import reraise_out_of_memory
-from lightning_prune.model.tensor_state import keep, written_by
+from lightning_prune.model.tensor_state import keep, places_written, written_by
 from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
 from lightning_prune.structure.fused_cells import CellsInSteps
@@ -140,17 +140,19 @@ class Watch(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator; keep a copy of what was there before and is about to be written to."""
-        for tensor in written_by(func, args, kwargs):
-            self.keep(tensor)
+        if places_written(func):
+            for tensor in written_by(func, args, kwargs):
+                self.keep(tensor)
         out = func(*args, **kwargs)
         if not _aliases(func):
             for tensor in (out,) if isinstance(out, Tensor) else tensors_among((out,)):
                 if tensor.layout is not torch.strided:  # sparse tensors have no one storage
                     continue
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._made:
+                number = storage._cdata
+                if number not in self._made:
                     storage._weak_ref()  # while there is one, no other storage gets this number
-                    self._made.add(storage._cdata)
+                    self._made.add(number)
         return out
 
     def in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -438,6 +440,8 @@ class _NumberMode(TorchFunctionMode):
         if func in _READERS:
             self._labels.read(func, args)
         self._labels.arguments = args, kwargs, func
+        if not self._labels.ledger.in_steps and _needs_steps(func, args):
+            self._labels.ledger.in_steps = True
         try:
             return _in_steps(func, args, kwargs)
         finally:
@@ -471,6 +475,13 @@ class _StepMode(TorchFunctionMode):
         return _in_steps(func, args, kwargs or {})
 
 
+def _needs_steps(func: Any, args: Any) -> bool:
+    """Return whether a function would run other operators by itself than :func:`_in_steps` has it run."""
+    if func is F.linear:
+        return not (args and isinstance(args[0], Tensor) and args[0].is_contiguous())
+    return func in _RECURRENT
+
+
 def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
     if func is F.linear and args:  # torch chooses other operators for an input that does not lie in one piece
@@ -488,9 +499,9 @@ def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def taken_apart() -> Iterator[None]:
-    """Run attention and recurrent layers as the operators that a trace sees."""
-    with unfused(), _StepMode():
+def taken_apart(in_steps: bool = True) -> Iterator[None]:
+    """Run attention as the operators that a trace sees, and recurrent and linear layers unless not ``in_steps``."""
+    with unfused(), _StepMode() if in_steps else nullcontext():
         yield
 
 

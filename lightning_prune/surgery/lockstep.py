@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.model.tensor_state import written_by
+from lightning_prune.model.tensor_state import updates_nothing, written_by
 from lightning_prune.structure.decisions import impose_
 from lightning_prune.structure.labels import Ran
 from lightning_prune.structure.rules import tensors_among
@@ -108,6 +108,8 @@ class Lockstep(Reference):
             return parts
         try:
             facts = self.facts_of(func)
+            if facts.written and updates_nothing(func, args, kwargs):
+                facts = facts._replace(written=())
             at = self.next(facts, args)
             if at is None:
                 return self._laid_out(facts, args, kwargs)

@@ -157,6 +157,9 @@ class Recipe:
 
     def write_masks_(self, masks: PackedMasks, lifted: Iterable[str] = ()) -> None:
         """Set masks of parameters and lift others, by name; a shared parameter has its mask wherever it lies."""
+        lifted = list(lifted)
+        if not masks and not lifted:
+            return
         own = dict(self._model.named_parameters())
         new = {id(own[name]): mask for name, mask in masks.items()}
         gone = {id(own[name]) for name in lifted if name in own}

@@ -46,7 +46,7 @@ def replace_tensors_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write new values of any shape into parameters and buffers; parameters stay the same objects, without gradient."""
     own = named_tensors(model)
     aliases: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    for _, module in modules_of(model):
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 aliases.setdefault(id(buffer), []).append((module, leaf))

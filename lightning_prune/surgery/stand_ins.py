@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 
 import torch
@@ -23,6 +23,7 @@ Rows = Mapping[str, tuple[int, Tensor]]
 
 _SAMPLED = 1024
 _SMALL = 1e-3
+_DRAWN = 1 << 16
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -135,14 +136,25 @@ def _tells_little(tensor: Tensor) -> bool:
     return high - low <= _SMALL * max(abs(high), abs(low)) or max(abs(high), abs(low)) < _SMALL * 0.1
 
 
+@cache
+def _drawn() -> Tensor:
+    """Return random numbers of which vectors take a part each."""
+    return torch.rand(_DRAWN, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+
+
 def _noise(name: str, like: Tensor) -> Tensor:
     """Return random numbers that make a tensor of equal or tiny ones ordinary, the same at every call.
 
     A vector of ones, such as the scale of a norm, ranges over 0.5 to 1.5 then, and one of zeros over -0.5 to 0.5;
     matrices get what keeps the size of what they multiply.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64) - 0.5
+    seed = zlib.crc32(name.encode())
+    if like.dim() == 1 and len(like) <= _DRAWN // 2:  # most by far, and a generator of its own costs more than it draws
+        start = seed % (_DRAWN - len(like))
+        drawn = _drawn()[start : start + len(like)].clone()
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64) - 0.5
     first = float(like.detach().reshape(-1)[0])
     if abs(first) >= _SMALL:
         drawn *= abs(first)

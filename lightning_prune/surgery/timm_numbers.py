@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.model.calls import modules_of
+from lightning_prune.structure.tensor_names import named_parameters
 from lightning_prune.surgery.attributes import AttributeChange
 
 __all__ = ["follow_timm"]
@@ -31,7 +32,7 @@ def follow_timm(
     """
     changes: list[AttributeChange] = []
     modules = dict(modules_of(model))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
 
     def follow(at: str, name: str, weight: nn.Parameter, new: tuple[int, ...]) -> None:
         old = vars(modules[at]).get(name) if at in modules else None
