@@ -107,7 +107,7 @@ def test_members_of_an_ensemble_lose_hidden_units(shared_bias):
     assert (model.enter.shape, model.leave.shape) == ((2, 6, 4), (2, 4, 2))
 
 
-@pytest.mark.parametrize(("heads", "width"), [(4, 2), (2, 6), (3, 4)])
+@pytest.mark.parametrize(("heads", "width"), [(4, 2), (2, 6), (4, 3)])
 def test_heads_leave_where_latents_are_read_as_one_vector(heads, width):
     """Heads, or channels of heads, leave from every latent."""
     torch.manual_seed(0)
