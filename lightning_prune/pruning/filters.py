@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,14 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
-from lightning_prune.model.calls import ExampleInputs, call_on, uncollected, walked_once
+from lightning_prune.model.calls import (
+    ExampleInputs,
+    call_on,
+    refuse_empty,
+    refuse_shapeless,
+    uncollected,
+    walked_once,
+)
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
@@ -35,11 +43,14 @@ from lightning_prune.pruning.arguments import (
     check_prunable,
     listed,
     part_of,
+    plain,
     with_ignored,
     within_part,
 )
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
+from lightning_prune.pruning.layers import data_of
+from lightning_prune.pruning.layers_and_filters import SplitAsk, apply_split_, choose_split
 from lightning_prune.pruning.left_alone import left_alone, with_left_alone
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
@@ -73,6 +84,7 @@ def prune_filters(
     min_width: MinWidth = 1,
     max_amount: MaxAmount = 1.0,
     uniform: bool = False,
+    layers: bool = False,
     repair: bool | None = None,
     damping: float = DAMPING,
     progress: bool = True,
@@ -117,6 +129,9 @@ def prune_filters(
             module, the smallest that names a layer. A target of the whole model is met by other layers.
         uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
             can express it. Where one of them is not prunable, none is.
+        layers: Whether whole layers may be removed, too, towards the same ``amount`` of the params, FLOPs or latency:
+            0, 1, 2, 4, ... layers are tried, each with filters for the rest, and what loses least is made. Losses are
+            those of ``loss`` on ``batches`` or, without them, how far outputs move. ``report.tried`` lists them.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
             by default where ``criterion="obs"``. That criterion assumes it: without it, the outputs can move more than
             if units were pruned at random.
@@ -151,68 +166,139 @@ def prune_filters(
     check_damping(where, damping, "inputs' mean variance")
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     check_optimizers(where, optimizers)
-    part = part_of(model, module)
-    cheap = batches is None and criterion in _CHEAP
+    asked = _Asked(
+        criterion, target, scope, loss, module, ignore, round_to, min_width, max_amount, uniform, bool(repair), damping,
+        progress,
+    )  # fmt: skip
+    if (repair or by_obs) and batches is None:
+        raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
+    if layers:
+        return _with_layers(where, model, example_inputs, amount, asked, batches, optimizers)
     with ExitStack() as stack:
         stack.enter_context(walked_once(model))
         if batches is None:
             stack.enter_context(uncollected())
-        if cheap:  # criteria of users may change what they like; the cut comes last
+        if batches is None and criterion in _CHEAP:  # criteria of users may change what they like; the cut comes last
             stack.enter_context(remembered_once(model))
-        traced = find_structure(trace(model, example_inputs))
-        named = [*(amount if isinstance(amount, Mapping) else ()), *listed(module)]
-        alone = left_alone(model, named)
-        calibration = None
-        if repair or by_obs:
-            if batches is None:
-                raise ValueError(
-                    f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them."
-                )
-            calibration = Calibration(list(ordinary(batches)), call_on if loss is None else partial(_outputs, loss))
-            batches = calibration.batches
-
-        def planned(structure: Structure, refuse: bool) -> Plan:
-            structure = with_left_alone(within_part(with_ignored(model, structure, ignore), part), alone)
-            structure = with_one_width(model, structure) if uniform else structure
-            check_prunable(model, structure)
-            if calibration is not None:
-                products = find_products(model, calibration.batches[0], calibration.forward)
-            if by_obs and calibration is not None:
-                structure = only_read(model, structure, products)
-                check_prunable(model, structure)
-                scores = score_by_readers(model, structure, products, calibration, damping, progress)
-            else:
-                with each(batches or (), "batches", progress and batches is not None) as seen:
-                    scores = score_units(model, structure, criterion, None if batches is None else ordinary(seen), loss)
-            widths = {name: group.width for name, group in structure.groups.items()}
-            plan = plan_filters(
-                model,
-                example_inputs,
-                structure,
-                scores,
-                in_fractions(amount_by_group(model, structure, amount), widths, scope, "units"),
-                budget_by_group(model, structure, Budget(target, scope, round_to, min_width, max_amount, part)),
-                adding_up=adds_up(criterion),
-                refuse=refuse,
-                progress=progress,
-            )
-            return (
-                plan if calibration is None or not repair else repaired(plan, products, calibration, damping, progress)
-            )
-
-        # Where scores cost little, whether every group can shrink is asked only if less can be cut than was asked.
-        plan = None
-        if cheap and target != "latency":
-            with suppress(PruningError):
-                plan = planned(traced, refuse=False)
-        if plan is None or plan.outcome.short:
-            plan = planned(rehearsed(model, example_inputs, traced), refuse=True)
+        plan = _planned(model, example_inputs, amount, asked, batches)
         report = plan.apply_(optimizers)
     plan.outcome.warn(where)
     if plan.never_ran:
         warnings.warn(f"{where}: {plan.never_ran}", stacklevel=3)  # behind this, the decorator
     if report.config:
         warnings.warn(f"{where}: {report.config}", stacklevel=3)  # behind this, the function and its decorator
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The arguments of :func:`prune_filters` that say what is pruned, beside the amount."""
+
+    criterion: Criterion
+    target: Target
+    scope: Scope
+    loss: Loss | None
+    module: Parts
+    ignore: Modules
+    round_to: int
+    min_width: MinWidth
+    max_amount: MaxAmount
+    uniform: bool
+    repair: bool
+    damping: float
+    progress: bool
+
+
+def _planned(
+    model: nn.Module, example_inputs: ExampleInputs, amount: Amount, asked: _Asked, batches: Iterable[Any] | None
+) -> Plan:
+    """Score units and plan their removal; the model is not changed."""
+    criterion, by_obs = asked.criterion, asked.criterion == "obs"
+    part = part_of(model, asked.module)
+    traced = find_structure(trace(model, example_inputs))
+    named = [*(amount if isinstance(amount, Mapping) else ()), *listed(asked.module)]
+    alone = left_alone(model, named)
+    calibration = None
+    if asked.repair or by_obs:
+        assert batches is not None  # refused before
+        forward = call_on if asked.loss is None else partial(_outputs, asked.loss)
+        calibration = Calibration(list(ordinary(batches)), forward)
+        batches = calibration.batches
+    limits = Budget(asked.target, asked.scope, asked.round_to, asked.min_width, asked.max_amount, part)
+
+    def planned(structure: Structure, refuse: bool) -> Plan:
+        structure = with_left_alone(within_part(with_ignored(model, structure, asked.ignore), part), alone)
+        structure = with_one_width(model, structure) if asked.uniform else structure
+        check_prunable(model, structure)
+        if calibration is not None:
+            products = find_products(model, calibration.batches[0], calibration.forward)
+        if by_obs and calibration is not None:
+            structure = only_read(model, structure, products)
+            check_prunable(model, structure)
+            scores = score_by_readers(model, structure, products, calibration, asked.damping, asked.progress)
+        else:
+            with each(batches or (), "batches", asked.progress and batches is not None) as seen:
+                given = None if batches is None else ordinary(seen)
+                scores = score_units(model, structure, criterion, given, asked.loss)
+        widths = {name: group.width for name, group in structure.groups.items()}
+        plan = plan_filters(
+            model,
+            example_inputs,
+            structure,
+            scores,
+            in_fractions(amount_by_group(model, structure, amount), widths, asked.scope, "units"),
+            budget_by_group(model, structure, limits),
+            adding_up=adds_up(criterion),
+            refuse=refuse,
+            progress=asked.progress,
+        )
+        if calibration is None or not asked.repair:
+            return plan
+        return repaired(plan, products, calibration, asked.damping, asked.progress)
+
+    # Where scores cost little, whether every group can shrink is asked only if less can be cut than was asked.
+    plan = None
+    if batches is None and criterion in _CHEAP and asked.target != "latency":
+        with suppress(PruningError):
+            plan = planned(traced, refuse=False)
+    if plan is None or plan.outcome.short:
+        plan = planned(rehearsed(model, example_inputs, traced), refuse=True)
+    return plan
+
+
+def _with_layers(
+    where: str,
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    amount: Amount,
+    asked: _Asked,
+    batches: Iterable[Any] | None,
+    optimizers: list[Optimizer],
+) -> Report:
+    """Remove layers and filters under one budget."""
+    target = asked.target
+    if target == "filters" or isinstance(amount, Mapping):
+        raise ValueError(
+            f"{where}(layers=True, target={target!r}): layers and filters share one amount of the params, flops or "
+            "latency. Pass a single fraction and one of these targets."
+        )
+    refuse_empty(example_inputs)
+    refuse_shapeless(model)
+    data = data_of(where, None, example_inputs, batches, asked.loss)
+    by_path = {"module": plain(listed(asked.module), model) or None, "ignore": plain(list(asked.ignore), model)}
+    for name in ("min_width", "max_amount"):
+        by_path[name] = plain(getattr(asked, name), model)
+    on_copies = replace(asked, **by_path, progress=False)
+
+    def plan_cut(twin: nn.Module, rest: float) -> Plan:
+        return _planned(twin, example_inputs, rest, on_copies, None if batches is None else data.batches)
+
+    part, alone = part_of(model, asked.module), left_alone(model, listed(asked.module))
+    ask = SplitAsk(amount, target, part, by_path["ignore"], alone, data, asked.repair, asked.damping)
+    split = choose_split(model, example_inputs, ask, plan_cut)
+    report = apply_split_(model, example_inputs, split, ask, optimizers)
+    if report.config:
+        warnings.warn(f"{where}: {report.config}", stacklevel=4)  # behind this, the function and its decorator
     return report
 
 

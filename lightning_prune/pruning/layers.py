@@ -50,6 +50,7 @@ from lightning_prune.surgery.skipped import removed_layers, temporarily_skipped,
 __all__ = [
     "apply_layers_",
     "check_layer_arguments",
+    "data_of",
     "ignored_layers",
     "prunable_layers",
     "prune_layers",
@@ -143,7 +144,7 @@ def prune_layers(
     refuse_shapeless(model)
     part = part_of(model, module)
     depth = prunable_layers(model, example_inputs, part, ignore, left_alone(model, listed(module)))
-    data = _data(where, criterion, example_inputs, batches, loss)
+    data = data_of(where, criterion, example_inputs, batches, loss)
     flops = count(model, example_inputs)
     costs = LayerCosts.of(model, depth, flops, part)
     amount = fraction_of(amount, int(costs.whole("layers")), "layers")
@@ -280,13 +281,18 @@ def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping
         return median([without / whole for whole, without in rounds(turns)])
 
 
-def _data(
+def data_of(
     where: str,
-    criterion: LayerCriterion,
+    criterion: LayerCriterion | None,
     example_inputs: ExampleInputs,
     batches: Iterable[Any] | None,
     loss: Loss | None,
 ) -> LayerData:
+    """Return the batches on which layers are scored, by default the example inputs.
+
+    Raises:
+        ValueError: If the criterion needs batches and a loss that were not given.
+    """
     if criterion in ("taylor", "taylor_second_order", "loss") and (batches is None or loss is None):
         raise ValueError(f"{where}(criterion={criterion!r}): pass batches and loss=, which it is scored by.")
     if batches is None:

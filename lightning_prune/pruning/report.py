@@ -31,6 +31,29 @@ class Repair(NamedTuple):
     after: float
 
 
+class RemovedLayer(NamedTuple):
+    """A layer that was removed: its path, its score when it was chosen, and what left with it."""
+
+    path: str
+    score: float
+    params: int
+    flops: int
+
+
+class TriedSplit(NamedTuple):
+    """A number of layers that was tried with filters for the rest of the budget.
+
+    Shares of the target that layers and filters removed, then the mean loss (or how far outputs moved), and why it was
+    refused; else empty.
+    """
+
+    layers: int
+    by_layers: float
+    by_filters: float
+    lost: float
+    refused: str
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
     """What pruning units did.
@@ -58,6 +81,8 @@ class Report:
         repairs: With ``repair``: weights that were refitted, in the order in which they run.
         skipped: With ``repair``: by name, why a weight that sums over pruned units was not refitted.
         config: Why the config of a Hugging Face model cannot express the pruned one; empty if it can.
+        removed: With ``layers``: the layers that were removed, in the order in which they were chosen.
+        tried: With ``layers``: every number of layers that was tried, with what it lost.
     """
 
     params_before: int
@@ -81,6 +106,8 @@ class Report:
     repairs: tuple[Repair, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
+    removed: tuple[RemovedLayer, ...] = ()
+    tried: tuple[TriedSplit, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +133,6 @@ class WeightReport:
     asked: float
     reached: float
     details: Any = None
-
-
-class RemovedLayer(NamedTuple):
-    """A layer that was removed: its path, its score when it was chosen, and what left with it."""
-
-    path: str
-    score: float
-    params: int
-    flops: int
 
 
 @dataclass(frozen=True, eq=False)
