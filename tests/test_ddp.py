@@ -196,6 +196,8 @@ CASES = {
     "example_input_array": {"kind": "Known", "target": "flops", "resume": True},
     "depthwise": {"kind": "Depthwise", "target": "flops", "resume": True},
     "other-sizes": {"kind": "Sized", "target": "flops"},
+    "fade": {"arguments": {"fade_steps": 5}, "resume": True},
+    "fade-taylor": {"callback": "TaylorFilterPruning", "arguments": {"fade_steps": 3}, "resume": True},
     "taylor-weights": {"callback": "TaylorFilterPruning", "resume": True},
     "taylor-activations": {"callback": "TaylorFilterPruning", "arguments": {"form": "activations"}, "resume": True},
     "apoz": {"callback": "FilterPruning", "arguments": {"criterion": "apoz"}, "resume": True},

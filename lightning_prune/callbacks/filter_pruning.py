@@ -70,6 +70,8 @@ class FilterPruning(PruningCallback):
             step; 0 averages nothing.
         trace: What of the module is traced, counted and verified: its ``forward``, or, where it trains otherwise, what
             ``training_step`` or ``validation_step`` runs on the first training batch, in eval mode.
+        fade_steps: Optimizer steps before each pruning step over which the units that it removes are driven to zero, so
+            that the cut changes no output; 0 removes them at once. Units are selected when the fade begins.
         report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
             One callback with ``False`` switches both off for the whole run.
 
@@ -102,6 +104,7 @@ class FilterPruning(PruningCallback):
         repair: bool | None = None,
         example_inputs: Any = None,
         recalibrate: int = 0,
+        fade_steps: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
         report: bool = True,
     ) -> None:
@@ -124,6 +127,7 @@ class FilterPruning(PruningCallback):
             module,
             report,
             uniform,
+            fade_steps,
         )
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair

@@ -110,8 +110,10 @@ class MetricGuard(Guard):
             raise PruningError(self._never_validates("the validation loaders are empty"))
 
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember everything as it is, before the first of the cuts that fall on one moment."""
+        """Remember everything as it is, before the first of the cuts that fall on one moment, or before a fade."""
+        self._state.validations = 0
         if self._state.before is not None:
+            self._state.before["step"] = trainer.global_step
             return
         self._state.before = {
             **take_snapshot(pl_module, trainer.optimizers),
@@ -119,7 +121,6 @@ class MetricGuard(Guard):
             "step": trainer.global_step,
             "pruning": engine_of(trainer).rollback_states(trainer),
         }
-        self._state.validations = 0
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a metric that was not logged, before an epoch is spent; some log nothing while they are checked."""
@@ -148,7 +149,7 @@ class MetricGuard(Guard):
     def judge(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Roll the last cut back if the metric had its time and has not recovered; else forget what was before it."""
         state = self._state
-        if state.before is None:
+        if state.before is None or engine_of(trainer).fading:  # what fades is judged after its cut
             return False
         if state.last is None or state.best is None or state.validations < self.patience:
             return state.before["step"] != trainer.global_step  # cuts of one moment stand together

@@ -60,6 +60,8 @@ class TaylorFilterPruning(PruningCallback):
         flops_penalty: Score taken off a unit for each million multiply-adds that leave with it; the 2016 paper uses
             0.001. Without one, ``weights`` under a global target of parameters, FLOPs or latency takes first what the
             loss would miss least for what it saves.
+        fade_steps: Optimizer steps before each pruning step over which the units that it removes are driven to zero, so
+            that the cut changes no output; 0 removes them at once. Units are selected when the fade begins.
         report: Whether tables are printed and a report is written where each logger keeps its files, when the run ends.
             One callback with ``False`` switches both off for the whole run.
 
@@ -87,6 +89,7 @@ class TaylorFilterPruning(PruningCallback):
         uniform: bool = False,
         example_inputs: Any = None,
         recalibrate: int = 0,
+        fade_steps: int = 0,
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
         report: bool = True,
         form: Literal["weights", "activations"] = "weights",
@@ -110,6 +113,7 @@ class TaylorFilterPruning(PruningCallback):
             module,
             report,
             uniform,
+            fade_steps,
         )
         gathering = gathering_for(_CRITERIA[form])
         if flops_penalty:

@@ -186,6 +186,7 @@ def plan_filters(
     refused: Mapping[str, str] | None = None,
     refuse: bool = True,
     progress: bool = False,
+    chosen: Keep | None = None,
 ) -> Plan:
     """Select the units to prune so that the amount is met, and verify their cut; the model is not changed.
 
@@ -208,6 +209,7 @@ def plan_filters(
             ``structure``.
         refuse: Whether groups whose cut cannot be verified are kept whole.
         progress: Whether to show how often a latency was measured.
+        chosen: The units of every group that are kept, where they were selected before; scores then count for nothing.
 
     Raises:
         PruningError: If the amount cannot be reached.
@@ -217,7 +219,7 @@ def plan_filters(
     if dense is None:
         widths = {name: group.width for name, group in structure.groups.items()}
         dense = Dense(widths, measure(model, structure, {}, budget.part))
-    ask = _Ask(model, example_inputs, amount, budget, dense, at_most, adding_up, refuse)
+    ask = _Ask(model, example_inputs, amount, budget, dense, at_most, adding_up, refuse, chosen)
     earlier = refused or {}
     if budget.target != "latency" or latency is not None:
         return _verified(ask, structure, scores, earlier, latency)
@@ -244,6 +246,7 @@ class _Ask:
     at_most: int | None
     adding_up: bool
     refuse: bool
+    chosen: Keep | None
 
 
 def _verified(
@@ -294,6 +297,8 @@ def _selected(
     ask: _Ask, structure: Structure, scores: Scores, refused: Mapping[str, str], latency: Latency | None
 ) -> Keep:
     """Select the units that are kept."""
+    if ask.chosen is not None:
+        return {name: ask.chosen[name] for name in structure.groups}
     budget = ask.budget
     if ask.adding_up and budget.scope == "global":
         scores = per_saving(scores, saved_by_one_unit(ask.model, structure), budget.target)

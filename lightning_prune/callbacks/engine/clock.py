@@ -78,12 +78,16 @@ class Clock:
         moment = step if schedule.by == "steps" else epoch
         if self.stopped:
             return None
+        progress = self.reach(schedule, moment)
+        again = self.moment == (epoch, step)  # the start of an epoch and that of its first batch both ask
+        return progress if progress > self.progress and not again else None
+
+    def reach(self, schedule: Schedule, moment: int) -> float:
+        """Return the progress that a pruning step at a moment reaches, as far as a guard allows."""
         most = self.progress + self.largest
         if most > 1.0 - _SMALLEST_STEP:
             most = 1.0  # no step for a remainder that rounding leaves
-        progress = min(schedule.progress(moment), most)
-        again = self.moment == (epoch, step)  # the start of an epoch and that of its first batch both ask
-        return progress if progress > self.progress and not again else None
+        return min(schedule.progress(moment), most)
 
     def rollback(self, progress: float, halve: bool) -> None:
         """Return to an earlier progress, to go on from there by half the step at a time, or never."""

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
 from lightning_prune.callbacks.engine.checkpoint_state import keep_hyperparameters_
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
+from lightning_prune.callbacks.engine.fade import coming_step
 from lightning_prune.callbacks.engine.guard import companions, guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
@@ -167,6 +168,7 @@ class Engine:
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
                 self._advance(run)
             self._log(run)
+            self._start_fade(run)
 
     def end_batch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to go on to the next pruning step where processes part."""
@@ -199,6 +201,8 @@ class Engine:
         on_probation = [guard.judge(trainer, run.module) for guard in guards(trainer)]
         progress = own.clock.due(own.schedule, trainer.current_epoch, trainer.global_step)
         own.due_without_scores = progress is not None and not own.strategy.ready
+        if progress is not None and own.strategy.fading is not None:
+            progress = min(progress, own.strategy.fading)  # what was selected is removed, and no more
         if progress is not None and own.strategy.ready:
             if any(on_probation):
                 self.log.warn_held_back(run)
@@ -207,6 +211,23 @@ class Engine:
         if own.clock.epoch != trainer.current_epoch:
             own.clock.epoch = trainer.current_epoch
             self.log.changed = True
+
+    def _start_fade(self, run: Run) -> None:
+        """Have the units of the next pruning step fade, unless a guard still waits to see what the last one did."""
+        own, strategy = run.own, run.own.strategy
+        if not strategy.fade_steps or strategy.fading is not None or not own.clock.unfinished or not strategy.ready:
+            return
+        coming = coming_step(run, strategy.fade_steps)
+        if coming is None:
+            return
+        on_probation = [guard.judge(run.trainer, run.module) for guard in guards(run.trainer)]
+        if not any(on_probation):
+            strategy.start_fade(run, coming)
+
+    @property
+    def fading(self) -> bool:
+        """Whether units are being driven to zero for a pruning step to come."""
+        return any(member.strategy.fading is not None for member in self.members)
 
     def _prune(self, run: Run, progress: float) -> None:
         self.log.start_step(run)

@@ -47,6 +47,7 @@ class FilterArguments:
     module: Parts = None
     report: bool = True
     uniform: bool = False
+    fade_steps: int = 0
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -69,6 +70,9 @@ class FilterArguments:
         recalibrate = self.recalibrate
         if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
             raise ValueError(f"{where}(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
+        steps = self.fade_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"{where}(fade_steps={steps!r}): it is a number of optimizer steps, from 0.")
 
     @property
     def budget(self) -> Budget:

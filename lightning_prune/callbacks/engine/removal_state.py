@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
+from lightning_prune.callbacks.engine.fade import Fade
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import Footprint, Part
@@ -99,6 +100,7 @@ class RemovalState:
         pinned: Channels that are not prunable, as the last trace found.
         branching: Modules whose code goes by numbers of its input, likewise.
         warned: Whether it was said that less is removed than was asked.
+        fade: The units that are being driven to zero for the next pruning step.
     """
 
     start: Start | None = None
@@ -108,6 +110,7 @@ class RemovalState:
     pinned: list[Pinned] = field(default_factory=list)
     branching: list[str] = field(default_factory=list)
     warned: bool = False
+    fade: Fade | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return the state to save."""
@@ -116,10 +119,12 @@ class RemovalState:
             "refused": dict(self.refused),
             "latency": self.latency,
             "start": None if self.start is None else self.start.to_plain(),
+            "fade": None if self.fade is None else self.fade.to_plain(),
         }
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> RemovalState:
         """Return a saved state."""
         start = None if plain["start"] is None else Start.from_plain(plain["start"])
-        return cls(start, dict(plain["widths"]), plain["latency"], dict(plain["refused"]))
+        fade = None if plain["fade"] is None else Fade.from_plain(plain["fade"])
+        return cls(start, dict(plain["widths"]), plain["latency"], dict(plain["refused"]), fade=fade)

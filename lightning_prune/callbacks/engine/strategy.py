@@ -23,9 +23,18 @@ from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.reports import Goal
 
-__all__ = ["Member", "Run", "RunEvents", "Strategy"]
+__all__ = ["Coming", "Member", "Run", "RunEvents", "Strategy"]
 
 _Strategy = TypeVar("_Strategy", bound="Strategy")
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A pruning step to come: the progress that it reaches, its epoch or optimizer step, and the steps until then."""
+
+    progress: float
+    moment: int
+    left: int
 
 
 class RunEvents:
@@ -117,6 +126,8 @@ class Strategy(RunEvents, ABC):
 
     # What a strategy may leave as it is
 
+    fade_steps: int = 0
+    """Optimizer steps before a pruning step over which what it removes is driven to zero."""
     needs_whole_model: bool = True
     """Whether it looks at a plain model where FSDP2 has split it."""
 
@@ -134,6 +145,14 @@ class Strategy(RunEvents, ABC):
     def ready(self) -> bool:
         """Whether enough was seen to decide by."""
         return True
+
+    @property
+    def fading(self) -> float | None:
+        """The progress of the pruning step whose units are being driven to zero, if any are."""
+        return None
+
+    def start_fade(self, run: Run, coming: Coming) -> None:
+        """Select what the next pruning step removes, and begin to drive it to zero."""
 
     @property
     def units(self) -> int:

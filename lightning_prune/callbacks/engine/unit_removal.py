@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from lightning_prune.callbacks.engine.apply_plan import apply_plan_
 from lightning_prune.callbacks.engine.clock import share_due
 from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
 from lightning_prune.callbacks.engine.example_inputs import on_device_of
+from lightning_prune.callbacks.engine.fade import Fade, steps_until
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.kept_sums import of_kept_units
@@ -24,8 +26,9 @@ from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
-from lightning_prune.callbacks.engine.strategy import Run, Strategy
+from lightning_prune.callbacks.engine.strategy import Coming, Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.batch_norm import batch_norms
@@ -36,7 +39,8 @@ from lightning_prune.pruning.outcome import outcome_of
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.reports import Goal
-from lightning_prune.structure import Structure
+from lightning_prune.structure import Keep, Structure
+from lightning_prune.surgery import recipe_of
 
 __all__ = ["UnitRemoval"]
 
@@ -75,7 +79,17 @@ class UnitRemoval(Strategy):
     @property
     def ready(self) -> bool:
         """Whether enough was gathered to score by."""
-        return self.gathering.ready
+        return self.gathering.ready or self.state.fade is not None
+
+    @property
+    def fade_steps(self) -> int:  # type: ignore[override]
+        """Optimizer steps before a pruning step over which units fade."""
+        return self.arguments.fade_steps
+
+    @property
+    def fading(self) -> float | None:
+        """The progress of the pruning step whose units fade."""
+        return None if self.state.fade is None else self.state.fade.coming.progress
 
     @property
     def units(self) -> int:
@@ -94,11 +108,21 @@ class UnitRemoval(Strategy):
         if unseen and schedule.progress(0) > 0:
             told = f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut."
             raise ValueError(f"{told} Start at {schedule.by[:-1]} 1.")
+        if self.fade_steps and schedule.progress(0) > 0:
+            raise ValueError(
+                f"{where}(fade_steps={self.fade_steps}, schedule={schedule!r}): units fade before a pruning step, and "
+                f"no step comes before the first one. Start at {schedule.by[:-1]} 1 or later."
+            )
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no unit can be removed."""
         refuse_removal(run.where, run.trainer, run.module)
         refuse_step(run.where, self.arguments.trace, run.module)
+        if self.fade_steps and is_model_parallel(run.trainer):
+            raise PruningError(
+                f"{run.where}(fade_steps={self.fade_steps}): no process has the whole weights to fade under "
+                "ModelParallelStrategy. Leave fade_steps out."
+            )
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether consumer layers, or BatchNorm, will be run on training batches."""
@@ -126,6 +150,7 @@ class UnitRemoval(Strategy):
         elif run.own.changes:
             _refuse_other_part(run)
             self.start.follow(run.module, structure, self.arguments)
+            self.state.fade = None  # its units were selected for other amounts
             self.state.warned = False
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
@@ -137,11 +162,36 @@ class UnitRemoval(Strategy):
             gone = (self.start.widths.get(width.name, width.before) - width.after for width in plan.widths)
             self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
-            self.gathering.watch(run.module, structure)
+            self._refuse_endless(run)
+            if self.state.fade is None:
+                self.gathering.watch(run.module, structure)
         return True
 
-    def prune_to(self, run: Run, progress: float) -> None:
-        """Remove units up to the sparsity that the schedule asks for at ``progress``."""
+    def _refuse_endless(self, run: Run) -> None:
+        """Refuse to fade before epochs whose length nobody knows."""
+        if self.fade_steps and run.own.schedule.by == "epochs" and not math.isfinite(run.trainer.num_training_batches):
+            raise PruningError(
+                f"{run.where}(fade_steps={self.fade_steps}): the data do not tell how many batches an epoch has, so "
+                "it is not known when to begin. Let the schedule count steps, by='steps'."
+            )
+
+    def start_fade(self, run: Run, coming: Coming) -> None:
+        """Select the units of the next pruning step, and begin to drive them to zero."""
+        structure, scores = self._scored(run)
+        plan = self._plan(run, structure, scores, coming.progress, self.gathering.adding_up)
+        if plan.cut.kept:
+            recipe_of(run.module).needed = True  # before guards save what state dicts say
+            run.before_step()  # what a guard goes back to is the model before anything faded
+        self.state.fade = Fade.of(plan, coming)
+
+    def after_batch(self, run: Run) -> None:
+        """Drive the units that fade nearer to zero, if an optimizer stepped."""
+        fade = self.state.fade
+        if fade is not None:
+            fade.scale_(run.module, steps_until(run.trainer, run.own.schedule.by, fade.coming.moment))
+
+    def _scored(self, run: Run) -> tuple[Structure, Scores]:
+        """Return the groups that may be pruned, and their scores, the same on all processes; stop gathering."""
         structure = self.traced.prunable(run.module, self.state.refused)
         refuse_not_finite(run.where, run.module, written_with(structure))
         scores = self.gathering.scores(run.trainer, run.module, structure)
@@ -149,7 +199,29 @@ class UnitRemoval(Strategy):
             scores = self._adjust(structure, scores)
         scores = run.trainer.strategy.broadcast(scores)
         self.gathering.rest()
-        plan = self._plan(run, structure, scores, progress, self.gathering.adding_up)
+        return structure, scores
+
+    def _due_plan(self, run: Run, progress: float) -> Plan:
+        """Return the plan of a pruning step: what has faded, or else what scores lowest now."""
+        fade, self.state.fade = self.state.fade, None
+        if fade is not None:
+            fade.scale_(run.module, 0)  # an epoch may end early
+            structure = self.traced.prunable(run.module, self.state.refused)
+            chosen = fade.chosen(structure)
+            if chosen is not None:
+                refuse_not_finite(run.where, run.module, written_with(structure))
+                return self._plan(run, structure, {}, progress, chosen=chosen)
+        if self.fade_steps:
+            rank_zero_warn(
+                f"{run.where}: a pruning step is made at once, and its units did not fade before: no step came before "
+                "it, a guard held it back, or other units can be pruned than when they were selected."
+            )
+        structure, scores = self._scored(run)
+        return self._plan(run, structure, scores, progress, self.gathering.adding_up)
+
+    def prune_to(self, run: Run, progress: float) -> None:
+        """Remove units up to the sparsity that the schedule asks for at ``progress``."""
+        plan = self._due_plan(run, progress)
         if plan.cut.kept:
             if plan.latency_kept is not None:
                 self.state.latency = plan.latency_kept
@@ -178,6 +250,8 @@ class UnitRemoval(Strategy):
     def after_cut(self, run: Run, plan: Plan) -> None:
         """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
         self.traced.changed()
+        if self.state.fade is not None:  # likewise of another callback
+            self.state.fade.follow(plan.cut.kept)
         gathered = self.gathering.gathered()
         if gathered is not None:  # a cut of another callback: nothing is gathered during our own
             self.gathering.rest()
@@ -215,6 +289,7 @@ class UnitRemoval(Strategy):
     def rollback(self, run: Run, state: dict[str, Any]) -> None:
         """Follow a model that is as it was before the last pruning step."""
         self.state.widths, self.state.latency = dict(state["widths"]), state["latency"]
+        self.state.fade = None
         self.traced.changed()
         self.gathering.rest()
         if run.own.clock.unfinished:
@@ -248,8 +323,16 @@ class UnitRemoval(Strategy):
                 shared = own & other.strategy.arguments.claims(run.module, structure)
                 refuse_shared(run.own.callback, other.callback, shared, "the modules between them by ignore=")
 
-    def _plan(self, run: Run, structure: Structure, scores: Scores, progress: float, adding_up: bool = False) -> Plan:
-        """Select the units to remove, and verify the cut."""
+    def _plan(
+        self,
+        run: Run,
+        structure: Structure,
+        scores: Scores,
+        progress: float,
+        adding_up: bool = False,
+        chosen: Keep | None = None,
+    ) -> Plan:
+        """Select the units to remove, unless they were chosen before, and verify the cut."""
         start, schedule = self.start, run.own.schedule
         asked = self.arguments  # limits are those of the dense model's layers
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
@@ -265,6 +348,7 @@ class UnitRemoval(Strategy):
             at_most=schedule.at_most(progress),
             adding_up=adding_up,
             refused=self.state.refused,
+            chosen=chosen,
         )
         self.state.refused = dict(plan.refused)
         return plan
