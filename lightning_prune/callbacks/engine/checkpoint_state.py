@@ -94,4 +94,5 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
         ) from error
     log.history, log.outdated = history, outdated
     member.asked_before = asked
+    member.resumed = True
     inputs.example = state["example"]

@@ -159,6 +159,7 @@ class Member:
         due_without_scores: Whether a pruning step is due and nothing was seen to decide by.
         held_back: Whether a pruning step had to wait for a guard in this run.
         asked_before: The arguments of the run that is resumed, until training starts under those of this one.
+        resumed: Whether its state was restored from a checkpoint in this run.
     """
 
     callback: Callback
@@ -170,6 +171,7 @@ class Member:
     due_without_scores: bool = False
     held_back: bool = False
     asked_before: dict[str, Any] | None = None
+    resumed: bool = False
 
     @property
     def where(self) -> str:
@@ -179,13 +181,17 @@ class Member:
     def start_run(self, pl_module: LightningModule) -> None:
         """Forget what belongs to the last run, and everything where that was of another module."""
         if self.module is None or self.module() is not pl_module:
-            self.clock.reset()
-            self.strategy.reset()
-            self.asked_before = None
+            self.start_anew()
             self.module = weakref.ref(pl_module)
         self.strategy.release()
         self.clock.start_run()
-        self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
+        self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = self.resumed = False
+
+    def start_anew(self) -> None:
+        """Forget what was pruned: the module is another, or has other weights now."""
+        self.clock.reset()
+        self.strategy.reset()
+        self.asked_before = None
 
     @property
     def asked(self) -> dict[str, Any]:
