@@ -188,7 +188,7 @@ class Engine:
     def _prepare(self, run: Run, batch: Any | None) -> None:
         """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""
         own = run.own
-        if own.changes:
+        if own.asks_for_other_amounts:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
             own.clock.progress = 0.0
         with self._whole(run):

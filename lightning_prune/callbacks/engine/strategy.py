@@ -18,12 +18,19 @@ from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
+from lightning_prune.callbacks.engine.settings import compared_arguments
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.reports import Goal
 
 __all__ = ["Member", "Run", "RunEvents", "Strategy"]
+
+_AMOUNTS = frozenset({
+    "amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore", "module", "parameters",
+    "pattern", "min_layers",
+})  # fmt: skip
+"""Arguments that say how much of what is pruned in the end."""
 
 _Strategy = TypeVar("_Strategy", bound="Strategy")
 
@@ -195,8 +202,8 @@ class Member:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The arguments that say how much of what is pruned, as plain values."""
-        return self.strategy.arguments.asked(None if self.module is None else self.module())
+        """The arguments, as plain values: a resumed run may have others."""
+        return compared_arguments(self.callback, None if self.module is None else self.module())
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
@@ -205,6 +212,11 @@ class Member:
             return {}
         now = self.asked
         return {name: (was, now[name]) for name, was in self.asked_before.items() if was != now[name]}
+
+    @property
+    def asks_for_other_amounts(self) -> bool:
+        """Whether other arguments than in the run that is resumed say how much of what is pruned."""
+        return not _AMOUNTS.isdisjoint(self.changes)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model."""
