@@ -9,7 +9,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import Cubic, FilterL1Pruning, Linear, OneShot, TaylorFilterPruning, load_from_checkpoint
+from lightning_prune import (
+    Cubic,
+    FilterL1Pruning,
+    Linear,
+    OneShot,
+    PruningError,
+    TaylorFilterPruning,
+    load_from_checkpoint,
+)
 from tests.runs import (
     IMAGE,
     WIDTHS,
@@ -237,8 +245,8 @@ def test_weights_only_checkpoints(tmp_path):
             assert_agrees_with_shapes(module)
 
 
-def test_foreign_checkpoint_is_refused_by_torch(tmp_path):
-    """A checkpoint that pruning did not write and that does not fit gives torch's own error, and the model stays."""
+def test_foreign_checkpoint_is_refused(tmp_path):
+    """A checkpoint that pruning did not write and that does not fit is refused, and the model stays."""
 
     class Other(Net):
         def __init__(self):
@@ -254,7 +262,7 @@ def test_foreign_checkpoint_is_refused_by_torch(tmp_path):
         lambda: fit(module, pruning(schedule=None), ckpt_path=tmp_path / "foreign.ckpt"),
         lambda: trainer(pruning()).test(module, batches(), ckpt_path=tmp_path / "foreign.ckpt", verbose=False),
     ):
-        with pytest.raises(RuntimeError, match="size mismatch for first.weight"):
+        with pytest.raises(PruningError, match="size mismatch for first.weight.*no pruning metadata"):
             run()
         assert_same_weights(module, before)
         assert_agrees_with_shapes(module)

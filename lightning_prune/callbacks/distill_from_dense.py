@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_prune.callbacks.engine.guard import Companion
 from lightning_prune.callbacks.engine.pruning_callback import pruning_callbacks
+from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.callbacks.engine.teacher import Call, Calls, Teacher, channels_of, followed
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import Cut
@@ -209,10 +210,23 @@ class DistillFromDense(Companion):
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher, and what is known of the network."""
         teacher = self._state.snapshot if self._state.teacher is None else self._state.teacher.state()
-        return {"teacher": teacher, "path": self._state.path, "kept": self._state.kept}
+        asked = compared_arguments(self, None)
+        return {"teacher": teacher, "path": self._state.path, "kept": self._state.kept, "asked": asked}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what a checkpoint holds; the teacher is built when training starts."""
+        """Restore what a checkpoint holds; the teacher is built when training starts.
+
+        Raises:
+            PruningError: If layers are named of which the checkpoint does not tell which channels are left.
+        """
+        unknown = [layer for layer in self.features if layer not in state_dict["asked"]["features"]]
+        if unknown and state_dict["teacher"] is not None:
+            raise PruningError(
+                f"{type(self).__name__}(features={self.features!r}): the checkpoint was written after a pruning step "
+                f"with features={state_dict['asked']['features']!r}, and does not tell which channels are left of "
+                f"{unknown[0]}. Name layers of those alone, or start anew."
+            )
+        warn_of_changes(self, state_dict["asked"])
         self._state = _State(state_dict["path"], None, state_dict["teacher"], dict(state_dict["kept"]))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_prune.callbacks.engine.packages import AnyCallback
 from lightning_prune.callbacks.engine.pruning_callback import pruned_so_far, pruning_callbacks
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
+from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["LearningRateRewinding"]
@@ -120,11 +121,14 @@ class LearningRateRewinding(AnyCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was saved, and how far pruning had come."""
-        return {"early": self._early, "pruned": self._pruned}
+        return {"early": self._early, "pruned": self._pruned, "asked": compared_arguments(self, None)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore a saved state."""
+        warn_of_changes(self, state_dict["asked"])
         self._early, self._pruned = state_dict["early"], state_dict["pruned"]
+        if state_dict["asked"] != compared_arguments(self, None):
+            self._early = None  # it is of another step
 
     def _save_if_due(self, trainer: Trainer) -> None:
         if self._early is not None or trainer.global_step < self.to:

@@ -15,6 +15,7 @@ from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
 from lightning_prune.callbacks.engine.metric_mode import mode_by_callbacks
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
+from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
@@ -207,7 +208,8 @@ class MetricGuard(Guard):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best metric and, while a cut is on probation, what was before it."""
-        return {entry.name: getattr(self._state, entry.name) for entry in fields(_State)}
+        state = {entry.name: getattr(self._state, entry.name) for entry in fields(_State)}
+        return {**state, "asked": compared_arguments(self, None), "mode": self._mode}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model."""
@@ -215,4 +217,7 @@ class MetricGuard(Guard):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what a checkpoint holds."""
-        self._state = _State(**state_dict)
+        warn_of_changes(self, state_dict["asked"])
+        self._state = _State(**{entry.name: state_dict[entry.name] for entry in fields(_State)})
+        if self._mode != state_dict["mode"]:
+            self._state.best = None  # it was the worst

@@ -12,12 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.recipe import Told, checked, recipes_in, refuse_unloadable, take_told_
+from lightning_prune.surgery.recipe import (
+    Told,
+    checked,
+    recipes_in,
+    refuse_other_shapes,
+    refuse_unloadable,
+    take_told_,
+    take_untold_,
+)
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = ["Prunable", "load_state_dict_", "load_told_", "recipe_json", "slim_loading"]
@@ -63,6 +71,7 @@ class Prunable:
         """Apply the shapes of the state dict, and whatever else it records of its model, and load it."""
         told = recipes_in(state_dict)
         if not told:
+            refuse_other_shapes(f"{type(self).__name__}.load_state_dict", self, state_dict)  # type: ignore[arg-type]
             return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
         with all_or_nothing(self):  # type: ignore[arg-type]
             take_told_(self, state_dict, told)  # type: ignore[arg-type]
@@ -118,8 +127,6 @@ def load_told_(where: str, model: nn.Module, state_dict: Mapping[str, Any], told
     if not isinstance(state_dict, Mapping):
         raise PruningError(f"{where}: a state dict was expected, not {type(state_dict).__name__}. Pass state_dict().")
     refuse_unloadable(state_dict, named_tensors(model))
-    if not told:
-        _refuse_other_shapes(where, model, state_dict)
     return _load_whole(where, model, state_dict, told, partial(model.load_state_dict, state_dict, strict=strict))
 
 
@@ -134,7 +141,7 @@ def _load_whole(
     try:
         # One block with no other inside: an interruption between the ends of two would undo the shapes alone.
         with all_or_nothing(model) as undo:
-            resized = take_told_(model, state_dict, told)
+            resized = take_told_(model, state_dict, told) if told else take_untold_(where, model, state_dict)
             undo.copy_values([tensor for name, tensor in named_tensors(model).items() if name not in resized])
             return load()
     except PruningError:
@@ -235,26 +242,11 @@ def slim_loading(recipe: str | None = None) -> Iterator[None]:
             told = given
         if told:
             return _load_whole("slim_loading", self, state_dict, told, partial(load, self, state_dict, *args, **kwargs))
-        try:
-            return load(self, state_dict, *args, **kwargs)
-        except _OF_THE_FILE:
-            _refuse_other_shapes("slim_loading", self, state_dict)
-            raise
+        refuse_other_shapes("slim_loading", self, state_dict)
+        return load(self, state_dict, *args, **kwargs)
 
     nn.Module.load_state_dict = load_slim  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.load_state_dict = load  # type: ignore[method-assign]
-
-
-def _refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    for name, tensor in named_tensors(model).items():
-        saved = state_dict.get(name)
-        if isinstance(saved, Tensor) and saved.shape != tensor.shape:
-            raise PruningError(
-                f"{where}: {name} is {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
-                f"{type(model).__name__}, and the state dict has no pruning metadata: another model was saved, or a "
-                "copy into a plain dict or a file of safetensors lost it. Save model.state_dict() as it is by "
-                "torch.save, use save_sparse and load_sparse_, or keep recipe_json(model) and pass recipe=."
-            )

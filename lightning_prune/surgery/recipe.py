@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.calls import modules_of
@@ -44,12 +45,12 @@ from lightning_prune.surgery.layer_lists import (
 )
 from lightning_prune.surgery.pass_through import Skipped, check_skip
 from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
-from lightning_prune.surgery.skipped import follow_layers_, removed_layers
+from lightning_prune.surgery.skipped import bring_back_, follow_layers_, has_all_layers, removed_layers
 from lightning_prune.surgery.timm_numbers import follow_timm
 
 __all__ = [
     "RECIPE", "PackedMasks", "Recipe", "Told", "checked", "drop_unused_recipe_", "recipe_of", "recipes_in", "resize_",
-    "refuse_unloadable", "take_shapes_", "take_told_",
+    "refuse_other_shapes", "refuse_unloadable", "take_shapes_", "take_told_", "take_untold_",
 ]  # fmt: skip
 
 RECIPE = "lightning_prune"
@@ -228,6 +229,8 @@ def take_shapes_(
 ) -> None:
     """Apply the shapes and masks that a state dict records, before it is loaded; a pre-hook of ``load_state_dict``.
 
+    One that records nothing is refused if its shapes are others.
+
     Where the state dict has a part of a module's tensors alone, the model stays as it is, and loading says why.
 
     Raises:
@@ -242,9 +245,72 @@ def take_shapes_(
     elif isinstance(local_metadata, Mapping) and RECIPE in local_metadata:
         told = checked({"": local_metadata[RECIPE]})
     else:
+        told = {}
+    if not told and prefix:
         return
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    take_told_(module, own, told)
+    if told:
+        take_told_(module, own, told)
+    else:
+        take_untold_(f"{type(module).__name__}.load_state_dict", module, own)
+
+
+def take_untold_(where: str, module: nn.Module, state_dict: Mapping[str, Any]) -> set[str]:
+    """Bring removed layers back for a state dict that has all of them, and tells nothing of pruning.
+
+    Returns:
+        The names of the tensors made anew.
+
+    Raises:
+        PruningError: If its shapes are others, and nothing but pruning could make them fit. The model stays as it is.
+    """
+    with all_or_nothing(module) if removed_layers(module) else nullcontext():
+        before = named_tensors(module).keys()
+        if has_all_layers(module, state_dict):
+            bring_back_(module, removed_layers(module))
+        refuse_other_shapes(where, module, state_dict)
+        return named_tensors(module).keys() - before
+
+
+def refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict that tells nothing of pruning and has other shapes than a model.
+
+    Shapes that other code changes while it loads are left to it.
+
+    Raises:
+        PruningError: Naming the first tensor, and saying what to do.
+    """
+    for name, tensor in named_tensors(model).items():
+        saved = state_dict.get(name)
+        if not isinstance(saved, Tensor) or is_lazy(tensor) or saved.shape == tensor.shape:
+            continue
+        from_old_torch = tensor.dim() == 0 and tuple(saved.shape) == (1,)  # which torch takes
+        if from_old_torch or _changed_by_others(model, name.rpartition(".")[0]):
+            continue
+        kind = type(model).__name__
+        dense = ""
+        if any(part.needed for _, module in modules_of(model) if (part := _part_of(module)) is not None):
+            dense = f" If it is of {kind} as it was before pruning, build a {kind} anew and load it there."
+        raise PruningError(
+            f"{where}: size mismatch for {name}: {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
+            f"{kind}, and the state dict has no pruning metadata: another model was saved, or a copy into a plain dict "
+            f"or a file of safetensors lost it.{dense} If it is of a pruned {kind}, save model.state_dict() as it is "
+            "by torch.save, use save_sparse and load_sparse_, or keep recipe_json(model) and pass it as recipe= to "
+            "load_state_dict_."
+        )
+
+
+def _changed_by_others(model: nn.Module, path: str) -> bool:
+    """Return whether code that is not ours may give a module's tensors other shapes while they are loaded."""
+    chain = [model]
+    for name in path.split(".") if path else ():
+        chain.append(chain[-1].get_submodule(name))
+    for module in chain:
+        hooks = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+        loader = type(module)._load_from_state_dict.__module__
+        if any(hook is not take_shapes_ for hook in hooks) or not loader.startswith("torch.nn"):
+            return True
+    return False
 
 
 def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> set[str]:

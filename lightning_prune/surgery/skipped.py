@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,8 @@ from lightning_prune.surgery.pass_through import Skipped
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = [
-    "bring_back_", "follow_layers_", "groups_of", "put_in_", "removed_layers", "set_groups_", "take_out_",
-    "temporarily_skipped", "temporarily_whole",
+    "bring_back_", "follow_layers_", "groups_of", "has_all_layers", "put_in_", "removed_layers", "set_groups_",
+    "take_out_", "temporarily_skipped", "temporarily_whole",
 ]  # fmt: skip
 
 
@@ -159,6 +159,21 @@ def follow_layers_(model: nn.Module, names: Iterable[str], skips: Mapping[str, d
         bring_back_(model, [path for path in away if path in own])  # of another form
         take_out_(model, away)
     return True
+
+
+def has_all_layers(model: nn.Module, names: Container[str]) -> bool:
+    """Return whether there are names of all tensors that the layers removed from a model had, and so of one."""
+    expected = []
+    for path in removed_layers(model):
+        skipped = model.get_submodule(path)
+        assert isinstance(skipped, Skipped)
+        passing = {
+            f"{inner}.{leaf}" if inner else leaf
+            for inner, module in modules_of(skipped.layer)
+            for leaf in module._non_persistent_buffers_set
+        }
+        expected += [f"{path}.{name}" for name in skipped.sizes if name not in passing]
+    return bool(expected) and all(name in names for name in expected)
 
 
 def _is_in(path: str, layer: str) -> bool:

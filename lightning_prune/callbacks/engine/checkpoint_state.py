@@ -16,6 +16,9 @@ from lightning_prune.surgery import recipe_of
 
 __all__ = ["adopt_", "keep_hyperparameters_", "restore_", "state_to_save"]
 
+_MEANINGLESS = {"gathered": {"criterion", "form"}, "early": {"rewind_to"}}
+"""Entry of a state -> arguments without which it means nothing: sums for scores of another kind, another moment."""
+
 
 def state_to_save(member: Member, log: RunLog, inputs: RunInputs) -> dict[str, Any]:
     """Return how much was pruned and of what, as plain numbers and tensors.
@@ -83,6 +86,8 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
         if asked.keys() != member.asked.keys():
             raise KeyError("asked")
         outdated = list(map(str, state["outdated"]))
+        changed = {name for name, value in member.asked.items() if asked[name] != value}
+        state = {**state, **{key: None for key, about in _MEANINGLESS.items() if key in state and changed & about}}
         member.strategy.load_state_dict(state)
         member.clock.load_state_dict(state)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -94,4 +99,5 @@ def restore_(member: Member, log: RunLog, inputs: RunInputs, state: Mapping[str,
         ) from error
     log.history, log.outdated = history, outdated
     member.asked_before = asked
+    member.resumed = True
     inputs.example = state["example"]

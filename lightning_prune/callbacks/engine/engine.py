@@ -95,6 +95,13 @@ class Engine:
     def start_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
         run = self._run(own, trainer, pl_module)
+        if trainer.ckpt_path is not None and not own.resumed:  # of a run without this callback
+            if own.clock.progress > 0:
+                rank_zero_warn(
+                    f"{run.where}: {trainer.ckpt_path} holds no state of it, so it starts anew, and amounts are "
+                    "relative to the model in that checkpoint."
+                )
+            own.start_anew()
         refuse_short(run.where, own.clock.schedule, trainer)
         if own is self.members[0]:
             refuse_misfits(run.where, trainer, pl_module)
@@ -183,7 +190,7 @@ class Engine:
     def _prepare(self, run: Run, batch: Any | None) -> None:
         """Find what can be pruned, and refuse a training too short for as many pruning steps as that takes."""
         own = run.own
-        if own.changes:
+        if own.asks_for_other_amounts:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
             own.clock.progress = 0.0
         with self._whole(run):

@@ -84,12 +84,6 @@ class FilterArguments:
         """What the user named to be pruned."""
         return [*(self.amount if isinstance(self.amount, Mapping) else ()), *listed(self.module)]
 
-    def asked(self, model: nn.Module | None) -> dict[str, Any]:
-        """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
-        names = ("amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore")
-        asked = {name: plain(getattr(self, name), model) for name in names}
-        return {**asked, "module": told_apart(self.module, model).get("module")}
-
     def parts(self, model: nn.Module | None) -> dict[str, Any]:
         """Return the arguments that say which channels are pruned, modules by their path once the model is known."""
         amount = sorted(plain(self.amount, model)) if isinstance(self.amount, Mapping) else []

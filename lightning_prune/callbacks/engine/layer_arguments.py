@@ -66,11 +66,6 @@ class LayerArguments:
         """What the user named to be pruned."""
         return listed(self.module)
 
-    def asked(self, model: nn.Module | None) -> dict[str, Any]:
-        """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
-        asked = {name: plain(getattr(self, name), model) for name in ("amount", "target", "min_layers", "ignore")}
-        return {**asked, "module": told_apart(self.module, model).get("module")}
-
     def parts(self, model: nn.Module | None) -> dict[str, Any]:
         """Return the arguments that say which layers are pruned, modules by their path once the model is known."""
         return {"ignore": plain(self.ignore, model), **told_apart(self.module, model)}

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.engine.remaining_costs import describe, measure, weights_bytes
 from lightning_prune.callbacks.engine.reporting import comparing_checkpoints, guarded, log_left, new_metrics, report
-from lightning_prune.callbacks.engine.settings import call_of, facts_of_run, log_settings
+from lightning_prune.callbacks.engine.settings import call_of, changed_arguments, facts_of_run, log_settings
 from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.reports import Decision, History
 
@@ -85,11 +85,12 @@ class RunLog:
 
     def warn_changes(self, run: Run) -> None:
         """Warn of arguments that are others than in the run that is resumed."""
-        changes = [f"{name}={was!r} is now {name}={now!r}" for name, (was, now) in run.own.changes.items()]
+        own = run.own
+        changes = changed_arguments(own.asked_before or own.asked, own.asked)
         if changes:
             rank_zero_warn(
-                f"{run.where}: other arguments than in the checkpoint: {'; '.join(changes)}. From here on the new ones "
-                "hold, relative to the dense model; what was pruned already stays pruned."
+                f"{run.where}: other arguments than in the checkpoint: {changes}. From here on the new ones hold, for "
+                "what is still to be pruned, and relative to the dense model; what was pruned already stays pruned."
             )
 
     def warn_held_back(self, run: Run) -> None:

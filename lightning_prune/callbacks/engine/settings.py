@@ -13,13 +13,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_prune import __version__
 from lightning_prune.callbacks.engine.reporting import guarded
-from lightning_prune.pruning.arguments import shown
+from lightning_prune.pruning.arguments import listed, plain, shown
 
-__all__ = ["call_of", "facts_of_run", "log_settings", "settings_of"]
+__all__ = [
+    "call_of",
+    "changed_arguments",
+    "compared_arguments",
+    "facts_of_run",
+    "log_settings",
+    "settings_of",
+    "warn_of_changes",
+]
 
 _NOT_SETTINGS = ("example_inputs", "report")
 
@@ -32,6 +41,44 @@ def call_of(callback: Callback) -> str:
             continue
         given.append(f"{name}={value!r}")
     return f"{type(callback).__name__}({', '.join(given)})"
+
+
+def compared_arguments(callback: Callback, model: nn.Module | None) -> dict[str, Any]:
+    """Return every argument in a form that a checkpoint holds, to be compared with those of a run that resumes it.
+
+    Args:
+        callback: The callback.
+        model: The model, once it is known: modules are named by their paths in it.
+    """
+    found: dict[str, Any] = {}
+    for name, _, value in _arguments(callback):
+        if name == "module":
+            found[name] = None if value is None else sorted(shown(part, model) for part in listed(value))
+        elif value is None or isinstance(value, bool | int | float | str | Mapping | list | nn.Module):
+            found[name] = plain(value, model)
+        else:
+            found[name] = _plain(value)
+    return found
+
+
+def changed_arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return, in words, which arguments are others than in a checkpoint; nothing where none is."""
+    changes = [
+        f"{name}={_in_words(name, before[name])} is now {name}={_in_words(name, value)}"
+        for name, value in now.items()
+        if before[name] != value
+    ]
+    return "; ".join(changes)
+
+
+def warn_of_changes(callback: Callback, before: Mapping[str, Any]) -> None:
+    """Warn of arguments that are others than those in the checkpoint that is resumed."""
+    changes = changed_arguments(before, compared_arguments(callback, None))
+    if changes:
+        rank_zero_warn(
+            f"{type(callback).__name__}: other arguments than in the checkpoint: {changes}. From here on the new ones "
+            "hold."
+        )
 
 
 def settings_of(callbacks: Sequence[Callback]) -> dict[str, Any]:
@@ -84,6 +131,10 @@ def _arguments(callback: Callback) -> Iterator[tuple[str, Any, Any]]:
     for name, parameter in inspect.signature(type(callback)).parameters.items():
         if name not in _NOT_SETTINGS:
             yield name, parameter.default, getattr(callback, name)
+
+
+def _in_words(name: str, value: Any) -> str:
+    return str(value) if name == "schedule" else repr(value)
 
 
 def _plain(value: Any) -> bool | int | float | str:

@@ -18,12 +18,19 @@ from lightning_prune.callbacks.engine.example_inputs import RunInputs
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
+from lightning_prune.callbacks.engine.settings import compared_arguments
 from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.reports import Goal
 
 __all__ = ["Coming", "Member", "Run", "RunEvents", "Strategy"]
+
+_AMOUNTS = frozenset({
+    "amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore", "module", "parameters",
+    "pattern", "min_layers",
+})  # fmt: skip
+"""Arguments that say how much of what is pruned in the end."""
 
 _Strategy = TypeVar("_Strategy", bound="Strategy")
 
@@ -178,6 +185,7 @@ class Member:
         due_without_scores: Whether a pruning step is due and nothing was seen to decide by.
         held_back: Whether a pruning step had to wait for a guard in this run.
         asked_before: The arguments of the run that is resumed, until training starts under those of this one.
+        resumed: Whether its state was restored from a checkpoint in this run.
     """
 
     callback: Callback
@@ -189,6 +197,7 @@ class Member:
     due_without_scores: bool = False
     held_back: bool = False
     asked_before: dict[str, Any] | None = None
+    resumed: bool = False
 
     @property
     def where(self) -> str:
@@ -198,18 +207,22 @@ class Member:
     def start_run(self, pl_module: LightningModule) -> None:
         """Forget what belongs to the last run, and everything where that was of another module."""
         if self.module is None or self.module() is not pl_module:
-            self.clock.reset()
-            self.strategy.reset()
-            self.asked_before = None
+            self.start_anew()
             self.module = weakref.ref(pl_module)
         self.strategy.release()
         self.clock.start_run()
-        self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = False
+        self.prepared = self.inputs_verified = self.due_without_scores = self.held_back = self.resumed = False
+
+    def start_anew(self) -> None:
+        """Forget what was pruned: the module is another, or has other weights now."""
+        self.clock.reset()
+        self.strategy.reset()
+        self.asked_before = None
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The arguments that say how much of what is pruned, as plain values."""
-        return self.strategy.arguments.asked(None if self.module is None else self.module())
+        """The arguments, as plain values: a resumed run may have others."""
+        return compared_arguments(self.callback, None if self.module is None else self.module())
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
@@ -218,6 +231,11 @@ class Member:
             return {}
         now = self.asked
         return {name: (was, now[name]) for name, was in self.asked_before.items() if was != now[name]}
+
+    @property
+    def asks_for_other_amounts(self) -> bool:
+        """Whether other arguments than in the run that is resumed say how much of what is pruned."""
+        return not _AMOUNTS.isdisjoint(self.changes)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model."""

@@ -147,7 +147,7 @@ class UnitRemoval(Strategy):
             refuse_not_finite(run.where, run.module, written_with(structure))
             part = self.traced.part(run.module)
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
-        elif run.own.changes:
+        elif run.own.asks_for_other_amounts:
             _refuse_other_part(run)
             self.start.follow(run.module, structure, self.arguments)
             self.state.fade = None  # its units were selected for other amounts

@@ -68,12 +68,6 @@ class WeightArguments:
             *listed(self.module),
         ]
 
-    def asked(self, model: nn.Module | None) -> dict[str, Any]:
-        """Return the arguments that say how much of what is pruned, as plain values: a resumed run may have others."""
-        names = ("amount", "scope", "parameters", "ignore", "pattern")
-        asked = {name: plain(getattr(self, name), model) for name in names}
-        return {**asked, "module": told_apart(self.module, model).get("module")}
-
     def parts(self, model: nn.Module | None) -> dict[str, Any]:
         """Return the arguments that say which weights are pruned, modules by their path once the model is known."""
         return {
