@@ -10,7 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Collection, Container, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -264,12 +264,32 @@ def take_untold_(where: str, module: nn.Module, state_dict: Mapping[str, Any]) -
     Raises:
         PruningError: If its shapes are others, and nothing but pruning could make them fit. The model stays as it is.
     """
-    with all_or_nothing(module) if removed_layers(module) else nullcontext():
+    closed = _closed_within(module, state_dict, {})
+    with all_or_nothing(module) if closed or removed_layers(module) else nullcontext():
         before = named_tensors(module).keys()
-        if has_all_layers(module, state_dict):
-            bring_back_(module, removed_layers(module))
+        with suppress(_LayersMissingError), all_or_nothing(module) if closed else nullcontext():
+            open_lists_(module, closed)
+            if has_all_layers(module, state_dict):
+                bring_back_(module, removed_layers(module))
+            elif closed:
+                raise _LayersMissingError  # so that the lists are closed again
         refuse_other_shapes(where, module, state_dict)
         return named_tensors(module).keys() - before
+
+
+class _LayersMissingError(Exception):
+    """A state dict has some of the layers that were removed, and not all."""
+
+
+def _closed_within(module: nn.Module, state_dict: Mapping[str, Any], told: Container[str]) -> list[str]:
+    """Return the paths of lists from which layers were taken out that a state dict has, or tells of."""
+    found = []
+    for path, own in modules_of(module):
+        if isinstance(own, ClosedList):
+            beyond = f"{path}.{len(own._modules)}." if path else f"{len(own._modules)}."
+            if path in told or any(name.startswith(beyond) for name in state_dict):
+                found.append(path)
+    return found
 
 
 def refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -346,14 +366,9 @@ def _follow_depth(
     Returns:
         Whether anything changed.
     """
-    lists = {path: module.get_submodule(path) for path in closed}
-    same = {path for path, own in lists.items() if path in gaps and own.gone == gaps[path]}  # type: ignore[attr-defined]
+    same = {path for path in closed if path in gaps and module.get_submodule(path).gone == gaps[path]}
     others = {path: gone for path, gone in gaps.items() if path not in same}
-    opened = []
-    for path, own in lists.items():
-        beyond = f"{path}.{len(own._modules)}."
-        if path not in same and (path in told or any(name.startswith(beyond) for name in state_dict)):
-            opened.append(path)
+    opened = [path for path in _closed_within(module, state_dict, told) if path not in same]
     if not others and not opened:
         return follow_layers_(module, state_dict, skips)
     open_lists_(module, opened)
