@@ -215,6 +215,35 @@ def test_whole_numbers_of_units_come_from_the_command_line():
         assert (module.first.out_channels, module.second.out_channels) == expected
 
 
+def test_overrides_reach_the_last_callback(tmp_path, capsys):
+    """An option of trainer.callbacks is set on the callback that is last in the list, and refused if it has none."""
+    first = {"class_path": "FilterL1Pruning", "init_args": {"amount": 0.5, "ignore": ["second", "hidden"]}}
+    second = {"class_path": "FilterL1Pruning", "init_args": {"amount": 0.5, "ignore": ["first", "hidden"]}}
+    config = configured(tmp_path, first, second)
+    callbacks, _ = run("fit", "--config", str(config), "--trainer.callbacks.amount=0.25")
+    assert [callback.amount for callback in callbacks] == [0.5, 0.25]
+    config = configured(tmp_path, first, {"class_path": "ModelSummary"})
+    with pytest.raises(SystemExit):
+        run("fit", "--config", str(config), "--trainer.callbacks.amount=0.25")
+    assert "amount" in capsys.readouterr().err
+
+
+def test_a_callback_with_options_of_its_own_name():
+    """Added by add_lightning_class_args, the callback has its options under its name, whatever else runs."""
+
+    class SweepCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser):
+            parser.add_lightning_class_args(FilterL1Pruning, "pruning")
+            schedule = {"class_path": "Cubic", "init_args": {"start": 0, "end": 1}}
+            parser.set_defaults({"pruning.target": "flops", "pruning.schedule": schedule})
+
+    given = ["fit", "--pruning.amount=0.4", "--trainer.callbacks+=ModelSummary", "--trainer.max_epochs=2"]
+    cli = SweepCLI(Net, Data, args=given, trainer_defaults=QUIET, save_config_callback=None)
+    (pruning,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, FilterL1Pruning)]
+    assert (pruning.amount, pruning.target, pruning.schedule) == (0.4, "flops", Cubic(start=0, end=1))
+    assert cli.model.first.out_channels < 8
+
+
 def test_configuration_round_trip(capsys, tmp_path):
     """The configuration that is printed makes the same run."""
     given = ["--trainer.callbacks+=FilterL1Pruning", "--trainer.callbacks.amount=0.5"]

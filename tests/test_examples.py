@@ -1,6 +1,7 @@
 """The examples run and show what they promise."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -99,3 +100,13 @@ def test_a_run_from_yaml_and_its_report(tmp_path):
     classes = ["--model_class", "digits.DigitsNet", "--data_class", "digits.Digits"]
     text = printed("-m", "lightning_prune.cli", "report", str(run), "--latency", "--batch_sizes", "8", *classes)
     assert "Pruning steps" in text and "Latency, measured on cpu" in text
+
+
+@pytest.mark.slow
+def test_a_sweep_sets_options_by_name(tmp_path):
+    """The example for sweeps takes the amount under a name of its own; the table shows that it was met."""
+    quick = ["--trainer.max_epochs=13", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    shown("digits_sweep.py", "fit", "--pruning.amount=0.3", "--data.batch_size=256", *quick)
+    history = json.loads((tmp_path / "lightning_logs" / "version_0" / "pruning.json").read_text())
+    ((callback, target, asked, reached),) = history["goals"]
+    assert (callback, target, asked) == ("FilterL1Pruning", "flops", 0.3) and 0.3 <= reached < 0.4

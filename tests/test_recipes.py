@@ -66,3 +66,25 @@ def test_a_part_of_a_module(distil, tmp_path):
     text = shown(tmp_path, "parts", *["--distil"] * distil)
     assert float(re.search(r"([\d.]+)% of the encoder's FLOPs kept; projection: 128 units", text)[1]) <= 50
     assert ("distillation loss" in text) == distil and (tmp_path / "encoder.pt").exists()
+
+
+@pytest.mark.slow
+def test_segmentation(tmp_path):
+    """Half of the FLOPs of a U-Net leave, it still finds the discs, and the saved weights load."""
+    needs("segmentation_models_pytorch")
+    text = shown(tmp_path, "segmentation")
+    kept, overlap = re.search(
+        r"([\d.]+)% of the FLOPs kept; IoU ([\d.]+); loaded again: the same outputs", text
+    ).groups()
+    assert 45 < float(kept) <= 50 and float(overlap) > 0.5
+
+
+@pytest.mark.slow
+def test_forecasting(tmp_path):
+    """A third of the parameters leave in a run that neuralforecast makes, and its own files load."""
+    needs("neuralforecast")
+    text = shown(tmp_path, "forecasting")
+    kept, error = re.search(
+        r"([\d.]+)% of the parameters kept; mean error ([\d.]+); loaded again: the same", text
+    ).groups()
+    assert 60 < float(kept) <= 67 and float(error) < 0.3

@@ -14,7 +14,7 @@ from lightning_prune import __version__
 from lightning_prune.cli import export, inspect, report, sensitivity
 from lightning_prune.model.errors import PruningError
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
 _COMMANDS = {"inspect": inspect, "sensitivity": sensitivity, "report": report, "export": export}
 _PACKAGE = str(Path(__file__).parents[1])
@@ -23,7 +23,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
     given = sys.argv[1:] if args is None else args
-    options, rest = _parser().parse_known_args([_underscored(argument) for argument in given])
+    options, rest = parser().parse_known_args([_underscored(argument) for argument in given])
     sys.path.insert(0, os.getcwd())  # where import paths such as my_script.Net are looked up
     try:
         _COMMANDS[options.command].run(options, rest)
@@ -57,12 +57,13 @@ class _Parser(argparse.ArgumentParser):
         _stop(self.prog, f"{message}. See {self.prog} --help.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, with all commands; tools that complete options in shells read it."""
+    made = _Parser(
         prog="lightning-prune", description="Inspect a model before and after pruning it.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"lightning-prune {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    made.add_argument("--version", action="version", version=f"lightning-prune {__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in _COMMANDS.items():
         summary = command.DESCRIPTION.partition("\n")[0]
         subparser = commands.add_parser(
@@ -70,4 +71,4 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.add_arguments(subparser)
-    return parser
+    return made
