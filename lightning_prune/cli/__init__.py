@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_prune import __version__
-from lightning_prune.cli import export, inspect, report, sensitivity
+from lightning_prune.cli import export, inspect, report, sensitivity, sweep
 from lightning_prune.model.errors import PruningError
 
 __all__ = ["main", "parser"]
 
-_COMMANDS = {"inspect": inspect, "sensitivity": sensitivity, "report": report, "export": export}
+_COMMANDS = {"inspect": inspect, "sensitivity": sensitivity, "report": report, "export": export, "sweep": sweep}
 _PACKAGE = str(Path(__file__).parents[1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,15 +34,19 @@ from lightning_prune.reports import (
     run_tables,
     write_run,
 )
+from lightning_prune.reports.comparison import compare_runs, comparison_table, write_comparison
 from lightning_prune.surgery.masks import masks_on
 
-__all__ = ["DESCRIPTION", "add_arguments", "run"]
+__all__ = ["DESCRIPTION", "add_arguments", "compare", "latest_checkpoint", "run"]
 
 DESCRIPTION = f"""\
 Show the report of a pruning run: layers, pruning steps, metrics, and what could not be pruned; measure latency.
 
 RUN is a logger's folder (version_3), a checkpoint, or pruning.json. The report is printed; --out writes it to a folder
 as pruning.html, pruning.png and pruning.json.
+
+Of several runs, one table is printed: what each kept, its metric, and which are on the Pareto front. --out writes it as
+runs.csv and runs.tex, and draws the metric against the cost as runs.png.
 
 --latency compares the latency of the dense and the pruned model on this machine, also with rounded widths. It needs to
 create the model: from --config (default: config.yaml in RUN), or from --model (any class or function that returns a
@@ -51,6 +56,7 @@ torch.nn.Module) with --input-shape. Weights are read from --ckpt-path (default:
 examples:
   lightning-prune report lightning_logs/version_3
   lightning-prune report last.ckpt --out report
+  lightning-prune report sweep/l1-0.3 sweep/l1-0.5 sweep/taylor-0.5 --out sweep
   lightning-prune report lightning_logs/version_3 --latency --batch-sizes 1 64
   lightning-prune report last.ckpt --latency --model my_script.Net --input-shape 1,3,32,32
 """
@@ -58,7 +64,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("run_path", metavar="RUN", type=_local, help="log folder, checkpoint or pruning.json")
+    parser.add_argument(
+        "run_paths", metavar="RUN", type=_local, nargs="+", help="log folder, checkpoint or pruning.json"
+    )
+    parser.add_argument("--metric", help="of several runs: metric to compare by (default: the first that is no loss)")
     parser.add_argument("--out", type=results_folder, help="folder to write the report to")
     parser.add_argument("--latency", action="store_true", help="compare dense and pruned on this machine")
     parser.add_argument(
@@ -74,6 +83,12 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     if rest and not options.latency:
         raise PruningError(f"unknown arguments: {' '.join(rest)}.")
     console = Console()
+    if len(options.run_paths) > 1:
+        if options.latency:
+            raise PruningError("--latency measures one run. Give one RUN, or leave --latency out.")
+        compare(options.run_paths, options.out, options.metric, console)
+        return
+    options.run_path = options.run_paths[0]
     history = _history(options.run_path)
     for line in headline(history):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -84,6 +99,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
     if options.latency:
         _latency(options, rest, console)
+
+
+def compare(paths: Sequence[Path], out: Path | None, metric: str | None, console: Console) -> None:
+    """Print what several runs came to; write the table and a picture if a folder is given."""
+    names = [path.name or str(path) for path in paths]
+    if len(set(names)) < len(names):
+        names = list(map(str, paths))
+    compared = compare_runs({name: _history(path) for name, path in zip(names, paths, strict=True)}, metric)
+    console.print(comparison_table(compared))
+    if out is not None:
+        files = write_comparison(compared, out)
+        console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True, markup=False)
 
 
 def _local(text: str) -> Path:
@@ -100,7 +127,7 @@ def _history(path: Path) -> History:
         return History.from_json(path / HISTORY_FILE)
     if path.suffix == ".json":
         return History.from_json(path)
-    checkpoint = _latest(path) if path.is_dir() else path
+    checkpoint = latest_checkpoint(path) if path.is_dir() else path
     if checkpoint is None:
         raise PruningError(f"{path} holds neither {HISTORY_FILE} nor a checkpoint.")
     # Several callbacks may have saved a history. The longest is that of the whole run.
@@ -117,7 +144,7 @@ def _history(path: Path) -> History:
     return longest
 
 
-def _latest(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint in a folder, or below it, that was written last."""
     return max(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
@@ -136,7 +163,7 @@ def _latency(options: argparse.Namespace, rest: list[str], console: Console) -> 
                 "with --input-shape."
             )
         options.config = found[0]
-    checkpoint = options.ckpt_path or (path if path.suffix == ".ckpt" else _latest(folder))
+    checkpoint = options.ckpt_path or (path if path.suffix == ".ckpt" else latest_checkpoint(folder))
     if checkpoint is None:
         raise PruningError(
             f"--latency needs the pruned model, and there is no checkpoint in {folder}. Give --ckpt-path."

@@ -22,7 +22,7 @@ from lightning_prune.reports.run_summary import (
     staying,
 )
 
-__all__ = ["run_tables", "stages_as_csv", "stages_as_latex"]
+__all__ = ["latex_row", "run_tables", "stages_as_csv", "stages_as_latex"]
 
 _ROWS = 12
 _NAMES = 4
@@ -65,8 +65,8 @@ def stages_as_csv(history: History) -> str:
 def stages_as_latex(history: History) -> str:
     """Return the same as a LaTeX table, which needs the package ``booktabs``."""
     heading, *rows = _stage_rows(history)
-    lines = [rf"\begin{{tabular}}{{{'r' * len(heading)}}}", r"\toprule", _latex_row(heading), r"\midrule"]
-    lines += [_latex_row(row) for row in rows]
+    lines = [rf"\begin{{tabular}}{{{'r' * len(heading)}}}", r"\toprule", latex_row(heading), r"\midrule"]
+    lines += [latex_row(row) for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -81,7 +81,8 @@ def _stage_rows(history: History) -> list[list[str]]:
     return rows
 
 
-def _latex_row(cells: Sequence[str]) -> str:
+def latex_row(cells: Sequence[str]) -> str:
+    """Return a row of a LaTeX table."""
     escaped = []
     for cell in cells:
         plain = cell.replace("\\", r"\textbackslash ")
