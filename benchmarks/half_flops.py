@@ -1,6 +1,8 @@
 """Cuts trained CIFAR-10 ResNets to half their FLOPs at once by several criteria, fine-tunes all alike, and compares.
 
     python -m benchmarks.half_flops --data ../data --depth 20 --seeds 3      # needs torch-pruning for the comparison
+    python -m benchmarks.half_flops --data ../data --seeds 1 --epochs 5 --train-parts 10 --anneal --finalists \
+        --out half_flops-20-long.json                                        # all training images, five times
 
 Every run is written into ``half_flops-<depth>.json`` beside this file when it ends; what stands there is not run again.
 """
@@ -59,6 +61,13 @@ METHODS = (
     Method("ours", "output_change", "global", "inner"),
     Method("ours", "random", "layer"),
 )
+FINALISTS = (
+    Method("ours", "obs, repaired", "global"),
+    Method("torch-pruning", "l1", "layer", "inner"),
+    Method("ours", "output_change", "global"),
+    Method("torch-pruning", "taylor", "global", "inner"),
+)
+"""The two methods of each library that did best in the short runs."""
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -188,10 +197,11 @@ def run_all(
     leaders: int,
     cut: Callable[[Method, int], tuple[nn.Module, dict]],
     tune: Callable[[nn.Module, int], float],
+    methods: Sequence[Method] = METHODS,
 ) -> None:
     """Make the runs that are missing, seed by seed: all methods with the first, the leaders with the others."""
     for seed in range(seeds):
-        for method in contenders(results.runs, leaders) if seed else METHODS:
+        for method in contenders(results.runs, leaders) if seed else methods:
             if not results.holds(method, seed):
                 slim, figures = cut(method, seed if method.criterion == "random" else 0)
                 results.add(method, seed=seed, **figures, fine_tuned=tune(copy.deepcopy(slim), seed))
@@ -231,6 +241,9 @@ def main() -> None:
     parser.add_argument("--train-parts", type=int, default=2, help="parts of 5,000 training images")
     parser.add_argument("--test-parts", type=int, default=2, help="parts of 5,000 test images")
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--anneal", action="store_true", help="let the learning rate fall to zero along a cosine")
+    parser.add_argument("--finalists", action="store_true", help="run only the best two methods of each library")
+    parser.add_argument("--out", default=None, help="name of the file, by default half_flops-<depth>.json")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -240,7 +253,9 @@ def main() -> None:
     test = Batches(*cifar10(options.data, "test", options.test_parts), batch_size=250)
     scored = list(Batches(images[:SCORED], labels[:SCORED], batch_size=128))
     settings = {name: getattr(options, name) for name in ("depth", "epochs", "train_parts", "test_parts", "lr")}
-    results = Results(Path(__file__).with_name(f"half_flops-{options.depth}.json"), settings)
+    if options.anneal:
+        settings["anneal"] = True
+    results = Results(Path(__file__).with_name(options.out or f"half_flops-{options.depth}.json"), settings)
 
     flops, params = count_flops(dense, ONE_IMAGE).total, size(dense)
 
@@ -256,10 +271,12 @@ def main() -> None:
         return slim, left
 
     def tune(slim: nn.Module, seed: int) -> float:
-        fit(slim, Batches(images, labels, 128, train=True, seed=seed), options.epochs, options.lr)
+        batches = Batches(images, labels, 128, train=True, seed=seed)
+        fit(slim, batches, options.epochs, options.lr, options.anneal)
         return accuracy(slim, test)
 
-    run_all(results, options.seeds, options.leaders, cut, tune)
+    methods = FINALISTS if options.finalists else METHODS
+    run_all(results, options.seeds, options.leaders, cut, tune, methods)
     title = f"ResNet-{options.depth} at half its FLOPs, fine-tuned on {options.epochs * len(images):,} images seen"
     Console(width=120).print(table(results.runs, title))
 

@@ -155,9 +155,12 @@ def compare(name: str, repeats: int, with_memory: bool) -> dict[str, float]:
                 model(x)
         with timed(row, "flops"):
             count_flops(model, x)
+        gc.collect()  # what one of them leaves behind is not to be cleared in the time of the next
         row["ours"] = ours(model, x)
+        gc.collect()
         row |= steps(*build(name))
         other, x = build(name)
+        gc.collect()
         row["torch-pruning"] = torch_pruning(other, x)
         rows.append(row)
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}  # the first one warms up

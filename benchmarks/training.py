@@ -1,6 +1,7 @@
 """Trains and tests an image classifier for the benchmarks; knows nothing of pruning."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -11,19 +12,27 @@ __all__ = ["Classifier", "accuracy", "fit"]
 
 
 class Classifier(pl.LightningModule):
-    """A network trained with cross-entropy and SGD at a constant learning rate.
+    """A network trained with cross-entropy and SGD.
 
     Args:
         net: Maps images ``(N, C, H, W)`` to scores ``(N, classes)``.
         lr: Learning rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of SGD, on every parameter.
+        anneal: Whether the learning rate falls to zero along a cosine; it is constant otherwise.
     """
 
-    def __init__(self, net: nn.Module, lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 1e-4):
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        anneal: bool = False,
+    ):
         super().__init__()
         self.net = net
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr, self.momentum, self.weight_decay, self.anneal = lr, momentum, weight_decay, anneal
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
@@ -33,11 +42,16 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         return F.cross_entropy(self(images), labels)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+        if not self.anneal:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def fit(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], epochs: int, lr: float) -> None:
+def fit(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], epochs: int, lr: float, anneal: bool = False) -> None:
     """Train ``net`` in place, all of it in train mode, for some passes over ``batches``."""
     net.train()
     trainer = pl.Trainer(
@@ -48,7 +62,7 @@ def fit(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], epochs: int, l
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(Classifier(net, lr=lr), batches)
+    trainer.fit(Classifier(net, lr=lr, anneal=anneal), batches)
 
 
 @torch.inference_mode()

@@ -41,6 +41,16 @@ def silenced(
     return model
 
 
+def silence_(model, kept, shared=()):
+    """Set to zero what a cut removes; the dimension of ``shared`` weights that all groups share stays."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for dim, indices in kept.get(name, {}).items():
+                gone = [index for index in range(parameter.shape[dim]) if index not in indices.tolist()]
+                if not (name in shared and dim == 1):
+                    parameter.index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0)
+
+
 def assert_equal_to_rounding(found: Tensor, expected: Tensor, relative: float = 1e-12) -> None:
     scale = expected.abs().max().item()
     assert found.shape == expected.shape

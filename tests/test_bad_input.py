@@ -61,13 +61,13 @@ def assert_refused(error, match, inputs=IMAGE, model=None, **arguments):
 @pytest.mark.parametrize(
     "amount, match",
     [
-        (30, r"amount=30.*must lie in .* Write 0\.3 to remove 30 %"),
-        (1, r"amount=1\).*must lie in \[0, 1\)"),
+        (30.0, r"amount=30.0.*must lie in .* Write 0\.3 to remove 30 %"),
+        (-1, r"amount=-1\).*must lie in \[0, 1\)"),
         (1.0, r"amount=1\.0\).*must lie in \[0, 1\)"),
         (-0.1, r"amount=-0\.1\).*must lie in \[0, 1\)"),
         (math.nan, r"amount=nan\).*must lie in \[0, 1\)"),
         (math.inf, r"amount=inf\).*must lie in \[0, 1\)"),
-        ({"0": 30}, r"amount=\{'0': 30\}\).*Write 0\.3"),
+        ({"0": 30.0}, r"amount=\{'0': 30.0\}\).*Write 0\.3"),
     ],
     ids=str,
 )
@@ -79,7 +79,7 @@ def test_amounts_out_of_range_are_refused(amount, match):
 @pytest.mark.parametrize("amount", [True, "0.3", None, [0.3], {"0": True}, {"0": "half"}], ids=str)
 def test_amounts_of_other_types_are_refused(amount):
     """An amount is a number or a mapping of numbers."""
-    assert_refused(TypeError, "amount is a fraction, or fractions by pattern", amount=amount)
+    assert_refused(TypeError, "amount is a fraction or a whole number", amount=amount)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_amounts_of_other_types_are_refused(amount):
         ({"criterion": "l3"}, r"criterion='l3'\): choose one of 'l1', 'l2'"),
         ({"round_to": 0}, r"round_to=0\)"),
         ({"round_to": 2.0}, r"round_to=2\.0\)"),
-        ({"amount": {"0": 0.5}, "target": "flops"}, "amounts by pattern are fractions of each layer's filters"),
+        ({"amount": {"0": 0.5}, "target": "flops"}, "amounts by pattern are of each layer's filters"),
     ],
     ids=str,
 )

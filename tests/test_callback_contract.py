@@ -134,7 +134,7 @@ def test_arguments_are_attributes(kind):
 @pytest.mark.parametrize(
     "arguments, error, told",
     [
-        ({"amount": 30}, ValueError, "amount=30.*Write 0.3 to remove 30 %"),
+        ({"amount": 30.0}, ValueError, "amount=30.0.*Write 0.3 to remove 30 %"),
         ({"amount": 1.0}, ValueError, r"amount=1.0.*\[0, 1\)"),
         ({"amount": -0.1}, ValueError, "amount=-0.1"),
         ({"amount": math.nan}, ValueError, "amount=nan"),

@@ -195,7 +195,7 @@ def test_bad_values_are_told(argument, told, capsys):
     "argument, told",
     [
         (
-            "amount=30",
+            "amount=30.0",
             "FilterL1Pruning(amount=30.0): amount is the fraction that leaves and must lie in [0, 1)",
         ),
         ("round_to=0", "FilterL1Pruning(round_to=0)"),
@@ -206,6 +206,13 @@ def test_values_out_of_range_are_told(argument, told):
     """What is out of range is refused in the callback's own words."""
     with pytest.raises(ValueError, match=re.escape(told)):
         run("fit", "--trainer.callbacks+=FilterL1Pruning", f"--trainer.callbacks.{argument}")
+
+
+def test_whole_numbers_of_units_come_from_the_command_line():
+    """An amount without a point is a number of units, alone or by pattern, as in code."""
+    for argument, expected in (("amount=3", (5, 3)), ("amount={first: 3}", (5, 6))):
+        _, module = run("fit", "--trainer.callbacks+=FilterL1Pruning", f"--trainer.callbacks.{argument}")
+        assert (module.first.out_channels, module.second.out_channels) == expected
 
 
 def test_configuration_round_trip(capsys, tmp_path):

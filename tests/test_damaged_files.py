@@ -3,8 +3,10 @@
 import copy
 import io
 import json
+import lzma
 import random
 import time
+import zlib
 from collections import OrderedDict
 
 import pytest
@@ -26,6 +28,8 @@ from lightning_prune import (
     save_sparse,
 )
 from lightning_prune.cli import main
+from lightning_prune.model.byte_streams import _LZMA
+from lightning_prune.pruning.sharing import share_weights
 from lightning_prune.surgery.loading import recipe_json
 from lightning_prune.surgery.masks import masks_on
 from tests.runs import Net as LitNet
@@ -154,12 +158,22 @@ def test_a_small_file_asks_for_no_large_memory(tmp_path):
     with pytest.raises(PruningError, match="which holds fewer entries"):
         load_state_dict_(model, state)
     assert picture(model) == before
-    header = {"version": 1, "tensors": {"w": {"form": "csr", "shape": [2, 10**10], "masked": False}}, "attributes": {}}
+    header = {"version": 2, "tensors": {"w": {"form": "csr", "shape": [2, 10**10], "masked": False}}, "attributes": {}}
     parts = {"values": torch.ones(1), "columns": torch.zeros(1, dtype=torch.uint8), "begins": torch.tensor([0, 1, 1])}
     save_file({f"w//{n}": t for n, t in parts.items()}, tmp_path / "bomb", {"lightning_prune": json.dumps(header)})
     start = time.perf_counter()
     with pytest.raises(PruningError, match="bytes that stand for"):
         load_sparse(tmp_path / "bomb")
+    assert time.perf_counter() - start < 5
+    raw = bytes(5 * 10**7)
+    streams = [zlib.compress(raw, wbits=-15), lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)]
+    start = time.perf_counter()
+    for coder, stream in enumerate(streams, start=1):
+        header["tensors"]["w"] = {"form": "shared", "shape": [2, 10], "masked": False}
+        parts = {"values": torch.ones(1), "codes": torch.frombuffer(bytearray([coder, *stream]), dtype=torch.uint8)}
+        save_file({f"w//{n}": t for n, t in parts.items()}, tmp_path / "bomb", {"lightning_prune": json.dumps(header)})
+        with pytest.raises(PruningError, match="a stream that is too long"):
+            load_sparse(tmp_path / "bomb")
     assert time.perf_counter() - start < 5
 
 
@@ -253,11 +267,15 @@ def test_mutated_metadata_loads_or_is_refused(times):
     assert times / 10 < refused < times
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("times", HOW_MANY)
-def test_mutated_sparse_files_load_or_are_refused(times, tmp_path):
+def test_mutated_sparse_files_load_or_are_refused(times, shared, tmp_path):
     """Sparse files of which bytes, or parts of the header, were changed load, or are refused."""
-    path = tmp_path / "model.safetensors"
-    save_sparse(pruned(), path)
+    path, source = tmp_path / "model.safetensors", pruned()
+    if shared:
+        share_weights(source, 1)
+    forms = {one.form for one in save_sparse(source, path).tensors}
+    assert ("shared" in forms) == shared
     content, model, refused = path.read_bytes(), Net(), 0
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["lightning_prune"])

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 from lightning_prune import (
+    Cubic,
     FilterL1Pruning,
     FilterPruning,
     IterativeMagnitudePruning,
     LayerPruning,
+    Linear,
     OBSOneShot,
     OneShot,
     TaylorFilterPruning,
@@ -25,12 +29,14 @@ from lightning_prune import (
     sensitivity,
     weight_sensitivity,
 )
+from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.analysis.criterion_comparison import compare_criteria
 from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
+from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.exact import prune_exact
 from lightning_prune.pruning.fisher import prune_fisher
 from lightning_prune.pruning.report import Report, WeightReport
-from tests.runs import IMAGE, Known, fit, net
+from tests.runs import IMAGE, Known, assert_same_weights, fit, net, weights
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "arguments.md"
 UNITS = [
@@ -204,10 +210,12 @@ def test_a_fraction_never_removes_all():
     assert zeros(nn.Sequential(model), "0") == 3
 
 
-@pytest.mark.parametrize("amount", [1, 30, 2.0])
-def test_absolute_amounts_are_refused_alike(amount):
-    """No function or callback takes a number of units or weights for a fraction."""
-    calls = [
+# Whole numbers
+
+
+def every_call(amount):
+    """Every function and callback that takes an amount of units or weights, given this one."""
+    return [
         lambda: prune_filters(mlp(), X, amount),
         lambda: prune_weights(mlp(), amount),
         lambda: prune_obs(mlp(), amount, batches=[X]),
@@ -217,10 +225,188 @@ def test_absolute_amounts_are_refused_alike(amount):
         lambda: TaylorFilterPruning(amount),
         lambda: IterativeMagnitudePruning(amount),
         lambda: OBSOneShot(amount),
+        lambda: LayerPruning(amount),
     ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\); it is no number of units or weights"):
+
+
+@pytest.mark.parametrize("amount", [1.0, 30.0, 2.5, -3])
+def test_amounts_that_are_neither_are_refused_alike(amount):
+    """No function or callback takes a float from 1, or a number below 0; what to write is said."""
+    for call in every_call(amount):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\), or a whole number from 1\.") as refused:
             call()
+        assert ("Write 0.3 to remove 30 %, or 30 without a point" in str(refused.value)) == (amount == 30.0)
+        assert ("or 1 without a point" in str(refused.value)) == (amount == 1.0)
+
+
+def test_truth_is_no_amount():
+    """True, which is an int to Python, is refused."""
+    for call in every_call(True):
+        with pytest.raises(TypeError, match="is a fraction or a whole number"):
+            call()
+
+
+def torch_zeros(model, count, scope):
+    """What torch.nn.utils.prune, which takes whole numbers too, sets to zero of the weights of all layers."""
+    layers = [(model[place], "weight") for place in (0, 2, 4)]
+    if scope == "global":
+        torch_prune.global_unstructured(layers, torch_prune.L1Unstructured, amount=count)
+    else:
+        for layer, name in layers:
+            torch_prune.l1_unstructured(layer, name, amount=count)
+    return [layer.weight == 0 for layer, _ in layers]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_whole_numbers_of_weights_are_those_of_torch(count, scope):
+    """The very weights that torch prunes, given the same whole number, are zeroed: of each layer, or of all."""
+    model, twin = mlp(), mlp()
+    twin.load_state_dict(model.state_dict())
+    report = prune_weights(model, count, scope=scope)
+    expected = torch_zeros(twin, count, scope)
+    found = [model[place].weight == 0 for place in (0, 2, 4)]
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    assert (report.asked, report.reached) == pytest.approx((count * (3 if scope == "layer" else 1) / 427,) * 2)
+
+
+def test_whole_numbers_of_weights_by_other_methods():
+    """By obs, by Fisher, by pattern and in the exact search so many weights are zero."""
+    for scope, expected in (("layer", [6, 6, 6]), ("global", [6])):
+        model = mlp()
+        prune_obs(model, 6, scope=scope, batches=[X], progress=False)
+        found = [zeros(model, path) for path in ("0", "2", "4")]
+        assert sum(found) == sum(expected) and (scope == "global" or found == expected)
+    model = mlp()
+    prune_fisher(model, 11, batches=[X], loss=loss, progress=False)
+    assert sum(zeros(model, path) for path in ("0", "2", "4")) == 11
+    for call in (
+        lambda model: prune_weights(model, {"0": 9, "2": 0.5}),
+        lambda model: prune_obs(model, {"0": 9, "2": 0.5}, batches=[X], progress=False),
+    ):
+        model = mlp()
+        call(model)
+        assert [zeros(model, path) for path in ("0", "2", "4")] == [9, 123, 0]
+    model = nn.Linear(4, 2)
+    batches = [(torch.randn(30, 4), torch.randn(30, 2))]
+    assert len(prune_exact(model, 3, batches=batches, loss=nn.functional.mse_loss).details.removals) == 3
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_whole_numbers_of_units(count, scope):
+    """So many neurons leave every layer, or all layers together: those with the lowest scores."""
+    for more in ({}, {"criterion": "obs", "batches": [X]}):
+        model = mlp()
+        model[2].weight.data.abs_().add_(1)  # of all layers together, those of the first leave
+        report = prune_filters(model, X[:1], count, scope=scope, progress=False, **more)
+        widths = [model[0].out_features, model[2].out_features]
+        assert 42 - sum(widths) == count * (2 if scope == "layer" else 1)
+        assert scope == "global" or widths == [35 - count, 7 - count]
+        assert (report.asked, report.reached) == pytest.approx(((42 - sum(widths)) / 42,) * 2)
+    model = mlp()
+    prune_filters(model, X[:1], {"0": count, "2": 0.5}, scope=scope)
+    assert [model[0].out_features, model[2].out_features] == [35 - count, 3]
+
+
+def test_whole_numbers_that_leave_nothing_are_refused():
+    """A number as large as a layer is refused with the layers; the model is unchanged."""
+    model = mlp()
+    before = [parameter.clone() for parameter in model.parameters()]
+    for call, told in (
+        (lambda: prune_filters(model, X[:1], 7), r"amount=7 leaves nothing where there are 7 units of \S+\. Ask"),
+        (lambda: prune_filters(model, X[:1], 42, scope="global"), "there are 42 units"),
+        (lambda: prune_filters(model, X[:1], {"2": 8}), "there are 7 units"),
+        (lambda: prune_weights(model, 7), "there are 7 weights of 4.weight"),
+        (lambda: prune_weights(model, 427, scope="global"), "there are 427 weights"),
+        (lambda: prune_obs(model, {"4": 7}, batches=[X], progress=False), "7 weights of 4.weight"),
+        (lambda: prune_fisher(model, 427, batches=[X], loss=loss, progress=False), "there are 427 weights"),
+    ):
+        with pytest.raises(PruningError, match=told):
+            call()
+    assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
+    for target in ("params", "flops", "latency"):
+        with pytest.raises(ValueError, match="a whole number counts filters"):
+            prune_filters(model, X, 3, target=target)
+        with pytest.raises(ValueError, match="a whole number counts filters"):
+            FilterPruning(3, target=target)
+
+
+RUN = {"max_epochs": 4}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("schedule", [OneShot(0), Linear(0, 3), Cubic(0, 3), FewUnits(2, by="epochs")], ids=str)
+def test_whole_numbers_of_units_in_a_run(schedule, scope):
+    """Whatever the schedule, so many have left at its end: 3 of each of three layers, or 3 in all."""
+    module = net(Known)
+    done = fit(module, FilterL1Pruning(3, scope=scope, schedule=schedule), **{**RUN, "max_epochs": 6})
+    left = module.first.out_channels, module.second.out_channels, module.hidden.out_features
+    assert sum(left) == 24 - (9 if scope == "layer" else 3) and (scope == "global" or left == (5, 3, 7))
+    assert done.callback_metrics["prune/sparsity"] == pytest.approx(1 - sum(left) / 24)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_whole_numbers_of_weights_in_a_run(scope):
+    """Weights reach the number step by step, and a linear schedule has half of it half-way."""
+    counts = []
+
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            counts.append(sum(zeros(pl_module, name) for name in ("first", "second", "hidden", "head")))
+
+    module = net(Known)
+    pruning = IterativeMagnitudePruning(8, scope=scope, schedule=Linear(0, 3))
+    fit(module, pruning, Count(), **RUN)
+    whole = 32 if scope == "layer" else 8
+    assert counts == [whole // 4, whole // 2, whole * 3 // 4, whole]
+    module = net(Known)
+    fit(module, OBSOneShot(8, scope=scope, batches=1), **RUN)
+    assert sum(zeros(module, name) for name in ("first", "second", "hidden", "head")) == whole
+
+
+@pytest.mark.parametrize("make", [FilterL1Pruning, IterativeMagnitudePruning], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_whole_numbers_resume(make, scope, tmp_path):
+    """A run that is stopped half-way and resumed ends with the same weights as one that is not stopped."""
+
+    def pruning():
+        return make(5, scope=scope, schedule=Linear(0, 3))
+
+    whole, again = net(Known, dropout=0.0), net(Known, dropout=0.0)
+    saved = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(whole, pruning(), saved, enable_checkpointing=True, **RUN)
+    fit(again, pruning(), ckpt_path=tmp_path / "epoch=1.ckpt", **RUN)
+    assert_same_weights(again, weights(whole))
+
+
+def test_a_whole_number_of_layers():
+    """``prune_layers`` and ``LayerPruning`` remove so many layers, at once or step by step."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return x + self.out(self.hidden(x).relu())
+
+    class Deep(Known):
+        def __init__(self):
+            super().__init__()
+            self.deep = nn.Sequential(nn.Linear(3, 4), Block(), Block(), Block(), Block(), nn.Linear(4, 3))
+
+        def forward(self, images):
+            return self.deep(super().forward(images))
+
+    report = prune_layers(Deep().deep, torch.randn(8, 3), 3, progress=False)
+    assert len(report.removed) == 3 and report.asked == report.reached == 0.75
+    module = net(Deep)
+    done = fit(module, LayerPruning(3, module="deep", schedule=Linear(0, 2)), **RUN)
+    assert sum(isinstance(layer, Block) for layer in module.deep) == 1
+    assert done.callback_metrics["prune/sparsity"] == 0.75
+    with pytest.raises(PruningError, match="amount=4 leaves nothing where there are 4 layers"):
+        prune_layers(Deep().deep, torch.randn(8, 3), 4)
 
 
 # Modules instead of paths

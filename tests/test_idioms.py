@@ -10,6 +10,7 @@ from torch import nn
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.filters import prune_filters
 from tests.models import IMAGE, SEQUENCE, MixedTokens
+from tests.silencing import silence_
 
 
 class PartedHeads(nn.Module):
@@ -31,16 +32,6 @@ class PartedHeads(nn.Module):
         first, second = mixed.transpose(-1, -2).reshape(batch, -1, tokens).split(self.parts, 1)
         mixed = torch.cat([self.first(first), self.second(second)], 1).transpose(1, 2)
         return self.out(x + self.proj(mixed.reshape(batch, tokens, width)))
-
-
-def silence_(model, kept, shared=()):
-    """Set to zero what a cut removes; the dimension of ``shared`` weights that all groups share stays."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            for dim, indices in kept.get(name, {}).items():
-                gone = [index for index in range(parameter.shape[dim]) if index not in indices.tolist()]
-                if not (name in shared and dim == 1):
-                    parameter.index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0)
 
 
 class Mixed(nn.Module):

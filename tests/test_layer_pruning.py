@@ -99,9 +99,9 @@ def test_repr_rebuilds(kind):
 @pytest.mark.parametrize(
     "arguments, error, told",
     [
-        ({"amount": 30}, ValueError, "amount=30.*Write 0.3 to remove 30 %"),
+        ({"amount": 30.0}, ValueError, "amount=30.0.*Write 0.3 to remove 30 %"),
         ({"amount": math.nan}, ValueError, "amount=nan"),
-        ({"amount": {"blocks": 0.5}}, TypeError, "one fraction of all layers"),
+        ({"amount": {"blocks": 0.5}}, TypeError, "a fraction or a whole number of layers"),
         ({"target": "filters"}, ValueError, "target='filters'"),
         ({"criterion": "l1"}, ValueError, "criterion='l1'"),
         ({"batches": 0}, ValueError, "batches=0"),

@@ -126,3 +126,28 @@ def test_functions_leave_frozen_networks_alone_beside_others():
     assert int((both["two"][0].weight == 0).sum()) == 8 * 2 * 9 // 2
     prune_weights(both, {"one.*": 0.5})
     assert int((both["one"][0].weight == 0).sum()) == 8 * 2 * 9 // 2
+
+
+class Compiled(nn.Module):
+    """Holds a part that TorchScript compiled between two that it did not."""
+
+    def __init__(self, compiled):
+        super().__init__()
+        part = nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+        self.enter = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12))
+        self.part = torch.jit.script(part) if compiled == "script" else torch.jit.trace(part, torch.randn(2, 12))
+        self.leave = nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.leave(self.part(self.enter(x)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", ["script", "trace"])
+def test_what_torchscript_compiled_stays_and_the_rest_is_pruned(compiled):
+    """The tensors of a compiled part cannot be exchanged, so their channels stay, and those of other layers leave."""
+    model = Compiled(compiled)
+    report = prune_filters(model, torch.randn(3, 6), 0.5)
+    assert (model.enter[0].out_features, model.enter[2].out_features, model.leave.in_features) == (4, 12, 12)
+    assert any("held by TorchScript (torch.jit.script or torch.jit.trace)" in pin.reason for pin in report.pinned)
+    assert model(torch.randn(5, 6)).shape == (5, 2)

@@ -67,7 +67,7 @@ def test_a_past_step_cannot_be_rewound_to(tmp_path):
 
 
 ARGUMENTS = {
-    "percent": ({"amount": 80}, r"IterativeMagnitudePruning\(amount=80\).*Write 0.8"),
+    "percent": ({"amount": 80.0}, r"IterativeMagnitudePruning\(amount=80.0\).*Write 0.8"),
     "both": ({"pattern": "2:4"}, "Give one of both"),
     "pattern": ({"amount": None, "pattern": "4:4"}, "IterativeMagnitudePruning: pattern='4:4'"),
     "scope": ({"scope": "local"}, "scope='local'"),

@@ -604,8 +604,9 @@ def test_limits_are_kept():
     "given, error, told",
     [
         ({"amount": 1.0}, ValueError, r"\[0, 1\)"),
-        ({"amount": 3}, ValueError, "no number of units"),
-        ({"amount": {"blocks": 0.5}}, TypeError, "one fraction of all layers"),
+        ({"amount": 3, "target": "flops"}, ValueError, "a whole number counts layers"),
+        ({"amount": True}, TypeError, "a fraction or a whole number"),
+        ({"amount": {"blocks": 0.5}}, TypeError, "a fraction or a whole number of layers"),
         ({"target": "filters"}, ValueError, "'layers', 'params', 'flops', 'latency'"),
         ({"criterion": "l1"}, ValueError, "'influence', 'taylor'"),
         ({"criterion": "taylor"}, ValueError, "pass batches and loss="),

@@ -30,7 +30,7 @@ from lightning_prune import (
 )
 from lightning_prune.analysis.criterion_comparison import compare_criteria
 from lightning_prune.measure.gradients import batch_gradients
-from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.model.sandbox import remembered_once, unchanged, undisturbed
 from lightning_prune.pruning.fisher import prune_fisher
 from lightning_prune.surgery import find_groups
 from tests.mutations import MUTATIONS, PRECISION, Mutation, batch_of, made, picture
@@ -116,6 +116,49 @@ def test_whatever_a_forward_pass_changes_is_undone(wide, when):
             except (ValueError, RuntimeError, AttributeError, TypeError, KeyError):
                 assert when != "always" or "gone" in mutation.name or mutation.name in ("t_", "class of an object")
         assert picture(net, batch) == before, mutation.name
+
+
+@pytest.mark.parametrize("when", ["always", "late", "raises"])
+def test_a_state_that_is_noted_once_is_restored_every_time(when):
+    """Inside one block, each of several passes that change something starts from the same state, and leaves it."""
+    for mutation in mutations(5, ("always", "late", "raises").index(when) + 1):
+        net, batch = made(mutation, when=when), batch_of()
+        before, during = picture(net, batch), []
+        with remembered_once(net):
+            for _ in range(3):
+                with undisturbed(net, batch):
+                    during.append(picture(net, batch, identities=False))
+                    with suppress(ValueError, RuntimeError, AttributeError, TypeError, KeyError):
+                        net(batch)
+                        net(batch)
+                assert picture(net, batch) == before, mutation.name
+        assert during[0] == during[1] == during[2], mutation.name
+
+
+def test_a_body_inside_another_restores_what_it_finds_there():
+    """A state that was noted once is that of the model outside of all bodies; inside of one, another is noted."""
+    net, batch = made(MUTATIONS[0]), batch_of()
+    before = picture(net, batch)
+    with remembered_once(net):
+        for _ in range(2):
+            with undisturbed(net, batch):
+                net.count = 7
+                for _ in range(2):
+                    with undisturbed(net, batch):
+                        net.count = 8
+                    assert net.count == 7
+            assert picture(net, batch) == before
+
+
+def test_a_block_notes_anew_what_changed_before_it():
+    """What a block has noted ends with it: what changes between two blocks stays changed."""
+    net, batch = made(MUTATIONS[0]), batch_of()
+    for value in (1, 2):
+        with torch.no_grad():
+            net.first.weight.fill_(value)
+        with remembered_once(net), undisturbed(net, batch), torch.no_grad():
+            net.first.weight.zero_()
+        assert (net.first.weight == value).all()
 
 
 @pytest.mark.parametrize("every", ALWAYS)

@@ -78,10 +78,10 @@ def test_any_tensor_comes_back_to_the_last_bit(shape, share, dtype, seed, tmp_pa
     assert all(stored.bytes_after <= stored.bytes_before for stored in report.tensors)
 
 
-@pytest.mark.parametrize("share, form", [(0.0, "dense"), (0.8, "bitmask"), (0.99, "csr")])
+@pytest.mark.parametrize("share, form", [(0.0, "dense"), (0.8, "bitmask"), (0.97, "csr")])
 def test_the_smallest_form_is_taken(share, form, tmp_path):
     """Few zeros are stored densely, many as a bitmask, almost all by row and column; sizes are those of the formula."""
-    value = torch.ones(50, 200)
+    value = torch.rand(50, 200, generator=torch.Generator().manual_seed(0)) + 1
     value.view(-1)[: int(share * 10_000)] = 0
     (stored,) = save_sparse({"w": value}, tmp_path / "one").tensors
     left = 10_000 - int(share * 10_000)

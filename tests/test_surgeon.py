@@ -117,7 +117,7 @@ def test_the_surgeon_keeps_xor_solved_longer_than_magnitude():
     assert left["obs"] < left["magnitude"]
 
 
-@pytest.mark.parametrize("asked", [{"amount": 2}, {"method": "obx"}, {"alpha": 0.0}], ids=str)
+@pytest.mark.parametrize("asked", [{"amount": 2.0}, {"method": "obx"}, {"alpha": 0.0}], ids=str)
 def test_bad_arguments_are_refused(asked):
     """Arguments out of range are refused by name."""
     model, batches = linear()

@@ -238,7 +238,7 @@ def test_random_weights_are_those_of_the_seed():
 
 
 REFUSED = {
-    "percent": ({"amount": 30}, ValueError, r"amount=30\): .* Write 0.3 to remove 30 %"),
+    "percent": ({"amount": 30.0}, ValueError, r"amount=30.0\): .* Write 0.3 to remove 30 %"),
     "whole": ({"amount": 1.0}, ValueError, r"must lie in \[0, 1\)"),
     "kind": ({"amount": "half"}, TypeError, "amount is a fraction"),
     "by pattern": ({"amount": {"0": -0.1}}, ValueError, "'0': -0.1"),

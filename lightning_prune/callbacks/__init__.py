@@ -11,6 +11,7 @@ from lightning_prune.callbacks.obs_one_shot import OBSOneShot
 from lightning_prune.callbacks.pruning_checkpoint import PruningCheckpoint
 from lightning_prune.callbacks.pruning_early_stopping import PruningEarlyStopping
 from lightning_prune.callbacks.taylor_filter import TaylorFilterPruning
+from lightning_prune.callbacks.weight_sharing import WeightSharing
 
 __all__ = [
     "DistillFromDense",
@@ -24,4 +25,5 @@ __all__ = [
     "PruningCheckpoint",
     "PruningEarlyStopping",
     "TaylorFilterPruning",
+    "WeightSharing",
 ]

@@ -24,8 +24,9 @@ class FilterL1Pruning(PruningCallback):
     of the dense model) and ``prune/sparsity`` (share of the filters that could leave and have left).
 
     Args:
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
-            of module paths or by module, of the units that these produce. What no pattern names is kept whole.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            units, of each layer or, with ``scope="global"``, of all; or these by pattern of module paths or by module,
+            of the units that these produce. What no pattern names is kept whole.
         target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
             of the whole model. Latency is the time of one call on the example inputs, in eval mode, measured on
             this machine (on the first process) whenever a cut is due, and reached within 5 % where single units weigh
@@ -69,7 +70,7 @@ class FilterL1Pruning(PruningCallback):
 
     def __init__(
         self,
-        amount: float | dict[str, float] = 0.3,
+        amount: int | float | dict[str, int | float] = 0.3,
         *,
         target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",

@@ -34,8 +34,9 @@ class FilterPruning(PruningCallback):
     training. For what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
-            of module paths or by module, of the units that these produce.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            units, of each layer or, with ``scope="global"``, of all; or these by pattern of module paths or by module,
+            of the units that these produce.
         criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
             higher is kept longer. ``l1``, ``l2``, ``bn_scale``, ``random``, ``taylor``, ``taylor_activations``,
             ``activation_mean``, ``activation_std``, ``apoz``, ``taylor_second_order``, ``output_change`` (needs no
@@ -85,7 +86,7 @@ class FilterPruning(PruningCallback):
 
     def __init__(
         self,
-        amount: float | dict[str, float] = 0.3,
+        amount: int | float | dict[str, int | float] = 0.3,
         *,
         criterion: str | Callable[[Tensor], Tensor] = "l1",
         target: Literal["filters", "params", "flops", "latency"] = "filters",

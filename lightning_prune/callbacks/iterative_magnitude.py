@@ -36,9 +36,10 @@ class IterativeMagnitudePruning(PruningCallback):
     ``prune/sparsity``, which is the first of these unless a callback of the run removes units and speaks of them.
 
     Args:
-        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
-            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
-            dense. By default 0.5, or what ``pattern`` says.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or a whole number
+            of them, of each layer or, with ``scope="global"``, of all; or these by pattern of paths of modules or
+            parameters, or by module, of their weights. What no pattern names stays dense. By default 0.5, or what
+            ``pattern`` says.
         criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
             longer. ``magnitude``, ``random`` (drawn by the seed of the run), or the import path of a function.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
@@ -78,7 +79,7 @@ class IterativeMagnitudePruning(PruningCallback):
 
     def __init__(
         self,
-        amount: float | dict[str, float] | None = None,
+        amount: int | float | dict[str, int | float] | None = None,
         *,
         criterion: WeightCriterion = "magnitude",
         scope: Literal["layer", "global"] = "layer",

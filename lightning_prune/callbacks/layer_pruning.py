@@ -27,7 +27,8 @@ class LayerPruning(PruningCallback):
     ``prune/sparsity`` (share of the removable layers that were removed).
 
     Args:
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            layers.
         criterion: Name of a criterion, or a function from the input and the output of a layer to a single number;
             higher is kept longer. ``influence``, ``output_change``, or, by the loss of the training step, ``taylor``,
             ``taylor_second_order`` and ``loss``.
@@ -67,7 +68,7 @@ class LayerPruning(PruningCallback):
 
     def __init__(
         self,
-        amount: float = 0.3,
+        amount: int | float = 0.3,
         *,
         criterion: str | Callable[[Tensor, Tensor], Tensor] = "influence",
         target: Literal["layers", "params", "flops", "latency"] = "layers",

@@ -32,9 +32,10 @@ class OBSOneShot(PruningCallback):
     :class:`IterativeMagnitudePruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
-            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
-            dense. By default 0.5, or what ``pattern`` says.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or a whole number
+            of them, of each layer or, with ``scope="global"``, of all; or these by pattern of paths of modules or
+            parameters, or by module, of their weights. What no pattern names stays dense. By default 0.5, or what
+            ``pattern`` says.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
             pattern are of each layer under both. Across layers, the weights are split so that the model's outputs
             change least.
@@ -70,7 +71,7 @@ class OBSOneShot(PruningCallback):
 
     def __init__(
         self,
-        amount: float | dict[str, float] | None = None,
+        amount: int | float | dict[str, int | float] | None = None,
         *,
         scope: Literal["layer", "global"] = "layer",
         batches: int = 8,

@@ -29,8 +29,9 @@ class TaylorFilterPruning(PruningCallback):
     For the rest, what leaves, is logged and is saved, see :class:`~lightning_prune.FilterL1Pruning`.
 
     Args:
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
-            of module paths or by module, of the units that these produce.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            units, of each layer or, with ``scope="global"``, of all; or these by pattern of module paths or by module,
+            of the units that these produce.
         target: What ``amount`` is a fraction of: the prunable ``filters``, or the ``params``, ``flops`` or ``latency``
             of the whole model.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
@@ -73,7 +74,7 @@ class TaylorFilterPruning(PruningCallback):
 
     def __init__(
         self,
-        amount: float | dict[str, float] = 0.3,
+        amount: int | float | dict[str, int | float] = 0.3,
         *,
         target: Literal["filters", "params", "flops", "latency"] = "filters",
         scope: Literal["layer", "global"] = "layer",

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -18,10 +19,49 @@ from lightning_prune.model.interrupts import undone_by
 from lightning_prune.model.object_graph import ObjectGraph
 from lightning_prune.model.tensor_state import WriteGuard
 
-__all__ = ["unchanged", "undisturbed"]
+__all__ = ["remembered_once", "unchanged", "undisturbed"]
 
 _SMALL = 2**16  # bytes; copying so few costs no more than watching for writes to them
 _FUNCTIONS = frozenset({FunctionType, MethodType})
+
+
+class _Remembered:
+    """A model's modules and the state of all that they lead to, as they stood when this was made."""
+
+    def __init__(self, model: nn.Module, copied: bool) -> None:
+        refuse_shapeless(model)
+        self.modules = [module for _, module in modules_of(model)]
+        self.graph = ObjectGraph([*self.modules, *global_containers()], math.inf if copied else _SMALL, copied)
+        self.uncompiled = _uncompiled(self.modules)
+
+
+class _Once:
+    """The state of a model that several bodies of :func:`undisturbed` restore, once the first of them has noted it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state: _Remembered | None = None
+
+
+_once: ContextVar[_Once | None] = ContextVar("once", default=None)
+
+
+@contextmanager
+def remembered_once(model: nn.Module) -> Iterator[None]:
+    """Look through a model once for all bodies of :func:`undisturbed` inside this block.
+
+    Each of these leaves the model as it was, so that what the first one noted holds for the next. Nothing else in the
+    block may change the model, or run code of users.
+    """
+    once = _once.get()
+    if once is not None and once.model is model:  # a block around this one has begun it
+        yield
+        return
+    token = _once.set(_Once(model))
+    try:
+        yield
+    finally:
+        _once.reset(token)
 
 
 @contextmanager
@@ -47,9 +87,11 @@ def undisturbed(model: nn.Module, *beside: Any, watched: bool = False, copied: b
     Raises:
         PruningError: If a parameter or buffer has no shape yet.
     """
-    refuse_shapeless(model)
-    modules = [module for _, module in modules_of(model)]
-    graph = ObjectGraph([*modules, *global_containers()], math.inf if copied else _SMALL, copied)
+    once = _once.get()
+    if copied or once is None or once.model is not model:
+        once = _Once(model)
+    remembered, once.state = once.state or _Remembered(model, copied), None
+    graph = remembered.graph
     others = ObjectGraph(beside, math.inf)
     process = GlobalState(graph.tensors.devices | others.tensors.devices)
 
@@ -57,22 +99,27 @@ def undisturbed(model: nn.Module, *beside: Any, watched: bool = False, copied: b
         with ExitStack() as stack:  # if one fails, the others are restored all the same
             for state in (others, graph, process):
                 stack.callback(state.restore_)
+        once.state = remembered
 
-    with undone_by(undo):
-        graph.begin_()
-        others.begin_()
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(graph.tensors.watching())
-            if graph.tensors.watched and not watched:
-                stack.enter_context(WriteGuard())
-            for module in modules:
-                if module.training:
-                    module.training = False
-            for module, written in _uncompiled(modules):
-                vars(module).update(written)
-            yield
+    token = _once.set(None)  # in the body the model is another one, and so it is for a body in there
+    try:
+        with undone_by(undo):
+            graph.begin_()
+            others.begin_()
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(graph.tensors.watching())
+                if graph.tensors.watched and not watched:
+                    stack.enter_context(WriteGuard())
+                for module in remembered.modules:
+                    if module.training:
+                        module.training = False
+                for module, written in remembered.uncompiled:
+                    vars(module).update(written)
+                yield
+    finally:
+        _once.reset(token)
 
 
 @contextmanager

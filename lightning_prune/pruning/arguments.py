@@ -13,12 +13,12 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_prune.measure.footprint import Part
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.amounts import Amount, check_amount, is_count, is_number, quoted
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
 __all__ = [
-    "Amount",
     "MaxAmount",
     "MinWidth",
     "Modules",
@@ -27,11 +27,9 @@ __all__ = [
     "amount_by_group",
     "budget_by_group",
     "by_path",
-    "check_amount",
     "check_arguments",
     "check_choice",
     "check_damping",
-    "check_fraction",
     "check_ignored",
     "check_list",
     "check_module",
@@ -55,8 +53,6 @@ Parameters = Sequence[str | nn.Module | tuple[nn.Module, str]]
 """Patterns of paths of modules or parameters, modules of the model, or modules with the name of a parameter."""
 Parts = str | nn.Module | Sequence[str | nn.Module] | None
 """The path of a module, or the module, or several: the part of a model that is pruned and counted."""
-Amount = float | Mapping[Any, float]
-"""A fraction in [0, 1), or fractions by pattern of module paths or by module."""
 MinWidth = int | Mapping[Any, int]
 """Channels that are kept of every layer at least, or by pattern of module paths or by module."""
 MaxAmount = float | Mapping[Any, float]
@@ -87,8 +83,13 @@ def check_arguments(
     check_choice(where, "scope", scope, get_args(Scope))
     if isinstance(amount, Mapping) and target != "filters":
         raise ValueError(
-            f"{where}(target={target!r}): amounts by pattern are fractions of each layer's filters. Use "
-            "target='filters', or one amount for the whole model."
+            f"{where}(target={target!r}): amounts by pattern are of each layer's filters. Use target='filters', or one "
+            "amount for the whole model."
+        )
+    if is_count(amount) and target != "filters":
+        raise ValueError(
+            f"{where}(amount={amount!r}, target={target!r}): a whole number counts filters. Write a fraction of the "
+            f"{target}, or use target='filters'."
         )
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise ValueError(
@@ -101,30 +102,12 @@ def check_arguments(
             f"{where}(min_width={min_width!r}): it is the number of channels that stay of a layer at least, a "
             "whole number from 1, or such numbers by pattern of module paths."
         )
-    if not all(_is_number(share) and 0 <= share <= 1 for share in _values(max_amount)):
+    if not all(is_number(share) and 0 <= share <= 1 for share in _values(max_amount)):
         raise ValueError(
             f"{where}(max_amount={max_amount!r}): it is the largest fraction of a layer that may leave, in "
             "[0, 1], or such fractions by pattern of module paths."
         )
     check_list(where, "ignore", ignore)
-
-
-def check_amount(where: str, amount: Amount) -> None:
-    """Refuse amounts that are no fractions.
-
-    Raises:
-        ValueError: If one is out of range.
-        TypeError: If one is no number.
-    """
-    if not isinstance(amount, Mapping):
-        _check_fraction(f"{where}(amount={amount!r})", amount)
-        return
-    if not amount:
-        raise ValueError(
-            f"{where}(amount={{}}): it names nothing, so nothing would leave. Give patterns, or a fraction."
-        )
-    for key, fraction in amount.items():
-        _check_fraction(f"{where}(amount={{{_quoted(key)}: {fraction!r}}})", fraction)
 
 
 def check_choice(where: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -148,16 +131,6 @@ def check_damping(where: str, damping: float, of: str) -> None:
         raise ValueError(f"{where}(damping={damping!r}): a share of the {of}, from 0; 0.01 is 1 %.")
 
 
-def check_fraction(where: str, amount: float) -> None:
-    """Refuse what is no number, where amounts by pattern are none that can be met.
-
-    Raises:
-        TypeError: Saying so.
-    """
-    if not _is_number(amount):
-        raise TypeError(f"{where}(amount={amount!r}): it is one fraction of all weights. Keep layers out by ignore=.")
-
-
 def check_list(where: str, name: str, given: Any) -> None:
     """Refuse one pattern or module where a list is expected: iterating over it would give letters or its children.
 
@@ -165,7 +138,7 @@ def check_list(where: str, name: str, given: Any) -> None:
         TypeError: Saying so.
     """
     if isinstance(given, str | nn.Module):
-        raise TypeError(f"{where}({name}={_quoted(given)}): pass a list of patterns, [{_quoted(given)}].")
+        raise TypeError(f"{where}({name}={quoted(given)}): pass a list of patterns, [{quoted(given)}].")
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
@@ -291,7 +264,7 @@ def check_module(where: str, module: Parts, target: str = "filters") -> None:
         raise ValueError(f"{where}(module={module!r}): it names no part. Leave it out to prune the whole model.")
     if parts and target == "latency":
         raise ValueError(
-            f"{where}(module={', '.join(map(_quoted, parts))}, target='latency'): a latency is measured of the whole "
+            f"{where}(module={', '.join(map(quoted, parts))}, target='latency'): a latency is measured of the whole "
             "model. Use target='flops', or leave module= out."
         )
 
@@ -339,7 +312,7 @@ def told_apart(module: Parts, model: nn.Module | None) -> dict[str, list[str]]:
 
 
 def amount_by_group(model: nn.Module, structure: Structure, amount: Amount) -> Amount:
-    """Turn amounts by pattern of module paths into amounts by group name; a plain fraction passes.
+    """Turn amounts by pattern of module paths into amounts by group name; one amount passes.
 
     Raises:
         ValueError: If a pattern names no module that produces channels, or two give one group different amounts.
@@ -423,26 +396,7 @@ def _check_produces(structure: Structure, what: str, pattern: str, named: Sequen
     raise ValueError(f"{what}[{pattern!r}] names no module that produces channels.{near(pattern, paths)}")
 
 
-def _quoted(given: Any) -> str:
-    return repr(given) if isinstance(given, str) else shown(given)
-
-
 # Kinds of values
-
-
-def _check_fraction(told: str, fraction: Any) -> None:
-    if not _is_number(fraction):
-        raise TypeError(f"{told}: amount is a fraction, or fractions by pattern of module paths.")
-    if 0 <= fraction < 1:
-        return
-    hint = f" Write {fraction / 100:g} to remove {fraction:g} %." if 1 < fraction < 100 else ""
-    raise ValueError(
-        f"{told}: amount is the fraction that leaves and must lie in [0, 1); it is no number of units or weights.{hint}"
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any) -> bool:

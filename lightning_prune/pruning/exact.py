@@ -19,11 +19,11 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.pruning.amounts import check_amount, check_single, fraction_of
 from lightning_prune.pruning.arguments import (
     Parameters,
     Parts,
     check_choice,
-    check_fraction,
     check_ignored,
     check_module,
     listed,
@@ -82,8 +82,8 @@ def prune_exact(
 
     Args:
         model: The model. Some thousand parameters at most.
-        amount: Fraction, in [0, 1], of the weights that are set to zero, relative to the dense model. Those that
-            ``masks`` hide count.
+        amount: Fraction, in [0, 1], of the weights that are set to zero, relative to the dense model; or a whole number
+            of them: 1.0 is all weights, 1 is one. Those that ``masks`` hide count.
         batches: Batches of data, a list or loader that can be read once. Inputs and targets of the training set.
         loss: A function of outputs and targets that returns the mean loss, such as ``F.mse_loss`` or
             ``F.cross_entropy``.
@@ -120,6 +120,7 @@ def prune_exact(
     batches = list(ordinary(batches))
     alone = left_alone(model, listed(module))
     patient = _Patient.of(model, [*ignore, *alone], part_of(model, module), masks)
+    amount = fraction_of(amount, patient.left.numel(), "weights")
     least = patient.left.numel() - number_to_prune(amount, patient.left.numel())
     removals: list[Removal] = []
     at_first = patient.values()
@@ -258,9 +259,8 @@ def _measured(model: nn.Module, batches: list[Any], loss: OutputLoss) -> float:
 
 
 def _check(amount: float, method: str, alpha: float) -> None:
-    check_fraction("prune_exact", amount)
-    if not 0 <= amount <= 1:
-        raise ValueError(f"prune_exact(amount={amount!r}): the fraction of weights that leaves, in [0, 1].")
+    check_single("prune_exact", amount)
+    check_amount("prune_exact", amount, most="1]")
     check_choice("prune_exact", "method", method, get_args(Method))
     if not alpha > 0:
         raise ValueError(f"prune_exact(alpha={alpha!r}): the Hessian starts at alpha times the identity; above 0.")

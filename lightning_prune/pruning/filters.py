@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,8 +27,9 @@ from lightning_prune.model.calls import (
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
+from lightning_prune.model.sandbox import remembered_once
+from lightning_prune.pruning.amounts import Amount, in_fractions
 from lightning_prune.pruning.arguments import (
-    Amount,
     MaxAmount,
     MinWidth,
     Modules,
@@ -97,8 +98,9 @@ def prune_filters(
     Args:
         model: The model. Anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or fractions by pattern
-            of module paths or by module, of the units that these produce. What no pattern names is kept whole.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            units, of each layer or, with ``scope="global"``, of all; or these by pattern of module paths or by module,
+            of the units that these produce. What no pattern names is kept whole.
         criterion: Name of a criterion, or a function from a weight ``(out, ...)`` to one score per filter ``(out,)``;
             higher is kept longer. Of weights: ``l1``, ``l2``, ``bn_scale``, ``random``; with ``batches``:
             ``activation_mean``, ``activation_std``, ``apoz``, ``obs`` (prunes first what its consumer layers can best
@@ -172,7 +174,12 @@ def prune_filters(
         raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
     if layers:
         return _with_layers(where, model, example_inputs, amount, asked, batches, optimizers)
-    with walked_once(model), uncollected() if batches is None else nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(walked_once(model))
+        if batches is None:
+            stack.enter_context(uncollected())
+            if criterion in _CHEAP:  # criteria of users may change what they like; the cut comes last
+                stack.enter_context(remembered_once(model))
         plan = _planned(model, example_inputs, amount, asked, batches)
         report = plan.apply_(optimizers)
     plan.outcome.warn(where)
@@ -233,12 +240,13 @@ def _planned(
             with each(batches or (), "batches", asked.progress and batches is not None) as seen:
                 given = None if batches is None else ordinary(seen)
                 scores = score_units(model, structure, criterion, given, asked.loss)
+        widths = {name: group.width for name, group in structure.groups.items()}
         plan = plan_filters(
             model,
             example_inputs,
             structure,
             scores,
-            amount_by_group(model, structure, amount),
+            in_fractions(amount_by_group(model, structure, amount), widths, asked.scope, "units"),
             budget_by_group(model, structure, limits),
             adding_up=adds_up(criterion),
             refuse=refuse,

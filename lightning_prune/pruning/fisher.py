@@ -16,12 +16,11 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.pruning.amounts import check_amount, check_single, fraction_of
 from lightning_prune.pruning.arguments import (
     Parameters,
     Parts,
-    check_amount,
     check_damping,
-    check_fraction,
     check_module,
     listed,
     part_of,
@@ -79,7 +78,8 @@ def prune_fisher(
 
     Args:
         model: The model. Examples run one by one in eval mode.
-        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or a whole number
+            of them.
         batches: Batches of data, a list or loader that can be read once. With labels; some hundred examples.
         loss: A function of model and batch that returns the mean loss.
         module: Path of a module, or the module, or a list of them: this part of the model is pruned and counted alone.
@@ -107,7 +107,7 @@ def prune_fisher(
         Singh and Alistarh, WoodFisher, NeurIPS 2020 (arXiv:2004.14340); Kurtic et al., The Optimal BERT Surgeon, EMNLP
         2022 (arXiv:2203.07259).
     """
-    check_fraction("prune_fisher", amount)
+    check_single("prune_fisher", amount)
     check_amount("prune_fisher", amount)
     check_damping("prune_fisher", damping, "mean diagonal entry")
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
@@ -115,6 +115,7 @@ def prune_fisher(
     check_module("prune_fisher", module)
     alone = left_alone(model, [*(parameters or ()), *listed(module)])
     found = find_weights(model, parameters, [*ignore, *alone], part=part_of(model, module))
+    amount = fraction_of(amount, sum(weight.parameter.numel() for weight in found.found.values()), "weights")
     flat = {name: _wide(weight.parameter.detach().flatten(), dtype) for name, weight in found.found.items()}
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
     with each(batches, "batches", progress) as seen:

@@ -21,10 +21,10 @@ from lightning_prune.model.calls import ExampleInputs, call_on, modules_of, refu
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.pruning.amounts import check_amount, fraction_of, is_count
 from lightning_prune.pruning.arguments import (
     Modules,
     Parts,
-    check_amount,
     check_choice,
     check_damping,
     check_ignored,
@@ -64,7 +64,7 @@ _IGNORED = "named in ignore="
 def prune_layers(
     model: nn.Module,
     example_inputs: ExampleInputs,
-    amount: float = 0.3,
+    amount: int | float = 0.3,
     *,
     criterion: LayerCriterion = "influence",
     target: LayerTarget = "layers",
@@ -89,7 +89,8 @@ def prune_layers(
     Args:
         model: The model. Anything that runs on ``example_inputs`` in eval mode.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs.
-        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model.
+        amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of
+            layers.
         criterion: Name of a criterion, or a function from the input and the output of a layer to a single number;
             higher is kept longer. ``influence`` (how little the layer turns what passes through it); with ``loss``:
             ``taylor`` and ``taylor_second_order`` (the estimated change of the loss), ``loss`` (the change itself, by
@@ -146,6 +147,7 @@ def prune_layers(
     data = data_of(where, criterion, example_inputs, batches, loss)
     flops = count(model, example_inputs)
     costs = LayerCosts.of(model, depth, flops, part)
+    amount = fraction_of(amount, int(costs.whole("layers")), "layers")
     budget = LayerBudget(amount, target, max(0, min_layers - ignored_layers(depth)))
     budget.check_reach(where, depth, costs)
     timing = partial(time_without, model, example_inputs) if target == "latency" else None
@@ -204,8 +206,15 @@ def check_layer_arguments(
         TypeError: If an argument is of a wrong kind.
     """
     if isinstance(amount, Mapping):
-        raise TypeError(f"{where}(amount={amount!r}): it is one fraction of all layers. Keep layers by ignore=.")
+        raise TypeError(
+            f"{where}(amount={amount!r}): it is a fraction or a whole number of layers. Keep layers by ignore=."
+        )
     check_amount(where, amount)
+    if is_count(amount) and target != "layers":
+        raise ValueError(
+            f"{where}(amount={amount!r}, target={target!r}): a whole number counts layers. Write a fraction of the "
+            f"{target}, or use target='layers'."
+        )
     check_choice(where, "target", target, get_args(LayerTarget))
     if not callable(criterion):
         check_choice(where, "criterion", criterion, LAYER_CRITERIA)

@@ -19,8 +19,8 @@ from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.spool import Spool
+from lightning_prune.pruning.amounts import Amount, in_fractions
 from lightning_prune.pruning.arguments import (
-    Amount,
     Parameters,
     Parts,
     by_path,
@@ -94,9 +94,10 @@ def prune_obs(
 
     Args:
         model: The model. The batches run in eval mode.
-        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
-            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
-            dense. By default 0.5, or what ``pattern`` says.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or a whole number
+            of them, of each layer or, with ``scope="global"``, of all; or these by pattern of paths of modules or
+            parameters, or by module, of their weights. What no pattern names stays dense. By default 0.5, or what
+            ``pattern`` says.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
             pattern are of each layer under both. Across layers, the weights are split so that the model's outputs
             change least.
@@ -214,6 +215,7 @@ def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPla
         asked = replace(asked, amount=by_path(model, asked.amount, "amount"))
     products = find_products(model, calibration.batches[0], calibration.forward)
     names, skipped = _prunable(model, products, asked)
+    asked = _in_fractions(asked, {name: named_tensors(model)[name].numel() for name in names})
     solver = SOLVERS[asked.solver]
     surgery = Surgery(model, calibration, products, solver, asked.damping, named_tensors(model), carried_masks(model))
     leaving = _with_earlier(surgery, _leaving(surgery, names, asked))
@@ -232,15 +234,23 @@ def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPla
         masks[name] = layer.keep
         fits[name] = LayerFit(name, layer.keep.numel(), int(layer.keep.sum()), layer.error)
     masks = {name: masks[name] for name in names}  # in the order in which they run
-    return ObsPlan(tensors, masks, tuple(fits[name] for name in names), skipped, _amount_of_each(asked.share, names))
+    return ObsPlan(tensors, masks, tuple(fits[name] for name in names), skipped, _amount_of_each(asked.share))
 
 
-def _amount_of_each(share: Share, names: Iterable[str]) -> Amount:
+def _in_fractions(asked: Asked, sizes: Mapping[str, int]) -> Asked:
+    """Return the same with amounts as fractions: of all, or by name of a weight in place of patterns."""
+    amount = asked.share
+    if isinstance(amount, str):
+        return asked
+    if isinstance(amount, Mapping):
+        amount = {name: _share(amount, name) for name in sizes}
+    return replace(asked, amount=in_fractions(amount, sizes, asked.scope, "weights"))
+
+
+def _amount_of_each(share: Share) -> Amount:
     if isinstance(share, str):
         n, m = parse_pattern(share)
         return 1 - n / m
-    if isinstance(share, Mapping):
-        return {name: _share(share, name) for name in names}
     return share
 
 
@@ -295,7 +305,7 @@ def _leaving(surgery: Surgery, names: Sequence[str], asked: Asked) -> Leaving:
         return {name: _pattern(amount, surgery.products.readings[name]) for name in names}
     sizes = {name: surgery.tensors[name].numel() for name in names}
     if isinstance(amount, Mapping):
-        return {name: number_to_prune(_share(amount, name), size) for name, size in sizes.items()}
+        return {name: number_to_prune(amount[name], size) for name, size in sizes.items()}
     total = number_to_prune(amount, sum(sizes.values()))
     if asked.scope == "layer" or len(names) == 1 or not total:
         return {name: number_to_prune(amount, size) for name, size in sizes.items()}

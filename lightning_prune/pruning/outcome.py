@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_prune.measure.footprint import Footprint
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.budget import NEAR, Budget, Dense, Target
 from lightning_prune.structure import Structure
 

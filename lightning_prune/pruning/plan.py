@@ -15,7 +15,8 @@ from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, l
 from lightning_prune.model.calls import ExampleInputs, modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.model.sandbox import remembered_once
+from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.at_fault import groups_at_fault
 from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, select_units
 from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
@@ -249,6 +250,13 @@ def _verified(
     ask: _Ask, structure: Structure, scores: Scores, earlier: Mapping[str, str], latency: Latency | None
 ) -> Plan:
     """Select and verify until the cut of all groups that are left is right."""
+    with remembered_once(ask.model):
+        return _selected_and_verified(ask, structure, scores, earlier, latency)
+
+
+def _selected_and_verified(
+    ask: _Ask, structure: Structure, scores: Scores, earlier: Mapping[str, str], latency: Latency | None
+) -> Plan:
     model, first = ask.model, structure
     refused = dict(earlier)
     while True:

@@ -27,12 +27,11 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
 from lightning_prune.model.shards import whole
+from lightning_prune.pruning.amounts import Amount, check_amount, in_fractions
 from lightning_prune.pruning.arguments import (
-    Amount,
     Parameters,
     Parts,
     by_path,
-    check_amount,
     check_choice,
     check_list,
     check_module,
@@ -98,9 +97,10 @@ def prune_weights(
 
     Args:
         model: The model.
-        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or fractions by
-            pattern of paths of modules or parameters, or by module, of their weights. What no pattern names stays
-            dense. By default 0.5, or what ``pattern`` says.
+        amount: Fraction, in [0, 1), of the weights that are set to zero, relative to the dense model; or a whole number
+            of them, of each layer or, with ``scope="global"``, of all; or these by pattern of paths of modules or
+            parameters, or by module, of their weights. What no pattern names stays dense. By default 0.5, or what
+            ``pattern`` says.
         criterion: Name of a criterion, or a function from a weight to one score for each of its entries; higher is kept
             longer. ``magnitude`` or ``random``.
         scope: ``layer`` prunes the same fraction of every layer, ``global`` compares scores across layers; fractions by
@@ -133,7 +133,7 @@ def prune_weights(
     check_module("prune_weights", module)
     named = [*(amount if isinstance(amount, Mapping) else ()), *(parameters or ()), *listed(module)]
     alone = left_alone(model, named)
-    found = weights_to_prune(model, amount, parameters, ignore, pattern, part_of(model, module), alone)
+    found = weights_to_prune(model, amount, parameters, ignore, pattern, scope, part_of(model, module), alone)
     scores = score_weights(found.weights, criterion)
     keep = choose_weights(found.weights, scores, carried_masks(model), found.amount, scope, pattern)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
@@ -215,16 +215,17 @@ def weights_to_prune(
     parameters: Parameters | None,
     ignore: Parameters,
     pattern: str | None,
+    scope: WeightScope,
     part: Part = WHOLE,
     alone: Mapping[str, str] = MappingProxyType({}),
 ) -> ToPrune:
-    """Find the weights that the arguments of :func:`prune_weights` mean, and the amounts asked for.
+    """Find the weights that the arguments of :func:`prune_weights` mean, and the fractions asked for.
 
     ``alone`` are the networks that are not pruned, by path, and why.
 
     Raises:
         ValueError: If a pattern names nothing.
-        PruningError: If nothing is left to prune.
+        PruningError: If nothing is left to prune, or a whole number is as large as a weight.
     """
     ignore = [*ignore, *alone]
     if isinstance(amount, Mapping):
@@ -245,9 +246,12 @@ def weights_to_prune(
         if not weights:
             raise PruningError(f"pattern={pattern!r}: no weight has a number of inputs that is a multiple of {m}.")
         return ToPrune(weights, 1 - n / m, stay, others)
+    sizes = {name: weight.parameter.numel() for name, weight in weights.items()}
     if not isinstance(amount, Mapping):
-        return ToPrune(weights, 0.5 if amount is None else amount, stay, others)
-    amounts = amount_by_weight(weights, amount)
+        asked = in_fractions(0.5 if amount is None else amount, sizes, scope, "weights")
+        return ToPrune(weights, asked, stay, others)
+    amounts = in_fractions(amount_by_weight(weights, amount), sizes, scope, "weights")
+    assert isinstance(amounts, Mapping)  # as it was given
     return ToPrune({name: weights[name] for name in amounts}, amounts, stay, others)
 
 

@@ -172,10 +172,10 @@ def weight_table(weights: Iterable[WeightCount]) -> Table:
 
 
 def stored_table(report: SparseReport) -> Table:
-    """Return a table of the tensors in a sparse file: form, stored entries, bytes before and after."""
+    """Return a table of the tensors in a sparse file: form, entries and values stored, bytes before and after."""
     fraction = report.bytes_after / max(report.bytes_before, 1)
     title = f"{report.bytes_before:,} bytes before, {report.bytes_after:,} after: {fraction:.1%}"
-    table = new_table(title, "", ("tensor", "form"), ("entries", "bytes before", "after"))
+    table = new_table(title, "", ("tensor", "form"), ("entries", "values", "bytes before", "after"))
     for name, form, *numbers in report.tensors:
         table.add_row(Text(name), Text(form), *[f"{number:,}" for number in numbers])
     return table

@@ -270,21 +270,24 @@ class Ledger:
             for side in sides:
                 self.pin(side, reason)
             return ()
-        if all(len(side) == 1 for side in sides):  # where one has several, the other hangs on whichever is taken
-            first, *others = [side[0] for side in sides]
-            for other in others:
-                self.together.append((first.atoms, other.atoms))
-                self.meet(first.atoms, other.atoms)
-            if not first.conditional:
-                return (first,)
-        else:
+        pairs = _alike(sides)
+        if pairs is not None:
+            for mine, other in pairs:
+                self.together.append((mine.atoms, other.atoms))
+                self.meet(mine.atoms, other.atoms)
+            certain = [side for side in sides if not any(label.conditional for label in side)]
+            if certain:
+                return certain[0]
+        else:  # one side hangs on whichever of the other's is taken
             for mine in sides[0]:
                 for side in sides[1:]:
                     for other in side:
                         self.meet(mine.atoms, other.atoms)
-        every = [label for side in sides for label in side]
-        certain = [label for label in every if not label.conditional]
-        return (certain[0],) if certain else tuple({id(label.atoms): label for label in every}.values())
+            for side in sides:
+                for label in side:
+                    if not label.conditional:
+                        return (label,)
+        return tuple({id(label.atoms): label for side in sides for label in side}.values())
 
     def split(self, key: Hashable, atoms: Atoms, dims: Sequence[int], names: Sequence[Hashable]) -> list[Label]:
         """Write down a choice: ``atoms`` vary along several ``dims``, and only one of those can shrink.
@@ -367,6 +370,38 @@ class Ledger:
     def _hand_out(self, count: int) -> Atoms:
         start, self.size = self.size, self.size + count
         return np.arange(start, self.size, dtype=np.int64)
+
+
+def _alike(sides: Sequence[tuple[Label, ...]]) -> list[tuple[Label, Label]] | None:
+    """Pair the labels of dimensions that were merged in the same way, such as (channel, position) with itself.
+
+    Indices that share an atom of one label must share an atom of its partner, and no others may. As many indices stay
+    on every side only if what stays of each label stays of its partner, so no label meets another one's partner.
+
+    Returns:
+        The labels of the first side, each beside its partner on another side. None unless every label has one.
+    """
+    first, *others = sides
+    if any(len(side) != len(first) for side in others):
+        return None
+    if len(first) == 1:
+        return [(first[0], side[0]) for side in others]
+    pairs = []
+    for side in others:
+        free = [(label, _first_places(label)) for label in side]
+        for mine in first:
+            places = _first_places(mine)
+            at = next((at for at, (_, theirs) in enumerate(free) if np.array_equal(places, theirs)), None)
+            if at is None:
+                return None
+            pairs.append((mine, free.pop(at)[0]))
+    return pairs
+
+
+def _first_places(label: Label) -> NDArray[np.int64]:
+    """Return for every index the first one that has the same atom, ``(size,)``."""
+    _, first, which = np.unique(label.atoms, return_index=True, return_inverse=True)
+    return first[which]
 
 
 def _distinct(columns: Atoms) -> tuple[Atoms, Atoms]:

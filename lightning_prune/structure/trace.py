@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.model.calls import (
     ExampleInputs,
     Instead,
+    modules_of,
     refuse_empty,
     refuse_shapeless,
     same_draws,
@@ -19,7 +20,7 @@ from lightning_prune.model.calls import (
     uncollected,
 )
 from lightning_prune.model.errors import PruningError, failures_suppressed, reraise_out_of_memory
-from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.model.sandbox import remembered_once, undisturbed
 from lightning_prune.structure.decisions import EXPLORED, Ways
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Pass, Ran
 from lightning_prune.structure.rules import is_pointwise
@@ -52,6 +53,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[L
     """
     refuse_shapeless(model)
     refuse_empty(example_inputs)
+    with remembered_once(model):
+        return _traced(model, example_inputs, literals)
+
+
+def _traced(model: nn.Module, example_inputs: ExampleInputs, literals: frozenset[Literally]) -> Ledger:
+    """Trace without numbers where that tells all, else with them."""
     for hollow in (True, False):
         with failures_suppressed():  # some code takes plain numbers alone
             return _in_both_modes(model, example_inputs, literals, numbers=True, hollow=hollow)
@@ -79,6 +86,7 @@ def _in_both_modes(
         ledger.literals = literals
         labels = {name: ledger.register(name, tensor) for name, tensor in named_tensors(model).items()}
         ledger.numbers, ledger.hollow = numbers, hollow
+        _pin_compiled(model, ledger, labels)
         _run_pass(model, Pass(False, example_inputs), ledger, labels)
         return ledger, labels
 
@@ -111,6 +119,16 @@ def _in_both_modes(
         ledger.idle = [name for name in idle if name not in followed]
         ledger.guessed = sorted(followed)
     return ledger
+
+
+def _pin_compiled(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> None:
+    """Pin what TorchScript holds: it hands out another tensor each time it is asked, so that none can be exchanged."""
+    for path, module in modules_of(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            for leaf, _ in (*module._parameters.items(), *module._buffers.items()):
+                name = f"{path}.{leaf}" if path else leaf
+                for found in labels[name].dims.values():
+                    ledger.pin(found, "held by TorchScript (torch.jit.script or torch.jit.trace)")
 
 
 def _explore(model: nn.Module, example_inputs: ExampleInputs, ledger: Ledger, labels: Mapping[str, Labels]) -> bool:

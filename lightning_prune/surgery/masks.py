@@ -18,7 +18,7 @@ from lightning_prune.model.lazy import Lazily
 from lightning_prune.model.shards import own_part, part_like, settle_
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 
-__all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked"]
+__all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked", "unwrapped"]
 
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # as optimizers of torch name them
 _TINY = 1e-12
@@ -229,7 +229,7 @@ def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
         >>> model.weight[0, 1].item(), masks_on(model)
         (0.0, {'weight': tensor([[ True, False]])})
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _check_keep(model, keep)
     Masks(model).let_fall_(keep)
 
@@ -246,7 +246,7 @@ def _check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
             raise ValueError(f"keep[{name!r}] is of shape {shapes}. Give masks of this model.") from None
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside torch.compile and the wrappers that run it on several devices: its names are known."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -287,7 +287,7 @@ def hold_masks(
         True
     """
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if keep is None:
         keep = masks_on(model)
     _check_keep(model, keep)

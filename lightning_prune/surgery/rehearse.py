@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_prune.model.calls import ExampleInputs, same_draws
 from lightning_prune.model.errors import reraise_out_of_memory
-from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.model.sandbox import remembered_once, undisturbed
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
 from lightning_prune.structure.decisions import decisions_in_order
 from lightning_prune.structure.labels import Labels, Ledger, Literally, Ran
@@ -45,7 +45,8 @@ def find_groups(model: nn.Module, example_inputs: ExampleInputs) -> Structure:
     Raises:
         PruningError: If the model does not run on the example inputs, these hold nothing, or parameters have no shape.
     """
-    return rehearsed(model, example_inputs, find_structure(trace(model, example_inputs)))
+    with remembered_once(model):
+        return rehearsed(model, example_inputs, find_structure(trace(model, example_inputs)))
 
 
 def rehearsed(model: nn.Module, example_inputs: ExampleInputs, structure: Structure) -> Structure:
@@ -56,6 +57,11 @@ def rehearsed(model: nn.Module, example_inputs: ExampleInputs, structure: Struct
         example_inputs: What it was traced on.
         structure: What the trace found.
     """
+    with remembered_once(model):
+        return _rehearsed(model, example_inputs, structure)
+
+
+def _rehearsed(model: nn.Module, example_inputs: ExampleInputs, structure: Structure) -> Structure:
     literals: frozenset[Literally] = frozenset()
     for left in reversed(range(_MOST_TRACES)):
         found = _try_widths(model, structure)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.model.bits import pack_bits, unpack_bits
+from lightning_prune.model.byte_streams import compress, decompress, distances, places
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.surgery import RECIPE, PackedMasks, Told, checked, recipes_in
@@ -25,16 +26,20 @@ from lightning_prune.surgery.loading import load_told_
 __all__ = ["SparseReport", "StoredTensor", "load_sparse", "load_sparse_", "save_sparse"]
 
 
-_VERSION = 1
+_VERSION = 2
+_MOST_VALUES, _SAMPLE = 256, 4096  # values that a byte tells apart; entries that are looked at first
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an entry -> integers of that size
 _LEAST, _MOST_TIMES = 64 * 2**20, 1024  # bytes that a file may stand for: some, and so many times its own
+_SMALL = 64 * _MOST_TIMES  # bytes of a tensor for which its line in the header makes up
 
 
 class StoredTensor(NamedTuple):
-    """How a tensor is stored: its name, the form, how many of its entries, bytes before and after."""
+    """How a tensor is stored: its name, the form, how many of its entries and values, bytes before and after."""
 
     name: str
     form: str
     entries: int
+    values: int
     bytes_before: int
     bytes_after: int
 
@@ -54,10 +59,12 @@ class SparseReport(NamedTuple):
 
 
 def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> SparseReport:
-    """Write a model's weights into a safetensors file, each tensor in the smallest of three forms.
+    """Write a model's weights into a safetensors file, each tensor in the smallest of four forms.
 
     These are dense; the entries that are left beside one bit for each entry (``bitmask``); the entries that are left
-    beside their columns and the places where rows begin (``csr``). Of a masked weight those entries are left that its
+    beside their columns and the places where rows begin (``csr``); and, where entries share at most 256 values, as
+    after :func:`~lightning_prune.pruning.sharing.share_weights`, these values, compressed codes and the compressed
+    distances between entries that are left (``shared``). Of a masked weight those entries are left that its
     mask leaves, so that masks come back, too; a zero that a mask holds comes back without a sign. The file is read back
     and compared before it takes its place; nothing in it is code.
 
@@ -140,11 +147,18 @@ def _write(state: Mapping[str, Tensor], recipes: Told, path: Path) -> list[Store
             continue
         value = state[name].detach().cpu().contiguous()
         left = unpack_bits(*masks[name]).expand(value.shape) if name in masks else _not_zero(value)
-        found = {form: encode(value, left) for form, (encode, _) in _FORMS.items()}
+        found = {}
+        for form, (encode, _) in _FORMS.items():
+            parts = encode(value, left)
+            # A file that stands for very much is refused when it is read: it could be made to fill memory.
+            if parts is not None and value.nbytes <= max(_SMALL, _MOST_TIMES * _size(parts)):
+                found[form] = parts
         form = min(found, key=lambda form: _size(found[form]))
         told[name] = {"form": form, "shape": list(value.shape), "masked": name in masks}
         arrays |= {f"{name}//{part}": array for part, array in found[form].items()}
-        stored.append(StoredTensor(name, form, found[form]["values"].numel(), value.nbytes, _size(found[form])))
+        entries = value.numel() if form == "dense" else int(left.count_nonzero())
+        values = found[form]["values"].numel()
+        stored.append(StoredTensor(name, form, entries, values, value.nbytes, _size(found[form])))
     attributes = {path: recipe["attributes"] for path, recipe in recipes.items()}
     header = {"version": _VERSION, "tensors": told, "attributes": attributes}
     save_file(arrays, path, metadata={RECIPE: json.dumps(header)})
@@ -303,15 +317,68 @@ def _from_csr(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
     return left, value
 
 
+def _to_shared(value: Tensor, left: Tensor) -> _Parts | None:
+    """Return the values, the code of each entry that is left, and the distances between these."""
+    if value.itemsize not in _BITS or not value.numel():
+        return None
+    bits = value.view(_BITS[value.itemsize])  # compared as bits: zeros keep their sign, and NaN equals itself
+    kept = bits[left]
+    if len(kept[:_SAMPLE].unique()) > _MOST_VALUES:
+        return None
+    values = kept.unique()
+    if not 0 < len(values) <= _MOST_VALUES:
+        return None
+    parts = {"values": values.view(value.dtype)}
+    least = value.nbytes // _MOST_TIMES + 1
+    if left.all():
+        return {**parts, "codes": compress(torch.searchsorted(values, kept), least)}
+    ordered = {}
+    for order, dims in (("rows", (0, 1)), ("columns", (1, 0))):
+        matrix = _matrix(left).permute(dims)
+        ordered[order] = compress(distances(matrix.reshape(-1)))
+    order = min(ordered, key=lambda order: len(ordered[order]))
+    if order == "columns":
+        kept = _matrix(bits).T[_matrix(left).T]
+    return {**parts, "codes": compress(torch.searchsorted(values, kept), least), order: ordered[order]}
+
+
+def _from_shared(parts: _Parts, shape: list[int]) -> tuple[Tensor, Tensor]:
+    values, size = parts["values"], math.prod(shape)
+    _agree(values.dim() == 1 and 0 < len(values) <= _MOST_VALUES)
+    left = torch.ones(shape, dtype=torch.bool)
+    columns = "columns" in parts
+    if columns or "rows" in parts:
+        flat = places(decompress(parts["columns" if columns else "rows"], size), size)
+        matrix = _matrix(left)
+        matrix.copy_(flat.view(matrix.T.shape).T if columns else flat.view(matrix.shape))
+    codes = decompress(parts["codes"], size).long()
+    _agree(len(codes) == int(left.sum()) and int(codes.max()) < len(values))
+    value = torch.zeros(shape, dtype=values.dtype)
+    if columns:
+        _matrix(value).T[_matrix(left).T] = values[codes]
+    else:
+        value[left] = values[codes]
+    return left, value
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor as a matrix that shares its memory: rows are those of its first dimension."""
+    count = len(tensor) if tensor.dim() else 1
+    return tensor.view(count, tensor.numel() // max(count, 1))
+
+
 def _agree(fact: bool) -> None:
     """Refuse parts of a tensor that contradict each other or its shape."""
     if not fact:
         raise ValueError("the parts of a tensor do not fit its shape")
 
 
-_FORMS: dict[str, tuple[Callable[[Tensor, Tensor], _Parts], Callable[[_Parts, list[int]], tuple[Tensor, Tensor]]]] = {
+_Encode = Callable[[Tensor, Tensor], _Parts | None]
+_Decode = Callable[[_Parts, list[int]], tuple[Tensor, Tensor]]
+_FORMS: dict[str, tuple[_Encode, _Decode]] = {
     "dense": (_to_dense, _from_dense),
     "bitmask": (_to_bitmask, _from_bitmask),
     "csr": (_to_csr, _from_csr),
+    "shared": (_to_shared, _from_shared),
 }
-"""Form -> how to write and how to read it; of forms that are as small the first counts."""
+"""Form -> how to write it, if it can be, and how to read it; of forms that are as small the first counts."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.obs import Asked, LayerFit, plan_obs, refuse_beyond_reach, write_
 
 __all__ = ["BrainSurgeon"]
@@ -39,14 +39,13 @@ class BrainSurgeon(WeightChoice):
         """Refuse shares that no split over the layers gives."""
         if run.own.clock.unfinished:
             sizes = {name: weight.parameter.numel() for name, weight in own.to_prune.weights.items()}
-            refuse_beyond_reach(sizes, self.asked)
+            refuse_beyond_reach(sizes, self._asked(own))
 
     def choose(self, run: Run, own: MaskedWeights, due: Amount, progress: float) -> dict[str, Tensor]:
         """Return what is kept, and work out what it becomes; what the model's masks hold at zero stays zero."""
         trainer, to_prune = run.trainer, own.to_prune
         asked = replace(
-            self.asked,
-            amount=None if self.asked.pattern is not None else to_prune.amount,
+            self._asked(own),
             progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             only=list(to_prune.weights),
         )
@@ -59,6 +58,10 @@ class BrainSurgeon(WeightChoice):
         else:
             self._planned = plan.tensors
         return plan.masks
+
+    def _asked(self, own: MaskedWeights) -> Asked:
+        """Return what is asked for, in fractions of the weights in this run."""
+        return replace(self.asked, amount=None if self.asked.pattern is not None else own.to_prune.amount)
 
     def after_masking(self, run: Run, progress: float) -> None:
         """Write the weights that compensate for the others."""

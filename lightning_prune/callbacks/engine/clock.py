@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_prune.algorithms.schedules import Moments, Schedule
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.amounts import Amount
 
 __all__ = ["AfterTraining", "Clock", "first_moment", "share_due"]
 

@@ -34,7 +34,7 @@ __all__ = ["FilterArguments"]
 class FilterArguments:
     """What, how much and within which limits; :class:`~lightning_prune.FilterL1Pruning` documents each."""
 
-    amount: float | dict[str, float]
+    amount: int | float | dict[str, int | float]
     target: Target
     scope: Scope
     ignore: Sequence[str]

@@ -30,6 +30,7 @@ from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.amounts import fraction_of
 from lightning_prune.pruning.arguments import check_optimizers, part_of
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
@@ -135,13 +136,13 @@ class LayerRemoval(Strategy):
             costs = LayerCosts.of(run.module, depth, flops, self.part(run.module))
             self.state.dense = DenseLayers(costs, layer_costs(run.module, flops))
         if run.own.clock.unfinished:
-            budget = self._budget(depth, self.arguments.amount)
+            budget = self._budget(depth, self._amount)
             budget.check_reach(run.where, depth, self.dense.costs, self.state.removed)
         return True
 
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove layers up to the share that the schedule asks for at ``progress``."""
-        module, asked = run.module, run.own.schedule.sparsity(progress, self.arguments.amount)
+        module, asked = run.module, run.own.schedule.sparsity(progress, self._amount)
         refuse_not_finite(run.where, module, dict(module.named_parameters()))
         depth = self._depth(module)
         timing = partial(self._time_of_first, run) if self.arguments.target == "latency" else None
@@ -173,7 +174,7 @@ class LayerRemoval(Strategy):
         reached = self.dense.costs.share_gone(target, self.state.removed)
         if target == "latency":
             reached = 1 - self.state.latency
-        return Goal(run.where, target, self.arguments.amount, reached)
+        return Goal(run.where, target, self._amount, reached)
 
     def after_training(self, run: Run) -> None:
         """Have the config of a Hugging Face model say which layers are left, or warn that it cannot."""
@@ -217,6 +218,11 @@ class LayerRemoval(Strategy):
             depth = depth.without(dict.fromkeys(depth.layers.keys() - known, "it was no layer of the dense model"))
         self.state.pinned = {**depth.others, **self.state.refused}
         return depth
+
+    @property
+    def _amount(self) -> float:
+        """The fraction of the target that is removed in the end, relative to the dense model."""
+        return fraction_of(self.arguments.amount, int(self.dense.costs.whole("layers")), "layers")
 
     def _budget(self, depth: Depth, amount: float) -> LayerBudget:
         asked = self.arguments.budget

@@ -12,7 +12,8 @@ from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import Footprint, Part
 from lightning_prune.measure.latency import Shapes, shapes_of
-from lightning_prune.pruning.arguments import Amount, amount_by_group, budget_by_group
+from lightning_prune.pruning.amounts import Amount, in_fractions
+from lightning_prune.pruning.arguments import amount_by_group, budget_by_group
 from lightning_prune.pruning.budget import Budget, Dense
 from lightning_prune.reports import LayerCost, layer_costs
 from lightning_prune.structure import Pinned, Structure
@@ -43,12 +44,14 @@ class Start:
         part: Part,
     ) -> Start:
         """Return what is there now of a part of the model."""
+        widths = {name: group.width for name, group in structure.groups.items()}
+        amount = amount_by_group(pl_module, structure, arguments.amount)
         return cls(
-            widths={name: group.width for name, group in structure.groups.items()},
+            widths=widths,
             params=part.params(pl_module),
             flops=part.counted(flops),
             layers=layer_costs(pl_module, flops),
-            amount=amount_by_group(pl_module, structure, arguments.amount),
+            amount=in_fractions(amount, widths, arguments.scope, "units"),
             budget=replace(budget_by_group(pl_module, structure, arguments.budget), part=part),
             shapes=shapes_of(pl_module, structure) if arguments.target == "latency" else None,
         )
@@ -57,7 +60,9 @@ class Start:
         """Follow other arguments than those under which pruning began; the dense model stays the reference."""
         for name, group in structure.groups.items():
             self.widths.setdefault(name, group.width)  # ignored until now, so it is whole
-        self.amount = amount_by_group(pl_module, structure, arguments.amount)
+        amount = amount_by_group(pl_module, structure, arguments.amount)
+        sizes = self.widths if arguments.scope == "global" else {name: self.widths[name] for name in structure.groups}
+        self.amount = in_fractions(amount, sizes, arguments.scope, "units")
         self.budget = replace(budget_by_group(pl_module, structure, arguments.budget), part=self.budget.part)
         self.units = 0
 

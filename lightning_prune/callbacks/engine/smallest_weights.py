@@ -24,7 +24,7 @@ from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, Weight
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.weights import WeightCriterion, WeightScope, choose_weights, score_weights, shuffled
 
 __all__ = ["Control", "SmallestWeights"]

@@ -29,7 +29,7 @@ MaskGradients = bool | Literal["auto"]
 class WeightArguments:
     """Which weights, and how many; :class:`~lightning_prune.IterativeMagnitudePruning` documents each."""
 
-    amount: float | dict[str, float] | None
+    amount: int | float | dict[str, int | float] | None
     scope: WeightScope
     parameters: Sequence[str] | None
     ignore: Sequence[str]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune.callbacks.engine.strategy import Run, RunEvents
-from lightning_prune.pruning.arguments import Amount
+from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.weights import ToPrune, WeightCount
 from lightning_prune.surgery.masks import Masks
 

@@ -105,7 +105,14 @@ class WeightMasking(Strategy):
         alone = networks_left_alone(run, arguments.named)
         part = part_of(module, arguments.module)
         to_prune = weights_to_prune(
-            module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern, part, alone
+            module,
+            arguments.amount,
+            arguments.parameters,
+            arguments.ignore,
+            arguments.pattern,
+            arguments.scope,
+            part,
+            alone,
         )
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
