@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from torch.utils.data import DataLoader
 
 from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot, load_from_checkpoint
 from lightning_prune.surgery import take_shapes_
+from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import (
     Depthwise,
     Net,

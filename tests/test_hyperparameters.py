@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import FilterL1Pruning, TaylorFilterPruning, load_from_checkpoint, slim_loading
+from tests.newer_lightning import reading
 from tests.runs import trainer
 
 
@@ -67,7 +68,7 @@ def test_a_checkpoint_builds_the_module_as_it_was_built(made, tmp_path):
         assert torch.equal(other.eval()(x), module.eval()(x))
     on = trainer(made(), max_epochs=3)
     resumed = Sized()
-    on.fit(resumed, data, ckpt_path=tmp_path / "first.ckpt", weights_only=False)
+    on.fit(resumed, data, ckpt_path=tmp_path / "first.ckpt", **reading(weights_only=False))
     on.save_checkpoint(tmp_path / "second.ckpt")
     last = load_from_checkpoint(Sized, tmp_path / "second.ckpt", weights_only=False)
     assert torch.equal(last.eval()(x), resumed.eval()(x))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -20,6 +19,7 @@ import lightning_prune
 from lightning_prune import Cubic, Geometric, IterativeMagnitudePruning, Linear, OneShot, prune_weights
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, TOTAL, Two, WithAdam, Zeros, gone_of, pruning, zeros
+from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import Attentive, Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import arguments_of, global_hooks, hooks_of, recipe_hooks
 

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lightning_prune
@@ -26,6 +26,7 @@ from lightning_prune import (
 )
 from lightning_prune.reports.run_tables import run_tables
 from lightning_prune.surgery.pass_through import Skipped
+from tests.newer_lightning import WeightAveraging, reading
 from tests.runs import CLASSES, IMAGE, Net, assert_same_weights, batches, fit, net, weights
 from tests.test_callback_contract import arguments_of, global_hooks, hooks_of, recipe_hooks
 
@@ -221,7 +222,7 @@ def test_the_best_checkpoint_may_have_more_layers(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     trainer = fit(module, LayerPruning(0.5, schedule=Linear(1, 2)), saving, max_epochs=3, enable_checkpointing=True)
     assert len(gone(module)) == 2
-    trainer.test(module, batches(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), weights_only=False)
+    trainer.test(module, batches(), ckpt_path=str(tmp_path / "epoch=0.ckpt"), **reading(weights_only=False))
     state = torch.load(tmp_path / "epoch=0.ckpt", weights_only=False)["state_dict"]
     assert gone(module) == []
     assert_same_weights(module, state)

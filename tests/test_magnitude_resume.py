@@ -3,7 +3,6 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     ModelCheckpoint,
 )
 
@@ -11,6 +10,7 @@ from lightning_prune import Cubic, Geometric, IterativeMagnitudePruning, Linear,
 from lightning_prune.surgery import recipes_in
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, Falling, WithAdam, gone_of, pruning, zeros
+from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import Net, assert_same_weights, batches, fit, net, trainer, weights
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
 )
 
 import lightning_prune
 from lightning_prune import Geometric, IterativeMagnitudePruning, Linear, OneShot
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import SIZES, Falling, gone_of, pruning, zeros
+from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import assert_same_weights, fit, net, weights
 
 

@@ -17,6 +17,7 @@ import lightning_prune
 from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError, prune_weights
 from lightning_prune.surgery.masks import masks_on
 from tests.magnitude import gone_of
+from tests.newer_lightning import reading
 from tests.runs import IMAGE, Net, assert_same_weights, batches, fit, net, trainer, weights
 from tests.test_callback_contract import global_hooks, hooks_of, recipe_hooks
 
@@ -100,7 +101,7 @@ def test_a_killed_run_resumed_ends_where_the_other_ends(tmp_path):
     fit(whole, OBSOneShot(epoch=1, scope="global"), saves, enable_checkpointing=True)
     resumed = net(seed=5, dropout=0.0)
     trainer(OBSOneShot(epoch=1, scope="global")).fit(
-        resumed, batches(), ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True
+        resumed, batches(), ckpt_path=tmp_path / "epoch=1.ckpt", **reading(weights_only=True)
     )
     assert_same_weights(resumed, weights(whole))
 
@@ -113,7 +114,7 @@ def test_a_trained_checkpoint_is_pruned_without_training(tmp_path):
     run.save_checkpoint(tmp_path / "dense.ckpt")
     other = net(seed=3)
     again = trainer(OBSOneShot(0.4, scope="global"), max_epochs=2)
-    again.fit(other, batches(), ckpt_path=tmp_path / "dense.ckpt", weights_only=True)
+    again.fit(other, batches(), ckpt_path=tmp_path / "dense.ckpt", **reading(weights_only=True))
     assert again.global_step == run.global_step
     assert sum(zeros(other).values()) == gone_of(0.4)
     whole = outputs(model)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
 from lightning_prune.callbacks.validation import trainer_sensitivity
+from tests.newer_lightning import has_averaging
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
-
 SCRIPT = """
 import pytorch_lightning as pl
 import torch
@@ -63,6 +63,7 @@ assert resumed.hidden.out_features == 8
 """
 
 
+@pytest.mark.skipif(not has_averaging, reason="Lightning has averaged weights from 2.6 on")
 def test_trainer_and_cli_of_the_other_package(tmp_path):
     """Its CLI takes our callbacks from YAML, its Trainer cuts, saves and resumes, beside its averaging callback."""
     script = tmp_path / "main.py"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,6 +20,7 @@ from lightning_prune import (
     PruningError,
     TaylorFilterPruning,
 )
+from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import (
     IMAGE,
     WIDTHS,
