@@ -58,26 +58,6 @@ class Ensemble(nn.Module):
         return torch.einsum("bteh,eho->bto", hidden, self.leave)
 
 
-class Latents(nn.Module):
-    """Lets learned latents attend to tokens, and reads all of them as one vector."""
-
-    def __init__(self, heads, width):
-        super().__init__()
-        self.heads = heads
-        size = heads * width
-        self.latents = nn.Parameter(torch.randn(3, size))
-        self.query, self.key, self.value = nn.Linear(size, size), nn.Linear(6, size), nn.Linear(6, size)
-        self.leave = nn.Linear(3 * size, 2)
-
-    def forward(self, x):
-        query, key, value = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-            for tokens in (self.query(self.latents), self.key(x), self.value(x))
-        )
-        mixed = F.scaled_dot_product_attention(query.expand(len(x), -1, -1, -1), key, value)
-        return self.leave(mixed.transpose(1, 2).flatten(1))
-
-
 def _pruned_right(model, amount):
     """Prune, and check the output on other inputs against the full model with what left silenced."""
     model = model.double()
@@ -105,12 +85,3 @@ def test_members_of_an_ensemble_lose_hidden_units(shared_bias):
     torch.manual_seed(0)
     model = _pruned_right(Ensemble(4, shared_bias), 0.5)
     assert (model.enter.shape, model.leave.shape) == ((2, 6, 4), (2, 4, 2))
-
-
-@pytest.mark.parametrize(("heads", "width"), [(4, 2), (2, 6), (4, 3)])
-def test_heads_leave_where_latents_are_read_as_one_vector(heads, width):
-    """Heads, or channels of heads, leave from every latent."""
-    torch.manual_seed(0)
-    model = _pruned_right(Latents(heads, width), 0.5)
-    assert model.value.out_features == heads * width // 2
-    assert model.latents.shape[0] == 3

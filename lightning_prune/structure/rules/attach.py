@@ -61,16 +61,11 @@ def tie_merged(call: Call, sides: list[tuple[Label, ...]], reason: str) -> tuple
     """
     if len(sides) == 2:
         for merged, plain in (sides, sides[::-1]):
-            if len(merged) < 2 or len(plain) != 1:
-                continue
-            chosen = [label for label in merged if label.conditional]
-            if not chosen and not plain[0].conditional:
-                if _offer(call, merged, plain[0], reason):
-                    return merged
-            elif chosen and len(chosen) < len(merged):
-                # Labels that an earlier choice made cannot be part of another one, so the other dimensions stay whole.
-                call.ledger.pin((label for label in merged if not label.conditional), "merged with channels of heads")
-                return call.ledger.tie([tuple(chosen), plain], reason)
+            mergeable = len(merged) > 1 and len(plain) == 1
+            # Labels that an earlier choice made cannot be part of another one.
+            chosen = any(label.conditional for label in (*merged, *plain))
+            if mergeable and not chosen and _offer(call, merged, plain[0], reason):
+                return merged
     return call.ledger.tie(sides, reason)
 
 
