@@ -19,7 +19,7 @@ from lightning_prune import (
     TaylorFilterPruning,
     callbacks,
 )
-from lightning_prune.callbacks import DistillFromDense, LearningRateRewinding
+from lightning_prune.callbacks import DistillFromDense, LearningRateRewinding, WeightSharing
 from tests.runs import Net, fit, net
 from tests.test_layer_pruning import Deep
 
@@ -35,6 +35,7 @@ BESIDE = {
     MetricGuard: {"monitor": "val_loss", "drop": 9.0},
     LearningRateRewinding: {},
     DistillFromDense: {},
+    WeightSharing: {},
 }
 OTHERS = {
     "amount": 0.5, "target": "params", "scope": "global", "schedule": Linear(3, 4), "ignore": ["first"],
@@ -43,7 +44,7 @@ OTHERS = {
     "mask_gradients": True, "parameters": ["hidden"], "pattern": "2:4", "epoch": 3, "solver": "exact",
     "sequential": True, "damping": 0.1, "drop": 8.0, "mode": "max", "patience": 2, "then": "halve", "to": 9,
     "weight": 0.5, "loss": "mse", "temperature": 3.0, "class_dim": 1, "features": ["hidden"], "feature_weight": 2.0,
-    "rewind_to": 11, "control": "shuffle", "module": ["first"],
+    "rewind_to": 11, "control": "shuffle", "module": ["first"], "fade_steps": 2, "bits": 4,
 }  # fmt: skip
 FOR_ONE = {
     (LayerPruning, "criterion"): "taylor",
@@ -52,7 +53,12 @@ FOR_ONE = {
     (IterativeMagnitudePruning, "criterion"): "random",
     (IterativeMagnitudePruning, "amount"): {"hidden": 0.5},
 }
-TOGETHER = {"control": {"rewind_to": 0}, "pattern": {"amount": None}, "parameters": {}}
+TOGETHER = {
+    "control": {"rewind_to": 0},
+    "pattern": {"amount": None},
+    "parameters": {},
+    "fade_steps": {"schedule": Linear(3, 5)},
+}
 """Arguments that both runs have where one is changed, since it makes no sense without."""
 
 SETTLED = {"example_inputs", "report", "monitor"}

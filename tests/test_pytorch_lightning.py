@@ -132,6 +132,8 @@ def test_every_callback_in_either_package(package, name, tmp_path):
         callbacks = [lightning_prune.FilterL1Pruning(0.5), kind()]
         optimizer = model.configure_optimizers()
         model.configure_optimizers = lambda: ([optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)])
+    elif name == "WeightSharing":
+        callbacks = [lightning_prune.FilterL1Pruning(0.5), kind(bits=4, epoch=1)]
     elif name == "LayerPruning":
         pytest.skip("the model here has no layer that can be left out; test_layer_pruning runs it")
     else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune.callbacks.engine.packages import AnyCallback
 from lightning_prune.callbacks.engine.pruning_callback import pruned_so_far, pruning_callbacks, pruning_finished
+from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import Parameters, Parts, check_module
@@ -137,11 +138,14 @@ class WeightSharing(AnyCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the codes, and how far pruning had come when they were chosen."""
         codes = None if self._codes is None else packed_codes(self._codes)
-        return {"codes": codes, "pruned": self._pruned}
+        return {"codes": codes, "pruned": self._pruned, "asked": compared_arguments(self, None)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state; with other arguments values are chosen anew."""
+        warn_of_changes(self, state_dict["asked"])
         self._codes, self._pruned = state_dict["codes"], list(state_dict["pruned"])
+        if state_dict["asked"] != compared_arguments(self, None):
+            self._codes = None
 
     def __repr__(self) -> str:
         """Return the call that makes this callback."""

@@ -74,7 +74,8 @@ def test_every_function_is_called():
     assert functions.public_functions() == called | {"coupling_rule"}
     assert functions.analyses() == functions.ANALYSIS.keys()
     assert functions.pruners() == functions.PRUNING.keys()
-    assert lightning_runs.COMMANDS.keys() == cli._COMMANDS.keys()
+    # A sweep trains by commands in processes of their own, which know no pretended accelerator.
+    assert lightning_runs.COMMANDS.keys() == cli._COMMANDS.keys() - {"sweep"}
     assert all(f"callback {name}" in walk.ENTRIES for name in callbacks.__all__)
 
 
