@@ -93,7 +93,8 @@ def check_count(ran: Ran, plain: tuple[Any, ...], name: str, count: int) -> None
 
 def is_constant(ran: Ran, out: Tensor) -> bool:
     """Return whether an output is one number that was made of constants, or of single numbers and of no data."""
-    if out.numel() != 1 or out.is_complex():
+    # One that only the cut has left single is an entry of others, which must be the right one.
+    if out.numel() != 1 or math.prod(ran.leaving[0]) != 1 or out.is_complex():
         return False
     labels = ran.made[0]
     if labels.constant:
