@@ -134,6 +134,20 @@ def test_the_config_builds_the_model_that_is_left(gone, carrier, others):
         assert [block.position for block in start.blocks] == [0, 1, 2, 3] and type(start.blocks) is nn.ModuleList
 
 
+@pytest.mark.parametrize("missing", ["blocks.0.up.bias", "blocks.1.down.weight", "blocks.3.up.weight"])
+def test_a_state_dict_of_some_removed_layers_changes_nothing(missing):
+    """Where a tensor of a layer is missing, removed or not, the list stays closed and the error says so."""
+    model = tiny()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != missing}
+    without(model, {0, 3})
+    close_gaps_(model, X)
+    expected, config = model(X), copy.deepcopy(vars(model.config))
+    with pytest.raises(PruningError, match="The model is as it was"):
+        load_state_dict_(model, state)
+    assert isinstance(model.blocks, ClosedList) and [block.position for block in model.blocks] == [0, 1]
+    assert torch.equal(model(X), expected) and vars(model.config) == config
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.sets(st.integers(0, 7), max_size=6), st.sets(st.integers(0, 3), max_size=3), st.integers(0, 7))
 def test_names_move_up_and_back(outer, inner, position):
