@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from tests.silencing import silence_
 # What code makes for each unit: alike whatever the width, or another number for each place.
 MADE = {
     "seeded": lambda size: torch.randn(size, generator=torch.Generator().manual_seed(3)),
+    "permuted": lambda size: 1 + torch.randperm(size, generator=torch.Generator().manual_seed(1)),
+    "numpy": lambda size: torch.from_numpy(np.random.default_rng(3).normal(size=int(size))),
     "counted": lambda size: torch.arange(1, size + 1),
     "spread": lambda size: torch.linspace(1, 2, size),
     "divided": lambda size: torch.arange(1, size + 1) / size,
