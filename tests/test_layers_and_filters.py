@@ -1,13 +1,14 @@
 """Layers and filters under one budget: what is tried, what is chosen, and that all of it is made or nothing."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import PruningError, load_state_dict_, prune_filters
+from lightning_prune import PruningError, load_state_dict_, prune_filters, prune_layers
 from lightning_prune.surgery.pass_through import Skipped
 
 WIDTH = 8
@@ -171,3 +172,59 @@ def test_what_has_no_common_unit_is_refused(given, told):
     narrow = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     with pytest.raises(PruningError, match="No layer of Sequential can be removed"):
         prune_filters(narrow, torch.randn(2, 3), 0.3, target="params", layers=True)
+
+
+class Returning(nn.Module):
+    """Residual blocks whose scores are returned in some form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.enter, self.leave = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.form(self.leave(x))
+
+
+COMPLEX = {
+    "spectrum": torch.fft.rfft,
+    "conjugate": lambda scores: torch.fft.rfft(scores).conj(),
+    "adjoint": lambda scores: torch.complex(scores, scores).mH,
+}
+
+
+@pytest.mark.parametrize("form", COMPLEX)
+def test_complex_outputs_are_compared(form):
+    """What is lost without layers is the distance of complex outputs, and layers leave where that is the criterion."""
+    torch.manual_seed(0)
+    model, x = Returning(COMPLEX[form]), torch.randn(4, 6)
+    slim = copy.deepcopy(model)
+    report = prune_filters(slim, x, 0.5, target="params", layers=True, batches=[x])
+    distance = (slim(x) - model(x)).abs().square().sum() / torch.view_as_real(model(x).resolve_conj()).numel()
+    least = min(split.lost for split in report.tried)
+    assert least > 0 and least == pytest.approx(float(distance), rel=1e-4)
+    scored = prune_layers(copy.deepcopy(model), x, amount=0.25, criterion="output_change", batches=[x])
+    moved = {}
+    for number, block in enumerate(model.blocks):
+        handle = block.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+        changed = model(x)
+        handle.remove()
+        moved[f"blocks.{number}"] = float((changed - model(x)).abs().square().sum())
+    assert [layer.path for layer in scored.removed] == [min(moved, key=moved.get)]
+
+
+@pytest.mark.parametrize("settings", [{"layers": True}, {"criterion": "output_change"}], ids=["split", "criterion"])
+def test_outputs_that_cannot_be_compared_are_refused(settings):
+    """Choices have no distance, so nothing is decided by them, and the model is as it was."""
+    torch.manual_seed(0)
+    model, x = Returning(lambda scores: scores.argmax(-1)), torch.randn(4, 6)
+    before = copy.deepcopy(model.state_dict())
+    prune = partial(prune_filters, target="params") if "layers" in settings else prune_layers
+    with pytest.raises(PruningError, match="returns no numbers on the batches"):
+        prune(model, x, amount=0.5, batches=[x], **settings)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.model.calls import tensors_in
+from lightning_prune.model.calls import numbers_in
 from lightning_prune.model.devices import widest_float
 from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.structure.tensor_names import exchange_
@@ -42,8 +42,8 @@ class Outputs:
     def _given(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for batch in self.batches:
             with replaced(self.model, tensors), unchanged(batch):
-                found = list(tensors_in(self.calibration.forward(self.model, batch)))
-            yield from (tensor.detach() for tensor in found if tensor.is_floating_point())
+                found = numbers_in(self.calibration.forward(self.model, batch))
+            yield from (tensor.detach() for tensor in found)
 
 
 @contextmanager

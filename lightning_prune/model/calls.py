@@ -27,6 +27,7 @@ __all__ = [
     "hold_nothing",
     "mode_of",
     "modules_of",
+    "numbers_in",
     "refuse_empty",
     "refuse_shapeless",
     "run",
@@ -130,6 +131,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
     elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
         yield from tensors_in(vars(value))
+
+
+def numbers_in(value: Any) -> list[Tensor]:
+    """Return the tensors of numbers that can be compared by distance, of those held by nested containers.
+
+    Complex numbers are returned as pairs of real ones; whole numbers, such as choices, are left out.
+
+    Examples:
+        >>> [tuple(tensor.shape) for tensor in numbers_in([torch.ones(2), torch.ones(3, dtype=torch.complex64).conj()])]
+        [(2,), (3, 2)]
+        >>> numbers_in({"chosen": torch.tensor([3])})
+        []
+    """
+    found = (torch.view_as_real(own.resolve_conj()) if own.is_complex() else own for own in tensors_in(value))
+    return [tensor for tensor in found if tensor.is_floating_point()]
 
 
 def hold_nothing(inputs: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.criteria.depth import block_influence, first_order, second_order
 from lightning_prune.measure.calibration import Run
 from lightning_prune.measure.gradients import Loss, differentiable
-from lightning_prune.model.calls import tensors_in
+from lightning_prune.model.calls import numbers_in
 from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.output_forms import main_output, value_at
@@ -23,7 +23,7 @@ from lightning_prune.structure.tracer import unfused
 from lightning_prune.surgery.pass_through import skip_of
 from lightning_prune.surgery.skipped import temporarily_skipped
 
-__all__ = ["LAYER_CRITERIA", "LayerCriterion", "LayerData", "score_layers"]
+__all__ = ["LAYER_CRITERIA", "LayerCriterion", "LayerData", "compared_outputs", "score_layers"]
 
 LayerCriterion = str | Callable[[Tensor, Tensor], Tensor]
 """A name, or a function from the input and the output of a layer to a single number; higher is kept longer."""
@@ -214,18 +214,31 @@ def _by_outputs(
     """Compare the model's outputs with and without each layer: the squared distance per example."""
     found: dict[str, float] = dict.fromkeys(layers, 0.0)
     for batch in data.batches:
-        whole = _outputs(model, data, batch, skips)
+        whole = compared_outputs(model, data, batch, skips)
         count = len(whole[0]) if whole and whole[0].dim() else 1
         for path, layer in layers.items():
-            other = _outputs(model, data, batch, {**skips, path: skip_of(layer)})
+            other = compared_outputs(model, data, batch, {**skips, path: skip_of(layer)})
             moved = [widened(a - b).square().sum() for a, b in zip(whole, other, strict=True)]
             found[path] += float(sum(moved)) / count / len(data.batches)
     return found
 
 
-def _outputs(model: nn.Module, data: LayerData, batch: Any, skips: Mapping[str, dict[str, Any]]) -> list[Tensor]:
+def compared_outputs(
+    model: nn.Module, data: LayerData, batch: Any, skips: Mapping[str, dict[str, Any]]
+) -> list[Tensor]:
+    """Return the numbers that a model returns, to be compared with those of a smaller one.
+
+    Raises:
+        PruningError: If it returns none, so that nothing could be compared.
+    """
     with undisturbed(model, batch), temporarily_skipped(model, skips):
-        return [tensor for tensor in tensors_in(data.forward(model, batch)) if tensor.is_floating_point()]
+        found = numbers_in(data.forward(model, batch))
+    if not found:
+        raise PruningError(
+            f"{type(model).__name__} returns no numbers on the batches that could be compared, such as scores. Pass a "
+            "loss (loss=), and where a criterion compares outputs another criterion."
+        )
+    return found
 
 
 def _by_loss(

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.footprint import Part, count
-from lightning_prune.model.calls import ExampleInputs, tensors_in
+from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.arguments import Modules
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
-from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData
+from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, compared_outputs
 from lightning_prune.pruning.layers import apply_layers_, prunable_layers, time_without
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.report import Report, TriedSplit
@@ -221,13 +221,8 @@ def _lost(model: nn.Module, twin: nn.Module, data: LayerData) -> float:
             with undisturbed(twin), unchanged(batch), torch.no_grad():
                 found.append(float(data.loss(twin, batch)))
             continue
-        whole, slim = _outputs(model, data, batch), _outputs(twin, data, batch)
+        whole, slim = (compared_outputs(each, data, batch, {}) for each in (model, twin))
         pairs = [(one, other) for one, other in zip(whole, slim, strict=False) if one.shape == other.shape]
         moved = sum(float(widened(one - other).square().sum()) for one, other in pairs)
         found.append(moved / max(sum(one.numel() for one, _ in pairs), 1))
     return sum(found) / len(found)
-
-
-def _outputs(model: nn.Module, data: LayerData, batch: object) -> list[Tensor]:
-    with undisturbed(model, batch):
-        return [tensor for tensor in tensors_in(data.forward(model, batch)) if tensor.is_floating_point()]

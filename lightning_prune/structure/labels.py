@@ -208,7 +208,6 @@ class Ledger:
         self.needed: set[int] = set()  # places in ``ran`` of the operators that the outputs in eval mode depend on
         self.roles: dict[Role, list[Atoms]] = {"producer": [], "consumer": [], "contracted": [], "reduced": []}
         self.statistics: list[Atoms] = []
-        self.output_shapes: list[tuple[int, ...]] = []
         self.hollow = True  # whether the traced model runs where nothing is computed
         self.ran: list[Ran] = []
         self.passes: list[Pass] = []

@@ -89,7 +89,6 @@ def watch(
     ledger.unseen = unseen if first else ledger.unseen & unseen
     returned = list(tensors_in(outputs))
     for tensor in returned:
-        ledger.output_shapes.append(tuple(tensor.shape))
         for found in mode.labels_of(tensor).dims.values():
             ledger.pin(found, "reaches the model's output")
     if first:

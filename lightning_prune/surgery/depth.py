@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_prune.model.calls import ExampleInputs, modules_of, run, same_draws, tensors_in
+from lightning_prune.model.calls import ExampleInputs, modules_of, numbers_in, run, same_draws
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.surgery.layer_lists import ClosedList, close_lists_, follow_depth, open_lists_
 from lightning_prune.surgery.recipe import recipe_of
@@ -72,7 +72,7 @@ def open_gaps_(model: nn.Module) -> None:
 def _outputs(model: nn.Module, example_inputs: ExampleInputs) -> list[torch.Tensor]:
     """Return copies of the numbers that a model returns."""
     with undisturbed(model, example_inputs), same_draws():
-        found = [tensor for tensor in tensors_in(run(model, example_inputs)) if tensor.is_floating_point()]
+        found = numbers_in(run(model, example_inputs))
     return [tensor.detach().clone() for tensor in found if tensor.numel()]
 
 

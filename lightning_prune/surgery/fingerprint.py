@@ -78,7 +78,7 @@ def fingerprint(out: Tensor, keep: int | None, along: Sequence[Tensor | None]) -
     """
     out = out.detach()  # the model's own code may turn gradients on
     if out.is_complex():
-        out = torch.view_as_real(out)
+        out = torch.view_as_real(out.resolve_conj())
         along = [*along, None]
     if out.dtype not in (torch.float32, torch.float64):
         out = out.float()

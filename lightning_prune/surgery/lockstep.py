@@ -429,7 +429,7 @@ def _equal(full: Tensor, slim: Tensor) -> bool:
         return False
     full, slim = full.detach(), slim.detach()
     if full.is_complex():
-        full, slim = torch.view_as_real(full), torch.view_as_real(slim)
+        full, slim = torch.view_as_real(full.resolve_conj()), torch.view_as_real(slim.resolve_conj())
     ordinary = full.abs() < _HUGE
     if not torch.equal(ordinary, slim.abs() < _HUGE) or not torch.equal(full.isnan(), slim.isnan()):
         return False

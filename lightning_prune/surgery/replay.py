@@ -217,7 +217,7 @@ class Replay(Watch):
             return None
         out = out.detach()
         if not floats:
-            out = torch.view_as_real(out)
+            out = torch.view_as_real(out.resolve_conj())
         if out.dtype is not torch.float32 and out.dtype is not torch.float64:
             out = out.float()
         left = self._lefts.of(labels)
