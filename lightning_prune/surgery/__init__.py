@@ -4,18 +4,14 @@ from lightning_prune.surgery.attributes import AttributeChange, held_number, set
 from lightning_prune.surgery.configs import config_fields, follow_configs
 from lightning_prune.surgery.cut import Cut, SlimValues, cut_, draft
 from lightning_prune.surgery.recipe import (
-    RECIPE,
-    PackedMasks,
     Recipe,
-    Told,
-    checked,
     drop_unused_recipe_,
     recipe_of,
-    recipes_in,
     resize_,
     take_shapes_,
     take_told_,
 )
+from lightning_prune.surgery.recipe_part import RECIPE, PackedMasks, Told, checked, recipes_in
 from lightning_prune.surgery.reference_run import Constant
 from lightning_prune.surgery.rehearse import find_groups, rehearsed
 from lightning_prune.surgery.resize import Kept, narrowed, replace_tensors_

@@ -17,15 +17,8 @@ from torch import nn
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery.recipe import (
-    Told,
-    checked,
-    recipes_in,
-    refuse_other_shapes,
-    refuse_unloadable,
-    take_told_,
-    take_untold_,
-)
+from lightning_prune.surgery.recipe import refuse_other_shapes, refuse_unloadable, take_told_, take_untold_
+from lightning_prune.surgery.recipe_part import Told, checked, recipes_in
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = ["Prunable", "load_state_dict_", "load_told_", "recipe_json", "slim_loading"]

@@ -1,17 +1,14 @@
 """Makes a model take the shapes of a state dict, fatter or slimmer than itself, and saves what shapes cannot tell.
 
-Each module carries what concerns itself: numbers that follow a cut, and masks of its own parameters. So a part of a
-model tells of itself, wherever it was pruned and into whatever it was put.
+Each module carries what concerns itself (:mod:`lightning_prune.surgery.recipe_part`). So a part of a model tells of
+itself, wherever it was pruned and into whatever it was put.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import warnings
 from collections.abc import Collection, Container, Iterable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.shards import own_part, part_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import (
     ABSENT,
@@ -43,67 +38,28 @@ from lightning_prune.surgery.layer_lists import (
     moved_back,
     open_lists_,
 )
-from lightning_prune.surgery.pass_through import Skipped, check_skip
-from lightning_prune.surgery.resize import Kept, all_or_nothing, narrowed, replace_tensors_
+from lightning_prune.surgery.recipe_part import (
+    RECIPE,
+    PackedMasks,
+    RecipePart,
+    Told,
+    checked,
+    fits,
+    followed_mask,
+    is_whole,
+    joined,
+    part_of,
+    recipes_in,
+    refuse_hollow,
+)
+from lightning_prune.surgery.resize import Kept, all_or_nothing, replace_tensors_
 from lightning_prune.surgery.skipped import bring_back_, follow_layers_, has_all_layers, removed_layers
 from lightning_prune.surgery.timm_numbers import follow_timm
 
 __all__ = [
-    "RECIPE", "PackedMasks", "Recipe", "Told", "checked", "drop_unused_recipe_", "recipe_of", "recipes_in", "resize_",
-    "refuse_other_shapes", "refuse_unloadable", "take_shapes_", "take_told_", "take_untold_",
+    "Recipe", "drop_unused_recipe_", "recipe_of", "refuse_other_shapes", "refuse_unloadable", "resize_",
+    "take_shapes_", "take_told_", "take_untold_",
 ]  # fmt: skip
-
-RECIPE = "lightning_prune"
-"""The key under which the metadata of a module in a state dict carries its part of the recipe."""
-
-_VERSION = 1
-_AT_ONCE = 2**20  # entries of a weight that are compared with its mask together
-
-PackedMasks = dict[str, list[Any]]
-"""Name of a parameter -> its mask, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
-
-Told = dict[str, dict[str, Any]]
-"""Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name.
-
-Where a layer was removed there is also ``layer``: what is returned in its place. Where layers were taken out of a list
-there is also ``gaps``: pairs of a position in it and what is returned in its place. Where the module holds
-hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
-
-
-@dataclass(eq=False)
-class _Part:
-    """A hook that a module carries: writes its part of the recipe into the metadata of its state dicts.
-
-    Attributes:
-        attributes: Names of the numbers to write; they may lead through a config.
-        masks: The masks of the module's own parameters.
-        needed: Whether the model was pruned, so that the hook stays after a run.
-    """
-
-    attributes: list[str] = field(default_factory=list)
-    masks: PackedMasks = field(default_factory=dict)
-    needed: bool = False
-
-    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        """Write plain numbers, lists and tensors, and never fail: state dicts are saved by code that is not ours."""
-        masks = {leaf: m for leaf, m in self.masks.items() if _holds(m, state_dict.get(prefix + leaf))}
-        local_metadata[RECIPE] = {"version": _VERSION, "attributes": self.values(module), "masks": masks}
-        if isinstance(module, Skipped):
-            local_metadata[RECIPE]["layer"] = copy.deepcopy(module.skip)
-        if isinstance(module, ClosedList) and module.gone:
-            local_metadata[RECIPE]["gaps"] = [[position, copy.deepcopy(skip)] for position, skip in module.gone.items()]
-        if built_with := constructor_numbers(module, self.attributes):
-            local_metadata[RECIPE]["built_with"] = built_with
-
-    def values(self, module: nn.Module) -> dict[str, Any]:
-        """Return the numbers that are still there, by name."""
-        held = {name: _plain(held_number(module, name)) for name in self.attributes}
-        return {name: value for name, value in held.items() if _is_whole(value) or _are_whole(value)}
-
-    def masks_on(self, module: nn.Module) -> PackedMasks:
-        """Return the masks that still hold. Weights that were written to since have ended theirs."""
-        own = module._parameters
-        return {leaf: m for leaf, m in self.masks.items() if own.get(leaf) is not None and _holds(m, own[leaf])}
 
 
 class Recipe:
@@ -111,7 +67,7 @@ class Recipe:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._parts = {path: part for path, module in modules_of(model) if (part := _part_of(module)) is not None}
+        self._parts = {path: part for path, module in modules_of(model) if (part := part_of(module)) is not None}
 
     @property
     def places(self) -> list[tuple[str, str]]:
@@ -121,7 +77,7 @@ class Recipe:
     def note(self, places: Iterable[tuple[str, str]]) -> None:
         """Add attributes to write, as ``(module path, name)``."""
         for path, name in places:
-            part = self._parts.get(path) or _part_of(self._model.get_submodule(path))  # a path may be another name
+            part = self._parts.get(path) or part_of(self._model.get_submodule(path))  # a path may be another name
             if part is not None and name not in part.attributes:
                 part.attributes = [*part.attributes, name]
 
@@ -151,7 +107,7 @@ class Recipe:
         names: dict[int, str] = {}
         for path, module in modules_of(self._model):
             for leaf, parameter in module._parameters.items():
-                names.setdefault(id(parameter), _joined(path, leaf))
+                names.setdefault(id(parameter), joined(path, leaf))
             for leaf, mask in self._parts[path].masks_on(module).items() if path in self._parts else ():
                 found.setdefault(names[id(module._parameters[leaf])], mask)
         return found
@@ -175,53 +131,28 @@ class Recipe:
     def followed(self, kept: Kept) -> PackedMasks:
         """Return what the masks become after a cut that removes entries of the parameters themselves."""
         masks = {name: mask for name, mask in self.masks.items() if name in kept}
-        return {name: _followed(mask, kept[name]) for name, mask in masks.items()}
+        return {name: followed_mask(mask, kept[name]) for name, mask in masks.items()}
 
 
 def recipe_of(model: nn.Module) -> Recipe:
     """Return the recipe that a model carries, an empty one if it carries none."""
     for _, module in modules_of(model):
-        if _part_of(module) is None and not isinstance(module, torch.jit.ScriptModule):
+        if part_of(module) is None and not isinstance(module, torch.jit.ScriptModule):
             module.register_load_state_dict_pre_hook(take_shapes_)
-            module.register_state_dict_post_hook(_Part())
+            module.register_state_dict_post_hook(RecipePart())
     return Recipe(model)
 
 
 def drop_unused_recipe_(model: nn.Module) -> None:
     """Remove the recipe from the modules of a model that was never pruned."""
     for _, module in modules_of(model):
-        part = _part_of(module)
+        part = part_of(module)
         if part is None or part.needed:
             continue
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
             for key, hook in list(hooks.items()):
                 if hook is part or getattr(hook, "hook", hook) is take_shapes_:
                     del hooks[key]
-
-
-def recipes_in(state_dict: Any) -> Told:
-    """Return what the metadata of a state dict tells, by module path.
-
-    Raises:
-        PruningError: If it is not what this version writes.
-    """
-    metadata = getattr(state_dict, "_metadata", None)
-    if metadata is None:
-        return {}
-    if not isinstance(metadata, Mapping) or not all(isinstance(of, Mapping) for of in metadata.values()):
-        raise PruningError("The metadata of the state dict cannot be read: the file is damaged. Load an earlier one.")
-    return checked({path: of[RECIPE] for path, of in metadata.items() if RECIPE in of})
-
-
-def checked(told: Told) -> Told:
-    """Return parts of a recipe, once it is known that they are what this version writes.
-
-    Raises:
-        PruningError: If they are something else.
-    """
-    for path, recipe in told.items():
-        _refuse_unreadable(path, recipe)
-    return told
 
 
 def take_shapes_(
@@ -309,7 +240,7 @@ def refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, A
             continue
         kind = type(model).__name__
         dense = ""
-        if any(part.needed for _, module in modules_of(model) if (part := _part_of(module)) is not None):
+        if any(part.needed for _, module in modules_of(model) if (part := part_of(module)) is not None):
             dense = f" If it is of {kind} as it was before pruning, build a {kind} anew and load it there."
         raise PruningError(
             f"{where}: size mismatch for {name}: {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
@@ -396,7 +327,7 @@ def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -
         name: saved
         for path in told
         for leaf in (*modules[path]._parameters, *modules[path]._buffers)
-        if isinstance(saved := state_dict.get(name := _joined(path, leaf)), Tensor)
+        if isinstance(saved := state_dict.get(name := joined(path, leaf)), Tensor)
     }
     masks = {path: _fitting_masks(path, modules[path], state_dict, recipe["masks"]) for path, recipe in told.items()}
     attributes = [[path, name, value] for path, of in told.items() for name, value in of["attributes"].items()]
@@ -405,7 +336,7 @@ def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -
     with all_or_nothing(module):
         changed = resize_(module, tensors, attributes)
         for path, own in masks.items():
-            if (part := _part_of(modules[path])) is not None:
+            if (part := part_of(modules[path])) is not None:
                 part.masks = own
     return changed
 
@@ -449,7 +380,7 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
         first = names.get(name)
         if first is None or saved.dim() != own[first].dim() or saved.shape == own[first].shape:
             continue
-        _refuse_hollow(name, saved)
+        refuse_hollow(name, saved)
         shapes[first] = tuple(saved.shape)
     largest = max((tensor.numel() for tensor in state_dict.values() if isinstance(tensor, Tensor)), default=0)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -474,62 +405,9 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     return set(shapes)
 
 
-def _part_of(module: nn.Module) -> _Part | None:
-    return next((hook for hook in module._state_dict_hooks.values() if isinstance(hook, _Part)), None)
-
-
-def _joined(path: str, leaf: str) -> str:
-    return f"{path}.{leaf}" if path else leaf
-
-
-def _plain(value: Any) -> Any:
-    """Return a value in types that every reader of checkpoints takes."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return int(value) if isinstance(value, np.integer) else value
-
-
 def _alike(old: Any, value: Any) -> Any:
     """Return several numbers as a tuple where a module holds a tuple: files hold lists."""
     return tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_whole(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(_is_whole(value) for value in values)
-
-
-def _refuse_unreadable(path: Any, recipe: Any) -> None:
-    """Refuse a part of a recipe that this version did not write, before anything is made of it."""
-    try:
-        if recipe["version"] != _VERSION:
-            raise ValueError(f"version {recipe['version']!r} instead of {_VERSION}")
-        for name, value in recipe["attributes"].items():
-            if not isinstance(name, str) or not (_is_whole(value) or _are_whole(value)):
-                raise TypeError(f"{name!r}: {value!r}")
-        if "layer" in recipe:
-            check_skip(recipe["layer"])
-        for position, skip in recipe.get("gaps", []):
-            if not _is_whole(position) or position < 0:
-                raise TypeError(f"{position!r} is no position")
-            check_skip(skip)
-        for name, value in recipe.get("built_with", {}).items():
-            if not isinstance(name, str) or not (_is_whole(value) or _are_whole(value)):
-                raise TypeError(f"{name!r}: {value!r}")
-        for name, (packed, shape) in recipe["masks"].items():
-            if not isinstance(name, str) or not _are_whole(shape) or min(shape, default=0) < 0:
-                raise TypeError(f"{name!r}: {shape!r}")
-            _refuse_hollow(name, packed)
-            if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-math.prod(shape) // 8):
-                raise ValueError(f"{name!r}: {len(packed)} bytes for shape {shape!r}")
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise PruningError(
-            f"The pruning metadata in the state dict of {path or 'the model'} cannot be read ({error!r}): the file is "
-            "damaged, or another version of lightning_prune wrote it. Load an earlier checkpoint."
-        ) from error
 
 
 def _refuse_impossible(module: nn.Module, change: AttributeChange, largest: int) -> None:
@@ -545,7 +423,7 @@ def _refuse_impossible(module: nn.Module, change: AttributeChange, largest: int)
         return
     if not (number and follows_cuts(module, change.name) and _possible(change, largest)):
         raise PruningError(
-            f"The pruning metadata asks to set {_joined(change.module, change.name)} from {change.old!r} to "
+            f"The pruning metadata asks to set {joined(change.module, change.name)} from {change.old!r} to "
             f"{change.new!r}, which no pruning does: the file is damaged, or of another model. Nothing was changed; "
             "load an earlier checkpoint."
         )
@@ -561,7 +439,7 @@ def _possible(change: AttributeChange, largest: int) -> bool:
             return False
     else:
         pairs = [(change.old, change.new)]
-    return all(_is_whole(new) and (new == old or 1 <= new <= max(old, 1) * largest) for old, new in pairs)
+    return all(is_whole(new) and (new == old or 1 <= new <= max(old, 1) * largest) for old, new in pairs)
 
 
 def refuse_unloadable(state_dict: Mapping[Any, Any], names: Container[str]) -> None:
@@ -576,25 +454,14 @@ def refuse_unloadable(state_dict: Mapping[Any, Any], names: Container[str]) -> N
         if name in names and isinstance(saved, Tensor):
             if saved.is_nested:  # it has no shape
                 raise PruningError(f"{name} is a nested tensor in the state dict. Load an earlier checkpoint.")
-            _refuse_hollow(name, saved)
-
-
-def _refuse_hollow(name: str, saved: Tensor) -> None:
-    """Refuse a tensor that claims more entries than its file holds: a small file must not ask for large memory."""
-    if saved.layout != torch.strided:
-        return
-    if saved.is_meta or saved.numel() * saved.element_size() > saved.untyped_storage().nbytes():
-        raise PruningError(
-            f"{name} is of shape {tuple(saved.shape)} in the state dict, which holds fewer entries: the file is "
-            "damaged. Load an earlier checkpoint."
-        )
+            refuse_hollow(name, saved)
 
 
 def _names_of(model: nn.Module) -> dict[str, str]:
     """Return, for every name of a parameter or buffer, the first name of the same tensor."""
     firsts = {id(tensor): name for name, tensor in named_tensors(model).items()}
     return {
-        _joined(path, leaf): firsts[id(tensor)]
+        joined(path, leaf): firsts[id(tensor)]
         for path, module in model.named_modules(remove_duplicate=False)
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
@@ -608,7 +475,7 @@ def _tells_all(path: str, module: nn.Module, state_dict: Mapping[str, Any], name
     for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is None or leaf in module._non_persistent_buffers_set:
             continue
-        name = _joined(path, leaf)
+        name = joined(path, leaf)
         found.add(names[name] in there)  # of a shared tensor one name is enough
         if name in state_dict and not (isinstance(saved := state_dict[name], Tensor) and saved.dim() == tensor.dim()):
             return False
@@ -623,52 +490,10 @@ def _fitting_masks(path: str, module: nn.Module, state_dict: Mapping[str, Any], 
     """
     own = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
     for leaf, (_, shape) in masks.items():
-        weight = state_dict.get(_joined(path, leaf), own.get(leaf))
-        if leaf in own and isinstance(weight, Tensor) and not _fits(shape, weight.shape):
+        weight = state_dict.get(joined(path, leaf), own.get(leaf))
+        if leaf in own and isinstance(weight, Tensor) and not fits(shape, weight.shape):
             raise PruningError(
-                f"The pruning metadata has a mask of shape {tuple(shape)} for {_joined(path, leaf)}, which is of shape "
+                f"The pruning metadata has a mask of shape {tuple(shape)} for {joined(path, leaf)}, which is of shape "
                 f"{tuple(weight.shape)}: the file is damaged, or of another model. Load an earlier checkpoint."
             )
     return {leaf: [packed.cpu(), list(shape)] for leaf, (packed, shape) in masks.items() if leaf in own}
-
-
-def _fits(shape: Iterable[int], whole: Iterable[int]) -> bool:
-    """Return whether a mask of a shape spreads to a whole tensor's."""
-    shape, whole = list(shape), list(whole)
-    return len(shape) == len(whole) and all(size in (1, other) for size, other in zip(shape, whole, strict=True))
-
-
-def _followed(mask: list[Any], dims: Mapping[int, Tensor]) -> list[Any]:
-    """Return a packed mask narrowed along the dimensions in which it is not one for all."""
-    keep = unpack_bits(*mask)
-    slim = narrowed(keep, {dim: index for dim, index in dims.items() if keep.shape[dim] > 1})
-    return [pack_bits(slim), list(slim.shape)]
-
-
-def _holds(mask: list[Any], weight: Any) -> bool:
-    """Return whether a weight is zero wherever a mask says so; one that is not there cannot say otherwise."""
-    packed, shape = mask
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return True
-    if not _fits(shape, weight.shape):
-        return False
-    try:
-        keep = part_like(unpack_bits(packed, shape), weight)
-        dense = torch.atleast_1d(_dense(own_part(weight)))
-        keep = keep.to(dense.device).expand(dense.shape)
-        # a part at a time: a copy of a large weight is as large as the weight
-        rows = max(1, _AT_ONCE // max(1, math.prod(dense.shape[1:])))
-        parts = zip(dense.split(rows), keep.split(rows), strict=True)
-        return not any(part.masked_fill(stays, 0).any() for part, stays in parts)
-    except (NotImplementedError, RuntimeError, TypeError):  # of a kind that does not say what it holds
-        return False
-
-
-def _dense(weight: Tensor) -> Tensor:
-    """Return a weight in a form that can be compared with zero: quantized, sparse and tiny floats cannot."""
-    weight = weight.detach()
-    if weight.is_quantized:
-        return weight.dequantize()
-    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
-        weight = weight.to_dense()
-    return weight.float() if weight.is_floating_point() and weight.element_size() == 1 else weight

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery.attributes import set_number_
 from lightning_prune.surgery.loading import slim_loading
-from lightning_prune.surgery.recipe import recipes_in
+from lightning_prune.surgery.recipe_part import recipes_in
 
 __all__ = ["load_from_checkpoint"]
 

@@ -1,0 +1,213 @@
+"""The part of a recipe that one module carries: numbers that follow a cut, and masks of its own parameters."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.model.bits import pack_bits, unpack_bits
+from lightning_prune.model.errors import PruningError
+from lightning_prune.model.shards import own_part, part_like
+from lightning_prune.surgery.attributes import constructor_numbers, held_number
+from lightning_prune.surgery.layer_lists import ClosedList
+from lightning_prune.surgery.pass_through import Skipped, check_skip
+from lightning_prune.surgery.resize import narrowed
+
+__all__ = [
+    "RECIPE", "PackedMasks", "RecipePart", "Told", "are_whole", "checked", "fits", "followed_mask", "is_whole",
+    "joined", "part_of", "recipes_in", "refuse_hollow",
+]  # fmt: skip
+
+RECIPE = "lightning_prune"
+"""The key under which the metadata of a module in a state dict carries its part of the recipe."""
+
+_VERSION = 1
+_AT_ONCE = 2**20  # entries of a weight that are compared with its mask together
+
+PackedMasks = dict[str, list[Any]]
+"""Name of a parameter -> its mask, as ``[packed bits, shape]`` (see :mod:`lightning_prune.model.bits`)."""
+
+Told = dict[str, dict[str, Any]]
+"""Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name.
+
+Where a layer was removed there is also ``layer``: what is returned in its place. Where layers were taken out of a list
+there is also ``gaps``: pairs of a position in it and what is returned in its place. Where the module holds
+hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
+
+
+@dataclass(eq=False)
+class RecipePart:
+    """A hook that a module carries: writes its part of the recipe into the metadata of its state dicts.
+
+    Attributes:
+        attributes: Names of the numbers to write; they may lead through a config.
+        masks: The masks of the module's own parameters.
+        needed: Whether the model was pruned, so that the hook stays after a run.
+    """
+
+    attributes: list[str] = field(default_factory=list)
+    masks: PackedMasks = field(default_factory=dict)
+    needed: bool = False
+
+    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+        """Write plain numbers, lists and tensors, and never fail: state dicts are saved by code that is not ours."""
+        masks = {leaf: m for leaf, m in self.masks.items() if _holds(m, state_dict.get(prefix + leaf))}
+        local_metadata[RECIPE] = {"version": _VERSION, "attributes": self.values(module), "masks": masks}
+        if isinstance(module, Skipped):
+            local_metadata[RECIPE]["layer"] = copy.deepcopy(module.skip)
+        if isinstance(module, ClosedList) and module.gone:
+            local_metadata[RECIPE]["gaps"] = [[position, copy.deepcopy(skip)] for position, skip in module.gone.items()]
+        if built_with := constructor_numbers(module, self.attributes):
+            local_metadata[RECIPE]["built_with"] = built_with
+
+    def values(self, module: nn.Module) -> dict[str, Any]:
+        """Return the numbers that are still there, by name."""
+        held = {name: _plain(held_number(module, name)) for name in self.attributes}
+        return {name: value for name, value in held.items() if is_whole(value) or are_whole(value)}
+
+    def masks_on(self, module: nn.Module) -> PackedMasks:
+        """Return the masks that still hold. Weights that were written to since have ended theirs."""
+        own = module._parameters
+        return {leaf: m for leaf, m in self.masks.items() if own.get(leaf) is not None and _holds(m, own[leaf])}
+
+
+def part_of(module: nn.Module) -> RecipePart | None:
+    """Return the part of a recipe that a module carries."""
+    return next((hook for hook in module._state_dict_hooks.values() if isinstance(hook, RecipePart)), None)
+
+
+def recipes_in(state_dict: Any) -> Told:
+    """Return what the metadata of a state dict tells, by module path.
+
+    Raises:
+        PruningError: If it is not what this version writes.
+    """
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping) or not all(isinstance(of, Mapping) for of in metadata.values()):
+        raise PruningError("The metadata of the state dict cannot be read: the file is damaged. Load an earlier one.")
+    return checked({path: of[RECIPE] for path, of in metadata.items() if RECIPE in of})
+
+
+def checked(told: Told) -> Told:
+    """Return parts of a recipe, once it is known that they are what this version writes.
+
+    Raises:
+        PruningError: If they are something else.
+    """
+    for path, recipe in told.items():
+        _refuse_unreadable(path, recipe)
+    return told
+
+
+def _refuse_unreadable(path: Any, recipe: Any) -> None:
+    """Refuse a part of a recipe that this version did not write, before anything is made of it."""
+    try:
+        if recipe["version"] != _VERSION:
+            raise ValueError(f"version {recipe['version']!r} instead of {_VERSION}")
+        for name, value in recipe["attributes"].items():
+            if not isinstance(name, str) or not (is_whole(value) or are_whole(value)):
+                raise TypeError(f"{name!r}: {value!r}")
+        if "layer" in recipe:
+            check_skip(recipe["layer"])
+        for position, skip in recipe.get("gaps", []):
+            if not is_whole(position) or position < 0:
+                raise TypeError(f"{position!r} is no position")
+            check_skip(skip)
+        for name, value in recipe.get("built_with", {}).items():
+            if not isinstance(name, str) or not (is_whole(value) or are_whole(value)):
+                raise TypeError(f"{name!r}: {value!r}")
+        for name, (packed, shape) in recipe["masks"].items():
+            if not isinstance(name, str) or not are_whole(shape) or min(shape, default=0) < 0:
+                raise TypeError(f"{name!r}: {shape!r}")
+            refuse_hollow(name, packed)
+            if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-math.prod(shape) // 8):
+                raise ValueError(f"{name!r}: {len(packed)} bytes for shape {shape!r}")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise PruningError(
+            f"The pruning metadata in the state dict of {path or 'the model'} cannot be read ({error!r}): the file is "
+            "damaged, or another version of lightning_prune wrote it. Load an earlier checkpoint."
+        ) from error
+
+
+def refuse_hollow(name: str, saved: Tensor) -> None:
+    """Refuse a tensor that claims more entries than its file holds: a small file must not ask for large memory."""
+    if saved.layout != torch.strided:
+        return
+    if saved.is_meta or saved.numel() * saved.element_size() > saved.untyped_storage().nbytes():
+        raise PruningError(
+            f"{name} is of shape {tuple(saved.shape)} in the state dict, which holds fewer entries: the file is "
+            "damaged. Load an earlier checkpoint."
+        )
+
+
+def joined(path: str, leaf: str) -> str:
+    """Return the whole name of what a module holds."""
+    return f"{path}.{leaf}" if path else leaf
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in types that every reader of checkpoints takes."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def is_whole(value: Any) -> bool:
+    """Return whether a value is a whole number; truth values are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_whole(values: Any) -> bool:
+    """Return whether a value is several whole numbers."""
+    return isinstance(values, list | tuple) and all(is_whole(value) for value in values)
+
+
+def fits(shape: Iterable[int], whole: Iterable[int]) -> bool:
+    """Return whether a mask of a shape spreads to a whole tensor's."""
+    shape, whole = list(shape), list(whole)
+    return len(shape) == len(whole) and all(size in (1, other) for size, other in zip(shape, whole, strict=True))
+
+
+def followed_mask(mask: list[Any], dims: Mapping[int, Tensor]) -> list[Any]:
+    """Return a packed mask narrowed along the dimensions in which it is not one for all."""
+    keep = unpack_bits(*mask)
+    slim = narrowed(keep, {dim: index for dim, index in dims.items() if keep.shape[dim] > 1})
+    return [pack_bits(slim), list(slim.shape)]
+
+
+def _holds(mask: list[Any], weight: Any) -> bool:
+    """Return whether a weight is zero wherever a mask says so; one that is not there cannot say otherwise."""
+    packed, shape = mask
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return True
+    if not fits(shape, weight.shape):
+        return False
+    try:
+        keep = part_like(unpack_bits(packed, shape), weight)
+        dense = torch.atleast_1d(_dense(own_part(weight)))
+        keep = keep.to(dense.device).expand(dense.shape)
+        # a part at a time: a copy of a large weight is as large as the weight
+        rows = max(1, _AT_ONCE // max(1, math.prod(dense.shape[1:])))
+        parts = zip(dense.split(rows), keep.split(rows), strict=True)
+        return not any(part.masked_fill(stays, 0).any() for part, stays in parts)
+    except (NotImplementedError, RuntimeError, TypeError):  # of a kind that does not say what it holds
+        return False
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """Return a weight in a form that can be compared with zero: quantized, sparse and tiny floats cannot."""
+    weight = weight.detach()
+    if weight.is_quantized:
+        return weight.dequantize()
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+        weight = weight.to_dense()
+    return weight.float() if weight.is_floating_point() and weight.element_size() == 1 else weight
