@@ -109,6 +109,84 @@ def test_a_later_cut_that_is_even_again_is_followed():
     assert torch.equal(rebuilt(model)(X), model(X))
 
 
+class DecoderConfig:
+    """Numbers of a decoder, whose width of a head is one of them."""
+
+    model_type = "decoder"
+
+    def __init__(
+        self, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rotary=True, tied=True
+    ):
+        self.hidden_size, self.head_dim, self.rotary, self.tied = hidden_size, head_dim, rotary, tied
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
+        if tied and hidden_size % num_attention_heads:
+            raise ValueError("The hidden size is not a multiple of the number of heads.")
+
+    def to_dict(self):
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, values):
+        return cls(**values)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        width, size = config.hidden_size, config.head_dim
+        self.size, self.repeats = size, config.num_attention_heads // config.num_key_value_heads
+        self.q = nn.Linear(width, config.num_attention_heads * size)
+        self.k, self.v = (nn.Linear(width, config.num_key_value_heads * size) for _ in range(2))
+        self.o = nn.Linear(config.num_attention_heads * size, width)
+
+    def forward(self, x, angles):
+        q, k, v = (of(x).view(*x.shape[:2], -1, self.size).transpose(1, 2) for of in (self.q, self.k, self.v))
+        if angles is not None:  # each half of a head is turned against the other
+            cos, sin = angles.cos(), angles.sin()
+            q, k = (u * cos + torch.cat([-u.chunk(2, -1)[1], u.chunk(2, -1)[0]], -1) * sin for u in (q, k))
+        k, v = (u.repeat_interleave(self.repeats, 1) for u in (k, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class Decoder(PreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.stem, self.head = nn.Linear(8, config.hidden_size), nn.Linear(config.hidden_size, 3)
+        self.blocks = nn.ModuleList([Attention(config) for _ in range(2)])
+        if config.rotary:
+            frequencies = 0.5 ** torch.arange(config.head_dim // 2)
+            self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, x):
+        angles = None
+        if self.config.rotary:
+            angles = torch.outer(torch.arange(x.shape[1]), self.frequencies).repeat(1, 2)
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, angles)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("groups", "rotary", "tied"), [(1, 1, 0), (1, 0, 1), (2, 1, 1), (2, 1, 0), (2, 0, 1), (4, 1, 1), (4, 0, 0)]
+)
+def test_heads_leave_whose_width_stays(groups, rotary, tied):
+    """Heads and their keys leave where rotary embeddings keep the width inside a head, and the config says it.
+
+    Of heads that share one key only their width can shrink, and frequencies that no file holds keep that.
+    """
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(num_key_value_heads=groups, rotary=rotary, tied=tied))
+    x = torch.randn(2, 5, 8)
+    report = prune_filters(model, x, 0.5, uniform=True)
+    assert not report.config and torch.equal(rebuilt(model)(x), model(x))
+    halved = groups > 1 or not rotary
+    assert {block.q.out_features for block in model.blocks} == {12 if halved else 24}
+    assert model.config.head_dim == (3 if groups == 1 and halved else 6)
+    assert model.stem.out_features == model.config.hidden_size == (12 if halved or not tied else 24)
+
+
 class Plain(nn.Module):
     """Blocks without any config."""
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.surgery import config_fields
+from lightning_prune.surgery.configs import ConfigField, pretrained_models
 
 __all__ = ["with_one_width"]
 
@@ -25,6 +26,8 @@ def with_one_width(model: nn.Module, structure: Structure) -> Structure:
         sets.append(names)
         if missing:
             why |= dict.fromkeys(names, f"uniform=True, and {missing}, which must have the same width, is not prunable")
+    for name, tensor in _of_unsaved(model, structure):
+        why[name] = f"uniform=True, and {tensor} would lose entries, which no config tells and no file holds"
     return structure.linked(sets).without_each(why)
 
 
@@ -37,19 +40,34 @@ def _by_config(model: nn.Module, structure: Structure) -> Iterator[tuple[set[str
     for name, group in structure.groups.items():
         for slot in group.slots:
             at[slot.tensor, slot.dim].add(name)
-    divided: dict[str, set[str]] = defaultdict(set)
+    given: list[tuple[ConfigField, dict[tuple[str, int], set[str]], str]] = []
     for field in config_fields(model):
-        names: set[str] = set()
-        missing = ""
-        for tensor, dim in field.places:
-            place = first_of.get(tensor, tensor), dim
-            names |= at.get(place, set())
-            missing = missing or ("" if place in at else tensor)
+        places = {(first_of.get(tensor, tensor), dim): tensor for tensor, dim in field.places}
+        missing = next((tensor for place, tensor in places.items() if place not in at), "")
+        given.append((field, {place: at[place] for place in places if place in at}, missing))
+    free = {place for _, own, missing in given if not missing for place in own}
+    divided: dict[str, set[str]] = defaultdict(set)
+    for field, own, missing in given:
+        # A number that cannot change holds no width that another one gives, too: heads times the width of one, which
+        # rotary embeddings keep.
+        names = set().union(*(of for place, of in own.items() if not missing or place not in free))
         yield names, missing
-        if field.divided:
+        if field.divided and not missing:
             divided[field.module] |= names
     for names in divided.values():  # a width and a number of heads shrink by the same share
         yield names, ""
+
+
+def _of_unsaved(model: nn.Module, structure: Structure) -> Iterator[tuple[str, str]]:
+    """Yield the groups that a buffer of a Hugging Face model belongs to which its files do not hold, and the buffer."""
+    unsaved = set()
+    for path, module in pretrained_models(model):
+        for at, owner in module.named_modules(prefix=path):
+            unsaved |= {f"{at}.{leaf}" if at else leaf for leaf in owner._non_persistent_buffers_set}
+    for name, group in structure.groups.items():
+        for slot in group.slots:
+            if slot.tensor in unsaved:
+                yield name, slot.tensor
 
 
 def _by_block(model: nn.Module, structure: Structure) -> Iterator[tuple[set[str], str]]:
