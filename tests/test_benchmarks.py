@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from benchmarks.data import Batches, augment, cifar10
 from benchmarks.han2015 import KEPT, left
+from benchmarks.han2015_imagenet import KEPT as IMAGENET_KEPT
+from benchmarks.han2015_imagenet import NETWORKS
 from benchmarks.lottery import LAYERS, ROUNDS
 from benchmarks.models import lenet_5, lenet_300_100, resnet_cifar
 from lightning_prune import prune_weights
@@ -91,3 +93,15 @@ def test_rounds_of_the_lottery_are_those_of_the_paper():
     for number, told in ROUNDS.items():
         stays = sum(size * LAYERS[layer] ** number for layer, size in sizes.items())
         assert round(100 * stays / sum(sizes.values()), 1) == float(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "left"), [("AlexNet", 60_965_224, 6.7e6), ("VGG-16", 138_357_544, 10.3e6)]
+)
+def test_networks_of_imagenet_are_those_of_han(name, parameters, left):
+    """As many parameters as Caffe's AlexNet and VGG-16 have; the rates of the layers leave what the paper reports."""
+    with torch.device("meta"):
+        net = NETWORKS[name][0]()
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    kept = sum(share * net.get_submodule(layer).weight.numel() for layer, share in IMAGENET_KEPT[name].items())
+    assert kept == pytest.approx(left, rel=0.03)  # the paper's rates are whole percents
