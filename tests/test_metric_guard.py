@@ -277,6 +277,31 @@ def test_a_run_that_never_validates_is_refused(without):
     assert trainer.global_step == 0
 
 
+RARELY = [{"check_val_every_n_epoch": 2}, {"check_val_every_n_epoch": None, "val_check_interval": 8}]
+
+
+@pytest.mark.parametrize("rarely", RARELY, ids=lambda rarely: "-".join(rarely))
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_validation_may_come_later_than_the_first_epoch(rarely, sanity):
+    """Lightning makes the validation loaders when they are due; a guard waits for them."""
+    model = Scripted([0.9, 0.9, 0.9, 0.1, 0.1, 0.1])
+    diary = Diary()
+    fit(model, FilterL1Pruning(0.5, schedule=OneShot(2)), MetricGuard("score", drop=0.1), diary,
+        num_sanity_val_steps=sanity, **rarely)  # fmt: skip
+    assert diary.widths == [16, 16, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"patience": 3}], ids=["no-validation", "patience"])
+def test_a_last_cut_that_is_never_judged_is_said(arguments):
+    """Training that ends between the last cut and its judgement says that nobody judged it."""
+    model = Scripted([0.9] * 3 + [0.1] * 3)
+    rarely = {} if arguments else {"check_val_every_n_epoch": 4, "num_sanity_val_steps": 0}
+    told = r"MetricGuard\(monitor='score'\): training ended before the last pruning step was judged, after "
+    with pytest.warns(UserWarning, match=told):
+        fit(model, FilterL1Pruning(0.5, schedule=OneShot(4)), MetricGuard("score", drop=0.1, **arguments), **rarely)
+    assert model.net[0].out_features == 8
+
+
 def test_the_mode_is_that_of_callbacks_beside_it(caplog):
     """The mode of a ModelCheckpoint or EarlyStopping on the same metric holds; contradictions are refused."""
     falls = [1.0, 0.5, 0.4, 0.3, 0.2, 0.1]

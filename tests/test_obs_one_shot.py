@@ -271,6 +271,6 @@ def test_without_training_batches_nothing_is_pruned():
     """A fit whose training is switched off ends with a warning, and the weights are as they were."""
     module = net()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with pytest.warns(UserWarning, match="nothing was pruned, as limit_train_batches=0"):
+    with pytest.warns(UserWarning, match="trained no batch, so it pruned nothing"):
         fit(module, OBSOneShot(0.5, batches=1), limit_train_batches=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())

@@ -20,6 +20,7 @@ from lightning_prune import (
     PruningError,
     TaylorFilterPruning,
 )
+from lightning_prune.callbacks import WeightSharing
 from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import (
     IMAGE,
@@ -321,21 +322,26 @@ def test_fast_dev_run(kind, schedule):
     [{"limit_train_batches": 0}, {"max_epochs": 0}, {"max_steps": 0}],
     ids=lambda limits: "-".join(limits),
 )
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:.*limit_train_batches", "ignore:.*`max_epochs`")
 def test_no_training(limits):
-    """A run without batches leaves the model whole."""
+    """A run without batches leaves the model whole, and says so."""
     module = net(Known)
     before = weights(module)
-    fit(module, FilterL1Pruning(amount=0.5), **limits)
+    with pytest.warns(UserWarning, match="FilterL1Pruning: this run trained no batch, so it pruned nothing"):
+        fit(module, FilterL1Pruning(amount=0.5), **limits)
     assert_same_weights(module, before)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_empty_loader():
-    """A loader without examples leaves the model whole."""
+    """A loader without examples leaves the model whole, and every callback that did nothing says so."""
     module = net()
-    made = trainer(FilterL1Pruning(amount=0.5))
-    made.fit(module, DataLoader(TensorDataset(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.long))))
+    made = trainer(FilterL1Pruning(amount=0.5), WeightSharing())
+    with (
+        pytest.warns(UserWarning, match="trained no batch"),
+        pytest.warns(UserWarning, match="no epoch began in which"),
+    ):
+        made.fit(module, DataLoader(TensorDataset(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.long))))
     assert widths(module) == WIDTHS
 
 

@@ -16,7 +16,7 @@ from lightning_prune import (
     PruningError,
 )
 from lightning_prune.surgery.masks import masks_on
-from tests.runs import fit, net, widths
+from tests.runs import assert_same_weights, fit, net, weights, widths
 
 STEPS = 4  # in an epoch
 
@@ -51,6 +51,19 @@ def test_a_larger_amount_of_filters_is_reached(finished, tmp_path):
     module, told = resumed(path, FilterL1Pruning(0.5, schedule=Linear(2, 4)))
     assert widths(module) == {"first": 4, "second": 3, "hidden": 5}
     assert len(told) == 1 and "amount=0.25 is now amount=0.5" in told[0]
+
+
+@pytest.mark.parametrize("kind", [FilterL1Pruning, IterativeMagnitudePruning], ids=lambda kind: kind.__name__)
+def test_a_larger_amount_without_epochs_left_is_said(kind, tmp_path):
+    """A checkpoint that has had all epochs trains no more: a warning says that a larger amount changes nothing."""
+    module, path = saved(tmp_path, kind(0.25))
+    for amount, expected in ((0.25, 0), (0.5, 1)):
+        again = net(seed=5)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(again, kind(amount), ckpt_path=path, max_epochs=2)
+        assert_same_weights(again, weights(module))
+        assert sum("trained no batch, so it pruned nothing" in str(each.message) for each in told) == expected
 
 
 def test_a_smaller_amount_prunes_no_more(tmp_path):

@@ -106,8 +106,8 @@ class MetricGuard(Guard):
         self._mode = self._mode_of_run(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse loaders without a batch, now that they are known."""
-        if not sum(trainer.num_val_batches):
+        """Refuse loaders without a batch, if they are known: Lightning makes them when the first validation is due."""
+        if trainer.val_dataloaders is not None and not sum(trainer.num_val_batches):
             raise PruningError(self._never_validates("the validation loaders are empty"))
 
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,8 +144,14 @@ class MetricGuard(Guard):
         self.judge(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the last cut, so that training does not end with one that did harm."""
+        """Judge the last cut, so that training does not end with one that did harm; warn if it cannot be judged."""
         self.judge(trainer, pl_module)
+        if self._state.before is not None:
+            rank_zero_warn(
+                f"MetricGuard(monitor={self.monitor!r}): training ended before the last pruning step was judged, after "
+                f"{self._state.validations} of {self.patience} validations. It was not rolled back. Train for longer, "
+                "validate more often, or lower patience."
+            )
 
     def judge(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Roll the last cut back if the metric had its time and has not recovered; else forget what was before it."""

@@ -119,8 +119,11 @@ class WeightSharing(AnyCallback):
         rank_zero_info(f"{type(self).__name__}: {entries:,} weights share {values:,} values.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn where pruning, or training, ended too early."""
+        """Remove hooks."""
         self._release()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn where pruning, or training, ended too early, or no batch was trained."""
         if self._codes is None:
             waits = ", as pruning was not done" if pruning_callbacks(trainer) and not pruning_finished(trainer) else ""
             rank_zero_warn(

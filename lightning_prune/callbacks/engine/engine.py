@@ -126,10 +126,7 @@ class Engine:
 
     def end_fit(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune where there was nothing left to train: a checkpoint that has had all its epochs."""
-        if own.clock.prunes_after_training and not own.prepared:
-            if trainer.fit_loop._combined_loader is None:
-                rank_zero_warn(f"{own.where}: nothing was pruned, as limit_train_batches=0 leaves no data to prune on.")
-                return
+        if own.clock.prunes_after_training and not own.prepared and trainer.fit_loop._combined_loader is not None:
             self._prepare(self._run(own, trainer, pl_module), None)
             self.end_training(own, trainer, pl_module)
 

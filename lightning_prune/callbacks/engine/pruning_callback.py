@@ -119,7 +119,9 @@ class PruningCallback(AnyCallback, ABC):
         self.engine.stop(self.member, trainer, pl_module, exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove hooks."""
+        """Remove hooks; warn if nothing was trained."""
+        if stage == "fit":
+            self.engine.log.warn_untrained(self.member)
         self.engine.teardown(self.member, trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

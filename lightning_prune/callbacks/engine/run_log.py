@@ -119,6 +119,14 @@ class RunLog:
                 "back what came after."
             )
 
+    def warn_untrained(self, own: Member) -> None:
+        """Warn if something was to be pruned and Lightning trained nothing."""
+        if not own.prepared and (own.clock.unfinished or own.asks_for_other_amounts):
+            rank_zero_warn(
+                f"{own.where}: this run trained no batch, so it pruned nothing. Look at max_epochs (those that a "
+                "checkpoint has had count), max_steps, limit_train_batches and the training data."
+            )
+
     def start_step(self, run: Run) -> None:
         """Note who prunes, and which checkpoints are the best before a pruning step."""
         self._pruning.append(run.own)
