@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_prune import prune_filters
+from lightning_prune import PruningError, prune_filters
 from tests.silencing import assert_equal_to_rounding
 
 CHANNELS = 12
@@ -201,6 +201,9 @@ STATISTICS: dict[str, Operator] = {
     "nn.ChannelShuffle": nn.ChannelShuffle(2),
     "cdist between channels": lambda y: (torch.cdist(y.flatten(2), y.flatten(2)) @ y.flatten(2)).view_as(y),
     "logsumexp": lambda y: y - y.logsumexp(1, keepdim=True),
+    "max and its unused places": lambda y: y - torch.max(y, 1, keepdim=True)[0],
+    "min and its unused places": lambda y: y - y.min(1, keepdim=True).values,
+    "CBAM": lambda y: y * torch.cat([y.mean(1, keepdim=True), y.max(1, keepdim=True)[0]], 1).sum(1, keepdim=True),
     "var_mean": lambda y: (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True) + 1e-3).sqrt(),
 }
 """Operators that take a statistic over channels, or deal them out: they do so over the channels that stay."""
@@ -237,6 +240,10 @@ MIXING: dict[str, tuple[Operator, str]] = {
             torch.view_as_complex(y.permute(0, 2, 3, 1).reshape(-1, 2)) * 1j).view(2, 8, 8, 12).permute(0, 3, 1, 2),
         "",
     ),
+    "gather at the largest": (lambda y: y * y.gather(1, y.max(1, keepdim=True)[1]), "the place of its largest"),
+    "the smallest, as a number": (lambda y: y * y.min(1, keepdim=True)[1].double(), "the place of its largest"),
+    "the largest, read": (lambda y: y * y.mean((0, 2, 3)).max(0)[1].item(), "the place of its largest"),
+    "the largest, listed": (lambda y: y * y.mean((0, 2, 3)).max(0, keepdim=True)[1].tolist()[0], "the place of its"),
     "layer_norm of a literal": (
         lambda y: F.layer_norm(y.permute(0, 2, 3, 1), (12,)).permute(0, 3, 1, 2), "a number in the code"
     ),
@@ -261,3 +268,15 @@ def test_channels_stay_where_operators_mix_them(name):
     assert report.kept["0.weight"][0].numel() == 3 and 0 not in everything.kept.get("3.a.weight", {})
     reasons = [pin.reason for pin in everything.pinned if pin.tensor == "3.a.weight"]
     assert reasons and told in reasons[0]
+
+
+def test_places_that_are_returned_stay():
+    """A model that returns which channel is largest keeps all of them, whatever else it returns."""
+
+    class Largest(Between):
+        def forward(self, x):
+            return super().forward(x), self.enters(x).max(1)[1]
+
+    torch.manual_seed(0)
+    with pytest.raises(PruningError, match="a.weight: reaches the model's output"):
+        prune_filters(Largest(lambda y: y), torch.randn(2, 3, 8, 8), amount=0.5)

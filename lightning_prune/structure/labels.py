@@ -63,7 +63,7 @@ class Labels:
 
     ``weight`` says that the tensor was made from parameters and constants alone, ``blank`` that it holds one value
     everywhere and waits to be filled, ``hollow`` that its entries were not computed, ``constant`` that it was made from
-    constants alone.
+    constants alone. ``positions`` are labels of the dimension in which the entries are positions.
     """
 
     dims: dict[int, tuple[Label, ...]] = field(default_factory=dict)
@@ -71,6 +71,7 @@ class Labels:
     blank: bool = False
     hollow: bool = False
     constant: bool = False
+    positions: tuple[Label, ...] = ()
 
     def at(self, dim: int) -> tuple[Label, ...]:
         """Return the labels along a dimension, none for a dimension of fixed size."""

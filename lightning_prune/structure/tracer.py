@@ -89,7 +89,8 @@ def watch(
     ledger.unseen = unseen if first else ledger.unseen & unseen
     returned = list(tensors_in(outputs))
     for tensor in returned:
-        for found in mode.labels_of(tensor).dims.values():
+        labels_out = mode.labels_of(tensor)
+        for found in (*labels_out.dims.values(), labels_out.positions):
             ledger.pin(found, "reaches the model's output")
     if first:
         drop_unneeded_(ledger, map(mode.labels_of, returned))
@@ -242,6 +243,7 @@ class _LabelMode(Watch):
             constant = constant and labels.constant
         running = self._running[-1]
         path = running[0]
+        self._pin_positions(found, func)
         ordinal = self._ordinals.get(path, 0)
         self._ordinals[path] = ordinal + 1
         owner, owner_path = self._owners[-1]
@@ -277,6 +279,8 @@ class _LabelMode(Watch):
                 self._fix_literals(func, tensor, own)
             shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
             ran.made.append(Labels(own, made, blank or shows_blank, hollow, constant))
+            if ruled and call.positions_along and not tensor.is_floating_point():
+                ran.made[-1].positions = call.positions_along
             ran.leaving.append(tensor.shape)
             self._lay(tensor, ran.made[-1])
         if known.writes and not constant:
@@ -286,6 +290,13 @@ class _LabelMode(Watch):
         if not hollow and (known.draws or not (weight or known.writes or aliases(func))):
             self._decide(known, ran, tensors, [tensor for tensor, _ in outputs])
         return out
+
+    def _pin_positions(self, found: Iterable[Labels], func: Any) -> None:
+        """Pin channels whose positions something goes on by: where others leave, these are other numbers."""
+        for labels in found:
+            if labels.positions:
+                self.ledger.running = (self._running[-1][0], func)
+                self.ledger.pin(labels.positions, "the place of its largest or smallest entry is used")
 
     def _takes_number(self) -> bool:
         """Return whether the Python function that is running was given a number that remembers where it comes from."""
@@ -378,6 +389,7 @@ class _LabelMode(Watch):
         read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
         if any(not labels.weight for _, labels in read):
             self.ledger.decided.append(self._running[-1][0])
+        self._pin_positions([labels for _, labels in read], None)
         if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):
             self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
             raise self.refusal

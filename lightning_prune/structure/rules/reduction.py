@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_prune.structure.rules.pointwise import pointwise
 from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 
 __all__: list[str] = []
+
+_EXTREMES = (torch.ops.aten.max.dim, torch.ops.aten.min.dim)
 
 
 @coupling_rule(
@@ -37,9 +41,12 @@ def reduction(call: Call) -> Dims | list[Dims]:
     "aten.max", "aten.min", "aten.argmax", "aten.argmin", "aten.median", "aten.mode", "aten.kthvalue", reduces=True
 )
 def ordered_reduction(call: Call) -> Dims | list[Dims]:
-    """The result holds positions, so the reduced dimension is pinned."""
+    """The result holds positions, so the reduced dimension is pinned; with a maximum or minimum, once they are used."""
     if call.func._overloadname == "other":  # max(a, b) is element by element
         return pointwise(call)
+    if call.func in _EXTREMES:
+        call.positions_along = call.labels(call.args[0]).at(call.argument("dim") % max(call.args[0].dim(), 1))
+        return _reduced(call, ordered=False)
     return _reduced(call, ordered=call.func._overloadname != "default" or "arg" in str(call.func))
 
 

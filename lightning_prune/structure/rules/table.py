@@ -33,6 +33,8 @@ class Call:
         function: The Python function that called the operator, such as ``F.group_norm``, or None if unknown.
         given: The positional and the keyword arguments of that function.
         asked: The integers among those, flattened; computed on first use.
+        positions_along: Labels of the dimension along which an integer output holds positions; they are pinned when an
+            operator takes that output, or the model returns it.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Call:
         self.lay = lay
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = arguments[:2] if arguments else ((), {})
         self.function = arguments[2] if arguments else None
+        self.positions_along: tuple[Label, ...] = ()
 
     @cached_property
     def asked(self) -> tuple[int, ...]:
