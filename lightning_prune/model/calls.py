@@ -18,24 +18,10 @@ from torch.utils import _pytree as pytree
 from lightning_prune.model.errors import PruningError
 
 __all__ = [
-    "ExampleInputs",
-    "Instead",
-    "as_call",
-    "call_on",
-    "called",
-    "fewer_positions",
-    "hold_nothing",
-    "mode_of",
-    "modules_of",
-    "numbers_in",
-    "refuse_empty",
-    "refuse_shapeless",
-    "run",
-    "same_draws",
-    "tensors_in",
-    "uncollected",
-    "walked_once",
-]
+    "ExampleInputs", "Instead", "as_call", "call_on", "called", "fewer_positions", "hold_nothing", "mode_of",
+    "modules_of", "numbers_in", "refuse_empty", "refuse_shapeless", "run", "same_draws", "tensors_in",
+    "uncollected", "walked_once",
+]  # fmt: skip
 
 
 class Instead(NamedTuple):

@@ -19,33 +19,11 @@ from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 
 __all__ = [
-    "MaxAmount",
-    "MinWidth",
-    "Modules",
-    "Parameters",
-    "Parts",
-    "amount_by_group",
-    "budget_by_group",
-    "by_path",
-    "check_arguments",
-    "check_choice",
-    "check_damping",
-    "check_ignored",
-    "check_list",
-    "check_module",
-    "check_optimizers",
-    "check_prunable",
-    "listed",
-    "names_module",
-    "near",
-    "part_of",
-    "path_of",
-    "plain",
-    "shown",
-    "told_apart",
-    "with_ignored",
-    "within_part",
-]
+    "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "budget_by_group", "by_path",
+    "check_arguments", "check_choice", "check_damping", "check_ignored", "check_list", "check_module",
+    "check_optimizers", "check_prunable", "listed", "names_module", "near", "part_of", "path_of", "plain", "shown",
+    "told_apart", "with_ignored", "within_part",
+]  # fmt: skip
 
 Modules = Sequence[str | nn.Module]
 """Patterns of module paths, or modules of the model."""

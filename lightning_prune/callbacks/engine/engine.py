@@ -164,10 +164,11 @@ class Engine:
         if not own.prepared:
             self._prepare(run, batch)
         if own.prepared:
-            if not own.inputs_verified and clock.unfinished and own.strategy.reads_batches(pl_module):
+            if not own.inputs_verified and clock.unfinished:
                 with self._whole(run):
-                    # refuses what does not run before steps are spent
-                    next(inputs_of(pl_module, [batch], own.strategy.traces))
+                    if own.strategy.reads_batches(pl_module):  # refuses what does not run before steps are spent
+                        next(inputs_of(pl_module, [batch], own.strategy.traces))
+                    own.strategy.rehearse(run, batch)
                 own.inputs_verified = True
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:
                 self._advance(run)

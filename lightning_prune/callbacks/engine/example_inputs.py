@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.callbacks.engine.step import Traced, instead_of_forward
-from lightning_prune.model.calls import ExampleInputs, Instead, hold_nothing, refuse_shapeless, run, tensors_in
+from lightning_prune.callbacks.engine.step import Traced, call_silently, copied, instead_of_forward
+from lightning_prune.model.calls import ExampleInputs, Instead, hold_nothing, mode_of, refuse_shapeless, run, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.structure.tensor_names import exchange_
+from lightning_prune.surgery.attributes import attributes_set
+from lightning_prune.surgery.cut import Cut
 
-__all__ = ["RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of"]
+__all__ = ["RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of", "refuse_cut_steps"]
 
 _INPUTS = (
     "image", "images", "img", "input", "inputs", "x", "pixel_values", "input_ids", "input_values", "input_features",
@@ -144,10 +147,32 @@ class RunInputs:
         return {"example": self.example if is_plain(self.example) else None}
 
 
-def _failure(pl_module: LightningModule, inputs: ExampleInputs) -> str | None:
+def refuse_cut_steps(where: str, pl_module: LightningModule, batch: Any, cut: Cut, traced: Traced) -> None:
+    """Refuse a cut if a step of the module runs on a training batch now, and would not with it: forward hides why.
+
+    Raises:
+        PruningError: With the error that training would end in.
+    """
+    for step in _steps(pl_module):
+        inputs = Instead(call_silently, (step, copied(batch)))
+        failure = _failure(pl_module, inputs, step == "training_step", cut)
+        if failure is not None and _failure(pl_module, inputs, step == "training_step") is None:
+            raise PruningError(
+                f"{where}(trace={traced!r}): {step} runs on the training batch, but not on the pruned model "
+                f"({failure}), since it uses channels in ways that {traced} does not show. Trace a step that shows "
+                "them, by trace=, or name their layers in ignore."
+            )
+
+
+def _failure(
+    pl_module: LightningModule, inputs: ExampleInputs, training: bool = False, cut: Cut | None = None
+) -> str | None:
+    """Return how a module fails on inputs, if it does; with ``cut``, as if that was made."""
     try:
-        with undisturbed(pl_module, inputs):
-            run(pl_module, inputs)
+        with undisturbed(pl_module, inputs), attributes_set(pl_module, cut.attributes if cut else ()):
+            exchange_(pl_module, cut.tensors(pl_module) if cut else {})
+            with mode_of(pl_module, training, training):
+                run(pl_module, inputs)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -18,7 +18,16 @@ from lightning_prune.callbacks.engine.packages import overrides
 from lightning_prune.model.calls import Instead, tensors_in
 from lightning_prune.model.errors import PruningError
 
-__all__ = ["Traced", "call_step", "check_traced", "instead_of_forward", "refuse_step", "silent"]
+__all__ = [
+    "Traced",
+    "call_silently",
+    "call_step",
+    "copied",
+    "check_traced",
+    "instead_of_forward",
+    "refuse_step",
+    "silent",
+]
 
 Traced = Literal["forward", "training_step", "validation_step"]
 """What of a module is traced, counted and proved."""
@@ -59,8 +68,12 @@ def refuse_step(where: str, traced: Traced, pl_module: LightningModule) -> None:
 
 def instead_of_forward(traced: Traced, batch: Any) -> Instead:
     """Return what runs a step on a copy of a batch in place of forward."""
-    copied = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
-    return Instead({"training_step": training_step, "validation_step": validation_step}[traced], (copied,))
+    return Instead({"training_step": training_step, "validation_step": validation_step}[traced], (copied(batch),))
+
+
+def copied(batch: Any) -> Any:
+    """Return a batch with copies of its tensors."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
 
 
 def training_step(pl_module: LightningModule, batch: Any) -> Any:
@@ -73,9 +86,14 @@ def validation_step(pl_module: LightningModule, batch: Any) -> Any:
     return _looked_at(pl_module, "validation_step", batch)
 
 
-def _looked_at(pl_module: LightningModule, name: str, batch: Any) -> Any:
+def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
+    """Call a step, silently, on containers that it may change."""
     with silent(pl_module):
-        found = call_step(pl_module, name, pytree.tree_map(lambda value: value, batch))  # it may change dicts and lists
+        return call_step(pl_module, name, pytree.tree_map(lambda value: value, batch))
+
+
+def _looked_at(pl_module: LightningModule, name: str, batch: Any) -> Any:
+    found = call_silently(pl_module, name, batch)
     if next(tensors_in(found), None) is None:
         raise PruningError(
             f"{type(pl_module).__name__}.{name} returned {found!r}; what it computes is found by what it returns. "

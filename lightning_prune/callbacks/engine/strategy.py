@@ -166,6 +166,9 @@ class Strategy(RunEvents, ABC):
         """How many units are removed in all, for schedules that count them."""
         return 0
 
+    def rehearse(self, run: Run, batch: Any) -> None:
+        """Refuse a batch on which the module's steps would not run once all is pruned."""
+
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether the model will be run on training batches beside the training."""
         return False

@@ -17,7 +17,7 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.apply_plan import apply_plan_
 from lightning_prune.callbacks.engine.clock import share_due
 from lightning_prune.callbacks.engine.consumer_repair import ConsumerRepair
-from lightning_prune.callbacks.engine.example_inputs import on_device_of
+from lightning_prune.callbacks.engine.example_inputs import on_device_of, refuse_cut_steps
 from lightning_prune.callbacks.engine.fade import Fade, steps_until
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
@@ -41,6 +41,7 @@ from lightning_prune.pruning.scoring import score_units
 from lightning_prune.reports import Goal
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import recipe_of
+from lightning_prune.surgery.cut import Cut
 
 __all__ = ["UnitRemoval"]
 
@@ -74,6 +75,7 @@ class UnitRemoval(Strategy):
         self.state = RemovalState()
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
+        self._last_cut: Cut | None = None  # everything that will be removed, until it was rehearsed
         self._reads_consumers = repair is not None or narrow is not None
 
     @property
@@ -163,9 +165,22 @@ class UnitRemoval(Strategy):
             self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
             self._refuse_endless(run)
+            self._last_cut = plan.cut
             if self.state.fade is None:
                 self.gathering.watch(run.module, structure)
         return True
+
+    def rehearse(self, run: Run, batch: Any) -> None:
+        """Refuse a batch on which the module's steps would not run once all is pruned."""
+        cut, self._last_cut = self._last_cut, None
+        if cut is None or is_model_parallel(run.trainer):
+            return
+        gathered = self.gathering.gathered()
+        self.gathering.rest()  # it is not to look at this
+        refuse_cut_steps(run.where, run.module, batch, cut, self.traces)
+        if gathered is not None:
+            self.gathering.take_up(gathered)
+            self._watch_on(run.module)
 
     def _refuse_endless(self, run: Run) -> None:
         """Refuse to fade before epochs whose length nobody knows."""
@@ -250,6 +265,7 @@ class UnitRemoval(Strategy):
     def after_cut(self, run: Run, plan: Plan) -> None:
         """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
         self.traced.changed()
+        self._last_cut = None
         if self.state.fade is not None:  # likewise of another callback
             self.state.fade.follow(plan.cut.kept)
         gathered = self.gathering.gathered()

@@ -84,15 +84,9 @@ def slice_(call: Call) -> Dims:
 
 
 @coupling_rule(
-    "aten.split",
-    "aten.split_with_sizes",
-    "aten.split_copy",
-    "aten.split_with_sizes_copy",
-    "aten.chunk",
-    "aten.unsafe_split",
-    "aten.unsafe_split_with_sizes",
-    "aten.unsafe_chunk",
-)
+    "aten.split", "aten.split_with_sizes", "aten.split_copy", "aten.split_with_sizes_copy", "aten.chunk",
+    "aten.unsafe_split", "aten.unsafe_split_with_sizes", "aten.unsafe_chunk",
+)  # fmt: skip
 def split(call: Call) -> list[Dims]:
     """Labels are split; bounds that no numbers follow move only if all blocks shrink alike."""
     source = call.args[0]
