@@ -1,5 +1,6 @@
 """What weights multiply is found and summed, whatever calls the product."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from lightning_prune.measure.grams import gather_grams, gather_pair
 from lightning_prune.measure.output_change import replaced
 from lightning_prune.measure.products import find_products, watch_inputs
 from lightning_prune.model.calls import call_on as call
+from lightning_prune.pruning import obs
 
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 5), (2, 3, 5)),
@@ -136,3 +138,58 @@ def test_a_weight_that_multiplies_nothing_is_refused():
     products = find_products(model, batches[0], call)
     with pytest.raises(PruningError, match=r"left: .*nothing was multiplied by it.*ignore="):
         gather_grams(model, products, ["left"], Calibration(batches, lambda model, batch: None))
+
+
+BESIDE = {
+    "the same tensor": (lambda x: x, True),
+    "a view of it": (lambda x: x.view(x.shape), True),
+    "a copy": (lambda x: x.clone(), False),
+    "another tensor": (lambda x: x + 1, False),
+    "the same, written to": (lambda x: x.add_(1), False),
+    "its other half": (lambda x: torch.cat([x, x])[3:], False),
+}
+
+
+class Beside(nn.Module):
+    """Three layers, of which the second and the third get something made of what the first gets."""
+
+    def __init__(self, made, twice=False):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 5) for _ in range(3))
+        self.made, self.twice = made, twice
+
+    def forward(self, x):
+        x = x * 2
+        out = self.q(x) + (self.q(x) if self.twice else 0)
+        x = self.made(x)
+        return out.sum() + self.k(x).sum() + self.v(x).sum()
+
+
+@pytest.mark.parametrize("how", BESIDE)
+def test_weights_that_multiply_one_tensor_are_known(how):
+    """They are those that get the tensor that the weight before them gets, and nothing has written to since."""
+    made, alike = BESIDE[how]
+    expected = {"k.weight": "q.weight", "v.weight": "q.weight"} if alike else {"v.weight": "k.weight"}
+    assert find_products(Beside(made), torch.randn(3, 4), call).alike == expected
+    once = {} if alike else expected
+    assert find_products(Beside(made, twice=True), torch.randn(3, 4), call).alike == once
+
+
+def test_one_pair_of_runs_tells_of_weights_that_multiply_one_tensor(monkeypatch):
+    """In sequence, weights that multiply one tensor become what they become where each is looked at by itself."""
+    batches, asked, found = [torch.randn(64, 4) for _ in range(2)], [], []
+
+    def noted(model, products, name, *more):
+        asked.append(name)
+        return gather_pair(model, products, name, *more)
+
+    monkeypatch.setattr("lightning_prune.pruning.layerwise.gather_pair", noted)
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Beside(lambda x: x))
+        prune_obs(model, 0.5, batches=batches, sequential=True, progress=False)
+        found.append(model.state_dict())
+        monkeypatch.setattr(obs, "find_products", lambda *args: replace(find_products(*args), alike={}))
+    assert asked == ["weight", "q.weight", "weight", "q.weight", "k.weight", "v.weight"]  # by names in their blocks
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name

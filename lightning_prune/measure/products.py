@@ -44,6 +44,8 @@ class Products:
         shapes: Name -> groups, rows and columns of the weight so laid out.
         otherwise: Name -> why its inputs do not tell all that it does.
         shifts: Name -> what is added to each of its rows.
+        alike: Name -> the first of the weights right before it that multiply the same tensor, such as those of queries,
+            keys and values.
     """
 
     readings: dict[str, Reading]
@@ -51,6 +53,7 @@ class Products:
     shapes: dict[str, tuple[int, ...]]
     otherwise: dict[str, str]
     shifts: dict[str, Shift]
+    alike: dict[str, str]
 
     def bytes(self, name: str, dtype: torch.dtype) -> int:
         """Return what a weight's Gram matrices take up."""
@@ -68,8 +71,15 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
     calls: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     otherwise: dict[str, str] = {}
+    alike: dict[str, str] = {}
+    last: list[Any] = []  # a weight and what it multiplied, which is held so that no other takes its memory
 
     def receive(name: str, reading: Reading, inputs: Tensor) -> None:
+        what = inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride(), reading
+        if last and last[1] == what:
+            alike[name] = last[0]
+        else:
+            last[:] = [name, what, inputs]
         if readings.setdefault(name, reading) != reading:
             otherwise[name] = "it multiplies its inputs in two ways"
         calls[name] = calls.get(name, 0) + 1
@@ -90,7 +100,8 @@ def find_products(model: nn.Module, batch: Any, run: Run) -> Products:
         bias = name.removesuffix("weight") + "bias"
         if bias in named and named[bias].numel() == groups * rows:
             shifts[name] = Shift(bias, 1)
-    return Products(readings, calls, shapes, otherwise, shifts)
+    alike = {name: first for name, first in alike.items() if calls[name] == calls[first] == 1}
+    return Products(readings, calls, shapes, otherwise, shifts, alike)
 
 
 def _normalised(model: nn.Module, uses: Sequence[tuple[Any, tuple[Any, ...]]]) -> Shift | None:

@@ -21,6 +21,7 @@ from lightning_prune.structure import named_tensors
 __all__ = ["Stages", "by_blocks", "stages_of"]
 
 _Value = TypeVar("_Value")
+_LEAST = 2**28  # bytes of Hessians that are held at a time in small blocks, too: each part takes a run of the block
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +179,10 @@ class _Part:
         shifts = {}
         for name, shift in self._own(whole.shifts).items():
             shifts[name] = Shift(shift.name.removeprefix(prefix), shift.sign)
-        products = Products(self._own(whole.readings), self._own(whole.calls), self._own(whole.shapes), {}, shifts)
+        alike = {name: first.removeprefix(prefix) for name, first in self._own(whole.alike).items()}
+        products = Products(
+            self._own(whole.readings), self._own(whole.calls), self._own(whole.shapes), {}, shifts, alike
+        )
         batches = range(len(surgery.calibration.batches))
         self.surgery = Surgery(
             block,
@@ -189,7 +193,7 @@ class _Part:
             named_tensors(block),
             Lazily([name.removeprefix(prefix) for name in masks if name.startswith(prefix)], self._mask_of(masks)),
             flows.after,
-            memory=_bytes(block),
+            memory=max(_bytes(block), _LEAST),
         )
 
     def of(self, values: Mapping[str, _Value], names: Sequence[str]) -> dict[str, _Value]:

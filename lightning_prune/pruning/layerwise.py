@@ -23,7 +23,7 @@ from lightning_prune.algorithms.solvers import (
 )
 from lightning_prune.algorithms.solvers.damping import cholesky
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.measure.grams import Change, Gram, fitting, gather_grams, gather_pair
+from lightning_prune.measure.grams import Change, Gram, Pair, fitting, gather_grams, gather_pair
 from lightning_prune.measure.output_change import Outputs, replaced
 from lightning_prune.measure.products import Products
 from lightning_prune.model.errors import PruningError
@@ -196,13 +196,16 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
     :math:`\hat W` from :math:`W X Y^T (Y Y^T)^{-1}` measured by :math:`Y Y^T`.
     """
     found: dict[str, Solved] = {}
+    pairs: dict[str, Pair] = {}
     for name in shown("layers pruned", list(leaving), progress):
-        others = {other: solved.weight for other, solved in found.items()}
-        for solved in found.values():
-            others |= solved.others
-        pair = gather_pair(
-            surgery.model, surgery.products, name, surgery.calibration, partial(_changed, surgery, others)
-        )
+        first = surgery.products.alike.get(name, name)
+        if first not in pairs:
+            others = {other: solved.weight for other, solved in found.items()}
+            for solved in found.values():
+                others |= solved.others
+            change = partial(_changed, surgery, others)
+            pairs = {first: gather_pair(surgery.model, surgery.products, first, surgery.calibration, change)}
+        pair = pairs[first]
         whole = pair.after
         pair = pair.centred() if name in surgery.products.shifts else pair
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping, whole)
