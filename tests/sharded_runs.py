@@ -16,6 +16,7 @@ from lightning_prune import (
     FilterL1Pruning,
     FilterPruning,
     IterativeMagnitudePruning,
+    LayerPruning,
     Linear,
     MetricGuard,
     OBSOneShot,
@@ -70,6 +71,35 @@ class Lit(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(12, 21), nn.ReLU(), nn.Linear(21, 12))
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Deep(Lit):
+    """A network of blocks, each of which can leave."""
+
+    def __init__(self, how="one"):
+        super().__init__(how)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 12), *[Residual() for _ in range(5)], nn.Linear(12, 3))
+
+    def configure_model(self):
+        if self.how == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in (*self.net, self.net):  # whatever stands where a layer was
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def network(case, how="one"):
+    return (Deep if case.startswith("layers") else Lit)(how)
+
+
 def data():
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 3, (32,), generator=generator))
@@ -98,6 +128,10 @@ CASES = {
     "activations": partial(FilterPruning, 0.5, criterion="activation_std", schedule=STEPS),
     "rewinding": partial(IterativeMagnitudePruning, 0.7, schedule=STEPS, rewind_to=1),
     "shuffled": partial(IterativeMagnitudePruning, 0.5, schedule=OneShot(2), rewind_to=0, control="shuffle"),
+    "layers": partial(LayerPruning, 3, batches=2, schedule=STEPS),
+    "layers-by-taylor": partial(LayerPruning, 0.5, criterion="taylor", target="flops", batches=2, schedule=OneShot(2)),
+    "layers-repaired": partial(LayerPruning, 2, batches=2, schedule=OneShot(2), repair=True),
+    "layers-guarded": partial(LayerPruning, 2, batches=2, schedule=OneShot(2)),
     "repaired": partial(FilterPruning, 0.4, criterion="obs", batches=2, schedule=OneShot(2)),
 }
 
@@ -108,7 +142,7 @@ REFUSED = ("shuffled",)
 def trainer(case, folder=None, **options):
     made = CASES[case]()
     pruning = made if isinstance(made, tuple) else (made,)
-    guard = [MetricGuard("epoch_score", drop=0.1, mode="max")] if case == "guarded" else []
+    guard = [MetricGuard("epoch_score", drop=0.1, mode="max")] if "guarded" in case else []
     saving = [] if folder is None else [ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)]
     clip = 0.1 if case == "clipped" else None
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -130,7 +164,7 @@ def strategy(how, folders):
 
 def run(name, case, how, folder=None, folders=False, ckpt_path=None):
     run = trainer(case, folder, devices=2, strategy=strategy(how, folders))
-    module = Lit(how)
+    module = network(case, how)
     loader = DataLoader(data(), 16 if how == "fsdp" else 32)
     run.fit(module, loader, loader, ckpt_path=ckpt_path)
     whole = {key: getattr(value, "full_tensor", value.clone)() for key, value in module.state_dict().items()}
@@ -150,6 +184,8 @@ if __name__ == "__main__":
     for case in [name for name in CASES if name not in REFUSED]:
         run(f"fsdp-{case}", case, "fsdp")
     refused("tp-filters", "filters", "tp")
+    refused("tp-layers", "layers", "tp")
+    refused("tp-one-shot", "one-shot", "tp")
     for case in REFUSED:
         refused(case, case, "fsdp")
     run("tp-layer", "layer", "tp")
@@ -159,6 +195,10 @@ if __name__ == "__main__":
     run("resumed-rewinding-folder", "rewinding", "fsdp", ckpt_path=out / "rewinding-folder" / "epoch=1.ckpt")
     run("slim-files", "filters", "fsdp", out / "slim-file", False)
     run("slim-folders", "filters", "fsdp", out / "slim-folder", True)
+    run("deep-files", "layers", "fsdp", out / "deep-file", False)
+    run("deep-folders", "layers", "fsdp", out / "deep-folder", True)
+    run("resumed-deep-file", "layers", "fsdp", ckpt_path=out / "deep-file" / "epoch=2.ckpt")
+    run("resumed-deep-folder", "layers", "fsdp", folders=True, ckpt_path=out / "deep-folder" / "epoch=1.ckpt")
     run("taylor-files", "taylor", "fsdp", out / "taylor-file", False)
     run("resumed-taylor-file", "taylor", "fsdp", ckpt_path=out / "taylor-file" / "epoch=1.ckpt")
     run("resumed-slim-file", "filters", "fsdp", ckpt_path=out / "slim-file" / "epoch=2.ckpt")

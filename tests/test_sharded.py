@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import PruningError, load_from_checkpoint
 from lightning_prune.callbacks.engine.sharding import load_as_before_, take_shapes_before_loading_
-from tests.sharded_runs import CASES, REFUSED, Lit, data, trainer
+from tests.sharded_runs import CASES, REFUSED, Deep, Lit, data, network, trainer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def results(tmp_path_factory):
 
 def alone(case, **options):
     """The same run in one process."""
-    module = Lit()
+    module = network(case)
     loader = DataLoader(data(), 32)
     trainer(case, devices=1).fit(module, loader, loader, **options)
     return module
@@ -63,7 +63,12 @@ def test_same_weights_are_pruned_as_in_one_process(results, name):
         assert torch.allclose(value, found[key], atol=1e-4), key
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "slim-file", "slim-folder", "taylor-file", "rewinding-folder"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "file", "folder", "slim-file", "slim-folder", "deep-file", "deep-folder", "taylor-file", "rewinding-folder",
+    ],
+)  # fmt: skip
 def test_a_resumed_run_ends_as_the_whole_one(results, kind):
     """From a file of the whole and from a folder of shards."""
     whole, resumed = torch.load(results / f"{kind}s"), torch.load(results / f"resumed-{kind}")
@@ -92,10 +97,22 @@ def test_one_process_loads_what_two_have_cut(results):
         assert torch.allclose(value, whole[key], atol=1e-4), key
 
 
+def test_layers_leave_that_two_processes_agree_on(results):
+    """A file of a model that lost layers is loaded by its class alone, and the guard brings layers back."""
+    path = results / "deep-file" / "epoch=2.ckpt"
+    saved = torch.load(path)["state_dict"]
+    assert 0 < len(saved) < len(Deep().state_dict())
+    for key, value in load_from_checkpoint(Deep, path).state_dict().items():
+        assert torch.equal(value, saved[key]), key
+    assert torch.load(results / "fsdp-layers-guarded").keys() == Deep().state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
         ("tp-filters", "tensor parallelism splits channels"),
+        ("tp-layers", "tensor parallelism splits channels"),
+        ("tp-one-shot", "tensor parallelism splits channels"),
         ("shuffled", "Run controls under"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.surgery import config_fields
-from lightning_prune.surgery.configs import ConfigField, pretrained_models
+from lightning_prune.surgery.configs import ConfigField, pretrained_models, unsaved
 
 __all__ = ["with_one_width"]
 
@@ -26,8 +26,10 @@ def with_one_width(model: nn.Module, structure: Structure) -> Structure:
         sets.append(names)
         if missing:
             why |= dict.fromkeys(names, f"uniform=True, and {missing}, which must have the same width, is not prunable")
-    for name, tensor in _of_unsaved(model, structure):
-        why[name] = f"uniform=True, and {tensor} would lose entries, which no config tells and no file holds"
+    computed = set().union(*(unsaved(path, module) for path, module in pretrained_models(model)))
+    for name, group in structure.groups.items():
+        if lost := computed & {slot.tensor for slot in group.slots}:
+            why[name] = f"uniform=True, and {min(lost)} would lose entries, which no config tells and no file holds"
     return structure.linked(sets).without_each(why)
 
 
@@ -56,18 +58,6 @@ def _by_config(model: nn.Module, structure: Structure) -> Iterator[tuple[set[str
             divided[field.module] |= names
     for names in divided.values():  # a width and a number of heads shrink by the same share
         yield names, ""
-
-
-def _of_unsaved(model: nn.Module, structure: Structure) -> Iterator[tuple[str, str]]:
-    """Yield the groups that a buffer of a Hugging Face model belongs to which its files do not hold, and the buffer."""
-    unsaved = set()
-    for path, module in pretrained_models(model):
-        for at, owner in module.named_modules(prefix=path):
-            unsaved |= {f"{at}.{leaf}" if at else leaf for leaf in owner._non_persistent_buffers_set}
-    for name, group in structure.groups.items():
-        for slot in group.slots:
-            if slot.tensor in unsaved:
-                yield name, slot.tensor
 
 
 def _by_block(model: nn.Module, structure: Structure) -> Iterator[tuple[set[str], str]]:

@@ -22,7 +22,7 @@ from lightning_prune.surgery.attributes import ABSENT, AttributeChange, follows_
 
 __all__ = [
     "ConfigField", "FollowedConfigs", "config_fields", "configs_in", "follow_configs", "pretrained_models", "shapes_of",
-    "twin_of",
+    "twin_of", "unsaved",
 ]  # fmt: skip
 
 # Names under which configs of transformers hold widths and numbers of heads.
@@ -104,7 +104,8 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
             continue  # wrapped or extended since it was built: its config does not tell all of it
         if shapes_of(dense) == after and _agrees(dense, path, inside):
             continue
-        computed = _computed(model, path, module, set(kept))
+        lost = sorted(unsaved(path, module) & set(kept))
+        computed = f"{lost[0]} lost entries, and files do not hold it" if lost else ""
         explicit = _made_explicit(module, dense)
         fields = _fields(path, module, dense, explicit)
         values, twin = _solved(path, module, dense, fields, explicit, after, inside)
@@ -315,14 +316,10 @@ def _constant(module: nn.Module, dense: nn.Module, twin: nn.Module) -> str:
     return ""
 
 
-def _computed(model: nn.Module, path: str, module: nn.Module, kept: set[str]) -> str:
-    """Say which tensor that files do not hold lost entries: a constructor computes another one."""
-    for at, owner in module.named_modules():
-        for leaf in owner._non_persistent_buffers_set:
-            name = _joined(_joined(path, at), leaf)
-            if name in kept:
-                return f"{name} lost entries, and files do not hold it"
-    return ""
+def unsaved(path: str, module: nn.Module) -> set[str]:
+    """Return the buffers of a Hugging Face model that its files do not hold: a constructor computes them."""
+    owners = [(f"{at}." if at else "", owner) for at, owner in module.named_modules(prefix=path)]
+    return {at + leaf for at, owner in owners for leaf in owner._non_persistent_buffers_set}
 
 
 # Words

@@ -18,8 +18,8 @@ from lightning_prune.surgery.pass_through import Skipped
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = [
-    "bring_back_", "follow_layers_", "groups_of", "has_all_layers", "put_in_", "removed_layers", "set_groups_",
-    "take_out_", "temporarily_skipped", "temporarily_whole",
+    "bring_back_", "drop_state_", "follow_layers_", "groups_of", "has_all_layers", "put_in_", "removed_layers",
+    "set_groups_", "take_out_", "temporarily_skipped", "temporarily_whole",
 ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def take_out_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers:
         made = put_in_(model, skips)
         renumber_(model, numbered)
         here = {id(tensor) for tensor in named_tensors(model).values()}
-        _drop_state_(optimizers, before - here)
+        drop_state_(optimizers, before - here)
         for skipped in made.values():
             skipped.sizes = {name: list(tensor.shape) for name, tensor in named_tensors(skipped.layer).items()}
             _resize_own_(skipped, here, empty=True)
@@ -195,7 +195,8 @@ def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 module._modules[name] = new
 
 
-def _drop_state_(optimizers: Iterable[Optimizer], gone: Collection[int]) -> None:
+def drop_state_(optimizers: Iterable[Optimizer], gone: Collection[int]) -> None:
+    """Remove parameters from optimizers, with their state; ``gone`` holds their ``id``."""
     for optimizer in optimizers:
         for parameter in [known for known in optimizer.state if id(known) in gone]:
             del optimizer.state[parameter]

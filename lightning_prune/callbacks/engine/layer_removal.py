@@ -23,7 +23,7 @@ from lightning_prune.callbacks.engine.layer_state import DenseLayers, LayerState
 from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_, refuse_apart
 from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_removal
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
+from lightning_prune.callbacks.engine.sharding import whole_model
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.measure.flops import FlopCount
@@ -100,11 +100,6 @@ class LayerRemoval(Strategy):
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no layer can be removed."""
         refuse_removal(run.where, run.trainer, run.module)
-        if is_model_parallel(run.trainer):
-            raise PruningError(
-                f"{run.where}: a model that ModelParallelStrategy splits is not looked at as a whole, so no layer can "
-                "be verified. Prune layers in a run before, or by prune_layers, then shard the slim model."
-            )
         refuse_step(run.where, self.arguments.trace, run.module)
         others = [member for member in run.members if member is not run.own]
         if others:
@@ -168,6 +163,10 @@ class LayerRemoval(Strategy):
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.short}")
 
+    def before_split(self, pl_module: LightningModule) -> None:
+        """Count a model that is whole for a pruning step: one that is split cannot be counted."""
+        self.flops(pl_module)
+
     def goal(self, run: Run) -> Goal:
         """Return what was asked and what is reached now."""
         target = self.arguments.target
@@ -179,7 +178,8 @@ class LayerRemoval(Strategy):
     def after_training(self, run: Run) -> None:
         """Have the config of a Hugging Face model say which layers are left, or warn that it cannot."""
         if self.state.removed:
-            told = close_gaps_(run.module, self.inputs)
+            with whole_model(run.where, run.trainer, run.module):
+                told = close_gaps_(run.module, self.inputs)
             if told:
                 rank_zero_warn(f"{run.where}: {told}")
 

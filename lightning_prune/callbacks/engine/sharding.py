@@ -25,6 +25,7 @@ from lightning_prune.model.shards import (
     whole,
 )
 from lightning_prune.surgery import RECIPE, checked, take_told_
+from lightning_prune.surgery.skipped import drop_state_
 
 __all__ = [
     "is_model_parallel", "load_as_before_", "note_shapes_", "refuse_unsplittable", "take_shapes_before_loading_",
@@ -75,12 +76,13 @@ def whole_model(where: str, trainer: Trainer, pl_module: LightningModule) -> Ite
         yield
         return
     gathered = {name: _plain(parameter) for name, parameter in pl_module.named_parameters()}
+    was_split = {id(parameter): name in split for name, parameter in gathered.items()}
     undo_fully_shard_(pl_module)
     _exchange_(pl_module, trainer.optimizers, gathered)
     try:
         yield
     finally:
-        _split_again(where, trainer, pl_module, split)
+        _split_again(where, trainer, pl_module, was_split)
 
 
 def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -125,7 +127,10 @@ class _ShapesFirst:
         told = _told_by(Path(self._trainer.strategy.broadcast(checkpoint_path)))
         if told is not None:
             with whole_model(self._where, self._trainer, self._module):
+                before = {id(parameter) for parameter in self._module.parameters()}
                 _take_shapes(self._module, told)
+                here = {id(parameter) for parameter in self._module.parameters()}
+                drop_state_(self._trainer.optimizers, before - here)  # of layers that were removed
         return self._load(checkpoint_path, *args, **kwargs)
 
 
@@ -191,8 +196,10 @@ def _hand_over(
             }
 
 
-def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, split: set[str]) -> None:
+def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, was_split: Mapping[int, bool]) -> None:
     """Have the user's own code split the model, and give the optimizers what it made of their parameters.
+
+    Layers may have left; ``was_split`` says of plain parameters, by ``id``, whether they were split before.
 
     Raises:
         PruningError: If it does not split what it split before.
@@ -205,11 +212,12 @@ def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, split
     ):
         pl_module.configure_model()
     after = dict(pl_module.named_parameters())
-    now = {name for name, parameter in after.items() if is_sharded(parameter)}
-    if now != split:
-        missing = ", ".join(sorted(split ^ now)[:3])
+    now = {name: is_sharded(parameter) for name, parameter in after.items()}
+    others = [name for name, plain in before.items() if was_split.get(id(plain), now[name]) != now[name]]
+    if others:
+        named = ", ".join(sorted(others)[:3])
         raise PruningError(
-            f"{where}: a pruning step calls configure_model of {type(pl_module).__name__} again, and {missing} is then "
+            f"{where}: a pruning step calls configure_model of {type(pl_module).__name__} again, and {named} is then "
             "split otherwise than at first. Let it split the model whenever it is called, without a guard that returns "
             "early, and build the model in __init__."
         )
