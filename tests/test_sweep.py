@@ -115,6 +115,33 @@ def test_configs_that_cannot_be_swept_are_refused(callbacks, message, tmp_path, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "amounts, criteria, message",
+    [
+        (["0.3", "1.5"], [], "FilterL1Pruning(amount=1.5): amount is"),
+        (["0.3", "nan"], [], "FilterL1Pruning(amount=nan)"),
+        (["0.3"], ["l1", "l3"], "FilterPruning(criterion='l3'): choose one of"),
+        (["half"], [], "invalid number value: 'half'"),
+    ],
+)
+def test_a_sweep_is_refused_before_its_first_run(amounts, criteria, message, config, tmp_path, capsys, monkeypatch):
+    """What the last of its runs would be refused for is said before the first is trained."""
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *_: pytest.fail("a run was started"))
+    command = ["sweep", "--config", str(config), "--out", str(tmp_path / "out"), "--amounts", *amounts]
+    with pytest.raises(SystemExit):
+        cli.main([*command, *(["--criteria", *criteria] if criteria else [])])
+    assert message in capsys.readouterr().err
+
+
+def test_amounts_may_be_whole_numbers(config, tmp_path, capsys):
+    """As everywhere, ``2`` is two filters of each layer; ``2.0`` would be refused."""
+    cli.main(["sweep", "--config", str(config), "--amounts", "2", "--print", "--out", str(tmp_path / "out")])
+    own = yaml.safe_load((tmp_path / "out" / "2" / "run.yaml").read_text())["trainer"]
+    assert own["callbacks"][0]["init_args"]["amount"] == 2 and isinstance(
+        own["callbacks"][0]["init_args"]["amount"], int
+    )
+
+
 def history(kept, value, name="val_acc"):
     dense = Moment(0, 4, {"prune/flops_kept": 1.0}, {name: 0.9})
     left = {"prune/flops_kept": kept, "prune/params_kept": kept / 2}
@@ -161,5 +188,8 @@ def test_several_runs_are_reported(tmp_path, capsys, monkeypatch):
         "a,0.2500,0.5000,0.9,0.8,front",
         "b,0.3500,0.7000,0.9,0.7,",
     ]
+    everything = [tmp_path / "a", tmp_path / "b", *(tmp_path / "out").iterdir()]  # as a shell expands sweep/*
+    cli.main(["report", *map(str, everything)])
+    assert "2 runs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--latency"])

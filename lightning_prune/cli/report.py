@@ -83,6 +83,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     if rest and not options.latency:
         raise PruningError(f"unknown arguments: {' '.join(rest)}.")
     console = Console()
+    if len(options.run_paths) > 1:  # a shell's sweep/* names the tables of the sweep, too
+        runs = [path for path in options.run_paths if path.suffix not in (".csv", ".tex", ".png")]
+        options.run_paths = runs or options.run_paths
     if len(options.run_paths) > 1:
         if options.latency:
             raise PruningError("--latency measures one run. Give one RUN, or leave --latency out.")

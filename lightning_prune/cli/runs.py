@@ -119,7 +119,10 @@ def load_checkpoint(path: Path) -> Any:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises one of many kinds
-        raise PruningError(f"{path} cannot be read as a checkpoint: {error}") from error
+        raise PruningError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). Give a checkpoint of Lightning, "
+            "or a state dict that torch.save wrote."
+        ) from error
     if not isinstance(checkpoint, Mapping):
         raise PruningError(f"{path} holds {type(checkpoint).__name__}, not a checkpoint or state dict.")
     return checkpoint

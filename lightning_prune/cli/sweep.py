@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add = parser.add_argument
     add("--config", type=existing_file, required=True, help="YAML of LightningCLI, with a pruning callback")
-    add("--amounts", type=float, nargs="+", required=True, help="amounts to prune, such as 0.3 0.5")
+    add("--amounts", type=number, nargs="+", required=True, help="amounts to prune, such as 0.3 0.5")
     add("--criteria", nargs="+", default=[], help="criteria of FilterPruning (default: that of the config)")
     add("--script", type=existing_file, help="your script that calls LightningCLI (default: classes from the YAML)")
     add("--model_class", help="import path of the module's class, if neither YAML nor script names it")
@@ -60,7 +60,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     console, failed = Console(), []
     settings = _read(options.config)
     folders = []
-    for criterion, amount in itertools.product(options.criteria or [None], options.amounts):
+    choices = list(itertools.product(options.criteria or [None], options.amounts))
+    for criterion, amount in choices:
+        _with_callback(settings, amount, criterion)  # refuses before any run is trained
+    for criterion, amount in choices:
         name = f"{amount:g}" if criterion is None else f"{criterion}-{amount:g}"
         folder = options.out / name
         folders.append(folder)
@@ -97,7 +100,7 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _with_callback(settings: dict[str, Any], amount: float, criterion: str | None) -> dict[str, Any]:
+def _with_callback(settings: dict[str, Any], amount: int | float, criterion: str | None) -> dict[str, Any]:
     """Return settings in which the one pruning callback has another amount and criterion."""
     settings = copy.deepcopy(settings)
     given = (settings.get("trainer") or {}).get("callbacks") or []
@@ -120,7 +123,17 @@ def _with_callback(settings: dict[str, Any], amount: float, criterion: str | Non
                 )
             entry["class_path"] = "lightning_prune.FilterPruning"
         arguments["criterion"] = criterion
+    kind, values = _kind(entry), {name: arguments[name] for name in ("amount", "criterion") if name in arguments}
+    try:
+        kind(**values)
+    except (TypeError, ValueError) as error:
+        raise PruningError(str(error)) from error
     return settings
+
+
+def number(text: str) -> int | float:
+    """Return a fraction, or a whole number of what is pruned."""
+    return int(text) if text.isdecimal() else float(text)
 
 
 def _kind(entry: Any) -> Any:
