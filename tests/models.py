@@ -117,7 +117,7 @@ class Projection(nn.Module):
         return self.fc(self.pool(x.relu()).flatten(1))
 
 
-@net(IMAGE, {"stem": 4, "conv1": 5}, stays={"conv2.weight": "tied to channels that cannot be pruned"})
+@net(IMAGE, {"stem": 4, "conv1": 5}, stays={"conv2.weight": "entries beside them are padding"})
 class Padded(nn.Module):
     """An option-A shortcut: the four channels of the stem meet the middle four of eight, and zeros pin the others."""
 

@@ -17,6 +17,7 @@ from lightning_prune.pruning.amounts import Amount, check_amount, is_count, is_n
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
+from lightning_prune.surgery.resize import with_wrapped
 
 __all__ = [
     "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "budget_by_group", "by_path",
@@ -125,7 +126,7 @@ def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:
     Raises:
         PruningError: For LBFGS, which keeps one flat history of all parameters.
     """
-    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+    if any(isinstance(optimizer, LBFGS) for optimizer in with_wrapped(optimizers)):
         raise PruningError(
             f"{where}: LBFGS keeps one history for all parameters together, which cannot be cut. "
             "Train with a first-order optimizer, such as SGD or AdamW, while pruning."

@@ -45,21 +45,10 @@ from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, carried_masks
 
 __all__ = [
-    "WEIGHT_CRITERIA",
-    "ToPrune",
-    "WeightCount",
-    "WeightCriterion",
-    "WeightScope",
-    "check_weight_arguments",
-    "choose_weights",
-    "count_unmasked",
-    "prune_weights",
-    "score_weights",
-    "shuffled",
-    "weight_count",
-    "weight_report",
-    "weights_to_prune",
-]
+    "WEIGHT_CRITERIA", "ToPrune", "WeightCount", "WeightCriterion", "WeightScope", "check_weight_arguments",
+    "choose_weights", "count_unmasked", "prune_weights", "score_weights", "shuffled", "weight_count",
+    "weight_report", "weights_to_prune",
+]  # fmt: skip
 
 WeightCriterion = str | Callable[[Tensor], Tensor]
 """The name of a criterion, or a function from a weight to one score for each of its entries."""

@@ -16,21 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "INERT",
-    "PINNED",
-    "Attribute",
-    "Choice",
-    "Cost",
-    "Equation",
-    "Label",
-    "Labels",
-    "Ledger",
-    "Literally",
-    "Pass",
-    "Ran",
-    "Role",
-    "SlotRange",
-]
+    "INERT", "PINNED", "Attribute", "Choice", "Cost", "Equation", "Label", "Labels", "Ledger", "Literally", "Pass",
+    "Ran", "Role", "SlotRange",
+]  # fmt: skip
 
 # What a trace makes thousands of is not frozen, which would take three times as long; nothing is ever written on it.
 

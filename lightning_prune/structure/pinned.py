@@ -72,7 +72,7 @@ class _Reasons:
         tied = first_pin[component[atoms]]
         tied = tied[tied >= 0]
         if not len(tied):
-            return "tied to channels that cannot be pruned"
+            return "tied to channels that cannot be pruned: entries beside them are padding, constants or pairs of them"
         return f"tied to channels that cannot be pruned: {self.ledger.pins[tied[0]][1]}"
 
     @cached_property

@@ -16,7 +16,7 @@ from lightning_prune.structure.solve_ints import place_of
 from lightning_prune.structure.width_ties import Counts
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.recipe import recipe_of
-from lightning_prune.surgery.resize import Kept, all_or_nothing, followed, narrowed, replace_tensors_
+from lightning_prune.surgery.resize import Kept, all_or_nothing, followed, narrowed, replace_tensors_, with_wrapped
 
 __all__ = ["Cut", "SlimValues", "cut_", "draft"]
 
@@ -100,7 +100,7 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
     Raises:
         PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
     """
-    own, optimizers = named_tensors(model), list(optimizers)
+    own, optimizers = named_tensors(model), with_wrapped(optimizers)
     parameters = [(tensor, kept) for name, kept in cut.kept.items() if isinstance(tensor := own[name], nn.Parameter)]
     states = [
         (optimizer.state[parameter], followed(optimizer, parameter, kept))

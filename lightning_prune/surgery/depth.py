@@ -13,7 +13,7 @@ from lightning_prune.model.calls import ExampleInputs, modules_of, numbers_in, r
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.surgery.layer_lists import ClosedList, close_lists_, follow_depth, open_lists_
 from lightning_prune.surgery.recipe import recipe_of
-from lightning_prune.surgery.resize import all_or_nothing
+from lightning_prune.surgery.resize import all_or_nothing, with_wrapped
 from lightning_prune.surgery.skipped import take_out_
 
 __all__ = ["close_gaps_", "open_gaps_", "remove_layers_"]
@@ -27,7 +27,7 @@ def remove_layers_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimi
         skips: Path of a layer -> what is returned in its place.
         optimizers: The optimizers that train the model.
     """
-    optimizers = list(optimizers)
+    optimizers = with_wrapped(optimizers)
     with all_or_nothing(model, optimizers):
         take_out_(model, skips, optimizers)
         recipe_of(model).needed = True

@@ -17,6 +17,7 @@ from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
 from lightning_prune.model.shards import own_part, part_like, settle_
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
+from lightning_prune.surgery.resize import with_wrapped
 
 __all__ = ["Masks", "apply_masks_", "carried_masks", "hold_masks", "masks_on", "unpacked", "unwrapped"]
 
@@ -85,7 +86,7 @@ class Masks:
 
     def clear_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Zero what is hidden, and what optimizers remember of it."""
-        parameters, optimizers = _parameters(self._model), list(optimizers)
+        parameters, optimizers = _parameters(self._model), with_wrapped(optimizers)
         with torch.inference_mode(False), torch.no_grad():
             for name, keep in self.keep.items():
                 parameter = parameters[name]

@@ -14,7 +14,7 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tensor_names import named_parameters
 
-__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_"]
+__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_", "with_wrapped"]
 
 Kept = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
@@ -145,3 +145,15 @@ def _set_data(parameter: nn.Parameter, new: Tensor) -> None:
     other = torch.float16 if new.dtype != torch.float16 else torch.float32
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = new.to(parameter.device)
+
+
+def with_wrapped(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Return optimizers and those that they hold as attributes, such as the base of SAM: each state once."""
+    found: list[Optimizer] = []
+    waiting = list(optimizers)
+    while waiting:
+        optimizer = waiting.pop(0)
+        if all(optimizer.state is not other.state for other in found):
+            found.append(optimizer)
+            waiting += [value for value in vars(optimizer).values() if isinstance(value, Optimizer)]
+    return found

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.surgery.masks import unwrapped
+from lightning_prune.surgery.resize import with_wrapped
 
 __all__ = ["SharedValues", "forget_", "hold_shared", "packed_codes"]
 
@@ -130,7 +131,7 @@ def hold_shared(
 
 def forget_(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> None:
     """Have optimizers start anew with a parameter: summed gradients are on another scale than what they remember."""
-    for optimizer in optimizers:
+    for optimizer in with_wrapped(optimizers):
         if isinstance(optimizer, torch.optim.Adagrad):  # it makes its state once, not at its first step
             for value in optimizer.state.get(parameter, {}).values():
                 value.zero_()

@@ -15,7 +15,7 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import outermost_of
 from lightning_prune.surgery.layer_numbers import numbered_layers, renumber_
 from lightning_prune.surgery.pass_through import Skipped
-from lightning_prune.surgery.resize import all_or_nothing
+from lightning_prune.surgery.resize import all_or_nothing, with_wrapped
 
 __all__ = [
     "bring_back_", "drop_state_", "follow_layers_", "groups_of", "has_all_layers", "put_in_", "removed_layers",
@@ -89,7 +89,7 @@ def take_out_(model: nn.Module, skips: Mapping[str, dict[str, Any]], optimizers:
         skips: Path of a layer -> what to return in its place.
         optimizers: The optimizers that train the model; their parameter groups stay, also where they end up empty.
     """
-    optimizers = list(optimizers)
+    optimizers = with_wrapped(optimizers)
     with all_or_nothing(model, optimizers):
         before = {id(parameter) for parameter in model.parameters()}
         numbered = numbered_layers(model)

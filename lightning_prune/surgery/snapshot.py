@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_prune.model.shards import is_sharded, split_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import recipe_of, resize_
+from lightning_prune.surgery.resize import with_wrapped
 from lightning_prune.surgery.skipped import follow_layers_, groups_of, removed_layers, set_groups_
 
 __all__ = ["restore_", "take_snapshot"]
@@ -22,7 +23,7 @@ __all__ = ["restore_", "take_snapshot"]
 
 def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
     """Copy every parameter, buffer and optimizer state, and what shapes cannot tell, as plain dicts and tensors."""
-    optimizers = list(optimizers)
+    optimizers = with_wrapped(optimizers)
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()},
         "attributes": recipe_of(model).values(),
@@ -37,7 +38,7 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
 
     Parameters stay the same objects; their gradients are dropped.
     """
-    optimizers = list(optimizers)
+    optimizers = with_wrapped(optimizers)
     brought_back = follow_layers_(model, snapshot["tensors"], snapshot["layers"])
     resize_(model, snapshot["tensors"], snapshot["attributes"])
     for optimizer, groups in zip(optimizers, snapshot["groups"], strict=True) if brought_back else ():
@@ -48,7 +49,12 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
             tensor.grad = None
     for optimizer, state in zip(optimizers, snapshot["optimizers"], strict=True):
         own = _split_state(optimizer, copy.deepcopy(state))
+        held, groups = optimizer.state, optimizer.param_groups  # an optimizer around this one may hold them, too
         optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+        loaded = dict(optimizer.state)
+        held.clear()
+        held.update(loaded)
+        optimizer.state, optimizer.param_groups = held, groups
 
 
 def _split_state(optimizer: Optimizer, state: dict[Any, Any]) -> dict[Any, Any]:
