@@ -31,19 +31,9 @@ from lightning_prune.pruning.consumers import DAMPING, readers_of, score_by_read
 from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
 __all__ = [
-    "Accumulator",
-    "Curvature",
-    "Expansion",
-    "Moments",
-    "NormScales",
-    "RandomScores",
-    "Compensation",
-    "TaylorOfActivations",
-    "TaylorOfWeights",
-    "Weights",
-    "by_l2",
-    "by_mean",
-]
+    "Accumulator", "Curvature", "Expansion", "Moments", "NormScales", "RandomScores", "Compensation",
+    "TaylorOfActivations", "TaylorOfWeights", "Weights", "by_l2", "by_mean",
+]  # fmt: skip
 
 Scores = dict[str, Tensor]
 

@@ -30,16 +30,9 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.progress_bars import seen
 
 __all__ = [
-    "Leaving",
-    "Solved",
-    "Surgery",
-    "all_together",
-    "error_curves",
-    "most_that_leaves",
-    "one_by_one",
-    "shown",
+    "Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "shown",
     "told_of",
-]
+]  # fmt: skip
 
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""

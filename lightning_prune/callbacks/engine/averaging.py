@@ -56,9 +56,11 @@ def let_copies_follow(trainer: Trainer, pl_module: LightningModule) -> list[Remo
     return [copy.register_load_state_dict_pre_hook(follow) for copy in averaged_copies(trainer)]
 
 
-def keep_metadata_(checkpoint: dict[str, Any]) -> None:
-    """Copy the pruning metadata of the model's state dict to the averaged weights in a checkpoint."""
+def keep_metadata_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Add the pruning metadata that averaging, or the module's own code, left out of a checkpoint's state dict."""
     metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
+    if metadata is None and not hasattr(checkpoint["state_dict"], "_metadata"):
+        metadata = nn.Module.state_dict(pl_module)._metadata  # type: ignore[attr-defined]
     if metadata is not None:
         checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
 

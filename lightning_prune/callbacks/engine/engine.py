@@ -275,7 +275,7 @@ class Engine:
 
     def save(self, own: Member, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint: shapes of averaged weights, and what all processes have gathered."""
-        keep_metadata_(checkpoint)
+        keep_metadata_(pl_module, checkpoint)
         keep_hyperparameters_(pl_module, checkpoint)
         if is_model_parallel(trainer):
             note_shapes_(pl_module, checkpoint)

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.pruning.left_alone import left_alone
 
-__all__ = ["networks_left_alone"]
+__all__ = ["networks_left_alone", "not_saved"]
 
 
 def networks_left_alone(run: Run, named: Iterable[Any]) -> dict[str, str]:
@@ -29,3 +30,12 @@ def networks_left_alone(run: Run, named: Iterable[Any]) -> dict[str, str]:
     for path, reason in found.items():
         rank_zero_info(f"{run.where}: {path} is left alone: {reason}. Name it to prune it.")
     return found
+
+
+def not_saved(module: nn.Module) -> dict[str, str]:
+    """Return the parameters that a module's own ``state_dict`` leaves out, with the reason why they are not pruned."""
+    saved = module.state_dict()
+    places = {value.data_ptr() for value in saved.values() if isinstance(value, Tensor)}  # it may rename others
+    reason = "state_dict leaves it out, so no checkpoint would hold what is left of it"
+    own = {name: value for name, value in module.named_parameters() if name not in saved and value.numel()}
+    return {name: reason for name, value in own.items() if value.data_ptr() not in places}

@@ -22,7 +22,7 @@ from lightning_prune.callbacks.engine.fade import Fade, steps_until
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.kept_sums import of_kept_units
-from lightning_prune.callbacks.engine.networks import networks_left_alone
+from lightning_prune.callbacks.engine.networks import networks_left_alone, not_saved
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
@@ -138,6 +138,8 @@ class UnitRemoval(Strategy):
         if inputs is None:
             return False
         self.traced.alone = networks_left_alone(run, self.arguments.named)
+        if not is_model_parallel(run.trainer):
+            self.traced.alone |= not_saved(run.module)
         self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
         structure = self.traced.groups(run.module)
         self.traced.count(run.module, structure)

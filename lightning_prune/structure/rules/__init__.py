@@ -15,14 +15,6 @@ from lightning_prune.structure.rules.pointwise import pointwise as pointwise_rul
 from lightning_prune.structure.rules.table import Call, Dims, Rule, coupling_rule, reduces, rule_for, tensors_among
 
 __all__ = [
-    "Call",
-    "Dims",
-    "Rule",
-    "coupling_rule",
-    "is_pointwise",
-    "pointwise_rule",
-    "reduces",
-    "rule_for",
-    "tensors_among",
-    "tested",
-]
+    "Call", "Dims", "Rule", "coupling_rule", "is_pointwise", "pointwise_rule", "reduces", "rule_for",
+    "tensors_among", "tested",
+]  # fmt: skip
