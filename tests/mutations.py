@@ -416,7 +416,7 @@ def picture(*roots, identities=True):
         torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_cache_enabled(),
         torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
         torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(), dict(os.environ),
-        str(warnings.filters), np.geterr(), torch.is_inference_mode_enabled(), torch.get_default_device(),
+        str(warnings.filters), np.geterr(), torch.is_inference_mode_enabled(), torch.empty(0).device,
     )  # fmt: skip
     environment = {name: value for name, value in settings[18].items() if name != "PYTEST_CURRENT_TEST"}
     return [*lines, *(repr(value) for value in settings[:18]), repr(environment), *map(repr, settings[19:])]

@@ -2,6 +2,7 @@
 
 import io
 import re
+from functools import partial
 
 import pytest
 import rich
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import PruningError, prune_filters, prune_obs
+from lightning_prune import PruningError, compare_latency, prune_filters, prune_obs, sensitivity
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning import plan
 from lightning_prune.pruning.exact import prune_exact
@@ -50,7 +51,7 @@ CALLS = {
         nn.Linear(6, 3), batches=POINTS, loss=F.mse_loss, amount=10 / 21, **shown
     ),
 }
-LAST = list(CALLS.values())[-1]
+LAST, BLOCKS = list(CALLS.values())[-1], CALLS["blocks pruned .*100%"]
 
 
 def by_flops(model, example_inputs, structure, keep, whole):
@@ -76,7 +77,10 @@ def test_long_calls_show_how_far_they_are(said, call, monkeypatch):
 
 def test_nothing_is_written_into_a_file(monkeypatch):
     """Where the output is no terminal it stays as it was, to the last line."""
-    assert shown(LAST, monkeypatch, terminal=False) == ""
+    small = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.ones(2, 4)
+    compared = partial(compare_latency, small[0], small[0], small[1], batch_sizes=[2])
+    for call in (LAST, BLOCKS, partial(sensitivity, *small, lambda net: 1.0), compared):
+        assert shown(call, monkeypatch, terminal=False) == ""
 
 
 def test_a_bar_goes_when_something_fails(monkeypatch):

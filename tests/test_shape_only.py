@@ -145,6 +145,28 @@ def into_a_buffer(model, x):
     return x if model.kept.sum() > 1e30 else x.relu()
 
 
+def into_a_part(model, x):
+    model.kept[1:3] = x[0, 1:3]
+    return x if model.kept.sum() > 1e30 else x.relu()
+
+
+def into_a_view(model, x):
+    model.kept.view(5, 1)[:, 0].copy_(x[0])
+    return x if model.kept.tolist()[0] > 1e30 else x.relu()
+
+
+def behind_a_view(model, x):
+    part = model.kept[:3]
+    model.kept.copy_(x[0])
+    return x if part.sum() > 1e30 else x.relu()
+
+
+def into_zeros(model, x):
+    made = torch.zeros(5)
+    made[1:3] = x[0, 1:3]
+    return x if (made * 2).sum() > 1e30 else x.relu()
+
+
 def swallowed(model, x):
     try:
         return x if float(x.sum()) > 1e30 else x.relu()
@@ -159,6 +181,12 @@ READING = {
     "numpy": lambda model, x: x + float(x.numpy()[0, 0]),
     "into a buffer": into_a_buffer,
     "swallowed": swallowed,
+}
+WRITTEN = {
+    "into a part of a buffer": into_a_part,
+    "into a view of a buffer": into_a_view,
+    "into a buffer, behind a view": behind_a_view,
+    "into zeros": into_zeros,
 }
 DEPENDING = {
     "chosen rows": lambda model, x: x[x.sum(1).argsort()],
@@ -176,10 +204,10 @@ def test_numbers_that_code_asks_for_are_computed(name):
     assert not model.kept.any()
 
 
-@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("name", READING | WRITTEN)
 def test_only_the_path_taken_was_seen(name):
     """The report names modules whose code goes by numbers of its input, and no others."""
-    report = prune_filters(nn.Sequential(Reads(READING[name]), nn.Linear(2, 2)), ROWS.float(), 0.4)
+    report = prune_filters(nn.Sequential(Reads((READING | WRITTEN)[name]), nn.Linear(2, 2)), ROWS.float(), 0.4)
     assert report.branching == ("0",)
     assert prune_filters(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2)), ROWS.float(), 0.4).branching == ()
 

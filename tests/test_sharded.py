@@ -12,12 +12,15 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import PruningError, load_from_checkpoint
 from lightning_prune.callbacks.engine.sharding import load_as_before_, take_shapes_before_loading_
-from tests.sharded_runs import CASES, REFUSED, Deep, Lit, data, network, trainer
+from lightning_prune.model.shards import missing_of_torch
+from tests.sharded_runs import CASES, REFUSED, Deep, Lit, data, network, strategy, trainer
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What two processes saved of all runs."""
+    if missing := missing_of_torch():
+        pytest.skip(f"torch {torch.__version__} lacks {missing}, which split models need")
     out = tmp_path_factory.mktemp("sharded")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -119,6 +122,16 @@ def test_layers_leave_that_two_processes_agree_on(results):
 def test_what_cannot_be_done_is_refused(results, name, told):
     """Before training starts, with what to do instead."""
     assert told in (results / name).read_text()
+
+
+@pytest.mark.parametrize("case", ["filters", "layer"])
+def test_a_torch_that_is_too_old_is_refused(case, monkeypatch):
+    """Before a process is started, whatever is pruned, with what is missing."""
+    monkeypatch.setattr("lightning_prune.callbacks.engine.sharding.missing_of_torch", lambda: "this and that")
+    run = trainer(case, devices=2, strategy=strategy("fsdp", False))
+    pruning, module = run.callbacks[0], Lit()
+    with pytest.raises(PruningError, match=r"needs \(this and that\)\. Install torch 2\.7 or newer"):
+        pruning.setup(run, module, "fit")
 
 
 def test_what_replaced_the_loading_of_a_strategy_stays():

@@ -13,7 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,6 +33,13 @@ from lightning_prune.surgery import recipes_in
 EPOCHS, BATCHES, CLASSES = 5, 4, 3
 IMAGE = (2, 6, 6)
 
+
+def _averaging() -> list[Callback]:
+    """Return a callback that averages weights, which Lightning has from 2.6 on."""
+    kind = getattr(callbacks, "EMAWeightAveraging", None)
+    return [] if kind is None else [kind(decay=0.8)]
+
+
 CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
     "none": list,
     "l1": lambda: [FilterL1Pruning(0.5, target="flops", schedule=Linear(1, 3))],
@@ -47,7 +55,7 @@ CALLBACKS: dict[str, Callable[[], list[Callback]]] = {
         FilterL1Pruning(0.5, schedule=Linear(1, 4)),
     ],
     "all at once": lambda: [
-        EMAWeightAveraging(decay=0.8),
+        *_averaging(),
         FilterL1Pruning({"first": 0.5}, schedule=Linear(1, 3)),
         IterativeMagnitudePruning(0.7, schedule=Linear(1, 3), ignore=["head"], scope="global"),
     ],

@@ -11,14 +11,13 @@ from statistics import fmean, median
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_prune.measure.latency import ROUNDS, Turn, circumstances, rounds
 from lightning_prune.model.calls import ExampleInputs, run, tensors_in
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.progress_bars import seen
+from lightning_prune.model.progress_bars import bar_of
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.limits import step_of
 from lightning_prune.structure import Keep, Structure, find_structure, named_tensors, trace
@@ -114,7 +113,7 @@ def compare_latency(
             flops[f"round_to={multiple}"] = structure.flops(keep)
     timings = []
     with (
-        Progress(transient=True, disable=not (progress and seen())) as bar,
+        bar_of(shown=progress) as bar,
         undisturbed(dense, example_inputs, copied=True),
         undisturbed(pruned, copied=True),
     ):

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Mode, Sensitivity
@@ -23,6 +23,7 @@ from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.progress_bars import bar_of
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.arguments import (
     Modules,
@@ -180,7 +181,8 @@ def measure_each(
     """
     known = {group.name for group in found.groups} | found.skipped.keys()
     todo = {name: count for name, count in counts.items() if name not in known}
-    with _bar(progress) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with bar_of(*columns, shown=progress, transient=False) as bar:
         task = bar.add_task("", total=sum(todo.values()))
         for name in todo:
             bar.update(task, description=escape(name))
@@ -285,8 +287,3 @@ def _checksum(model: nn.Module) -> str:
     for tensor in named_tensors(model).values():
         found = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), found)
     return f"{found:08x}"
-
-
-def _bar(shown: bool) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, disable=not shown)

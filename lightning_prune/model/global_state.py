@@ -134,6 +134,8 @@ class GlobalState:
             _pop_function_mode()
         if now.get("device_context") is not before.get("device_context"):
             torch.set_default_device(before["device_context"].device)
+        if "device_context" not in before:
+            now.pop("device_context", None)  # torch 2.6 cannot tell the default device where this is None
 
 
 def global_containers() -> list[dict[Any, Any]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import length_hint
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import get_console
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["counted", "each", "seen"]
+__all__ = ["bar_of", "counted", "each", "seen"]
 
 _Item = TypeVar("_Item")
 
@@ -34,6 +35,14 @@ def seen() -> bool:
     return get_console().is_terminal or get_console().is_jupyter
 
 
+def bar_of(*columns: Any, shown: bool, transient: bool = True) -> Progress:
+    """Return a progress bar, which shows nothing unless output goes to a terminal or notebook."""
+    if not (shown and seen()):
+        # Rich 14.1 ends a bar in a file or pipe with an empty line, even one that is disabled.
+        return Progress(*columns, disable=True, console=Console(quiet=True))
+    return Progress(*columns, transient=transient)
+
+
 @contextmanager
 def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[..., None]]:
     """Show a bar while the body runs, and remove it afterwards.
@@ -48,7 +57,7 @@ def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[...,
     """
     done = TimeElapsedColumn() if total is None else TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), done
-    with Progress(*columns, transient=True, disable=not (shown and seen())) as bar:
+    with bar_of(*columns, shown=shown) as bar:
         task = bar.add_task(escape(what), total=total)  # names of modules may hold brackets
 
         def advance(note: str = "") -> None:

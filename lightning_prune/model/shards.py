@@ -6,6 +6,7 @@ is that it has gathered.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -115,14 +116,16 @@ def _laid_out(rows: Tensor, tensor: Any, dim: int) -> Tensor:
 
 
 def missing_of_torch() -> str:
-    """Return what this version of torch lacks to undo ``fully_shard``, or an empty string."""
+    """Return what this version of torch lacks to prune what is split over processes, or an empty string."""
     try:
         from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY  # noqa: F401
         from torch.distributed._composable_state import _module_state_mapping  # noqa: F401
         from torch.distributed.fsdp import FSDPModule  # noqa: F401
+        from torch.distributed.tensor import distribute_tensor
     except ImportError as error:
         return str(error)
-    return ""
+    known = inspect.signature(distribute_tensor).parameters  # torch 2.6 distributes by messages alone
+    return "" if "src_data_rank" in known else "distribute_tensor without messages"
 
 
 def undo_fully_shard_(model: nn.Module) -> None:

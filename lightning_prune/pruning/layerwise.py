@@ -268,4 +268,4 @@ def _share(lost: Tensor, whole: Tensor) -> float:
 
 def shown(told: str, items: Sequence[_Item], progress: bool) -> Iterable[_Item]:
     """Show a progress bar while items are gone through."""
-    return track(items, told, disable=not (progress and seen()), transient=True)
+    return track(items, told, transient=True) if progress and seen() else items

@@ -222,6 +222,7 @@ class _LabelMode(Watch):
         self._running: list[tuple[str, nn.Module | None]] = [("", None)]
         self._owners: list[tuple[type, str]] = [(nn.Module, "")]  # innermost modules that are none of torch.nn
         self._written: dict[int, Any] = {}  # storages that something hollow was written into, kept so that ids stay
+        self._filled: dict[int, Any] = {}  # storages of weights that data was written into: all views of them show it
         self.arguments: tuple[Any, ...] = ()  # args, kwargs and the Python function itself that is calling operators
         self.seen: set[int] = set()  # tensors given before the run that an operator took
         self._known: dict[int, _Known] = {}  # by ``id``, since an operator is slow to hash
@@ -241,6 +242,10 @@ class _LabelMode(Watch):
             weight = weight and labels.weight
             labelled = labelled or bool(labels.dims)
             constant = constant and labels.constant
+        if weight and self._filled:
+            weight = not any(map(self._shows_data, tensors))
+        elif known.writes and not weight and found[0].weight and tensors[0].layout is torch.strided:
+            self._filled[tensors[0].untyped_storage()._cdata] = tensors[0].untyped_storage()
         running = self._running[-1]
         path = running[0]
         self._pin_positions(found, func)
@@ -306,6 +311,11 @@ class _LabelMode(Watch):
         """Note that the tensor that a view shows is no constant once something else was written into the view."""
         if view._base is not None and (labels := self.labels_of(view._base)).constant:
             self._lay(view._base, replace(labels, constant=False))
+
+    def _shows_data(self, tensor: Tensor) -> bool:
+        if not self._filled or tensor.layout is not torch.strided:
+            return False
+        return tensor.untyped_storage()._cdata in self._filled
 
     def _decide(self, known: _Known, ran: Ran, taken: list[Tensor], made: list[Tensor]) -> None:
         """Write down what the code may go on by, or decide as another trace did, or otherwise."""
@@ -387,7 +397,7 @@ class _LabelMode(Watch):
     def read(self, func: Any, values: Any) -> None:
         """Note that Python reads entries of tensors, other than by an operator."""
         read = [(tensor, self.labels_of(tensor)) for tensor in tensors_among(values)]
-        if any(not labels.weight for _, labels in read):
+        if any(not labels.weight or self._shows_data(tensor) for tensor, labels in read):
             self.ledger.decided.append(self._running[-1][0])
         self._pin_positions([labels for _, labels in read], None)
         if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):

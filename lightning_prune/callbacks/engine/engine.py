@@ -23,6 +23,7 @@ from lightning_prune.callbacks.engine.sharding import (
     is_model_parallel,
     load_as_before_,
     note_shapes_,
+    refuse_old_torch,
     take_shapes_before_loading_,
     whole_model,
 )
@@ -73,6 +74,8 @@ class Engine:
     def setup(self, own: Member, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and have the model take the shapes of any checkpoint that is loaded."""
         run = self._run(own, trainer, pl_module)
+        if is_model_parallel(trainer):
+            refuse_old_torch(run.where)
         if stage == "fit":
             refuse_twins(own.callback, [member.callback for member in self.members])
             refuse_inference_tensors(run.where, pl_module)

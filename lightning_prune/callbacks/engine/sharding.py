@@ -28,8 +28,8 @@ from lightning_prune.surgery import RECIPE, checked, take_told_
 from lightning_prune.surgery.skipped import drop_state_
 
 __all__ = [
-    "is_model_parallel", "load_as_before_", "note_shapes_", "refuse_unsplittable", "take_shapes_before_loading_",
-    "whole_model",
+    "is_model_parallel", "load_as_before_", "note_shapes_", "refuse_old_torch", "refuse_unsplittable",
+    "take_shapes_before_loading_", "whole_model",
 ]  # fmt: skip
 
 _LARGER = 2  # how much larger than the largest tensor of the model one of a checkpoint may be
@@ -45,17 +45,25 @@ def refuse_unsplittable(where: str, trainer: Trainer) -> None:
     """Refuse ways of splitting that cannot be undone for a pruning step.
 
     Raises:
-        PruningError: For tensor parallelism, and where torch lacks what is needed.
+        PruningError: For tensor parallelism.
     """
     if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
         raise PruningError(
             f"{where}: tensor parallelism splits channels over processes, from which no unit can be cut. Prune under "
             "FSDP2 alone (tensor_parallel_size=1), or before the model is split."
         )
+
+
+def refuse_old_torch(where: str) -> None:
+    """Refuse models that are split over processes where torch lacks what is needed.
+
+    Raises:
+        PruningError: Before training starts.
+    """
     if missing := missing_of_torch():
         raise PruningError(
-            f"{where}: torch {torch.__version__} does not have what undoes fully_shard ({missing}). Prune under DDP, "
-            "or with a version that lightning_prune was tested with."
+            f"{where}: torch {torch.__version__} lacks what pruning under ModelParallelStrategy needs ({missing}). "
+            "Install torch 2.7 or newer, or train with strategy='ddp'."
         )
 
 
