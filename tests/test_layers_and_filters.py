@@ -122,9 +122,7 @@ def test_the_optimizer_goes_on_as_if_the_model_had_been_slim(amount):
 
 def test_layers_may_be_needed(monkeypatch):
     """What filters alone cannot reach is refused for them, and layers make it possible."""
-    monkeypatch.setattr(
-        "lightning_prune.pruning.layers_and_filters.time_without", lambda m, x, skips: 1 - 0.2 * len(skips)
-    )
+    monkeypatch.setattr("lightning_prune.pruning.filters.time_without", lambda m, x, skips, whole: 1 - 0.2 * len(skips))
     monkeypatch.setattr("lightning_prune.pruning.plan.latency_kept", lambda *_: 1.0)
     model = net()
     report = prune_filters(model, X, 0.4, target="latency", layers=True, progress=False)
@@ -156,6 +154,18 @@ def test_limits_hold_for_both():
     report = prune_filters(model, X, 0.5, target="params", layers=True, ignore=[model[1], "2"], progress=False)
     assert not blocks_gone(model) & {1, 2} and model[1].up.out_features == model[2].up.out_features == 3 * WIDTH
     assert report.reached >= 0.5
+
+
+@pytest.mark.parametrize("limit", [{"min_width": 4}, {"max_amount": 0.5}], ids=str)
+@pytest.mark.parametrize("pattern", ["2", "2.up", "*.up", "[2-4]"])
+def test_limits_may_name_layers_that_leave(limit, pattern):
+    """A limit of a layer that is removed holds until then, and no copy without the layer is refused for its name."""
+    model = net([1.0, 1e-6, 1.0, 1.0, 1.0])
+    limits = {name: {pattern: value} for name, value in limit.items()}
+    report = prune_filters(model, X, 0.3, target="params", layers=True, progress=False, **limits)
+    assert not any(tried.refused for tried in report.tried) and 2 in blocks_gone(model)
+    with pytest.raises(ValueError, match="names no module"):
+        prune_filters(net(), X, 0.3, target="params", layers=True, progress=False, min_width={"9": 4})
 
 
 @pytest.mark.parametrize(

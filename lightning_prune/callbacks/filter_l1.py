@@ -46,6 +46,8 @@ class FilterL1Pruning(PruningCallback):
             module, the smallest that names a layer. A target of the whole model is met by other layers.
         uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
             can express it. Where one of them is not prunable, none is.
+        layers: Whether whole layers may be removed, too, towards the same ``amount`` of params, FLOPs or latency, by
+            the loss on 8 training batches. See :func:`~lightning_prune.prune_filters`.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
@@ -83,6 +85,7 @@ class FilterL1Pruning(PruningCallback):
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
         uniform: bool = False,
+        layers: bool = False,
         example_inputs: Any = None,
         recalibrate: int = 0,
         fade_steps: int = 0,
@@ -90,20 +93,8 @@ class FilterL1Pruning(PruningCallback):
         report: bool = True,
     ) -> None:
         arguments = FilterArguments(
-            amount,
-            target,
-            scope,
-            ignore,
-            round_to,
-            example_inputs,
-            min_width,
-            max_amount,
-            recalibrate,
-            trace,
-            module,
-            report,
-            uniform,
-            fade_steps,
-        )
-        strategy = UnitRemoval(arguments, gathering_for("l1"))
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
+            report, uniform, fade_steps, layers,
+        )  # fmt: skip
+        strategy = UnitRemoval(arguments, gathering_for("l1", layers=layers))
         super().__init__(OneShot() if schedule is None else schedule, strategy)

@@ -62,6 +62,8 @@ class FilterPruning(PruningCallback):
             module, the smallest that names a layer.
         uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
             can express it. Where one of them is not prunable, none is.
+        layers: Whether whole layers may be removed, too, towards the same ``amount`` of params, FLOPs or latency, by
+            the loss on ``batches``; all scores are then taken on them. See :func:`~lightning_prune.prune_filters`.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
             by default where ``criterion="obs"``.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
@@ -101,6 +103,7 @@ class FilterPruning(PruningCallback):
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
         uniform: bool = False,
+        layers: bool = False,
         repair: bool | None = None,
         example_inputs: Any = None,
         recalibrate: int = 0,
@@ -110,29 +113,19 @@ class FilterPruning(PruningCallback):
     ) -> None:
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
-        gathering = gathering_for(found_criterion("FilterPruning", criterion, CRITERIA), batches)
+        gathering = gathering_for(found_criterion("FilterPruning", criterion, CRITERIA), batches, layers)
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
-            amount,
-            target,
-            scope,
-            ignore,
-            round_to,
-            example_inputs,
-            min_width,
-            max_amount,
-            recalibrate,
-            trace,
-            module,
-            report,
-            uniform,
-            fade_steps,
-        )
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
+            report, uniform, fade_steps, layers,
+        )  # fmt: skip
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair
         self._repair = ConsumerRepair(batches) if repairs else None
-        strategy = UnitRemoval(arguments, gathering, self._repair, narrow=_scored_by_consumers if by_obs else None)
+        strategy = UnitRemoval(
+            arguments, gathering, self._repair, None, _scored_by_consumers if by_obs else None, batches
+        )
         super().__init__(OneShot() if schedule is None else schedule, strategy)
         self.criterion = criterion
         self.batches = batches

@@ -84,19 +84,9 @@ class LayerPruning(PruningCallback):
         report: bool = True,
     ) -> None:
         arguments = LayerArguments(
-            amount=amount,
-            criterion=criterion,
-            target=target,
-            batches=batches,
-            module=module,
-            ignore=ignore,
-            min_layers=min_layers,
-            repair=repair,
-            example_inputs=example_inputs,
-            recalibrate=recalibrate,
-            trace=trace,
-            report=report,
-        )
+            amount, criterion, target, batches, module, ignore, min_layers, repair, example_inputs, recalibrate, trace,
+            report,
+        )  # fmt: skip
         self._removal = LayerRemoval(arguments)
         super().__init__(OneShot() if schedule is None else schedule, self._removal)
 

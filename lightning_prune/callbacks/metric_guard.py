@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
 from lightning_prune.callbacks.engine.metric_mode import mode_by_callbacks
+from lightning_prune.callbacks.engine.processes import replicated_anew
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
@@ -195,17 +195,12 @@ class MetricGuard(Guard):
 
     def _take_back(self, trainer: Trainer, pl_module: LightningModule, before: dict[str, Any]) -> None:
         self._state.cuts_back += 1
-        strategy = trainer.strategy
-        averaged = isinstance(strategy.model, DistributedDataParallel)
-        if averaged:
-            strategy.model = pl_module
         engine = engine_of(trainer)
         with engine.whole("MetricGuard", trainer, pl_module):
-            restore_(pl_module, trainer.optimizers, before)
-            for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
-                restore_(copy, (), own)
-            if averaged:
-                strategy.configure_ddp()  # type: ignore[attr-defined]
+            with replicated_anew("MetricGuard", trainer, pl_module):
+                restore_(pl_module, trainer.optimizers, before)
+                for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
+                    restore_(copy, (), own)
             engine.rollback(trainer, pl_module, before["pruning"], halve=self.then == "halve")
         rank_zero_info(
             f"MetricGuard: {self.monitor} was {self._state.last:g}, more than {self.drop:g} behind its best "

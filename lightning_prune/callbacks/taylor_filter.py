@@ -48,6 +48,9 @@ class TaylorFilterPruning(PruningCallback):
             module, the smallest that names a layer.
         uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
             can express it. Where one of them is not prunable, none is.
+        layers: Whether whole layers may be removed, too, towards the same ``amount`` of params, FLOPs or latency, by
+            the loss on 8 training batches; all scores are then taken on them. See
+            :func:`~lightning_prune.prune_filters`.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning
@@ -87,6 +90,7 @@ class TaylorFilterPruning(PruningCallback):
         min_width: int | dict[str, int] = 1,
         max_amount: float | dict[str, float] = 1.0,
         uniform: bool = False,
+        layers: bool = False,
         example_inputs: Any = None,
         recalibrate: int = 0,
         fade_steps: int = 0,
@@ -100,22 +104,10 @@ class TaylorFilterPruning(PruningCallback):
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
         arguments = FilterArguments(
-            amount,
-            target,
-            scope,
-            ignore,
-            round_to,
-            example_inputs,
-            min_width,
-            max_amount,
-            recalibrate,
-            trace,
-            module,
-            report,
-            uniform,
-            fade_steps,
-        )
-        gathering = gathering_for(_CRITERIA[form])
+            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
+            report, uniform, fade_steps, layers,
+        )  # fmt: skip
+        gathering = gathering_for(_CRITERIA[form], layers=layers)
         if flops_penalty:
             gathering.adding_up = False  # else the same would be weighed twice
         strategy = UnitRemoval(arguments, gathering, adjust=partial(_penalized, flops_penalty))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -19,6 +19,7 @@ from lightning_prune.model.errors import reraise_out_of_memory
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import AttributeChange, Cut, draft, held_number, shape_attributes, temporarily_cut
+from lightning_prune.surgery.skipped import removed_layers, temporarily_whole
 
 __all__ = ["ROUNDS", "CutDoesNotRunError", "Shapes", "Turn", "circumstances", "latency_kept", "rounds", "shapes_of"]
 
@@ -142,6 +143,8 @@ def rounds(turns: Sequence[Turn]) -> Iterator[list[float]]:
 
 def _stand_in(model: nn.Module, whole: Shapes) -> Callable[[], AbstractContextManager[None]]:
     """Return what gives a model, for the length of a block, the shape that it once had, with numbers of no matter."""
+    if any(name.startswith(f"{path}.") for path in removed_layers(model) for name in whole.sizes):
+        return partial(_with_its_layers, model, whole)
     own = named_tensors(model)
     shapes = {
         name: tuple(sizes) for name, sizes in whole.sizes.items() if name in own and list(own[name].shape) != sizes
@@ -154,6 +157,12 @@ def _stand_in(model: nn.Module, whole: Shapes) -> Callable[[], AbstractContextMa
         known.append(AttributeChange(path, name, old, tuple(value) if isinstance(old, tuple) else value))
     cut = Cut({}, {}, shapes, tuple(shape_attributes(model, shapes, known)))
     return partial(temporarily_cut, model, cut, _filled(own, shapes))
+
+
+@contextmanager
+def _with_its_layers(model: nn.Module, whole: Shapes) -> Iterator[None]:
+    with temporarily_whole(model, whole.sizes), _stand_in(model, whole)():
+        yield
 
 
 def _filled(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.scoring import CRITERIA, Criterion
 from lightning_prune.structure import Structure
 from lightning_prune.surgery.resize import with_wrapped
+from lightning_prune.surgery.skipped import paths_removed
 
 __all__ = [
     "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "budget_by_group", "by_path",
@@ -325,20 +326,23 @@ def budget_by_group(model: nn.Module, structure: Structure, budget: Budget) -> B
         ValueError: If a pattern names no module that produces channels.
     """
     min_width, max_amount = budget.min_width, budget.max_amount
+    gone = paths_removed(model)
     if isinstance(min_width, Mapping):
-        min_width = _strictest(structure, "min_width", by_path(model, min_width, "min_width"), max)
+        min_width = _strictest(structure, "min_width", by_path(model, min_width, "min_width"), max, gone)
     if isinstance(max_amount, Mapping):
-        max_amount = _strictest(structure, "max_amount", by_path(model, max_amount, "max_amount"), min)
+        max_amount = _strictest(structure, "max_amount", by_path(model, max_amount, "max_amount"), min, gone)
     return replace(budget, min_width=min_width, max_amount=max_amount)
 
 
 def _strictest(
-    structure: Structure, what: str, limits: Mapping[str, _Value], strictest: Callable[[_Value, _Value], _Value]
-) -> dict[str, _Value]:
+    structure: Structure, what: str, limits: Mapping[str, _Value], strictest: Callable[[_Value, _Value], _Value],
+    gone: Sequence[str],
+) -> dict[str, _Value]:  # fmt: skip
     found: dict[str, _Value] = {}
     for pattern, limit in limits.items():
         named = _groups_named(structure, pattern)
-        _check_produces(structure, what, pattern, named)
+        if not any(names_module(pattern, path) for path in gone):  # else it may have named removed layers alone
+            _check_produces(structure, what, pattern, named)
         for name in named:
             found[name] = strictest(found.get(name, limit), limit)
     return found

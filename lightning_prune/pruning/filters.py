@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.measure.calibration import Calibration
-from lightning_prune.measure.expansions import outputs_of
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import (
@@ -49,8 +48,8 @@ from lightning_prune.pruning.arguments import (
 )
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
-from lightning_prune.pruning.layers import data_of
-from lightning_prune.pruning.layers_and_filters import SplitAsk, apply_split_, choose_split
+from lightning_prune.pruning.layers import data_of, outputs_within, time_without
+from lightning_prune.pruning.layers_and_filters import SplitAsk, apply_split_, check_with_layers, choose_split
 from lightning_prune.pruning.left_alone import left_alone, with_left_alone
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
@@ -129,7 +128,7 @@ def prune_filters(
             module, the smallest that names a layer. A target of the whole model is met by other layers.
         uniform: Whether layers of a kind get one width, such as those of all blocks of a transformer, so that a config
             can express it. Where one of them is not prunable, none is.
-        layers: Whether whole layers may be removed, too, towards the same ``amount`` of the params, FLOPs or latency:
+        layers: Whether whole layers may be removed, too, towards the same ``amount`` of params, FLOPs or latency:
             0, 1, 2, 4, ... layers are tried, each with filters for the rest, and what loses least is made. Losses are
             those of ``loss`` on ``batches`` or, without them, how far outputs move. ``report.tried`` lists them.
         repair: Whether weights and biases that sum over pruned units are refitted on ``batches`` to keep their outputs;
@@ -221,7 +220,7 @@ def _planned(
     calibration = None
     if asked.repair or by_obs:
         assert batches is not None  # refused before
-        forward = call_on if asked.loss is None else partial(_outputs, asked.loss)
+        forward = call_on if asked.loss is None else partial(outputs_within, asked.loss)
         calibration = Calibration(list(ordinary(batches)), forward)
         batches = calibration.batches
     limits = Budget(asked.target, asked.scope, asked.round_to, asked.min_width, asked.max_amount, part)
@@ -242,16 +241,10 @@ def _planned(
                 scores = score_units(model, structure, criterion, given, asked.loss)
         widths = {name: group.width for name, group in structure.groups.items()}
         plan = plan_filters(
-            model,
-            example_inputs,
-            structure,
-            scores,
-            in_fractions(amount_by_group(model, structure, amount), widths, asked.scope, "units"),
-            budget_by_group(model, structure, limits),
-            adding_up=adds_up(criterion),
-            refuse=refuse,
-            progress=asked.progress,
-        )
+            model, example_inputs, structure, scores, in_fractions(amount_by_group(model, structure, amount), widths,
+            asked.scope, "units"), budget_by_group(model, structure, limits), adding_up=adds_up(criterion),
+            refuse=refuse, progress=asked.progress,
+        )  # fmt: skip
         if calibration is None or not asked.repair:
             return plan
         return repaired(plan, products, calibration, asked.damping, asked.progress)
@@ -276,12 +269,8 @@ def _with_layers(
     optimizers: list[Optimizer],
 ) -> Report:
     """Remove layers and filters under one budget."""
-    target = asked.target
-    if target == "filters" or isinstance(amount, Mapping):
-        raise ValueError(
-            f"{where}(layers=True, target={target!r}): layers and filters share one amount of the params, flops or "
-            "latency. Pass a single fraction and one of these targets."
-        )
+    check_with_layers(where, asked.target)
+    assert not isinstance(amount, Mapping) and asked.target != "filters"
     refuse_empty(example_inputs)
     refuse_shapeless(model)
     data = data_of(where, None, example_inputs, batches, asked.loss)
@@ -294,16 +283,12 @@ def _with_layers(
         return _planned(twin, example_inputs, rest, on_copies, None if batches is None else data.batches)
 
     part, alone = part_of(model, asked.module), left_alone(model, listed(asked.module))
-    ask = SplitAsk(amount, target, part, by_path["ignore"], alone, data, asked.repair, asked.damping)
+    calibration = Calibration(data.batches, data.forward) if asked.repair else None
+    timing = partial(time_without, model, example_inputs, whole=False) if asked.target == "latency" else None
+    ignored, damping = by_path["ignore"], asked.damping
+    ask = SplitAsk(amount, asked.target, part, ignored, alone, data, calibration, damping, timing)
     split = choose_split(model, example_inputs, ask, plan_cut)
     report = apply_split_(model, example_inputs, split, ask, optimizers)
     if report.config:
         warnings.warn(f"{where}: {report.config}", stacklevel=4)  # behind this, the function and its decorator
     return report
-
-
-def _outputs(loss: Loss, model: nn.Module, batch: Any) -> Any:
-    """Return what a model returns within its loss: batches may hold labels beside its inputs."""
-    with outputs_of(model) as seen:
-        loss(model, batch)
-    return tuple(seen)

@@ -35,7 +35,7 @@ from lightning_prune.pruning.arguments import (
     names_module,
     part_of,
 )
-from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, plan_layers
+from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LAYER_CRITERIA, LayerCriterion, LayerData
 from lightning_prune.pruning.left_alone import left_alone
@@ -52,6 +52,7 @@ __all__ = [
     "check_layer_arguments",
     "data_of",
     "ignored_layers",
+    "outputs_within",
     "prunable_layers",
     "prune_layers",
     "time_without",
@@ -163,24 +164,17 @@ def prune_layers(
     if plan.short:
         warnings.warn(f"{where}: {plan.short}", stacklevel=3)  # behind this, its decorator
     return LayerReport(
-        params_before=costs.params,
-        params_after=part.params(model),
-        flops_before=costs.flops,
-        flops_after=part.counted(after),
-        removed=plan.removed,
+        params_before=costs.params, params_after=part.params(model),
+        flops_before=costs.flops, flops_after=part.counted(after), removed=plan.removed,
         kept=tuple(path for path in depth.layers if not _went(path, plan)),
         pinned={**depth.others, **plan.refused},
         proved=not plan.proof.skipped,
         proof=_in_words(plan),
         latency_kept=plan.latency_kept,
         measured=circumstances(model, example_inputs),
-        asked=amount,
-        reached=plan.reached,
-        counted=after.counted,
-        repairs=fixed.repairs,
-        skipped=fixed.skipped,
-        config=config,
-    )
+        asked=amount, reached=plan.reached, counted=after.counted,
+        repairs=fixed.repairs, skipped=fixed.skipped, config=config,
+    )  # fmt: skip
 
 
 def apply_layers_(model: nn.Module, plan: LayerPlan, repair: LayerRepair, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -268,16 +262,17 @@ def ignored_layers(depth: Depth) -> int:
     return len(outermost_of(path for path, reason in depth.others.items() if reason == _IGNORED))
 
 
-def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Mapping[str, dict[str, Any]]) -> float:
-    """Return the latency of a model without some layers, as a share of the whole model's, with all that were removed.
+def time_without(model: nn.Module, example_inputs: ExampleInputs, skips: Skips, whole: bool = True) -> float:
+    """Return the latency of a model without some layers, as a share of what it has with all of them, or now.
 
     Both run here and now in turns; see :func:`~lightning_prune.measure.latency.latency_kept`.
     """
-    if not skips and not removed_layers(model):
+    if not skips and not (whole and removed_layers(model)):
         return 1.0
     slim: Any = partial(temporarily_skipped, model, skips)
+    dense: Any = partial(temporarily_whole, model, None if whole else ())
     with undisturbed(model, example_inputs, copied=True):
-        turns = [Turn(model, example_inputs, shape) for shape in (partial(temporarily_whole, model), slim)]
+        turns = [Turn(model, example_inputs, shape) for shape in (dense, slim)]
         return median([without / whole for whole, without in rounds(turns)])
 
 
@@ -297,11 +292,11 @@ def data_of(
         raise ValueError(f"{where}(criterion={criterion!r}): pass batches and loss=, which it is scored by.")
     if batches is None:
         return LayerData([example_inputs], run, loss)
-    forward: Run = call_on if loss is None else partial(_outputs, loss)
+    forward: Run = call_on if loss is None else partial(outputs_within, loss)
     return LayerData(list(ordinary(batches)), forward, loss)
 
 
-def _outputs(loss: Loss, model: nn.Module, batch: Any) -> Any:
+def outputs_within(loss: Loss, model: nn.Module, batch: Any) -> Any:
     """Return what a model returns within its loss: batches may hold labels beside its inputs."""
     with outputs_of(model) as seen:
         loss(model, batch)

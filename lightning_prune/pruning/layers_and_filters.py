@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from lightning_prune.pruning.arguments import Modules
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, compared_outputs
-from lightning_prune.pruning.layers import apply_layers_, prunable_layers, time_without
+from lightning_prune.pruning.layers import apply_layers_, prunable_layers
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.report import Report, TriedSplit
 from lightning_prune.structure import named_tensors
@@ -30,7 +29,7 @@ from lightning_prune.surgery.depth import close_gaps_
 from lightning_prune.surgery.pass_through import skip_of
 from lightning_prune.surgery.resize import all_or_nothing
 
-__all__ = ["Split", "SplitAsk", "apply_split_", "choose_split"]
+__all__ = ["PlanCut", "Split", "SplitAsk", "apply_split_", "check_with_layers", "choose_split"]
 
 _NOTHING = 1e-6  # of a target: less than any unit
 _NEAR = 0.02  # of a latency: a measurement that misses the target by less counts as reached
@@ -44,14 +43,16 @@ class SplitAsk:
     """What is asked of both kinds of units together.
 
     Attributes:
-        amount: Fraction of the target that is pruned, relative to the dense model.
+        amount: Fraction of the target that is pruned, relative to the model as it stands.
         target: What it is a fraction of.
         part: The part of the model that is pruned and counted.
         ignore: Patterns of module paths, or modules, that are not removed.
         alone: Networks that are left alone, and why.
         data: The batches on which layers are scored and candidates compared.
-        repair: Whether what follows removed layers is refitted.
+        calibration: What weights behind removed layers are refitted on; None if they are not.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
+        timing: Measures the share of the latency that is left without some layers, where that is the target.
+        copied: Copies the model.
     """
 
     amount: float
@@ -60,8 +61,10 @@ class SplitAsk:
     ignore: Modules
     alone: dict[str, str]
     data: LayerData
-    repair: bool
+    calibration: Calibration | None
     damping: float
+    timing: Callable[[Skips], float] | None = None
+    copied: Callable[[nn.Module], nn.Module] = copy.deepcopy
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class Split:
         filters: The removal of filters that follows, or None if there is none.
         tried: Everything that was tried.
         costs: What the dense model costs.
-        latency_kept: Share of the latency that is left, where that is the target.
+        kept: Share of the target that is left.
     """
 
     layers: LayerPlan
@@ -82,7 +85,16 @@ class Split:
     filters: Plan | None
     tried: tuple[TriedSplit, ...]
     costs: LayerCosts
-    latency_kept: float | None
+    kept: float
+
+
+def check_with_layers(where: str, target: str) -> None:
+    """Refuse a target that layers and filters cannot share."""
+    if target == "filters":
+        raise ValueError(
+            f"{where}(layers=True, target={target!r}): layers and filters share one amount of the params, flops or "
+            "latency. Pass a single fraction and one of these targets."
+        )
 
 
 def choose_split(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk, plan_cut: PlanCut) -> Split:
@@ -102,27 +114,27 @@ def choose_split(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk,
         skips = _first_skips(depth, order, number)
         layers = replace(order, skips=skips, removed=order.removed[:number])
         repair = LayerRepair({}, (), {})
-        if ask.repair and skips:
-            repair = repaired_layers(model, skips, Calibration(ask.data.batches, ask.data.forward), ask.damping)
-        twin = copy.deepcopy(model)
+        if ask.calibration is not None and skips:
+            repair = repaired_layers(model, skips, ask.calibration, ask.damping)
+        twin = ask.copied(model)
         apply_layers_(twin, layers, repair)
-        left = _left(model, twin, example_inputs, ask, costs, skips)
+        left = _left(twin, example_inputs, ask, costs) if ask.timing is None else ask.timing(skips)
         rest = 1 - (1 - ask.amount) / left
         filters: Plan | None = None
         kept = left
         if rest > (_NEAR if ask.target == "latency" else _NOTHING):
             try:
                 filters = plan_cut(twin, rest)
-                report = filters.apply_()
+                slim = filters.apply_()
             except PruningError as error:
                 tried.append(TriedSplit(number, 1 - left, 0.0, float("nan"), str(error)))
                 continue
-            kept = left * (1 - report.reached)
+            kept = _left(twin, example_inputs, ask, costs) if ask.timing is None else left * (slim.latency_kept or 1.0)
         lost = _lost(model, twin, ask.data)
         tried.append(TriedSplit(number, 1 - left, left - kept, lost, ""))
         if lost < lowest:
             lowest = lost
-            best = Split(layers, repair, filters, (), costs, kept if ask.target == "latency" else None)
+            best = Split(layers, repair, filters, (), costs, kept)
     if best is None:
         reasons = "; ".join(f"{each.layers} layers: {each.refused}" for each in tried)
         raise PruningError(
@@ -144,43 +156,31 @@ def apply_split_(
         cut = None if filters is None else replace(filters, model=model).apply_(optimizers)
         config = close_gaps_(model, example_inputs)
     params, flops = ask.part.params(model), ask.part.counted(count(model, example_inputs))
-    if split.latency_kept is not None:
-        reached = 1 - split.latency_kept
-    elif ask.target == "params":
-        reached = 1 - params / max(split.costs.params, 1)
-    else:
-        reached = 1 - flops / max(split.costs.flops, 1)
     proof = split.layers.proof
     modes = " and ".join(proof.modes)
     told = f"layers: {proof.compared} outputs of {proof.operators} operators compared in {modes} mode"
     report = cut or Report(0, 0, 0, 0, (), {}, (), (), not proof.skipped, "")
     return replace(
         report,
-        params_before=split.costs.params,
-        params_after=params,
-        flops_before=split.costs.flops,
-        flops_after=flops,
+        params_before=split.costs.params, params_after=params, flops_before=split.costs.flops, flops_after=flops,
         proved=report.proved and not proof.skipped,
         proof="; ".join(text for text in (told if split.layers.removed else "", report.proof) if text),
-        latency_kept=split.latency_kept,
-        asked=ask.amount,
-        reached=reached,
+        latency_kept=split.kept if ask.target == "latency" else None, asked=ask.amount, reached=1 - split.kept,
         repairs=(*split.repair.repairs, *report.repairs),
         skipped={**split.repair.skipped, **report.skipped},
         config=" ".join(text for text in (config, report.config) if text),
-        removed=split.layers.removed,
-        tried=split.tried,
-    )
+        removed=split.layers.removed, tried=split.tried,
+    )  # fmt: skip
 
 
 def _ordered(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk) -> tuple[Depth, LayerCosts, LayerPlan]:
     """Return layers in the order in which they would leave if the whole budget were made up of them."""
     depth = prunable_layers(model, example_inputs, ask.part, ask.ignore, ask.alone)
     costs = LayerCosts.of(model, depth, count(model, example_inputs), ask.part)
-    timing = partial(time_without, model, example_inputs) if ask.target == "latency" else None
     criterion: LayerCriterion = "influence" if ask.data.loss is None else "loss"
     budget = LayerBudget(ask.amount, ask.target)
-    return depth, costs, plan_layers(model, example_inputs, depth, costs, budget, criterion, ask.data, timing=timing)
+    order = plan_layers(model, example_inputs, depth, costs, budget, criterion, ask.data, timing=ask.timing)
+    return depth, costs, order
 
 
 def _numbers(most: int) -> list[int]:
@@ -202,12 +202,8 @@ def _first_skips(depth: Depth, order: LayerPlan, number: int) -> Skips:
     return skips
 
 
-def _left(
-    model: nn.Module, twin: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk, costs: LayerCosts, skips: Skips
-) -> float:
-    """Return the share of the target that is left without some layers."""
-    if ask.target == "latency":
-        return time_without(model, example_inputs, skips)
+def _left(twin: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk, costs: LayerCosts) -> float:
+    """Return the share of the parameters or FLOPs that is left in a pruned copy."""
     if ask.target == "params":
         return ask.part.params(twin) / max(costs.params, 1)
     return ask.part.counted(count(twin, example_inputs)) / max(costs.flops, 1)
@@ -225,4 +221,4 @@ def _lost(model: nn.Module, twin: nn.Module, data: LayerData) -> float:
         pairs = [(one, other) for one, other in zip(whole, slim, strict=False) if one.shape == other.shape]
         moved = sum(float(widened(one - other).square().sum()) for one, other in pairs)
         found.append(moved / max(sum(one.numel() for one, _ in pairs), 1))
-    return sum(found) / len(found)
+    return float(data.over_processes(torch.tensor(sum(found) / len(found), dtype=torch.float64)))

@@ -18,14 +18,23 @@ from lightning_prune.surgery.pass_through import Skipped
 from lightning_prune.surgery.resize import all_or_nothing, with_wrapped
 
 __all__ = [
-    "bring_back_", "drop_state_", "follow_layers_", "groups_of", "has_all_layers", "put_in_", "removed_layers",
-    "set_groups_", "take_out_", "temporarily_skipped", "temporarily_whole",
+    "bring_back_", "drop_state_", "follow_layers_", "groups_of", "has_all_layers", "paths_removed", "put_in_",
+    "removed_layers", "set_groups_", "take_out_", "temporarily_skipped", "temporarily_whole",
 ]  # fmt: skip
 
 
 def removed_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the layers that were removed from a model: path -> what is returned in their place."""
     return {path: module.skip for path, module in modules_of(model) if isinstance(module, Skipped)}
+
+
+def paths_removed(model: nn.Module) -> list[str]:
+    """Return the paths that the modules of removed layers had."""
+    found = []
+    for path, module in modules_of(model):
+        if isinstance(module, Skipped):
+            found += [path, *(f"{path}.{inner}" for inner, _ in modules_of(module.layer) if inner)]
+    return found
 
 
 @contextmanager
@@ -51,9 +60,15 @@ def temporarily_skipped(model: nn.Module, skips: Mapping[str, dict[str, Any]]) -
 
 
 @contextmanager
-def temporarily_whole(model: nn.Module) -> Iterator[None]:
-    """Put removed layers back inside the block, with zeros for their values: to time the whole model, not to use it."""
-    own = [module for _, module in modules_of(model) if isinstance(module, Skipped)]
+def temporarily_whole(model: nn.Module, names: Container[str] | None = None) -> Iterator[None]:
+    """Put removed layers back inside the block, with zeros for their values: to time the whole model, not to use it.
+
+    With ``names`` of tensors, only layers that held some of these are put back.
+    """
+    own = []
+    for path, module in modules_of(model):
+        if isinstance(module, Skipped) and (names is None or any(f"{path}.{leaf}" in names for leaf in module.sizes)):
+            own.append(module)
     here = {id(tensor) for tensor in named_tensors(model).values()}
     numbered = numbered_layers(model)
     try:

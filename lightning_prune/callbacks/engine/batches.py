@@ -54,7 +54,7 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, count: int) -
 
 @contextmanager
 def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
-    """Yield a function of module and batch that returns the training step's loss, which logs and counts nothing."""
+    """Yield a function of module, or a copy, and batch that returns the training step's loss; it logs nothing."""
     if not pl_module.automatic_optimization:
         raise PruningError(
             f"{type(pl_module).__name__} optimizes manually: its training step returns no loss to be differentiated. "
@@ -62,7 +62,9 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
         )
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
-        found = call_step(pl_module, "training_step", batch)
+        assert isinstance(module, LightningModule)
+        with silent(module):
+            found = call_step(module, "training_step", batch)
         value = found["loss"] if isinstance(found, dict) else found
         if not isinstance(value, Tensor):
             raise PruningError(
@@ -70,8 +72,7 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
             )
         return value
 
-    with silent(pl_module):
-        yield loss
+    yield loss
 
 
 def _beside(loader: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.step import Traced, check_traced
 from lightning_prune.pruning.arguments import (
     MaxAmount,
@@ -25,6 +26,7 @@ from lightning_prune.pruning.arguments import (
     within_part,
 )
 from lightning_prune.pruning.budget import Budget, Scope, Target
+from lightning_prune.pruning.layers_and_filters import check_with_layers
 from lightning_prune.structure import Structure
 
 __all__ = ["FilterArguments"]
@@ -48,6 +50,7 @@ class FilterArguments:
     report: bool = True
     uniform: bool = False
     fade_steps: int = 0
+    layers: bool = False
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
@@ -67,12 +70,25 @@ class FilterArguments:
             raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
-        recalibrate = self.recalibrate
-        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
-            raise ValueError(f"{where}(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
-        steps = self.fade_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"{where}(fade_steps={steps!r}): it is a number of optimizer steps, from 0.")
+        for name, counted in (("recalibrate", "training batches"), ("fade_steps", "optimizer steps")):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"{where}({name}={count!r}): it is a number of {counted}, from 0.")
+        if self.layers:
+            check_with_layers(where, self.target)
+        if self.layers and self.fade_steps:
+            raise ValueError(
+                f"{where}(layers=True, fade_steps={self.fade_steps}): layers do not fade. Drop one of them."
+            )
+
+    def of_layers(self, batches: int, repair: bool) -> LayerArguments | None:
+        """Return the arguments of what removes layers, if asked for; how much they make up is found out in the run."""
+        if not self.layers or self.target == "filters":  # which is refused
+            return None
+        return LayerArguments(
+            0.0, "loss", self.target, batches, self.module, self.ignore, 1, repair, self.example_inputs,
+            self.recalibrate, self.trace, self.report,
+        )  # fmt: skip
 
     @property
     def budget(self) -> Budget:

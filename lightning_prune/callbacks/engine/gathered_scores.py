@@ -141,10 +141,14 @@ class OverTheRun(Gathering):
         return {**self.__dict__, "_accumulator": None, "_hooks": ExitStack()}
 
 
-def gathering_for(criterion: Criterion, batches: int = 8) -> Gathering:
-    """Return what gathers for a criterion: over the run where training steps show it, else when a cut is due."""
+def gathering_for(criterion: Criterion, batches: int = 8, layers: bool = False) -> Gathering:
+    """Return what gathers for a criterion: over the run where training steps show it, else when a cut is due.
+
+    With ``layers`` always when a cut is due: what the whole model showed does not hold for copies without some layers.
+    """
     accumulator = accumulator_for(criterion)
-    gathering = OverTheRun(criterion, batches) if accumulator.looks_at else AtTheCut(criterion, batches)
+    over_the_run = accumulator.looks_at and not layers
+    gathering = OverTheRun(criterion, batches) if over_the_run else AtTheCut(criterion, batches)
     gathering.adding_up = accumulator.adds_up
     return gathering
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,46 +12,46 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
 
 from lightning_prune.algorithms.schedules import FewUnits, Schedule
-from lightning_prune.callbacks.engine.averaging import averaged_copies
+from lightning_prune.callbacks.engine.apply_plan import apply_removal_
 from lightning_prune.callbacks.engine.batches import losses_of, training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of, on_device_of
-from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.layer_state import DenseLayers, LayerState
 from lightning_prune.callbacks.engine.networks import networks_left_alone
-from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_, refuse_apart
+from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_removal
 from lightning_prune.callbacks.engine.sharding import whole_model
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import Part, count
-from lightning_prune.model.calls import ExampleInputs, run
+from lightning_prune.model.calls import ExampleInputs, modules_of, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.amounts import fraction_of
 from lightning_prune.pruning.arguments import check_optimizers, part_of
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LayerData
-from lightning_prune.pruning.layers import apply_layers_, ignored_layers, prunable_layers, time_without
+from lightning_prune.pruning.layers import ignored_layers, prunable_layers, time_without
+from lightning_prune.pruning.layers_and_filters import PlanCut, Split, SplitAsk, choose_split
 from lightning_prune.pruning.repair import DAMPING
 from lightning_prune.pruning.report import Repair
 from lightning_prune.reports import layer_costs
 from lightning_prune.reports.history import Goal
 from lightning_prune.structure.skippable import Depth
-from lightning_prune.surgery import Cut
 from lightning_prune.surgery.depth import close_gaps_, open_gaps_, remove_layers_
+from lightning_prune.surgery.pass_through import skip_of
 
-__all__ = ["LayerRemoval"]
+__all__ = ["LayerRemoval", "copy_in_run"]
 
 _OF_LOSS = ("taylor", "taylor_second_order", "loss")
 
 
 class LayerRemoval(Strategy):
-    """The strategy of the callback that removes layers.
+    """The strategy of the callback that removes layers; a part of those that remove layers and filters.
 
     Args:
         arguments: What the user asked for.
@@ -104,8 +105,8 @@ class LayerRemoval(Strategy):
         others = [member for member in run.members if member is not run.own]
         if others:
             raise PruningError(
-                f"{run.where} and {others[0].where}: one run removes either layers or filters and weights. Prune "
-                "layers first, then fit again with the other callback."
+                f"{run.where} and {others[0].where}: what removes layers prunes alone in its run. Fit again with the "
+                "other callback, or remove layers and filters by FilterPruning(layers=True)."
             )
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
@@ -141,22 +142,18 @@ class LayerRemoval(Strategy):
         refuse_not_finite(run.where, module, dict(module.named_parameters()))
         depth = self._depth(module)
         timing = partial(self._time_of_first, run) if self.arguments.target == "latency" else None
-        with self._data(run) as data:
+        with self._data(run, self.arguments.criterion in _OF_LOSS) as data:
             plan = plan_layers(
-                module,
-                self.inputs,
-                depth,
-                self.dense.costs,
-                self._budget(depth, asked),
-                self.arguments.criterion,
-                data,
-                self.state.gone,
-                timing,
-                self.state.refused,
-            )
+                module, self.inputs, depth, self.dense.costs, self._budget(depth, asked), self.arguments.criterion,
+                data, self.state.gone, timing, self.state.refused,
+            )  # fmt: skip
         self.state.refused, self.state.pinned = dict(plan.refused), {**depth.others, **plan.refused}
         if plan.removed:
-            self._apply(run, plan)
+            repair = LayerRepair({}, (), {})
+            if self.arguments.repair:
+                with calibration_of(run.trainer, module, self.arguments.batches, self.traces) as calibration:
+                    repair = repaired_layers(module, plan.skips, calibration, DAMPING)
+            self._apply(run, plan, repair)
         if plan.latency_kept is not None:
             self.state.latency = plan.latency_kept
         if plan.short and progress >= 1.0 and not self.state.warned:
@@ -166,6 +163,27 @@ class LayerRemoval(Strategy):
     def before_split(self, pl_module: LightningModule) -> None:
         """Count a model that is whole for a pruning step: one that is split cannot be counted."""
         self.flops(pl_module)
+
+    def remove_some(self, run: Run, amount: float, plan_cut: PlanCut) -> Split:
+        """Remove as many layers as lose least if filters make up the rest of an amount, of the model as it is."""
+        asked, module = self.arguments, run.module
+        timing = partial(self._time_of_first, run, whole=False) if asked.target == "latency" else None
+        refits = calibration_of(run.trainer, module, asked.batches, self.traces) if asked.repair else nullcontext()
+        with self._data(run, module.automatic_optimization) as data, refits as calibration:
+            ask = SplitAsk(
+                amount, asked.target, self.part(module), asked.ignore, self._alone, data, calibration, DAMPING, timing,
+                copy_in_run,
+            )  # fmt: skip
+            split = choose_split(module, self.inputs, ask, plan_cut)
+        if split.layers.removed:
+            self._apply(run, split.layers, split.repair)
+        return split
+
+    def without_most(self, pl_module: LightningModule) -> LightningModule:
+        """Return a copy that has lost all layers but one."""
+        depth, twin = self._depth(pl_module), copy_in_run(pl_module)
+        remove_layers_(twin, {path: skip_of(depth.layers[path]) for path in depth.outermost[1:]})
+        return twin
 
     def goal(self, run: Run) -> Goal:
         """Return what was asked and what is reached now."""
@@ -229,7 +247,7 @@ class LayerRemoval(Strategy):
         return replace(asked, amount=amount, min_layers=max(0, asked.min_layers - ignored_layers(depth)))
 
     @contextmanager
-    def _data(self, run_: Run) -> Iterator[LayerData]:
+    def _data(self, run_: Run, of_loss: bool) -> Iterator[LayerData]:
         """Yield training batches of each process, and what runs the model on them; scores are means over processes."""
         trainer, module = run_.trainer, run_.module
 
@@ -237,41 +255,39 @@ class LayerRemoval(Strategy):
             return trainer.strategy.reduce(score.to(module.device), reduce_op="mean")  # type: ignore[return-value]
 
         with training_batches(trainer, module, self.arguments.batches) as batches:
-            if self.arguments.criterion in _OF_LOSS:
+            if of_loss:
                 with losses_of(module) as loss:
                     yield LayerData(list(batches), run, loss, mean)
             else:
                 yield LayerData(list(inputs_of(module, batches, self.traces)), run, None, mean)
 
-    def _time_of_first(self, run: Run, skips: Skips) -> float:
+    def _time_of_first(self, run: Run, skips: Skips, whole: bool = True) -> float:
         """Measure on the first process, and tell the others."""
         kept = 1.0
         if run.trainer.is_global_zero:
             with run.trainer.precision_plugin.forward_context():
-                kept = time_without(run.module, self.inputs, skips)
+                kept = time_without(run.module, self.inputs, skips, whole)
         return float(run.trainer.strategy.broadcast(kept))
 
-    def _apply(self, run: Run, plan: LayerPlan) -> None:
-        """Remove layers of the model and its averages; what averages gradients of processes is made anew."""
-        strategy, when = run.trainer.strategy, f"epoch {run.trainer.current_epoch}, step {run.trainer.global_step}"
-        repair = LayerRepair({}, (), {})
+    def _apply(self, run: Run, plan: LayerPlan, repair: LayerRepair) -> None:
+        """Remove layers, and note when."""
+        when = f"epoch {run.trainer.current_epoch}, step {run.trainer.global_step}"
         if self.arguments.repair:
-            with calibration_of(run.trainer, run.module, self.arguments.batches, self.traces) as calibration:
-                repair = repaired_layers(run.module, plan.skips, calibration, DAMPING)
-            repair = replace(repair, tensors=strategy.broadcast(repair.tensors))
             self.repairs = repair.repairs
-        averaged = isinstance(strategy.model, DistributedDataParallel)
-        if averaged:
-            strategy.model = run.module
-        run.before_step()
-        apply_layers_(run.module, plan, repair, run.trainer.optimizers)
-        for copy in averaged_copies(run.trainer):
-            remove_layers_(copy, plan.skips)
-        if averaged:
-            refuse_apart(run.where, run.trainer, run.module)
-            strategy.configure_ddp()  # type: ignore[attr-defined]
-        for companion in companions(run.trainer):
-            companion.after_cut(run.trainer, run.module, Cut({}, {}, {}, ()))
+        repair = replace(repair, tensors=run.trainer.strategy.broadcast(repair.tensors))
+        apply_removal_(run, plan, repair)
         self.state.removed |= {layer.path: (layer, when) for layer in plan.removed}
         self._flops = None
         recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
+
+
+def copy_in_run(pl_module: Any) -> LightningModule:
+    """Return a copy of a module that knows its Trainer, which a plain copy loses."""
+    memo: dict[int, Any] = {}
+    for _, module in modules_of(pl_module):
+        for leaf in pytree.tree_leaves(list(vars(module).values())):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:  # such as a loss that was kept, which torch cannot copy
+                memo[id(leaf)] = leaf.detach()
+    twin: LightningModule = copy.deepcopy(pl_module, memo)
+    twin.trainer = pl_module.trainer
+    return twin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_prune.pruning.layer_plan import LayerCosts
@@ -27,17 +27,12 @@ class DenseLayers:
 
     def to_plain(self) -> dict[str, Any]:
         """Return the same as dicts, lists, strings and numbers."""
-        by_layer = {path: list(cost) for path, cost in self.costs.by_layer.items()}
-        costs = {"params": self.costs.params, "flops": self.costs.flops, "shares": dict(self.costs.shares)}
-        return {"costs": {**costs, "by_layer": by_layer}, "layers": {path: list(c) for path, c in self.layers.items()}}
+        return {"costs": asdict(self.costs), "layers": {path: list(c) for path, c in self.layers.items()}}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> DenseLayers:
         """Return what :meth:`to_plain` made plain."""
-        costs = plain["costs"]
-        by_layer = {path: (int(params), int(flops)) for path, (params, flops) in costs["by_layer"].items()}
-        found = LayerCosts(costs["params"], costs["flops"], by_layer, dict(costs["shares"]))
-        return cls(found, {path: LayerCost(*cost) for path, cost in plain["layers"].items()})
+        return cls(LayerCosts(**plain["costs"]), {path: LayerCost(*cost) for path, cost in plain["layers"].items()})
 
 
 @dataclass

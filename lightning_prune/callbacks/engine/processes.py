@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_prune.callbacks.engine.batches import training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of
@@ -22,7 +23,10 @@ from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import Keep, Structure
 
-__all__ = ["calibration_of", "latency_of_first", "recalibrate_", "refuse_apart", "refuse_early_end", "refuse_uneven"]
+__all__ = [
+    "calibration_of", "latency_of_first", "recalibrate_", "refuse_apart", "refuse_early_end", "refuse_uneven",
+    "replicated_anew",
+]  # fmt: skip
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AT_ONCE = 2**22  # words whose sum is taken at a time, so that no second model lies in memory
@@ -112,6 +116,19 @@ def refuse_apart(where: str, trainer: Trainer, pl_module: LightningModule) -> No
         "processes before that: a learning rate that follows a metric logged without sync_dist=True, code that asks "
         "for the rank, or steps outside of DDP's backward pass."
     )
+
+
+@contextmanager
+def replicated_anew(where: str, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Change the plain module in the body; what averages gradients of processes is made anew for the new shapes."""
+    strategy = trainer.strategy
+    averaged = isinstance(strategy.model, DistributedDataParallel)
+    if averaged:
+        strategy.model = pl_module
+    yield
+    if averaged:
+        refuse_apart(where, trainer, pl_module)  # wrapping anew sends the first process's weights to all
+        strategy.configure_ddp()  # type: ignore[attr-defined]
 
 
 def refuse_uneven(where: str, trainer: Trainer) -> None:

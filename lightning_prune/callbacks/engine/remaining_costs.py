@@ -46,6 +46,9 @@ def describe(run: Run, history: History) -> None:
         flops = removal.traced.flops(run.module)
         now, dense = layer_costs(run.module, flops), removal.start.layers
         history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in dense.items()}
+        if removal.layers is not None:
+            history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
+            _describe_depth(removal.layers, history)
         history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
         history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
@@ -60,6 +63,10 @@ def _describe_layers(run: Run, removal: LayerRemoval, history: History) -> None:
     history.measured = circumstances(run.module, removal.inputs)
     history.counted = flops.counted
     history.dense = dict(removal.state.pinned)
+    _describe_depth(removal, history)
+
+
+def _describe_depth(removal: LayerRemoval, history: History) -> None:
     when = {path: moment for path, (_, moment) in removal.state.removed.items()}
     history.depth = {path: when.get(path, "") for path in removal.dense.costs.by_layer}
 

@@ -57,6 +57,12 @@ class Start:
             shapes=shapes_of(pl_module, structure) if arguments.target == "latency" else None,
         )
 
+    def without_layers(self, pl_module: LightningModule, structure: Structure, arguments: FilterArguments) -> Start:
+        """Return the same for the groups of a model that has lost layers."""
+        found = replace(self, widths=dict(self.widths))
+        found.follow(pl_module, structure, arguments)
+        return found
+
     def follow(self, pl_module: LightningModule, structure: Structure, arguments: FilterArguments) -> None:
         """Follow other arguments than those under which pruning began; the dense model stays the reference."""
         for name, group in structure.groups.items():

@@ -28,7 +28,7 @@ __all__ = ["Coming", "Member", "Run", "RunEvents", "Strategy"]
 
 _AMOUNTS = frozenset({
     "amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore", "module", "parameters",
-    "pattern", "min_layers",
+    "pattern", "min_layers", "layers",
 })  # fmt: skip
 """Arguments that say how much of what is pruned in the end."""
 

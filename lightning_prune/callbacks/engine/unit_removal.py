@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.algorithms.schedules import Schedule
@@ -22,6 +23,7 @@ from lightning_prune.callbacks.engine.fade import Fade, steps_until
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.kept_sums import of_kept_units
+from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.networks import networks_left_alone, not_saved
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
@@ -39,7 +41,7 @@ from lightning_prune.pruning.outcome import outcome_of
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
 from lightning_prune.reports import Goal
-from lightning_prune.structure import Keep, Structure
+from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import recipe_of
 from lightning_prune.surgery.cut import Cut
 
@@ -58,6 +60,7 @@ class UnitRemoval(Strategy):
         repair: Compensates for pruned units, if asked for.
         adjust: Changes scores before units are selected.
         narrow: Leaves out groups that the criterion cannot score.
+        batches: Training batches of each process on which layers are scored, if any may be removed.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class UnitRemoval(Strategy):
         repair: ConsumerRepair | None = None,
         adjust: Adjust | None = None,
         narrow: Narrow | None = None,
+        batches: int = 8,
     ) -> None:
         self.arguments: FilterArguments = arguments
         self.gathering = gathering
@@ -76,7 +80,9 @@ class UnitRemoval(Strategy):
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
         self._last_cut: Cut | None = None  # everything that will be removed, until it was rehearsed
-        self._reads_consumers = repair is not None or narrow is not None
+        self._reads_consumers = repair is not None or narrow is not None or arguments.layers
+        given = arguments.of_layers(batches, repair is not None)
+        self.layers = None if given is None else LayerRemoval(given)
 
     @property
     def ready(self) -> bool:
@@ -105,7 +111,9 @@ class UnitRemoval(Strategy):
         return self.state.start
 
     def check_schedule(self, where: str, schedule: Schedule) -> None:
-        """Refuse a first pruning step before what the criterion must see."""
+        """Refuse a first pruning step before what the criterion must see, and to count filters where layers leave."""
+        if self.layers is not None:
+            self.layers.check_schedule(where, schedule)
         unseen = self.gathering.looks_at_training
         if unseen and schedule.progress(0) > 0:
             told = f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut."
@@ -118,6 +126,13 @@ class UnitRemoval(Strategy):
 
     def refuse(self, run: Run) -> None:
         """Refuse a run in which no unit can be removed."""
+        if self.layers is not None:
+            self.layers.refuse(run)
+            if is_model_parallel(run.trainer):
+                raise PruningError(
+                    f"{run.where}(layers=True): layers and filters are tried on copies of the whole model, and no "
+                    "process has that under ModelParallelStrategy. Use LayerPruning, or a run with strategy='ddp'."
+                )
         refuse_removal(run.where, run.trainer, run.module)
         refuse_step(run.where, self.arguments.trace, run.module)
         if self.fade_steps and is_model_parallel(run.trainer):
@@ -133,6 +148,8 @@ class UnitRemoval(Strategy):
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(run.where, run.trainer.optimizers)
+        if self.layers is not None and not self.layers.prepare(run, batch):
+            return False
         given = [self.example_inputs, *(member.strategy.example_inputs for member in run.members)]
         inputs = run.inputs.find(run.module, self.traces, given, batch)
         if inputs is None:
@@ -162,12 +179,12 @@ class UnitRemoval(Strategy):
                 "tell the shape that the whole model had. Go on with that target, or start anew."
             )
         if run.own.clock.unfinished:
-            plan = self._plan(run, structure, score_units(run.module, structure, "l1"), progress=1.0)
+            plan = self._rehearsed(run, structure)
             gone = (self.start.widths.get(width.name, width.before) - width.after for width in plan.widths)
             self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
             self._refuse_endless(run)
-            self._last_cut = plan.cut
+            self._last_cut = plan.cut if plan.model is run.module else None
             if self.state.fade is None:
                 self.gathering.watch(run.module, structure)
         return True
@@ -183,6 +200,18 @@ class UnitRemoval(Strategy):
         if gathered is not None:
             self.gathering.take_up(gathered)
             self._watch_on(run.module)
+
+    def _rehearsed(self, run: Run, structure: Structure) -> Plan:
+        """Return a plan of the whole amount, by scores that cost nothing; what filters cannot reach, layers may."""
+        try:
+            return self._plan(run, structure, score_units(run.module, structure, "l1"), progress=1.0)
+        except PruningError:
+            if self.layers is None:
+                raise
+        twin = self.layers.without_most(run.module)
+        slim = self.traced.prunable(twin, self.state.refused)
+        start = self.start.without_layers(twin, slim, self.arguments)
+        return self._plan(replace(run, module=twin), slim, score_units(twin, slim, "l1"), progress=1.0, start=start)
 
     def _refuse_endless(self, run: Run) -> None:
         """Refuse to fade before epochs whose length nobody knows."""
@@ -219,7 +248,11 @@ class UnitRemoval(Strategy):
         return structure, scores
 
     def _due_plan(self, run: Run, progress: float) -> Plan:
-        """Return the plan of a pruning step: what has faded, or else what scores lowest now."""
+        """Return the plan of a pruning step: what has faded, or else what scores lowest now; layers leave at once."""
+        if self.layers is not None:
+            kept = self._without_layers(run, self.layers, progress)
+            structure = self.traced.prunable(run.module, self.state.refused)
+            return self._plan(run, structure, {}, progress, chosen=kept)
         fade, self.state.fade = self.state.fade, None
         if fade is not None:
             fade.scale_(run.module, 0)  # an epoch may end early
@@ -236,12 +269,49 @@ class UnitRemoval(Strategy):
         structure, scores = self._scored(run)
         return self._plan(run, structure, scores, progress, self.gathering.adding_up)
 
+    def _without_layers(self, run: Run, layers: LayerRemoval, progress: float) -> Keep:
+        """Remove the layers that lose least if filters make up the rest, and return the filters that are then kept."""
+        before = self.traced.prunable(run.module, self.state.refused)
+        refuse_not_finite(run.where, run.module, written_with(before))
+        refused = self.state.refused
+
+        def plan_cut(twin: nn.Module, rest: float) -> Plan:
+            assert isinstance(twin, LightningModule)
+            beside = replace(run, module=twin)
+            structure, scores = self._scored(beside)
+            start = self.start.without_layers(twin, structure, self.arguments)
+            plan = self._plan(beside, structure, scores, progress, self.gathering.adding_up, start=start)
+            self.state.refused = refused
+            return plan if self._repair is None else self._repair.repair(beside, plan)
+
+        asked = share_due(self.start.amount, run.own.schedule, progress)
+        assert not isinstance(asked, Mapping)  # refused when the callback was made
+        amount = 1 - (1 - asked) / (1 - self.goal(run).reached)
+        split = layers.remove_some(run, max(0.0, amount), plan_cut)
+        if split.filters is not None:
+            self.state.refused = dict(split.filters.refused)
+        self.traced.changed()
+        after = self.traced.prunable(run.module, self.state.refused)
+        self.state.start = self.start.without_layers(run.module, after, self.arguments)
+        left = named_tensors(run.module)
+        for name, group in before.groups.items():
+            if not any(slot.tensor in left for slot in group.slots):
+                self.state.widths[name] = 0
+        tried = ", ".join(
+            f"{each.layers} ({'out of reach' if each.refused else f'{each.lost:.4g}'})" for each in split.tried
+        )
+        removed = ", ".join(layer.path for layer in split.layers.removed) or "none"
+        rank_zero_info(f"{run.where}: layers removed: {removed}. Tried, with filters for the rest (lost): {tried}.")
+        if split.filters is None:
+            return {name: np.ones(group.width, dtype=bool) for name, group in after.groups.items()}
+        return split.filters.keep
+
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove units up to the sparsity that the schedule asks for at ``progress``."""
         plan = self._due_plan(run, progress)
+        if plan.latency_kept is not None:
+            self.state.latency = plan.latency_kept
         if plan.cut.kept:
-            if plan.latency_kept is not None:
-                self.state.latency = plan.latency_kept
             if self._repair is not None:
                 plan = self._repair.repair(run, plan)
             inexpressible = apply_plan_(run, plan)
@@ -255,6 +325,11 @@ class UnitRemoval(Strategy):
             self._warn_if_short(run, plan, done=True)
         if progress < 1.0:
             self._watch_on(run.module)
+
+    def after_training(self, run: Run) -> None:
+        """Have configs say which layers are left."""
+        if self.layers is not None:
+            self.layers.after_training(run)
 
     def before_split(self, pl_module: LightningModule) -> None:
         """Count now: the model is whole here alone."""
@@ -301,13 +376,19 @@ class UnitRemoval(Strategy):
         return Goal(run.where, target, outcome.asked, outcome.reached)
 
     def rollback_state(self) -> dict[str, Any]:
-        """Return the widths and the latency."""
-        return {"widths": dict(self.state.widths), "latency": self.state.latency}
+        """Return the widths, the latency and the layers."""
+        own = {"widths": dict(self.state.widths), "latency": self.state.latency}
+        if self.layers is None:
+            return own
+        return {**own, "start": self.start.to_plain(), "layers": self.layers.rollback_state()}
 
     def rollback(self, run: Run, state: dict[str, Any]) -> None:
         """Follow a model that is as it was before the last pruning step."""
         self.state.widths, self.state.latency = dict(state["widths"]), state["latency"]
         self.state.fade = None
+        if self.layers is not None:
+            self.state.start = Start.from_plain(state["start"])
+            self.layers.rollback(run, state["layers"])
         self.traced.changed()
         self.gathering.rest()
         if run.own.clock.unfinished:
@@ -315,12 +396,15 @@ class UnitRemoval(Strategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the dense model, what was removed, and what was gathered since."""
-        return {**self.state.to_plain(), "gathered": self.gathering.gathered()}
+        layers = None if self.layers is None else self.layers.state_dict()
+        return {**self.state.to_plain(), "gathered": self.gathering.gathered(), "layers": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
         self.state = RemovalState.from_plain(state)
         self.gathering.take_up(state["gathered"])
+        if self.layers is not None and state["layers"] is not None:
+            self.layers.load_state_dict(state["layers"])
 
     def before_save(self, run: Run, state: dict[str, Any]) -> None:
         """Replace what was gathered by what all processes have."""
@@ -329,6 +413,8 @@ class UnitRemoval(Strategy):
     def reset(self) -> None:
         """Start anew, for another model."""
         self.state = RemovalState()
+        if self.layers is not None:
+            self.layers.reset()
 
     def release(self) -> None:
         """Remove every hook from the model."""
@@ -349,25 +435,18 @@ class UnitRemoval(Strategy):
         progress: float,
         adding_up: bool = False,
         chosen: Keep | None = None,
+        start: Start | None = None,
     ) -> Plan:
         """Select the units to remove, unless they were chosen before, and verify the cut."""
-        start, schedule = self.start, run.own.schedule
+        start, schedule = start or self.start, run.own.schedule
         asked = self.arguments  # limits are those of the dense model's layers
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
         plan = plan_filters(
-            run.module,
-            self.traced.inputs,
-            structure,
-            scores,
-            share_due(start.amount, schedule, progress),
-            budget,
-            dense=start.dense,
-            latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs, start.shapes),
-            at_most=schedule.at_most(progress),
-            adding_up=adding_up,
-            refused=self.state.refused,
+            run.module, self.traced.inputs, structure, scores, share_due(start.amount, schedule, progress), budget,
+            dense=start.dense, latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs,
+            start.shapes), at_most=schedule.at_most(progress), adding_up=adding_up, refused=self.state.refused,
             chosen=chosen,
-        )
+        )  # fmt: skip
         self.state.refused = dict(plan.refused)
         return plan
 
