@@ -284,7 +284,9 @@ def _with_layers(
 
     part, alone = part_of(model, asked.module), left_alone(model, listed(asked.module))
     calibration = Calibration(data.batches, data.forward) if asked.repair else None
-    timing = partial(time_without, model, example_inputs, whole=False) if asked.target == "latency" else None
+    timing = None
+    if asked.target == "latency":
+        timing = partial(time_without, model, example_inputs, whole=False)
     ignored, damping = by_path["ignore"], asked.damping
     ask = SplitAsk(amount, asked.target, part, ignored, alone, data, calibration, damping, timing)
     split = choose_split(model, example_inputs, ask, plan_cut)

@@ -118,7 +118,9 @@ def choose_split(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk,
             repair = repaired_layers(model, skips, ask.calibration, ask.damping)
         twin = ask.copied(model)
         apply_layers_(twin, layers, repair)
-        left = _left(twin, example_inputs, ask, costs) if ask.timing is None else ask.timing(skips)
+        left = _left(twin, example_inputs, ask, costs)
+        if ask.timing is not None:
+            left = ask.timing(skips)
         rest = 1 - (1 - ask.amount) / left
         filters: Plan | None = None
         kept = left
@@ -129,7 +131,9 @@ def choose_split(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk,
             except PruningError as error:
                 tried.append(TriedSplit(number, 1 - left, 0.0, float("nan"), str(error)))
                 continue
-            kept = _left(twin, example_inputs, ask, costs) if ask.timing is None else left * (slim.latency_kept or 1.0)
+            kept = _left(twin, example_inputs, ask, costs)
+            if ask.timing is not None:
+                kept = left * (slim.latency_kept or 1.0)
         lost = _lost(model, twin, ask.data)
         tried.append(TriedSplit(number, 1 - left, left - kept, lost, ""))
         if lost < lowest:

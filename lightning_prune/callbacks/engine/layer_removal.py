@@ -167,7 +167,9 @@ class LayerRemoval(Strategy):
     def remove_some(self, run: Run, amount: float, plan_cut: PlanCut) -> Split:
         """Remove as many layers as lose least if filters make up the rest of an amount, of the model as it is."""
         asked, module = self.arguments, run.module
-        timing = partial(self._time_of_first, run, whole=False) if asked.target == "latency" else None
+        timing = None
+        if asked.target == "latency":
+            timing = partial(self._time_of_first, run, whole=False)
         refits = calibration_of(run.trainer, module, asked.batches, self.traces) if asked.repair else nullcontext()
         with self._data(run, module.automatic_optimization) as data, refits as calibration:
             ask = SplitAsk(

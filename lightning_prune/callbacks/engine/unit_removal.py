@@ -184,7 +184,8 @@ class UnitRemoval(Strategy):
             self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
             self._refuse_endless(run)
-            self._last_cut = plan.cut if plan.model is run.module else None
+            if plan.model is run.module:  # and no copy without layers
+                self._last_cut = plan.cut
             if self.state.fade is None:
                 self.gathering.watch(run.module, structure)
         return True
@@ -282,7 +283,9 @@ class UnitRemoval(Strategy):
             start = self.start.without_layers(twin, structure, self.arguments)
             plan = self._plan(beside, structure, scores, progress, self.gathering.adding_up, start=start)
             self.state.refused = refused
-            return plan if self._repair is None else self._repair.repair(beside, plan)
+            if self._repair is not None:
+                plan = self._repair.repair(beside, plan)
+            return plan
 
         asked = share_due(self.start.amount, run.own.schedule, progress)
         assert not isinstance(asked, Mapping)  # refused when the callback was made
@@ -297,9 +300,7 @@ class UnitRemoval(Strategy):
         for name, group in before.groups.items():
             if not any(slot.tensor in left for slot in group.slots):
                 self.state.widths[name] = 0
-        tried = ", ".join(
-            f"{each.layers} ({'out of reach' if each.refused else f'{each.lost:.4g}'})" for each in split.tried
-        )
+        tried = ", ".join(f"{each.layers} ({each.lost:.4g})" for each in split.tried)  # nan: out of reach
         removed = ", ".join(layer.path for layer in split.layers.removed) or "none"
         rank_zero_info(f"{run.where}: layers removed: {removed}. Tried, with filters for the rest (lost): {tried}.")
         if split.filters is None:
