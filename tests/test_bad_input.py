@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from lightning_prune import PruningError, prune_filters
+from lightning_prune import PruningError, prune_filters, prune_layers, prune_weights
 from tests.models import IMAGE, NETS, ROWS
 
 
@@ -183,3 +183,21 @@ def test_criteria_that_fail_leave_the_model():
         raise KeyError("mine")
 
     assert_refused(KeyError, "mine", criterion=criterion)
+
+
+@pytest.mark.parametrize("prune", [prune_filters, prune_layers, prune_weights])
+def test_optimizers_of_another_kind_or_model_are_refused(prune):
+    """An optimizer that could not follow is refused: a name, or that of a model that was built before."""
+    model, other = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), nn.Linear(4, 2)
+    inputs = () if prune is prune_weights else (torch.randn(1, 4),)
+    with pytest.raises(TypeError, match="pass an optimizer of torch"):
+        prune(model, *inputs, amount=0.5, optimizer="adam")
+    with pytest.raises(ValueError, match="SGD trains no parameter of Sequential"):
+        prune(model, *inputs, amount=0.5, optimizer=torch.optim.SGD(other.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("model", [nn.Linear, torch.zeros(2)], ids=["class", "tensor"])
+def test_models_of_other_types_are_refused(model):
+    """A class is no model."""
+    with pytest.raises(TypeError, match="pass a torch.nn.Module"):
+        prune_filters(model, torch.randn(1, 4), amount=0.5)

@@ -204,6 +204,8 @@ def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {model!r}; pass a torch.nn.Module, made of its class.")
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
     waiting = [("", model)]  # the next one comes last

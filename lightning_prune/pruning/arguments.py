@@ -23,8 +23,8 @@ from lightning_prune.surgery.skipped import paths_removed
 __all__ = [
     "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "budget_by_group", "by_path",
     "check_arguments", "check_choice", "check_damping", "check_ignored", "check_list", "check_module",
-    "check_optimizers", "check_prunable", "listed", "names_module", "near", "part_of", "path_of", "plain", "shown",
-    "told_apart", "with_ignored", "within_part",
+    "check_optimizers", "check_prunable", "listed", "names_module", "near", "optimizers_of", "part_of", "path_of",
+    "plain", "shown", "told_apart", "with_ignored", "within_part",
 ]  # fmt: skip
 
 Modules = Sequence[str | nn.Module]
@@ -119,6 +119,25 @@ def check_list(where: str, name: str, given: Any) -> None:
     """
     if isinstance(given, str | nn.Module):
         raise TypeError(f"{where}({name}={quoted(given)}): pass a list of patterns, [{quoted(given)}].")
+
+
+def optimizers_of(where: str, model: nn.Module, optimizer: Any) -> list[Optimizer]:
+    """Return the optimizers that were passed: one, several or none.
+
+    Raises:
+        TypeError: If something else was passed.
+        ValueError: If they train another model, as after building one anew.
+    """
+    found: list[Any] = [optimizer] if isinstance(optimizer, Optimizer | str) else list(optimizer or ())
+    own = set(map(id, model.parameters())) if found else set()
+    if not all(isinstance(one, Optimizer) for one in found):
+        raise TypeError(f"{where}(optimizer={optimizer!r}): pass an optimizer of torch, or a list of them.")
+    if found and not any(id(p) in own for one in found for group in one.param_groups for p in group["params"]):
+        raise ValueError(
+            f"{where}: {type(found[0]).__name__} trains no parameter of {type(model).__name__}, so it cannot follow. "
+            "Pass the optimizer of this model, or none."
+        )
+    return found
 
 
 def check_optimizers(where: str, optimizers: Iterable[Optimizer]) -> None:

@@ -41,6 +41,7 @@ from lightning_prune.pruning.arguments import (
     check_optimizers,
     check_prunable,
     listed,
+    optimizers_of,
     part_of,
     plain,
     with_ignored,
@@ -163,7 +164,7 @@ def prune_filters(
     check_arguments(where, amount, criterion, target, scope, round_to, min_width, max_amount, ignore)
     check_module(where, module, target)
     check_damping(where, damping, "inputs' mean variance")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    optimizers = optimizers_of(where, model, optimizer)
     check_optimizers(where, optimizers)
     asked = _Asked(
         criterion, target, scope, loss, module, ignore, round_to, min_width, max_amount, uniform, bool(repair), damping,

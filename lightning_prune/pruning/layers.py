@@ -33,6 +33,7 @@ from lightning_prune.pruning.arguments import (
     check_optimizers,
     listed,
     names_module,
+    optimizers_of,
     part_of,
 )
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, Skips, plan_layers
@@ -139,7 +140,7 @@ def prune_layers(
     check_damping(where, damping, "inputs' mean variance")
     if repair and batches is None:
         raise ValueError(f"{where}(repair=True): pass batches, to compensate on them.")
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    optimizers = optimizers_of(where, model, optimizer)
     check_optimizers(where, optimizers)
     refuse_empty(example_inputs)
     refuse_shapeless(model)

@@ -36,6 +36,7 @@ from lightning_prune.pruning.arguments import (
     check_list,
     check_module,
     listed,
+    optimizers_of,
     part_of,
 )
 from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights, warning_of
@@ -125,7 +126,7 @@ def prune_weights(
     found = weights_to_prune(model, amount, parameters, ignore, pattern, scope, part_of(model, module), alone)
     scores = score_weights(found.weights, criterion)
     keep = choose_weights(found.weights, scores, carried_masks(model), found.amount, scope, pattern)
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    optimizers = optimizers_of("prune_weights", model, optimizer)
     before = count_unmasked(model)
     Masks(model).let_fall_(keep, optimizers)
     told = warning_of(model, found.others)
