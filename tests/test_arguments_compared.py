@@ -129,6 +129,7 @@ def test_a_changed_argument_is_told(kind, name, tmp_path):
     assert f"{name}=" in told[0]
     if "other arguments" in told[0]:
         assert len(told) == 1
+        was = list(was) if isinstance(was, tuple) else was
         assert f"{name}={was!r} is now" in told[0] or f"{name}={was} is now" in told[0] or name == "module"
 
 

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 from lightning_prune import FilterL1Pruning, IterativeMagnitudePruning, cli, prune_filters, prune_weights
@@ -247,6 +248,8 @@ def test_onnxruntime_quantizes_what_is_left(how, tmp_path):
     """An ONNX file of a pruned model quantizes, to about a quarter of its bytes."""
     _, runtime = needs_onnx()
     quantization = pytest.importorskip("onnxruntime.quantization")
+    if Version(torch.__version__) < Version("2.7"):
+        pytest.skip(f"onnx infers other shapes than torch {torch.__version__} writes into files for any batch")
     model, x = slim(how)
     written = onnx_files.write_onnx(model, x, tmp_path / "slim.onnx", any_batch=True)
     quantization.quantize_dynamic(written.path, tmp_path / "int8.onnx")

@@ -49,7 +49,7 @@ OPTIMIZERS = {
     "ASGD": partial(optim.ASGD, lr=0.05),
     "Rprop": partial(optim.Rprop, lr=0.01),
     "Adafactor": partial(optim.Adafactor, lr=0.05),
-    "Muon": partial(optim.Muon, lr=0.02),
+    **({"Muon": partial(optim.Muon, lr=0.02)} if hasattr(optim, "Muon") else {}),  # torch 2.6 has none
     "LBFGS": partial(optim.LBFGS, lr=0.1),
 }
 """Name -> maker. Muon takes matrices alone, and is tried beside SGD, by hand; LBFGS is to be refused."""

@@ -52,7 +52,7 @@ def entries() -> dict[str, Entry]:
     found["callback in mixed precision"] = partial(_fitted, TaylorFilterPruning, precision=True)
     found["checkpoints"] = _resumed
     found["public load_from_checkpoint"] = _loaded
-    for command in cli._COMMANDS:
+    for command in COMMANDS:
         found[f"command {command}"] = partial(_printed, command)
     return found
 

@@ -51,7 +51,8 @@ def compared_arguments(callback: Callback, model: nn.Module | None) -> dict[str,
         model: The model, once it is known: modules are named by their paths in it.
     """
     found: dict[str, Any] = {}
-    for name, _, value in _arguments(callback):
+    for name, _, given in _arguments(callback):
+        value = list(given) if isinstance(given, tuple) else given
         if name == "module":
             found[name] = None if value is None else sorted(shown(part, model) for part in listed(value))
         elif value is None or isinstance(value, bool | int | float | str | Mapping | list | nn.Module):
