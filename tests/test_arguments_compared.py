@@ -44,7 +44,7 @@ OTHERS = {
     "mask_gradients": True, "parameters": ["hidden"], "pattern": "2:4", "epoch": 3, "solver": "exact",
     "sequential": True, "damping": 0.1, "drop": 8.0, "mode": "max", "patience": 2, "then": "halve", "to": 9,
     "weight": 0.5, "loss": "mse", "temperature": 3.0, "class_dim": 1, "features": ["hidden"], "feature_weight": 2.0,
-    "rewind_to": 11, "control": "shuffle", "module": ["first"], "fade_steps": 2, "bits": 4,
+    "rewind_to": 11, "control": "shuffle", "module": ["first"], "fade_steps": 2, "bits": 4, "layers": True,
 }  # fmt: skip
 FOR_ONE = {
     (LayerPruning, "criterion"): "taylor",
@@ -58,6 +58,7 @@ TOGETHER = {
     "pattern": {"amount": None},
     "parameters": {},
     "fade_steps": {"schedule": Linear(3, 5)},
+    "layers": {"target": "flops"},
 }
 """Arguments that both runs have where one is changed, since it makes no sense without."""
 
@@ -107,7 +108,7 @@ def test_a_changed_argument_is_told(kind, name, tmp_path):
     after = with_others(kind, **{**together, name: value})
     was = getattr(before[-1], name)
     assert was != getattr(after[-1], name)
-    make = Deep if kind is LayerPruning else Scheduled
+    make = Deep if kind is LayerPruning or name == "layers" else Scheduled
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(net(make, dropout=0.0), *before, saver, val=True, max_epochs=6, enable_checkpointing=True)
     told = []
@@ -136,7 +137,7 @@ def test_a_changed_argument_is_told(kind, name, tmp_path):
 @pytest.mark.parametrize("kind", [*PRUNING, *BESIDE], ids=lambda kind: kind.__name__)
 def test_equal_arguments_say_nothing(kind, tmp_path):
     """A run that goes on as it began warns of nothing."""
-    make = Deep if kind is LayerPruning else Scheduled
+    make = Deep if kind is LayerPruning or name == "layers" else Scheduled
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(net(make, dropout=0.0), *with_others(kind), saver, val=True, max_epochs=6, enable_checkpointing=True)
     with warnings.catch_warnings(record=True) as caught:
