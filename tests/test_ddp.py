@@ -220,7 +220,8 @@ CASES = {
 def test_settings(case, tmp_path):
     """The same holds under DDP's settings, with budgets, after a resume and with what the Trainer offers."""
     last = None if "target" in CASES[case] else (4, 3, 5)
-    fell = 1.0 if case == "accumulate" else 0.8  # a third of the steps
+    # A third of the steps; and a network whose loss stays above 0.9 of the first when it is trained whole, too.
+    fell = 1.0 if case in ("accumulate", "depthwise") else 0.8
     ranks = run(tmp_path, **CASES[case])
     assert_one_run(ranks, last, fell)
     if case == "latency":  # of 24 units that take equal time half, less what the forward pass takes anyway

@@ -20,6 +20,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ligh
 PRODUCTS_OF_ALL_STEPS = ("lstm", "gru")
 """Layers of which the CPU multiplies all steps at once, and accelerators one by one: examples are told apart there."""
 
+NEARLY_EQUAL_UNITS = ("callback FilterPruning(obs)",)
+"""Where losses of two units lie so near each other that another precision chooses the other one."""
+
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
@@ -39,7 +42,8 @@ def assert_same_as_on_the_cpu(process, name: str, float64: bool) -> None:
     if by_example and "examples cannot be told apart" in str(expected.found):
         assert found.found[0]
         return
-    assert walk.same(expected.found, found.found, numbers=not (found.drew or by_example))
+    other_choice = not float64 and name in NEARLY_EQUAL_UNITS
+    assert walk.same(expected.found, found.found, numbers=not (found.drew or by_example or other_choice))
     assert not found.moved, "the random generator of the device is not as it was"
 
 
