@@ -137,7 +137,7 @@ def test_a_changed_argument_is_told(kind, name, tmp_path):
 @pytest.mark.parametrize("kind", [*PRUNING, *BESIDE], ids=lambda kind: kind.__name__)
 def test_equal_arguments_say_nothing(kind, tmp_path):
     """A run that goes on as it began warns of nothing."""
-    make = Deep if kind is LayerPruning or name == "layers" else Scheduled
+    make = Deep if kind is LayerPruning else Scheduled
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(net(make, dropout=0.0), *with_others(kind), saver, val=True, max_epochs=6, enable_checkpointing=True)
     with warnings.catch_warnings(record=True) as caught:
