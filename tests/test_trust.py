@@ -1,6 +1,7 @@
 """Runs are not lost: killed, fed nonsense, pruned for long, under whatever the Trainer offers; a sample of each."""
 
 import itertools
+import sys
 
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -47,7 +48,9 @@ def test_nothing_gathers(case, width, times):
     seen = soak(case, times)
     assert seen["width"] == (width or times + 8)
     half = seen["objects"][len(seen["objects"]) // 2 :]
-    assert max(half) - min(half) <= times // 2 + 8  # one a cut, which the history of the run notes
+    # One object a cut, which the history of the run notes; before Python 3.11 its attributes are a second one.
+    noted = 1 if sys.version_info >= (3, 11) else 2
+    assert max(half) - min(half) <= noted * times // 2 + 8
     assert not any(seen["old storages alive"])
     assert len(set(seen["hooks"])) == 1
     kinds = {name.rpartition(".")[2] for name in seen["left behind"]}
