@@ -1,11 +1,14 @@
 """Modules whose own ``state_dict`` leaves something out: that is not pruned, and the rest can be resumed."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_prune import FilterL1Pruning, Linear, PruningError, load_from_checkpoint
+from lightning_prune import FilterL1Pruning, IterativeMagnitudePruning, Linear, PruningError, load_from_checkpoint
+from lightning_prune.surgery import recipe_of
 from tests.runs import WIDTHS, Net, assert_same_weights, fit, net, weights, widths
 
 
@@ -79,3 +82,37 @@ def test_what_is_saved_under_another_name_is_pruned():
     fit(module, pruning(), max_epochs=4)
     fit(plain, pruning(), max_epochs=4)
     assert_same_weights(plain, {name.removeprefix("net."): value for name, value in weights(module).items()})
+
+
+class Filtering(Net):
+    """A module that writes what it likes into the checkpoint, after all callbacks have seen it."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.teacher = nn.Linear(3, 3).requires_grad_(False)
+        self.strict_loading = False
+
+    def on_save_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if not name.startswith("teacher")}
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("kind", [FilterL1Pruning, IterativeMagnitudePruning])
+def test_what_a_module_writes_into_a_checkpoint_keeps_its_metadata(kind, weights_only, tmp_path):
+    """Shapes and masks are there when the file is loaded, in the run, in another and by the class."""
+    whole = net(Filtering)
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_weights_only=weights_only)
+    pruning = partial(kind, 0.5, schedule=Linear(1, 3), ignore=["teacher"], report=False)
+    fit(whole, pruning(), saving, max_epochs=5, enable_checkpointing=True)
+    whole.trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=weights_only)
+    for name in ("epoch=4.ckpt", "after.ckpt"):
+        loaded = load_from_checkpoint(Filtering, tmp_path / name)
+        assert widths(loaded) == widths(whole)
+        assert recipe_of(loaded).masks.keys() == recipe_of(whole).masks.keys()
+        saved = {key: value for key, value in weights(whole).items() if not key.startswith("teacher")}
+        assert all(torch.equal(value, weights(loaded)[key]) for key, value in saved.items())
+    if not weights_only:
+        resumed = net(Filtering)
+        fit(resumed, pruning(), ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=5)
+        assert_same_weights(resumed, weights(whole))

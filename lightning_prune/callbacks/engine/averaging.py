@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,8 +19,8 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
 
 __all__ = [
-    "averaged_copies", "cut_copies_", "keep_metadata_", "let_copies_follow", "refuse_order", "restart_averages_",
-    "with_metadata",
+    "averaged_copies", "cut_copies_", "keep_metadata_", "keep_metadata_when_saved_", "let_copies_follow",
+    "refuse_order", "restart_averages_", "with_metadata",
 ]  # fmt: skip
 
 
@@ -58,11 +59,28 @@ def let_copies_follow(trainer: Trainer, pl_module: LightningModule) -> list[Remo
 
 def keep_metadata_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Add the pruning metadata that averaging, or the module's own code, left out of a checkpoint's state dict."""
+    if not isinstance(checkpoint.get("state_dict"), Mapping):  # the module's own code took it out
+        return
     metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
     if metadata is None and not hasattr(checkpoint["state_dict"], "_metadata"):
         metadata = nn.Module.state_dict(pl_module)._metadata  # type: ignore[attr-defined]
     if metadata is not None:
         checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
+
+
+def keep_metadata_when_saved_(strategy: Strategy) -> None:
+    """Have a strategy add the pruning metadata that a module's ``on_save_checkpoint``, called last, left out."""
+    save = strategy.save_checkpoint
+    if hasattr(save, "__wrapped__"):  # of an earlier run
+        return
+
+    @wraps(save)
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if strategy.lightning_module is not None:
+            keep_metadata_(strategy.lightning_module, checkpoint)
+        save(checkpoint, *args, **kwargs)
+
+    strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
 
 def with_metadata(state_dict: Mapping[str, Any], metadata: Any) -> OrderedDict[str, Any]:

@@ -11,7 +11,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.callbacks.engine.averaging import keep_metadata_, let_copies_follow, refuse_order
+from lightning_prune.callbacks.engine.averaging import (
+    keep_metadata_,
+    keep_metadata_when_saved_,
+    let_copies_follow,
+    refuse_order,
+)
 from lightning_prune.callbacks.engine.checkpoint_state import keep_hyperparameters_
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
 from lightning_prune.callbacks.engine.fade import coming_step
@@ -87,6 +92,8 @@ class Engine:
         if own is self.members[0]:
             if is_model_parallel(trainer):
                 take_shapes_before_loading_(run.where, trainer, pl_module)
+            else:
+                keep_metadata_when_saved_(trainer.strategy)
             self.log.start_run()
             if stage == "fit":
                 callbacks = [*(member.callback for member in self.members), *guards(trainer)]
