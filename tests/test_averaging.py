@@ -66,14 +66,15 @@ def test_the_average_loses_the_same_units(kind):
     assert_agrees_with_shapes(copy_of(averaging))
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["averaging first", "pruning first"])
 @pytest.mark.parametrize("module_kind", [Net, Depthwise])
 @pytest.mark.parametrize("kind", AVERAGING.values(), ids=AVERAGING)
-def test_resumed_ends_where_uninterrupted_ends(kind, module_kind, tmp_path):
+def test_resumed_ends_where_uninterrupted_ends(kind, module_kind, order, tmp_path):
     """From the checkpoint of any epoch a run with averaging and pruning ends where the uninterrupted run ends."""
 
     def run(module, *more, ckpt_path=None):
-        pruning = FilterL1Pruning(0.5, schedule=Linear(1, 3))
-        fit(module, kind(), pruning, *more, ckpt_path=ckpt_path, max_epochs=5, enable_checkpointing=bool(more))
+        two = [kind(), FilterL1Pruning(0.5, schedule=Linear(1, 3))][::order]
+        fit(module, *two, *more, ckpt_path=ckpt_path, max_epochs=5, enable_checkpointing=bool(more))
         return weights(module)
 
     whole = net(module_kind, dropout=0.0)
@@ -86,12 +87,13 @@ def test_resumed_ends_where_uninterrupted_ends(kind, module_kind, tmp_path):
         assert_agrees_with_shapes(resumed)
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["averaging first", "pruning first"])
 @pytest.mark.parametrize("module_kind", [Net, Depthwise])
-def test_checkpoints_hold_the_slim_average(module_kind, tmp_path):
+def test_checkpoints_hold_the_slim_average(module_kind, order, tmp_path):
     """A checkpoint written beside EMA is tested, and loaded without a Trainer, with the averaged slim weights."""
     module, averaging = net(module_kind), AVERAGING["ema"]()
     saver = ModelCheckpoint(tmp_path)
-    fit(module, averaging, FilterL1Pruning(0.5), saver, enable_checkpointing=True)
+    fit(module, *[averaging, FilterL1Pruning(0.5)][::order], saver, enable_checkpointing=True)
     average = weights(copy_of(averaging))
     loaded = load_from_checkpoint(module_kind, saver.best_model_path)
     assert_same_weights(loaded, average)

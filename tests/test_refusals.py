@@ -21,7 +21,6 @@ from lightning_prune import (
     TaylorFilterPruning,
 )
 from lightning_prune.callbacks import WeightSharing
-from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import (
     IMAGE,
     WIDTHS,
@@ -133,14 +132,6 @@ def test_contradicting_callbacks(ours_first):
     with pytest.raises(PruningError, match="FilterL1Pruning and ModelPruning contradict"):
         fit(module, *callbacks)
     assert_same_weights(module, weights(net()))
-
-
-def test_averaging_behind_pruning(refused):
-    """An averaging callback that would write checkpoints after ours has seen them is refused, with what to do."""
-    refused(
-        net(), FilterL1Pruning(), EMAWeightAveraging(),
-        told="FilterL1Pruning must stand behind EMAWeightAveraging.*Exchange the two",
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,11 @@ def test_the_headline_says_what_the_dense_model_scored():
     assert headline(history(0.9, 0.8, 0.875)) == ["acc: 0.9 dense, 0.875 pruned, difference -0.025."]
     assert headline(history(0.2, 0.875))[0].endswith("The dense model was still learning when pruning began.")
     assert headline(history(None, 0.8)) == ["acc: 0.8 pruned; the dense model was not validated in this run."]
-    assert headline(history(0.9)) == ["acc: 0.9 pruned; the dense model was not validated in this run."]
+    taken_back = history(0.9, 0.5)
+    taken_back.note_left(0, 2, {"prune/flops_kept": 1.0, "prune/latency_kept": 0.97})
+    taken_back.note_metrics(0, 2, {"acc": 0.85})
+    for nothing_pruned, value in [(history(0.9), 0.9), (taken_back, 0.85)]:
+        assert headline(nothing_pruned) == [f"acc: {value}; nothing of the model is pruned."]
 
 
 def test_what_a_guard_decided_is_in_the_history(tmp_path):

@@ -94,12 +94,20 @@ def metric_of_dense_and_pruned(history: History) -> str:
     values = [stage.last.get(name) for stage in found]
     if values[-1] is None:
         return ""
+    if _is_whole(history):
+        return f"{name}: {values[-1]:.4g}; nothing of the model is pruned."
     if len(found) < 2 or values[0] is None:
         return f"{name}: {values[-1]:.4g} pruned; the dense model was not validated in this run."
     told = f"{name}: {values[0]:.4g} dense, {values[-1]:.4g} pruned, difference {values[-1] - values[0]:+.4g}."
     if still_learning(history):
         told += " The dense model was still learning when pruning began."
     return told
+
+
+def _is_whole(history: History) -> bool:
+    """Return whether all of a model is left: before the first pruning step, or once every step was taken back."""
+    kept = [history.left[name] for name in shares(history) if name != "prune/latency_kept"]  # it varies by itself
+    return bool(kept) and min(kept) >= 1
 
 
 def still_learning(history: History) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial, wraps
 from typing import Any
 
@@ -19,25 +19,9 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
 
 __all__ = [
-    "averaged_copies", "cut_copies_", "keep_metadata_", "keep_metadata_when_saved_", "let_copies_follow",
-    "refuse_order", "restart_averages_", "with_metadata",
+    "averaged_copies", "cut_copies_", "keep_metadata_when_saved_", "let_copies_follow", "restart_averages_",
+    "with_metadata",
 ]  # fmt: skip
-
-
-def refuse_order(where: str, callbacks: Iterable[Any], mine: Any) -> None:
-    """Refuse a callback that writes the average into checkpoints after mine has seen them.
-
-    Raises:
-        PruningError: Saying how to order the two.
-    """
-    behind = False
-    for callback in callbacks:
-        behind = behind or callback is mine
-        if behind and _is(callback, "WeightAveraging"):
-            raise PruningError(
-                f"{where} must stand behind {type(callback).__name__} in callbacks=[...], to add to the averaged "
-                "weights in a checkpoint what tells their shapes. Exchange the two."
-            )
 
 
 def averaged_copies(trainer: Trainer) -> list[nn.Module]:
@@ -57,19 +41,11 @@ def let_copies_follow(trainer: Trainer, pl_module: LightningModule) -> list[Remo
     return [copy.register_load_state_dict_pre_hook(follow) for copy in averaged_copies(trainer)]
 
 
-def keep_metadata_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Add the pruning metadata that averaging, or the module's own code, left out of a checkpoint's state dict."""
-    if not isinstance(checkpoint.get("state_dict"), Mapping):  # the module's own code took it out
-        return
-    metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
-    if metadata is None and not hasattr(checkpoint["state_dict"], "_metadata"):
-        metadata = nn.Module.state_dict(pl_module)._metadata  # type: ignore[attr-defined]
-    if metadata is not None:
-        checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
-
-
 def keep_metadata_when_saved_(strategy: Strategy) -> None:
-    """Have a strategy add the pruning metadata that a module's ``on_save_checkpoint``, called last, left out."""
+    """Have a strategy add the pruning metadata that averaging, or the module's own code, left out of a checkpoint.
+
+    Callbacks and the module's ``on_save_checkpoint`` may replace the state dict, in any order: here all have done so.
+    """
     save = strategy.save_checkpoint
     if hasattr(save, "__wrapped__"):  # of an earlier run
         return
@@ -77,7 +53,7 @@ def keep_metadata_when_saved_(strategy: Strategy) -> None:
     @wraps(save)
     def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if strategy.lightning_module is not None:
-            keep_metadata_(strategy.lightning_module, checkpoint)
+            _keep_metadata_(strategy.lightning_module, checkpoint)
         save(checkpoint, *args, **kwargs)
 
     strategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
@@ -109,6 +85,17 @@ def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if _is(callback, "WeightAveraging") and callback._average_model is not None:
             callback._average_model.n_averaged.zero_()
+
+
+def _keep_metadata_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Add the pruning metadata that a checkpoint's state dict lacks."""
+    if not isinstance(checkpoint.get("state_dict"), Mapping):  # the module's own code took it out
+        return
+    metadata = getattr(checkpoint.get("current_model_state"), "_metadata", None)
+    if metadata is None and not hasattr(checkpoint["state_dict"], "_metadata"):
+        metadata = nn.Module.state_dict(pl_module)._metadata  # type: ignore[attr-defined]
+    if metadata is not None:
+        checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
 
 
 def _take_shapes_of(

@@ -12,10 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.engine.averaging import (
-    keep_metadata_,
     keep_metadata_when_saved_,
     let_copies_follow,
-    refuse_order,
 )
 from lightning_prune.callbacks.engine.checkpoint_state import keep_hyperparameters_
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
@@ -63,7 +61,8 @@ class Engine:
             self.log.history = copy.deepcopy(earlier.log.history)
             self.inputs.example = earlier.inputs.example
         self._module = None if pl_module is None else weakref.ref(pl_module)
-        self._hooks: list[Any] = []  # on the module and its averaged copies
+        self._hooks: list[Any] = []
+        self._copy_hooks: list[Any] = []  # on averaged copies of the module
 
     @property
     def module(self) -> LightningModule | None:
@@ -85,22 +84,20 @@ class Engine:
             refuse_twins(own.callback, [member.callback for member in self.members])
             refuse_inference_tensors(run.where, pl_module)
             own.strategy.refuse(run)
-            refuse_order(run.where, trainer.callbacks, own.callback)  # type: ignore[attr-defined]
             refuse_run(run.where, own.clock.schedule, trainer)
         own.start_run(pl_module)
         recipe_of(pl_module)
         if own is self.members[0]:
             if is_model_parallel(trainer):
                 take_shapes_before_loading_(run.where, trainer, pl_module)
-            else:
-                keep_metadata_when_saved_(trainer.strategy)
+            keep_metadata_when_saved_(trainer.strategy)
             self.log.start_run()
             if stage == "fit":
                 callbacks = [*(member.callback for member in self.members), *guards(trainer)]
                 self.log.log_settings(trainer, pl_module, callbacks)
             self._remove_hooks()
-            follow = let_copies_follow(trainer, pl_module)
-            self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_), *follow]
+            self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_)]
+            self._copy_hooks = let_copies_follow(trainer, pl_module)
 
     def start_training(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model, and refuse a training that ends before the schedule does."""
@@ -157,10 +154,14 @@ class Engine:
     # When to prune
 
     def start_epoch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prune what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated."""
+        """Prune what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated.
+
+        What is due before the first batch waits for it: the module's steps are rehearsed on a batch before any cut.
+        """
         if own.prepared:
             run = self._run(own, trainer, pl_module)
-            self._advance(run)
+            if own.inputs_verified:
+                self._advance(run)
             if all(member.clock.schedule.by == "epochs" for member in self.members):
                 self._log(run)
             own.strategy.after_epoch_start(run)
@@ -284,13 +285,19 @@ class Engine:
     # Checkpoints
 
     def save(self, own: Member, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Complete a checkpoint: shapes of averaged weights, and what all processes have gathered."""
-        keep_metadata_(pl_module, checkpoint)
+        """Complete a checkpoint: hyperparameters, shapes of split weights, and what all processes have gathered."""
         keep_hyperparameters_(pl_module, checkpoint)
         if is_model_parallel(trainer):
             note_shapes_(pl_module, checkpoint)
         state = checkpoint["callbacks"][own.callback.state_key]
         own.strategy.before_save(self._run(own, trainer, pl_module), state)
+
+    def load(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have averaged copies follow that were made after this callback's setup: their weights are loaded next."""
+        if own is self.members[0]:
+            for hook in self._copy_hooks:
+                hook.remove()
+            self._copy_hooks = let_copies_follow(trainer, pl_module)
 
     @contextmanager
     def _whole(self, run: Run) -> Iterator[None]:
@@ -325,10 +332,10 @@ class Engine:
         return [member for member in self.members if member.prepared][-1:] == [own]
 
     def _remove_hooks(self) -> None:
-        for hook in self._hooks:
+        for hook in (*self._hooks, *self._copy_hooks):
             hook.remove()
-        self._hooks = []
+        self._hooks, self._copy_hooks = [], []
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model and the other callbacks, which another run brings."""
-        return {**self.__dict__, "members": (), "_module": None, "_hooks": []}
+        return {**self.__dict__, "members": (), "_module": None, "_hooks": [], "_copy_hooks": []}

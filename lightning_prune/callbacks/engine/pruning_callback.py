@@ -131,6 +131,7 @@ class PruningCallback(AnyCallback, ABC):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Find the state of this callback, also where it pruned other parts of the model."""
         adopt_(self, checkpoint["callbacks"], pruning_callbacks(trainer))
+        self.engine.load(self.member, trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state to save, as plain numbers and tensors."""

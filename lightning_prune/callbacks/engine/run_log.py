@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -75,9 +75,11 @@ class RunLog:
         if self.changed:
             self.changed = False
             within = any(member.clock.schedule.by == "steps" for member in run.members)
-            left = self._note(run)
+            before, left = self.history.left, self._note(run)
             run.module.log_dict(left, on_step=within, on_epoch=not within, batch_size=1)
-            self._say_pruned(run, left)
+            pruning, self._pruning = self._pruning, []
+            if left != before:  # small steps of a schedule may take nothing more
+                self._say_pruned(run, pruning, left)
 
     def note_decision(self, trainer: Trainer, kept: bool, why: str) -> None:
         """Write into the history what a guard decided about the last pruning step."""
@@ -132,9 +134,8 @@ class RunLog:
         self._pruning.append(run.own)
         self.outdated = [callback.best_model_path for callback in comparing_checkpoints(run.trainer)]
 
-    def _say_pruned(self, run: Run, left: Mapping[str, float]) -> None:
+    def _say_pruned(self, run: Run, pruning: Iterable[Member], left: Mapping[str, float]) -> None:
         """Say in a line for each callback that pruned what is pruned now, and what is left of the model."""
-        pruning, self._pruning = self._pruning, []
         costs = [f"{left[key]:.1%} {of_what}" for key, of_what in _COSTS.items() if key in left]
         where = f"before epoch {run.trainer.current_epoch}, step {run.trainer.global_step}"
         for member in pruning:
