@@ -45,6 +45,7 @@ class Two(Manual):
             two.zero_grad()
 
 
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
 @pytest.mark.parametrize("callback", [
     lambda: FilterL1Pruning(0.5, schedule=Linear(1, 2)),
     lambda: TaylorFilterPruning(0.5, scope="layer", schedule=Linear(1, 2)),
@@ -52,13 +53,37 @@ class Two(Manual):
     lambda: FilterPruning(0.5, criterion="apoz", schedule=Linear(1, 2)),
     lambda: FilterPruning(0.5, criterion="l2", schedule=Linear(3, 9, by="steps")),
 ], ids=["l1", "taylor", "activations", "apoz", "steps"])  # fmt: skip
-def test_by_hand_as_by_itself(callback):
-    """A module that does by hand what Lightning does by itself ends at the same weights."""
+def test_by_hand_as_by_itself(callback, precision):
+    """A module that does by hand what Lightning does by itself ends at the same weights.
+
+    By hand, hooks run inside of the training step, where Lightning's precision changes the default dtype.
+    """
     by_hand, by_itself = net(Manual), net(Net)
     for module in (by_hand, by_itself):
-        fit(module, callback())
+        fit(module, callback(), precision=precision)
     assert_same_weights(by_hand, weights(by_itself))
     assert widths(by_hand) == SLIM
+
+
+class Lossless(Net):
+    """Skips every batch."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind, told", [(Manual, "optimizes manually"), (Lossless, "training_step returned None")])
+@pytest.mark.parametrize("callback", [
+    lambda: FilterPruning(0.5, criterion="obd", schedule=OneShot(1)),
+    lambda: FilterPruning(0.5, criterion="output_change", schedule=OneShot(1)),
+    lambda: FilterPruning(0.5, criterion="taylor_second_order", schedule=OneShot(1)),
+], ids=["obd", "output_change", "taylor_second_order"])  # fmt: skip
+def test_criteria_of_a_loss_are_refused_where_there_is_none(callback, kind, told):
+    """That is found on the first batch, not at the first pruning step; nothing was trained until then."""
+    module = net(kind)
+    with pytest.raises(PruningError, match=told):
+        fit(module, callback())
+    assert_same_weights(module, weights(net(kind)))
 
 
 @pytest.mark.parametrize("form", ["weights", "activations"])

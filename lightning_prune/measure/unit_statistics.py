@@ -77,7 +77,8 @@ class UnitMeans(Metric):
             return
         groups, entries, owner = self._chosen.get(names) or self._choose(names)
         values = torch.cat([totals[name].to(self.total.device) for name in names])
-        broken = torch.zeros(len(names), device=values.device).index_add_(0, owner, (~values.isfinite()).float())
+        broken = torch.zeros(len(names), dtype=torch.float32, device=values.device)
+        broken.index_add_(0, owner, (~values.isfinite()).float())
         finite = broken == 0
         self.total.index_add_(0, entries, torch.where(finite[owner], values, 0.0).to(self.total.dtype))
         counts = torch.stack([count[name] for name in names]) if isinstance(count, Mapping) else count

@@ -5,11 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["PruningError", "failures_suppressed", "reraise_out_of_memory"]
+__all__ = ["OutOfReachError", "PruningError", "failures_suppressed", "reraise_out_of_memory"]
 
 
 class PruningError(RuntimeError):
     """The model, the data or the run cannot be pruned as requested; the model is unchanged."""
+
+
+class OutOfReachError(PruningError):
+    """Less can leave the model than was asked for, even if everything that may leave does."""
 
 
 def reraise_out_of_memory(error: BaseException) -> None:

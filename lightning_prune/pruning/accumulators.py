@@ -195,7 +195,7 @@ class RandomScores(Accumulator):
         scores: Scores = {}
         for name, group in self.structure.groups.items():
             generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
-            scores[name] = torch.rand(group.width, generator=generator)
+            scores[name] = torch.rand(group.width, generator=generator, dtype=torch.float32)
         return scores
 
 

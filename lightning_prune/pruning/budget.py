@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.measure.footprint import WHOLE, Footprint, Part
-from lightning_prune.model.errors import PruningError
+from lightning_prune.model.errors import OutOfReachError
 from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_widths, rooms_told
 from lightning_prune.pruning.steps import Levels, Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
@@ -121,7 +121,7 @@ def select_units(
         For every group which units stay.
 
     Raises:
-        PruningError: If the target lies beyond what can be cut, with a table of what can.
+        OutOfReachError: If the target lies beyond what can be cut, with a table of what can.
     """
     walk = Walk(structure, scores, budget.scope, dense.widths, budget.blocks(structure, dense))
     if isinstance(amount, Mapping):
@@ -293,10 +293,10 @@ def _units_allowed(structure: Structure, dense: Dense, at_most: int) -> int:
     return max(0, at_most - gone)
 
 
-def _beyond(amount: float, budget: Budget, most: float, told: str) -> PruningError:
+def _beyond(amount: float, budget: Budget, most: float, told: str) -> OutOfReachError:
     free = (budget.min_width, budget.max_amount, budget.round_to) == (1, 1.0, 1)
     stay = "one unit left in" if free else "no more than min_width, max_amount and round_to keep of"
-    return PruningError(
+    return OutOfReachError(
         f"amount={amount:g} of the {budget.target} cannot go: with {stay} every group that can be cut, "
         f"{most:.1%} would be gone. Ask for less, or free more of the model (see the report's pinned channels).\n{told}"
     )

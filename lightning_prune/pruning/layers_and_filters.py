@@ -14,7 +14,7 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.devices import widened
-from lightning_prune.model.errors import PruningError
+from lightning_prune.model.errors import OutOfReachError, PruningError
 from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.pruning.arguments import Modules
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, Skips, plan_layers
@@ -104,7 +104,7 @@ def choose_split(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk,
     the target without filters. What is lost is the loss on the batches or, without one, how far outputs move.
 
     Raises:
-        PruningError: If nothing that was tried reaches the target.
+        OutOfReachError: If nothing that was tried reaches the target.
     """
     depth, costs, order = _ordered(model, example_inputs, ask)
     tried: list[TriedSplit] = []
@@ -141,7 +141,7 @@ def choose_split(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk,
             best = Split(layers, repair, filters, (), costs, kept)
     if best is None:
         reasons = "; ".join(f"{each.layers} layers: {each.refused}" for each in tried)
-        raise PruningError(
+        raise OutOfReachError(
             f"Layers and filters together do not reach {ask.amount:.1%} of the {ask.target}: {reasons} Lower amount."
         )
     return replace(best, tried=tuple(tried))

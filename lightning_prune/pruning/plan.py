@@ -13,7 +13,7 @@ from lightning_prune.measure.flops import BY_TRACE
 from lightning_prune.measure.footprint import Footprint, measure, saved_by_one_unit
 from lightning_prune.measure.latency import CutDoesNotRunError, circumstances, latency_kept, shapes_of
 from lightning_prune.model.calls import ExampleInputs, modules_of
-from lightning_prune.model.errors import PruningError
+from lightning_prune.model.errors import OutOfReachError, PruningError
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.model.sandbox import remembered_once
 from lightning_prune.pruning.amounts import Amount
@@ -212,7 +212,7 @@ def plan_filters(
         chosen: The units of every group that are kept, where they were selected before; scores then count for nothing.
 
     Raises:
-        PruningError: If the amount cannot be reached.
+        OutOfReachError: If the amount cannot be reached.
         RefusedError: If the cut cannot be verified, unless ``refuse``.
     """
     budget = budget or Budget()
@@ -268,8 +268,8 @@ def _selected_and_verified(
             keep = _selected(ask, structure, scores, refused, latency)
         except CutDoesNotRunError as error:  # the verification below says which group is at fault
             keep, stopped = error.keep, error
-        except PruningError as error:
-            raise PruningError(f"{error}{told_of(reasons_of(first, structure))}") from None
+        except OutOfReachError as error:
+            raise OutOfReachError(f"{error}{told_of(reasons_of(first, structure))}") from None
         cut = draft(model, structure, keep)
         tensors = SlimValues(cut, model)
         proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)

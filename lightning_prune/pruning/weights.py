@@ -377,7 +377,7 @@ def _stays(size: int, amount: float) -> int:
 def _random(name: str, weight: Tensor, seed: int) -> Tensor:
     """Draw scores: the same for one seed, and leaving the global generator alone."""
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
 
 
 WEIGHT_CRITERIA: dict[str, Callable[[str, Tensor, int], Scored]] = {

@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
 

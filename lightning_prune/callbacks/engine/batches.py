@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_prune.callbacks.engine.step import call_step, silent
+from lightning_prune.callbacks.engine.step import call_step, copied, silent
 from lightning_prune.measure.gradients import Loss
+from lightning_prune.model.calls import mode_of
 from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
+from lightning_prune.model.sandbox import undisturbed
 
-__all__ = ["losses_of", "training_batches"]
+__all__ = ["losses_of", "refuse_without_loss", "training_batches"]
 
 _LARGE = 2**20  # bytes: a smaller tensor may be a counter
 
@@ -58,7 +60,7 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
     if not pl_module.automatic_optimization:
         raise PruningError(
             f"{type(pl_module).__name__} optimizes manually: its training step returns no loss to be differentiated. "
-            "Use a criterion that the run itself shows, such as 'taylor'."
+            "For filters use TaylorFilterPruning, which watches the training itself; for layers, 'output_change'."
         )
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
@@ -73,6 +75,16 @@ def losses_of(pl_module: LightningModule) -> Iterator[Loss]:
         return value
 
     yield loss
+
+
+def refuse_without_loss(pl_module: LightningModule, batch: Any) -> None:
+    """Refuse a module whose training step returns no loss on a training batch, before anything is trained.
+
+    Raises:
+        PruningError: Saying what it returned, and what to do.
+    """
+    with losses_of(pl_module) as loss, undisturbed(pl_module, (batch,)), mode_of(pl_module, True, True):
+        loss(pl_module, copied(batch))
 
 
 def _beside(loader: Any) -> Any:

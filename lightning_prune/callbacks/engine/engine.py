@@ -11,10 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.callbacks.engine.averaging import (
-    keep_metadata_when_saved_,
-    let_copies_follow,
-)
+from lightning_prune.callbacks.engine.averaging import keep_metadata_when_saved_, let_copies_follow
+from lightning_prune.callbacks.engine.batches import refuse_without_loss
 from lightning_prune.callbacks.engine.checkpoint_state import keep_hyperparameters_
 from lightning_prune.callbacks.engine.example_inputs import RunInputs, inputs_of
 from lightning_prune.callbacks.engine.fade import coming_step
@@ -179,6 +177,8 @@ class Engine:
                 with self._whole(run):
                     if own.strategy.reads_batches(pl_module):  # refuses what does not run before steps are spent
                         next(inputs_of(pl_module, [batch], own.strategy.traces))
+                    if own.strategy.reads_losses:
+                        refuse_without_loss(pl_module, batch)
                     own.strategy.rehearse(run, batch)
                 own.inputs_verified = True
             if clock.schedule.by == "steps" or clock.epoch != trainer.current_epoch:

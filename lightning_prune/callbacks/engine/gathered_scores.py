@@ -28,6 +28,8 @@ class AtTheCut(Gathering):
         """Keep the criterion, and how many batches it is to see."""
         self.criterion = criterion
         self.batches = batches
+        accumulator = accumulator_for(criterion)
+        self.reads_losses = bool(accumulator.needs) and not accumulator.calls_forward
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Score the model as it is, on the batches of all processes."""

@@ -22,11 +22,13 @@ class Gathering:
     Attributes:
         looks_at_training: What of the training must be seen before a pruning step, if anything.
         adding_up: Whether scores are losses, so that those of several units add up.
+        reads_losses: Whether scores come from the training step's loss on some batches, once a pruning step is due.
         traces: What of the module runs on training batches.
     """
 
     looks_at_training: str = ""
     adding_up: bool = False
+    reads_losses: bool = False
     traces: Traced = "forward"
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:

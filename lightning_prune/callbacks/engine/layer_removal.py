@@ -113,6 +113,11 @@ class LayerRemoval(Strategy):
         """Return that layers are scored on training batches."""
         return True
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether layers are scored by the training step's loss."""
+        return self.arguments.criterion in _OF_LOSS
+
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Look at the model on known inputs, or on the first batch that holds any; refuse what cannot be reached."""
         check_optimizers(run.where, run.trainer.optimizers)
@@ -142,7 +147,7 @@ class LayerRemoval(Strategy):
         refuse_not_finite(run.where, module, dict(module.named_parameters()))
         depth = self._depth(module)
         timing = partial(self._time_of_first, run) if self.arguments.target == "latency" else None
-        with self._data(run, self.arguments.criterion in _OF_LOSS) as data:
+        with self._data(run, self.reads_losses) as data:
             plan = plan_layers(
                 module, self.inputs, depth, self.dense.costs, self._budget(depth, asked), self.arguments.criterion,
                 data, self.state.gone, timing, self.state.refused,

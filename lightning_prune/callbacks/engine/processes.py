@@ -138,7 +138,8 @@ def refuse_uneven(where: str, trainer: Trainer) -> None:
         PruningError: On all processes, with the numbers.
     """
     if trainer.world_size > 1:
-        own = torch.tensor(float(trainer.num_training_batches), device=trainer.strategy.root_device)
+        count, device = float(trainer.num_training_batches), trainer.strategy.root_device
+        own = torch.tensor(count, dtype=torch.float32, device=device)
         found = [f"{count:.0f}" for count in trainer.strategy.all_gather(own).flatten().tolist()]  # type: ignore[attr-defined]
         if len(set(found)) > 1:
             raise PruningError(f"{where}: processes have {', '.join(found)} batches an epoch. {_EVEN_OUT}")
@@ -153,7 +154,7 @@ def refuse_early_end(where: str, trainer: Trainer) -> None:
         PruningError: On all processes.
     """
     if trainer.world_size > 1 and not math.isfinite(trainer.num_training_batches):
-        own = torch.tensor(float(trainer.is_last_batch), device=trainer.strategy.root_device)
+        own = torch.tensor(float(trainer.is_last_batch), dtype=torch.float32, device=trainer.strategy.root_device)
         ended = float(trainer.strategy.reduce(own, reduce_op="mean"))
         if 0 < ended < 1:
             count = trainer.fit_loop.epoch_loop.batch_idx + 1

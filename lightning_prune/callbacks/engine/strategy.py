@@ -173,6 +173,11 @@ class Strategy(RunEvents, ABC):
         """Return whether the model will be run on training batches beside the training."""
         return False
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether the training step's loss will be asked for beside the training."""
+        return False
+
 
 @dataclass(eq=False)
 class Member:

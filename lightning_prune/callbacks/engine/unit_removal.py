@@ -34,7 +34,7 @@ from lightning_prune.callbacks.engine.strategy import Coming, Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.batch_norm import batch_norms
-from lightning_prune.model.errors import PruningError
+from lightning_prune.model.errors import OutOfReachError, PruningError
 from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.pruning.outcome import outcome_of
@@ -80,6 +80,7 @@ class UnitRemoval(Strategy):
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
         self._last_cut: Cut | None = None  # everything that will be removed, until it was rehearsed
+        self._out_of_reach: float | None = None  # the pruning step that was left out last
         self._reads_consumers = repair is not None or narrow is not None or arguments.layers
         given = arguments.of_layers(batches, repair is not None)
         self.layers = None if given is None else LayerRemoval(given)
@@ -145,6 +146,11 @@ class UnitRemoval(Strategy):
         """Return whether consumer layers, or BatchNorm, will be run on training batches."""
         return self._reads_consumers or bool(self.arguments.recalibrate and batch_norms(pl_module))
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether filters or layers are scored by the training step's loss on some batches."""
+        return self.gathering.reads_losses or (self.layers is not None and self.layers.reads_losses)
+
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
         check_optimizers(run.where, run.trainer.optimizers)
@@ -173,6 +179,8 @@ class UnitRemoval(Strategy):
             self.start.follow(run.module, structure, self.arguments)
             self.state.fade = None  # its units were selected for other amounts
             self.state.warned = False
+        elif self.layers is None:
+            structure = structure.without_each(self.state.regrouped(structure))
         if self.arguments.target == "latency" and self.start.shapes is None:
             raise PruningError(
                 f"{run.where}(target='latency'): the checkpoint is of a run with another target and does not "
@@ -224,8 +232,14 @@ class UnitRemoval(Strategy):
 
     def start_fade(self, run: Run, coming: Coming) -> None:
         """Select the units of the next pruning step, and begin to drive them to zero."""
+        if coming.progress == self._out_of_reach:
+            return
         structure, scores = self._scored(run)
-        plan = self._plan(run, structure, scores, coming.progress, self.gathering.adding_up)
+        try:
+            plan = self._plan(run, structure, scores, coming.progress, self.gathering.adding_up)
+        except OutOfReachError as error:
+            self._leave_out(run, coming.progress, error)
+            return
         if plan.cut.kept:
             recipe_of(run.module).needed = True  # before guards save what state dicts say
             run.before_step()  # what a guard goes back to is the model before anything faded
@@ -237,9 +251,14 @@ class UnitRemoval(Strategy):
         if fade is not None:
             fade.scale_(run.module, steps_until(run.trainer, run.own.schedule.by, fade.coming.moment))
 
+    def _prunable(self, pl_module: LightningModule) -> Structure:
+        """Return the groups that may be pruned, of those that the dense model had; with layers new ones can come."""
+        structure = self.traced.prunable(pl_module, self.state.refused)
+        return structure if self.layers is not None else structure.without_each(self.state.regrouped(structure))
+
     def _scored(self, run: Run) -> tuple[Structure, Scores]:
         """Return the groups that may be pruned, and their scores, the same on all processes; stop gathering."""
-        structure = self.traced.prunable(run.module, self.state.refused)
+        structure = self._prunable(run.module)
         refuse_not_finite(run.where, run.module, written_with(structure))
         scores = self.gathering.scores(run.trainer, run.module, structure)
         if self._adjust is not None:
@@ -252,12 +271,12 @@ class UnitRemoval(Strategy):
         """Return the plan of a pruning step: what has faded, or else what scores lowest now; layers leave at once."""
         if self.layers is not None:
             kept = self._without_layers(run, self.layers, progress)
-            structure = self.traced.prunable(run.module, self.state.refused)
+            structure = self._prunable(run.module)
             return self._plan(run, structure, {}, progress, chosen=kept)
         fade, self.state.fade = self.state.fade, None
         if fade is not None:
             fade.scale_(run.module, 0)  # an epoch may end early
-            structure = self.traced.prunable(run.module, self.state.refused)
+            structure = self._prunable(run.module)
             chosen = fade.chosen(structure)
             if chosen is not None:
                 refuse_not_finite(run.where, run.module, written_with(structure))
@@ -309,7 +328,11 @@ class UnitRemoval(Strategy):
 
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove units up to the sparsity that the schedule asks for at ``progress``."""
-        plan = self._due_plan(run, progress)
+        try:
+            plan = self._due_plan(run, progress)
+        except OutOfReachError as error:  # unlike at the start, when all was rehearsed
+            self._leave_out(run, progress, error)
+            return
         if plan.latency_kept is not None:
             self.state.latency = plan.latency_kept
         if plan.cut.kept:
@@ -453,7 +476,7 @@ class UnitRemoval(Strategy):
 
     def _watch_on(self, pl_module: LightningModule) -> None:
         if self.gathering.looks_at_training:
-            self.gathering.watch(pl_module, self.traced.prunable(pl_module, self.state.refused))
+            self.gathering.watch(pl_module, self._prunable(pl_module))
 
     def _warn_if_short(self, run: Run, plan: Plan, done: bool = False) -> None:
         """Warn once if less is removed than was asked: at once for widths, for all else when pruning is done."""
@@ -463,6 +486,17 @@ class UnitRemoval(Strategy):
             rank_zero_warn(f"{run.where}: {plan.outcome.short}")
         if plan.never_ran:
             rank_zero_warn(f"{run.where}: {plan.never_ran}")
+
+    def _leave_out(self, run: Run, progress: float, error: OutOfReachError) -> None:
+        """Leave a pruning step out, and warn once: to take all there is would ruin what is left to train."""
+        self._out_of_reach = progress
+        self._watch_on(run.module)
+        if not self.state.warned:
+            self.state.warned = True
+            rank_zero_warn(
+                f"{run.where}: a pruning step before epoch {run.trainer.current_epoch} is left out, and training goes "
+                f"on with the model as it is, since the amount is no longer in reach. {error}"
+            )
 
 
 def _refuse_other_part(run: Run) -> None:
