@@ -255,6 +255,24 @@ def test_averaged_copies_follow():
     assert torch.isfinite(module(IMAGE)).all()
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["averaging first", "pruning first"])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_averaged_copies_follow_when_resumed(epoch, order, tmp_path):
+    """From a checkpoint before or after layers left, a run with an average ends where the uninterrupted run ends."""
+
+    def run(seed, ckpt_path=None):
+        module = net(Deep, seed=seed, dropout=0.0)
+        callbacks = [WeightAveraging(), LayerPruning(0.5, schedule=Linear(1, 2))][::order]
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        fit(module, *callbacks, saver, max_epochs=4, enable_checkpointing=True, ckpt_path=ckpt_path)
+        return module
+
+    expected = weights(run(0))
+    resumed = run(5, tmp_path / f"epoch={epoch}.ckpt")
+    assert len(gone(resumed)) == 2
+    assert_same_weights(resumed, expected)
+
+
 def test_the_report_shows_which_layers_left():
     """The history knows of each removable layer when it left, and its table shows a strip of them."""
     module = net(Deep)

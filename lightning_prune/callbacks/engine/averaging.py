@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery import Cut, cut_, recipe_of, resize_
+from lightning_prune.surgery import Cut, cut_, recipe_of, recipes_in, resize_, take_told_
+from lightning_prune.surgery.skipped import removed_layers
 
 __all__ = [
     "averaged_copies", "cut_copies_", "keep_metadata_when_saved_", "let_copies_follow", "restart_averages_",
@@ -100,10 +101,14 @@ def _keep_metadata_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> N
 def _take_shapes_of(
     model: weakref.ref[LightningModule], copy: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Apply the shapes of a state dict, and the attributes of the model, which has loaded its own before."""
+    """Apply the shapes of a state dict, and the layers and numbers of the model, which has loaded its own before."""
     own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     loaded = model()
-    if loaded is not None:
+    if loaded is None:
+        return
+    if removed_layers(loaded) or removed_layers(copy):
+        take_told_(copy, own, recipes_in(nn.Module.state_dict(loaded)))
+    else:
         resize_(copy, own, recipe_of(loaded).values())
 
 
