@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_prune import FilterL1Pruning, Linear, PruningError, TaylorFilterPruning
+from lightning_prune import FilterL1Pruning, Linear, OneShot, PruningError, TaylorFilterPruning
 from lightning_prune.callbacks.engine import unit_removal
-from tests.runs import Net, assert_same_weights, fit, net, weights
+from tests.runs import IMAGE, Net, assert_same_weights, fit, net, weights
 
 
 def features(module, images):
@@ -72,14 +72,15 @@ def pruning(**arguments):
 
 
 @pytest.mark.filterwarnings("ignore:.*never ran")
+@pytest.mark.parametrize("when", [{}, {"schedule": OneShot(0)}, {"schedule": OneShot(0), "example_inputs": IMAGE}])
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 @pytest.mark.parametrize("name", BESIDE)
-def test_channels_that_steps_use_beside_forward_are_refused_before_training(name, step):
+def test_channels_that_steps_use_beside_forward_are_refused_before_training(name, step, when):
     """Such a run would end with a bare error after its first cut; the refusal comes first, and the model is whole."""
     module = net(lambda: Beside(*BESIDE[name], step))
     before = weights(module)
     with pytest.raises(PruningError, match=rf"FilterL1Pruning\(trace='forward'\): {step} runs on .*RuntimeError"):
-        fit(module, pruning(), val=True)
+        fit(module, pruning(**when), val=True)
     assert_same_weights(module, before)
     assert module.trainer.global_step == 0
 

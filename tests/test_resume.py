@@ -90,6 +90,28 @@ def test_gathered_scores_resume(form, every, kind, tmp_path):
         assert_same_weights(resumed, weights(whole))
 
 
+@pytest.mark.parametrize("kind", [Net, Known], ids=["first-batch", "example_input_array"])
+def test_other_callbacks_see_the_model_change_when_they_would_have(kind, tmp_path):
+    """Callbacks in front of ours, at the start of epochs and of batches, see the same after a resumption."""
+
+    class Note(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.seen[trainer.current_epoch] = [widths(pl_module)]
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.seen[trainer.current_epoch].append(widths(pl_module))
+
+    noted, saver = Note(), saving(tmp_path)
+    fit(net(kind, dropout=0.0), noted, pruning(), saver, max_epochs=6, enable_checkpointing=True)
+    for path in tmp_path.glob("step=*.ckpt"):
+        again = Note()
+        fit(net(kind, dropout=0.0), again, pruning(), ckpt_path=path, max_epochs=6)
+        assert again.seen == {epoch: seen for epoch, seen in noted.seen.items() if epoch in again.seen}
+
+
 def test_resume_within_an_epoch(tmp_path):
     """From a checkpoint inside an epoch a run goes on with the shapes it had, and ends with those it should have."""
     whole, paths = saved_run(tmp_path, every_n_train_steps=3)

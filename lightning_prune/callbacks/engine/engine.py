@@ -154,11 +154,12 @@ class Engine:
     def start_epoch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated.
 
-        What is due before the first batch waits for it: the module's steps are rehearsed on a batch before any cut.
+        What is due at the very start waits for the first batch, on which the module's steps are rehearsed. A run that is
+        resumed does not wait, so that other callbacks see the model change when they would have seen it.
         """
         if own.prepared:
             run = self._run(own, trainer, pl_module)
-            if own.inputs_verified:
+            if own.inputs_verified or own.resumed:
                 self._advance(run)
             if all(member.clock.schedule.by == "epochs" for member in self.members):
                 self._log(run)
