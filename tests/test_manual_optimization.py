@@ -65,6 +65,41 @@ def test_by_hand_as_by_itself(callback, precision):
     assert widths(by_hand) == SLIM
 
 
+class Turns(Two):
+    """Two optimizers that take turns: what the other one trains is frozen meanwhile, as in adversarial training."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("callback", [
+    lambda: TaylorFilterPruning(0.5, scope="layer", schedule=Linear(1, 2)),
+    lambda: FilterPruning(0.5, criterion="apoz", schedule=Linear(1, 2)),
+    lambda: FilterPruning(0.5, criterion="activation_std", schedule=Linear(1, 2)),
+], ids=["taylor", "apoz", "activation_std"])  # fmt: skip
+def test_optimizers_that_take_turns(callback):
+    """A pass in which all that reads a layer is frozen shows nothing of it, and those that show it are enough."""
+    module = net(Turns)
+    fit(module, callback())
+    assert widths(module) == SLIM
+    assert_agrees_with_shapes(module)
+
+
+def test_gradients_that_take_turns_never_show_are_refused():
+    """Where what makes channels and what reads them are never trained together, the first epoch says so."""
+    with pytest.raises(PruningError, match=r"of second are not seen .* ignore=\['second'\]"):
+        fit(net(Turns), TaylorFilterPruning(0.5, schedule=OneShot(2), form="activations"))
+    module = net(Turns)
+    fit(module, TaylorFilterPruning(0.5, schedule=Linear(1, 2), form="activations", ignore=["second"]))
+    assert widths(module) == {**SLIM, "second": 6}
+
+
 class Lossless(Net):
     """Skips every batch."""
 

@@ -24,7 +24,7 @@ from lightning_prune.model.shards import gathered_names, is_sharded
 from lightning_prune.structure import Structure, named_tensors, trace
 from lightning_prune.structure.labels import Labels, Ledger, Ran
 
-__all__ = ["Place", "Read", "Reads", "Seen", "find_reads"]
+__all__ = ["Place", "Read", "Reads", "Seen", "Unseen", "find_reads"]
 
 
 class _Side(NamedTuple):
@@ -173,6 +173,20 @@ class Seen:
         return values if lead is None else values.reshape(*lead, values.shape[-1])
 
 
+class Unseen(NamedTuple):
+    """Groups of which an operator that sums over their units was not found in a graph.
+
+    Attributes:
+        hidden: Groups that take part, such as those that a fused kernel reads.
+        veiled: Groups all of whose readers are frozen in this pass. Another may show them, where optimizers take turns.
+        absent: Groups that could have been differentiated and do not take part.
+    """
+
+    hidden: set[str]
+    veiled: set[str]
+    absent: set[str]
+
+
 class Reads:
     """The operators that sum over the units of a model's channel groups.
 
@@ -194,12 +208,11 @@ class Reads:
             for name in read.parameters:
                 self._by_parameter.setdefault(name, []).append(read)
 
-    def seen_from(self, roots: Iterable[Tensor]) -> tuple[list[Seen], set[str], set[str]]:
+    def seen_from(self, roots: Iterable[Tensor]) -> tuple[list[Seen], Unseen]:
         """Find these operators in the graph behind some tensors.
 
         Returns:
-            Those found; groups that take part and of which one was not found, such as what a fused kernel hides; and
-            groups that could have been differentiated and do not take part.
+            Those found, and the groups of which one was not found.
         """
         parameters = dict(self.model.named_parameters())
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -219,10 +232,11 @@ class Reads:
                 turn = turns[key] = turns.get(key, -1) + 1
                 read = reads[turn % len(reads)]  # a weight used in several ways is so in the order of the trace
                 seen.append(Seen(read, node, kind, side, feeds.bias(node, kind, read.size) if read.made else None))
-        return seen, *self._missing({one.read.key for one in seen}, reached, frozen)
+        return seen, self._missing({one.read.key for one in seen}, reached, frozen)
 
-    def _missing(self, seen: set[Any], reached: set[str], frozen: set[str]) -> tuple[set[str], set[str]]:
+    def _missing(self, seen: set[Any], reached: set[str], frozen: set[str]) -> Unseen:
         hidden: set[str] = set()
+        veiled: set[str] = set()
         taking_part: set[str] = set()
         for read in self.found:
             groups = {place.group for place in read.places}
@@ -231,9 +245,10 @@ class Reads:
             elif read.parameters & reached:
                 hidden |= groups
             elif read.parameters <= frozen:
-                hidden |= {group for group in groups if self.own[group] & reached}
-        absent = {group for group in self.own.keys() - taking_part - hidden if self.own[group] - frozen}
-        return hidden, absent
+                veiled |= {group for group in groups if self.own[group] & reached}
+        hidden |= veiled & taking_part  # seen in part
+        absent = {group for group in self.own.keys() - taking_part - hidden - veiled if self.own[group] - frozen}
+        return Unseen(hidden, veiled - hidden, absent)
 
     def _matches(self, node: Any, kind: _Kind, names: dict[int, str]) -> list[tuple[list[Read], _Side]]:
         """Return what the trace knows of a node, and the side on which its data stands; the nearest weight counts."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_prune.measure.unit_reads import Place, Reads, Seen, find_reads
+from lightning_prune.measure.unit_reads import Place, Reads, Seen, Unseen, find_reads
 from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.devices import widest_float
 from lightning_prune.model.errors import PruningError
@@ -32,6 +32,7 @@ __all__ = [
 MOMENTS = ("total", "squares", "zeros")
 """What is summed of activations: themselves, their squares, how many are zero."""
 
+_PASSES = ("absent", "hidden", "veiled")  # see Unseen
 _AT_ONCE = 2**16  # products of weights and gradients made at a time: few enough for a processor's cache
 
 
@@ -46,6 +47,7 @@ class UnitMeans(Metric):
     count: Tensor
     absent: Tensor
     hidden: Tensor
+    veiled: Tensor
 
     def __init__(self, widths: Mapping[str, int], device: torch.device | str = "cpu") -> None:
         """Start from nothing.
@@ -60,7 +62,7 @@ class UnitMeans(Metric):
         wide = widest_float(torch.device(device))
         self.add_state("total", torch.zeros(sum(self.widths), dtype=wide, device=device), dist_reduce_fx="sum")
         # per group: what the sums are over, and passes in which the group took no part or could not be seen
-        for name in ("count", "absent", "hidden"):
+        for name in ("count", *_PASSES):
             state = torch.zeros(len(self.names), dtype=wide, device=device)
             self.add_state(name, state, dist_reduce_fx="sum")
         self.to(device)
@@ -85,10 +87,15 @@ class UnitMeans(Metric):
         self.count.index_add_(0, groups, (finite * counts).to(self.count.dtype))
 
     def note(self, what: str, names: Iterable[str]) -> None:
-        """Note a pass in which groups were ``"absent"``, or in which what reads them was ``"hidden"``."""
+        """Note a pass in which groups were ``"absent"``, or what reads them was ``"hidden"`` or ``"veiled"``."""
         places = [self.names.index(name) for name in names]
         if places:
             getattr(self, what)[places] += 1
+
+    @property
+    def unseen(self) -> Tensor:
+        """Which groups cannot be scored, ``(groups,)``: what reads them was hidden, or veiled in every pass."""
+        return (self.hidden > 0) | ((self.veiled > 0) & (self.count == 0))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means, ``(width,)`` for each group; 0 where a group could take part in passes and never did.
@@ -96,8 +103,8 @@ class UnitMeans(Metric):
         Raises:
             PruningError: If a group was never seen, or what reads it was hidden.
         """
-        for name, hidden in zip(self.names, self.hidden.tolist(), strict=True):
-            if hidden:
+        for name, unseen in zip(self.names, self.unseen.tolist(), strict=True):
+            if unseen:
                 raise PruningError(
                     f"{name}: an operator that reads its channels ran where autograd does not show it, in a fused "
                     "kernel, compiled code, a reentrant checkpoint or a function with a backward pass of its own, so "
@@ -118,7 +125,7 @@ class UnitMeans(Metric):
     @property
     def has_seen(self) -> bool:
         """Whether anything was added on this process."""
-        return bool(self.count.any() or self.hidden.any())
+        return bool(self.count.any() or self.unseen.any())
 
     def gathered(self) -> dict[str, list[Any]]:
         """Return what this process has summed so far, as ``name -> [total, count]``, for a checkpoint."""
@@ -126,7 +133,7 @@ class UnitMeans(Metric):
         sums: dict[str, list[Any]] = {
             name: [part, count] for name, part, count in zip(self.names, parts, self.count.tolist(), strict=True)
         }
-        for name in ("absent", "hidden"):
+        for name in _PASSES:
             if getattr(self, name).any():
                 sums[f"groups {name}"] = [getattr(self, name).cpu().clone(), 1.0]
         return sums
@@ -137,7 +144,7 @@ class UnitMeans(Metric):
             total, count = gathered.get(name, (torch.empty(0), 0.0))
             if total.shape == (width,):
                 self.update({name: total.to(self.device)}, count=count)
-        for name in ("absent", "hidden"):
+        for name in _PASSES:
             passes, _ = gathered.get(f"groups {name}", (torch.empty(0), 0.0))
             if passes.shape == getattr(self, name).shape:
                 getattr(self, name).add_(passes.to(self.device))
@@ -288,19 +295,19 @@ class Contributions:
         self.found: dict[tuple[str, int], Tensor] = {}
         self._handles: list[Any] = []
 
-    def attach(self, value: Any) -> tuple[set[str], set[str]]:
+    def attach(self, value: Any) -> Unseen:
         """Watch the backward passes from some tensors; those of earlier ones are not watched any longer.
 
         Returns:
-            Groups of which an operator that took part is hidden, and groups that could take part and did not.
+            Groups of which an operator was not found.
         """
         self.detach()
-        seen, hidden, absent = self.reads.seen_from(tensors_in(value))
+        seen, unseen = self.reads.seen_from(tensors_in(value))
         for operator in seen:
             values: list[Tensor] = []
             self._handles.append(operator.node.register_prehook(partial(self._keep, operator, values)))
             self._handles.append(operator.node.register_hook(partial(self._add, operator, values)))
-        return hidden, absent
+        return unseen
 
     def detach(self) -> None:
         """Watch nothing any longer, and forget what was found."""

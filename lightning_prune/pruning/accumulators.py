@@ -226,7 +226,8 @@ class Moments(Accumulator):
 
     def before_backward(self, value: Any) -> None:
         """Add the activations of a forward pass, which its graph holds."""
-        found, hidden, absent = self.reads.seen_from(tensors_in(value))
+        found, unseen = self.reads.seen_from(tensors_in(value))
+        hidden = set(unseen.hidden)
         seen = [operator for operator in found if operator.readable]
         for operator in found:
             hidden |= {place.group for place in operator.read.places if not operator.readable}
@@ -237,9 +238,9 @@ class Moments(Accumulator):
                 totals[f"{name}/{what}"] = moments[what]
                 counts[f"{name}/{what}"] = moments["count"][0]
         self.means.update(totals, counts)
-        self.means.note("hidden", [f"{name}/{what}" for name in hidden for what in MOMENTS])
-        if seen:
-            self.means.note("absent", [f"{name}/{what}" for name in absent for what in MOMENTS])
+        noted = {"hidden": hidden, "veiled": unseen.veiled, "absent": unseen.absent if seen else ()}
+        for how, groups in noted.items():
+            self.means.note(how, [f"{name}/{what}" for name in groups for what in MOMENTS])
 
     def compute(self) -> Scores:
         """Return what the criterion makes of the means."""
@@ -288,8 +289,9 @@ class TaylorOfActivations(Accumulator):
 
     def before_backward(self, value: Any) -> None:
         """Watch the backward pass from this loss."""
-        hidden, absent = self.contributions.attach(value)
+        hidden, veiled, absent = self.contributions.attach(value)
         self.means.note("hidden", hidden)
+        self.means.note("veiled", veiled)
         if len(absent) < len(self.structure.groups):
             self.means.note("absent", absent)
 
@@ -360,10 +362,11 @@ class Expansion(Accumulator):
         value = loss(self.model, batch)
         weights = [parameter for parameter in self.model.parameters() if parameter.is_floating_point()]
         outputs = Outputs(last_of(self.outputs), weights, self.contributions)
-        hidden, absent = self.contributions.attach(outputs.tensors)
+        hidden, veiled, absent = self.contributions.attach(outputs.tensors)
         for name, rows in self.change(outputs, value).items():
             self.means.update({name: rows.sum(dim=0)}, count=len(rows))
         self.means.note("hidden", hidden)
+        self.means.note("veiled", veiled)
         self.means.note("absent", absent)
         self.contributions.detach()
 

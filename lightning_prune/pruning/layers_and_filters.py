@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +53,7 @@ class SplitAsk:
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
         timing: Measures the share of the latency that is left without some layers, where that is the target.
         copied: Copies the model.
+        known: Paths of the layers that may be removed, where the model was pruned before; None for all.
     """
 
     amount: float
@@ -65,6 +66,7 @@ class SplitAsk:
     damping: float
     timing: Callable[[Skips], float] | None = None
     copied: Callable[[nn.Module], nn.Module] = copy.deepcopy
+    known: Collection[str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +182,8 @@ def apply_split_(
 def _ordered(model: nn.Module, example_inputs: ExampleInputs, ask: SplitAsk) -> tuple[Depth, LayerCosts, LayerPlan]:
     """Return layers in the order in which they would leave if the whole budget were made up of them."""
     depth = prunable_layers(model, example_inputs, ask.part, ask.ignore, ask.alone)
+    if ask.known is not None:
+        depth = depth.within(ask.known)
     costs = LayerCosts.of(model, depth, count(model, example_inputs), ask.part)
     criterion: LayerCriterion = "influence" if ask.data.loss is None else "loss"
     budget = LayerBudget(ask.amount, ask.target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -86,6 +86,14 @@ class Depth:
                 left[path] = layer
         found = Depth(left, {**self.others, **why})
         return Depth(_with_parts(left), found.others)
+
+    def within(self, dense: Collection[str]) -> Depth:
+        """Return the layers that the dense model had, by path.
+
+        Once widths have shrunk, others may return what their inputs could stand for: a head with as many inputs as
+        there are classes.
+        """
+        return self.without(dict.fromkeys(self.layers.keys() - set(dense), "it was no layer of the dense model"))
 
 
 def outermost_of(paths: Iterable[str]) -> list[str]:

@@ -154,8 +154,8 @@ class Engine:
     def start_epoch(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune what is due before this epoch: no graph is alive, and the last checkpoint holds what was validated.
 
-        What is due at the very start waits for the first batch, on which the module's steps are rehearsed. A run that is
-        resumed does not wait, so that other callbacks see the model change when they would have seen it.
+        What is due at the very start waits for the first batch, on which the module's steps are rehearsed. A resumed
+        run does not wait, so that other callbacks see the model change when they would have seen it.
         """
         if own.prepared:
             run = self._run(own, trainer, pl_module)

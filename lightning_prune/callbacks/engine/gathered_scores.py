@@ -66,7 +66,7 @@ class OverTheRun(Gathering):
         """Return what the accumulator makes of all training steps."""
         accumulator = self._accumulator
         assert accumulator is not None  # ready was asked first
-        hidden = bool(trainer.strategy.reduce(accumulator.means.hidden.sum(), reduce_op="sum"))
+        hidden = bool(trainer.strategy.reduce(accumulator.means.unseen.sum(), reduce_op="sum"))
         if hidden:
             self.rest()
             self.otherwise.traces = self.traces
@@ -94,6 +94,14 @@ class OverTheRun(Gathering):
     def ready(self) -> bool:
         """Whether anything was seen since the last pruning step."""
         return self._accumulator is not None and self._accumulator.means.has_seen
+
+    def unseen(self) -> list[str]:
+        """Return the groups that only a loss on batches of their own could show."""
+        means = None if self._accumulator is None else self._accumulator.means
+        if means is None:
+            return []
+        names = [name for name, unseen in zip(means.names, means.unseen.tolist(), strict=True) if unseen]
+        return list(dict.fromkeys(name.partition("/")[0] for name in names))
 
     def blind(self, pl_module: LightningModule) -> bool:
         """Return whether weights have changed and nothing of it was seen."""

@@ -50,6 +50,10 @@ class Gathering:
         """Return whether weights have changed and nothing of it was seen."""
         return False
 
+    def unseen(self) -> list[str]:
+        """Return the groups that passes so far took part with and did not show, by name."""
+        return []
+
     def after_split(self) -> None:
         """Go on where FSDP2 has split the model again, into parameters that are other objects."""
 

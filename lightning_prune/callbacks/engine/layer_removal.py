@@ -179,7 +179,7 @@ class LayerRemoval(Strategy):
         with self._data(run, module.automatic_optimization) as data, refits as calibration:
             ask = SplitAsk(
                 amount, asked.target, self.part(module), asked.ignore, self._alone, data, calibration, DAMPING, timing,
-                copy_in_run,
+                copy_in_run, self.dense.costs.by_layer.keys(),
             )  # fmt: skip
             split = choose_split(module, self.inputs, ask, plan_cut)
         if split.layers.removed:
@@ -237,10 +237,8 @@ class LayerRemoval(Strategy):
     def _depth(self, pl_module: LightningModule) -> Depth:
         part = part_of(pl_module, self.arguments.module)
         depth = prunable_layers(pl_module, self.inputs, part, self.arguments.ignore, self._alone)
-        # Whatever the layers in front of it did, each is one that the dense model had.
         if self.state.dense is not None:
-            known = self.state.dense.costs.by_layer
-            depth = depth.without(dict.fromkeys(depth.layers.keys() - known, "it was no layer of the dense model"))
+            depth = depth.within(self.state.dense.costs.by_layer)
         self.state.pinned = {**depth.others, **self.state.refused}
         return depth
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.loading import Prunable
 
 __all__ = [
-    "first_pruning_step",
-    "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite", "refuse_removal",
-    "refuse_run", "refuse_shared", "refuse_short", "refuse_twins", "refuse_unmaskable", "steps_in_epoch",
+    "first_pruning_step", "refuse_blind", "refuse_foreign", "refuse_masks", "refuse_misfits", "refuse_not_finite",
+    "refuse_other_part", "refuse_removal", "refuse_run", "refuse_shared", "refuse_short", "refuse_twins",
+    "refuse_unmaskable", "refuse_unseen", "steps_in_epoch",
 ]  # fmt: skip
 
 
@@ -212,6 +213,36 @@ def refuse_blind(where: str, gathering: Gathering, trainer: Trainer, pl_module: 
             f"{where}: weights have moved, and of their {gathering.looks_at_training} nothing was seen. "
             f"{type(pl_module).__name__} optimizes manually: call self.manual_backward(loss) and step what "
             "self.optimizers() returns, not optimizers of torch, so that callbacks are told."
+        )
+
+
+def refuse_unseen(where: str, gathering: Gathering, pl_module: LightningModule) -> None:
+    """Refuse to go on gathering what batches did not show, where no loss on other batches could show it.
+
+    Raises:
+        PruningError: Naming the groups.
+    """
+    unseen = [] if pl_module.automatic_optimization else gathering.unseen()
+    if unseen:
+        raise PruningError(
+            f"{where}: the {gathering.looks_at_training} of {', '.join(unseen)} are not seen in the training step of "
+            f"{type(pl_module).__name__}, which optimizes manually: what reads these channels is frozen while what "
+            "makes them is trained, as by toggle_optimizer, or autograd does not show it. Use a criterion of weights, "
+            f"such as TaylorFilterPruning(form='weights'), or name ignore={unseen!r}."
+        )
+
+
+def refuse_other_part(where: str, was: Any, now: Any) -> None:
+    """Refuse to resume with another ``module=``, whose size before pruning is not known.
+
+    Raises:
+        PruningError: Naming both.
+    """
+    if was != now:
+        raise PruningError(
+            f"{where}: the checkpoint was pruned with module={was!r}, and this run has module={now!r}. Amounts are "
+            "relative to the dense size of that part, which the checkpoint does not tell of another. Resume with the "
+            "same module=, or load the weights alone, by load_from_checkpoint, and start a run from them."
         )
 
 

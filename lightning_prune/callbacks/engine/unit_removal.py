@@ -26,7 +26,14 @@ from lightning_prune.callbacks.engine.kept_sums import of_kept_units
 from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.networks import networks_left_alone, not_saved
 from lightning_prune.callbacks.engine.processes import latency_of_first, recalibrate_
-from lightning_prune.callbacks.engine.refusals import refuse_blind, refuse_not_finite, refuse_removal, refuse_shared
+from lightning_prune.callbacks.engine.refusals import (
+    refuse_blind,
+    refuse_not_finite,
+    refuse_other_part,
+    refuse_removal,
+    refuse_shared,
+    refuse_unseen,
+)
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
@@ -49,6 +56,8 @@ __all__ = ["UnitRemoval"]
 
 Adjust = Callable[[Structure, Scores], Scores]
 """Changes scores before units are selected."""
+
+_ENOUGH = 100  # batches, in which optimizers that take turns have all had some
 
 
 class UnitRemoval(Strategy):
@@ -80,6 +89,7 @@ class UnitRemoval(Strategy):
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
         self._last_cut: Cut | None = None  # everything that will be removed, until it was rehearsed
+        self._batches = 0  # of training, in this run
         self._out_of_reach: float | None = None  # the pruning step that was left out last
         self._reads_consumers = repair is not None or narrow is not None or arguments.layers
         given = arguments.of_layers(batches, repair is not None)
@@ -175,7 +185,7 @@ class UnitRemoval(Strategy):
             part = self.traced.part(run.module)
             self.state.start = Start.of(run.module, structure, self.arguments, self.traced.flops(run.module), part)
         elif run.own.asks_for_other_amounts:
-            _refuse_other_part(run)
+            refuse_other_part(run.where, *run.own.changes.get("module", (None, None)))
             self.start.follow(run.module, structure, self.arguments)
             self.state.fade = None  # its units were selected for other amounts
             self.state.warned = False
@@ -246,7 +256,10 @@ class UnitRemoval(Strategy):
         self.state.fade = Fade.of(plan, coming)
 
     def after_batch(self, run: Run) -> None:
-        """Drive the units that fade nearer to zero, if an optimizer stepped."""
+        """Drive the units that fade nearer to zero, if an optimizer stepped; refuse scores that will not come."""
+        self._batches += 1
+        if self._batches == _ENOUGH:
+            refuse_unseen(run.where, self.gathering, run.module)
         fade = self.state.fade
         if fade is not None:
             fade.scale_(run.module, steps_until(run.trainer, run.own.schedule.by, fade.coming.moment))
@@ -390,6 +403,7 @@ class UnitRemoval(Strategy):
     def after_epoch(self, run: Run) -> None:
         """Refuse to wait for what an epoch did not show."""
         refuse_blind(run.where, self.gathering, run.trainer, run.module)
+        refuse_unseen(run.where, self.gathering, run.module)
 
     def goal(self, run: Run) -> Goal:
         """Return what was asked and what is reached now."""
@@ -442,6 +456,7 @@ class UnitRemoval(Strategy):
 
     def release(self) -> None:
         """Remove every hook from the model."""
+        self._batches = 0
         self.gathering.rest()
 
     def _refuse_overlap(self, run: Run, structure: Structure) -> None:
@@ -497,14 +512,3 @@ class UnitRemoval(Strategy):
                 f"{run.where}: a pruning step before epoch {run.trainer.current_epoch} is left out, and training goes "
                 f"on with the model as it is, since the amount is no longer in reach. {error}"
             )
-
-
-def _refuse_other_part(run: Run) -> None:
-    """Refuse to resume with another ``module=``, whose size before pruning is not known."""
-    was, now = run.own.changes.get("module", (None, None))
-    if was != now:
-        raise PruningError(
-            f"{run.where}: the checkpoint was pruned with module={was!r}, and this run has module={now!r}. Amounts are "
-            "relative to the dense size of that part, which the checkpoint does not tell of another. Resume with the "
-            "same module=, or load the weights alone, by load_from_checkpoint, and start a run from them."
-        )
