@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
@@ -77,15 +77,22 @@ class Dense:
     Attributes:
         widths: Group name -> number of units.
         footprint: Parameters and multiply-adds.
+        left: Group name -> units that earlier cuts left, of groups that are no groups any more; one if it is not there.
     """
 
     widths: Mapping[str, int]
     footprint: Footprint
+    left: Mapping[str, int] = field(default_factory=dict)
 
     def without(self, names: Iterable[str]) -> Dense:
         """Return the same without some groups, which turned out to stay."""
         gone = set(names)
-        return Dense({name: width for name, width in self.widths.items() if name not in gone}, self.footprint)
+        widths = {name: width for name, width in self.widths.items() if name not in gone}
+        return Dense(widths, self.footprint, self.left)
+
+    def lone(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the units left of the groups beside some: those that an earlier cut left, and that are none any more."""
+        return {name: self.left.get(name, 1) for name in self.widths.keys() - set(names)}
 
 
 def select_units(
@@ -227,7 +234,7 @@ def _cost(
 ) -> tuple[float, Callable[[Keep], float]]:
     """Return what the whole model costs, by the target, and what tells the cost of a choice."""
     if target == "filters":
-        lone = _lone(structure, dense)
+        lone = sum(dense.lone(structure.groups).values())
         return sum(dense.widths.values()), lambda keep: lone + sum(int(kept.sum()) for kept in keep.values())
     if target == "latency":
         if latency is None:
@@ -281,14 +288,9 @@ def _bisected(cost: Callable[[int], float], most: int, allowed: float) -> tuple[
     return miss(best), best
 
 
-def _lone(structure: Structure, dense: Dense) -> int:
-    """Return how many groups an earlier cut left one unit of: they are no groups any more, and keep it."""
-    return len(dense.widths.keys() - structure.groups.keys())
-
-
 def _units_allowed(structure: Structure, dense: Dense, at_most: int) -> int:
     """Return how many more units may be pruned so that no more than so many are in all."""
-    now = _lone(structure, dense) + sum(group.width for group in structure.groups.values())
+    now = sum(dense.lone(structure.groups).values()) + sum(group.width for group in structure.groups.values())
     gone = sum(dense.widths.values()) - now
     return max(0, at_most - gone)
 

@@ -317,9 +317,7 @@ def _selected(
 def _outcome(plan: Plan, now: Footprint) -> Outcome:
     """Compare what was asked with what is reached at a cost of ``now``."""
     widths = {width.name: width.after for width in plan.widths}
-    # A group that an earlier cut left one unit of is no group any more.
-    lone = [name for name in plan.dense.widths if name not in widths and name not in plan.refused]
-    widths |= dict.fromkeys(lone, 1)
+    widths |= plan.dense.without(plan.refused).lone(widths)
     free = plan.dense.without(name for name in plan.dense.widths if name not in plan.structure.groups)
     why = {**kept_whole_by(plan.structure, plan.budget, free, widths), **plan.refused}
     return outcome_of(plan.amount, plan.budget.target, plan.dense, widths, now, plan.latency_kept, why)

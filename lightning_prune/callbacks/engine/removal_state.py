@@ -122,14 +122,15 @@ class RemovalState:
         """Return the groups that the dense model did not have, or not so many units of, and why they stay.
 
         Of a group that an earlier pruning step left one unit of, say the last of the groups of a convolution, or the
-        last attention head, the channels inside of that unit may be told apart now. Amounts do not speak of these.
+        last attention head, the channels inside of that unit may be told apart now. Where two widths have become equal,
+        channels may look tied that are not. Amounts do not speak of these.
         """
         assert self.start is not None  # a dense model was traced
         stay = {}
         for name, group in structure.groups.items():
             left = self.widths.get(name, self.start.widths.get(name, 0))
             if group.width > left:
-                stay[name] = "it lies inside of the last unit of a group that an earlier pruning step left"
+                stay[name] = "pruning steps left its channels tied in other ways than in the dense model"
         return stay
 
     def to_plain(self) -> dict[str, Any]:

@@ -482,7 +482,7 @@ class UnitRemoval(Strategy):
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
         plan = plan_filters(
             run.module, self.traced.inputs, structure, scores, share_due(start.amount, schedule, progress), budget,
-            dense=start.dense, latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs,
+            dense=replace(start.dense, left=self.state.widths), latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs,
             start.shapes), at_most=schedule.at_most(progress), adding_up=adding_up, refused=self.state.refused,
             chosen=chosen,
         )  # fmt: skip
