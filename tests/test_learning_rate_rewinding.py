@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
@@ -156,6 +156,11 @@ class Bare(Known):
         (Bare, [FilterL1Pruning(0.5), LearningRateRewinding()], "no learning-rate scheduler"),
         (Lit, [FilterL1Pruning(0.5, schedule=OneShot(1)), LearningRateRewinding(7)], "comes after 4 optimizer steps"),
         (Lit, [OBSOneShot(0.5), LearningRateRewinding(2)], "comes after the last batch"),
+        (
+            Lit,
+            [StochasticWeightAveraging(0.01), FilterL1Pruning(0.5, schedule=OneShot(1)), LearningRateRewinding()],
+            "and StochasticWeightAveraging contradict",
+        ),
         (
             Lit,
             [

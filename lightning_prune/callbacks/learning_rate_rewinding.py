@@ -70,6 +70,12 @@ class LearningRateRewinding(AnyCallback):
             raise PruningError(
                 f"{self._where} follows pruning steps, and no callback prunes. Add FilterL1Pruning or another."
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if any(kind.__name__ == "StochasticWeightAveraging" for kind in type(callback).__mro__):
+                raise PruningError(
+                    f"{self._where} and StochasticWeightAveraging contradict: one sets the learning-rate schedule back "
+                    "after each pruning step, and the other replaces it by its own. Leave one of them out."
+                )
         if self._trained is None or self._trained() is not pl_module:
             self._early = self._pruned = None
             self._trained = weakref.ref(pl_module)

@@ -91,7 +91,7 @@ class Dense:
         return Dense(widths, self.footprint, self.left)
 
     def lone(self, names: Iterable[str]) -> dict[str, int]:
-        """Return the units left of the groups beside some: those that an earlier cut left, and that are none any more."""
+        """Return the units left of all groups but some, which an earlier cut left and which are no groups any more."""
         return {name: self.left.get(name, 1) for name in self.widths.keys() - set(names)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.engine.batches import losses_of, training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of
 from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.step import copied
 from lightning_prune.model.calls import run
 from lightning_prune.pruning.accumulators import Accumulator
 from lightning_prune.pruning.budget import Scores
@@ -28,22 +30,26 @@ class AtTheCut(Gathering):
         """Keep the criterion, and how many batches it is to see."""
         self.criterion = criterion
         self.batches = batches
-        accumulator = accumulator_for(criterion)
-        self.reads_losses = bool(accumulator.needs) and not accumulator.calls_forward
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Score the model as it is, on the batches of all processes."""
-        accumulator = accumulator_for(self.criterion)
-        if not accumulator.needs:
+        if not accumulator_for(self.criterion).needs:
             return score_units(pl_module, structure, self.criterion)
         with training_batches(trainer, pl_module, self.batches) as batches:
-            if accumulator.calls_forward:  # not in autocast, which hides parameters
-                inputs = list(inputs_of(pl_module, batches, self.traces))
-                found = score_units(pl_module, structure, self.criterion, inputs, run)
-            else:
-                with losses_of(pl_module) as loss:
-                    found = score_units(pl_module, structure, self.criterion, batches, loss)
+            found = self._scored_on(batches, pl_module, structure)
         return {name: trainer.strategy.reduce(score, reduce_op="mean") for name, score in found.items()}  # type: ignore[misc]
+
+    def rehearse(self, pl_module: LightningModule, structure: Structure, batch: Any) -> None:
+        """Score the model on one batch."""
+        if accumulator_for(self.criterion).needs:
+            self._scored_on([copied(batch)], pl_module, structure)
+
+    def _scored_on(self, batches: Iterable[Any], pl_module: LightningModule, structure: Structure) -> Scores:
+        if accumulator_for(self.criterion).calls_forward:  # not in autocast, which hides parameters
+            inputs = list(inputs_of(pl_module, batches, self.traces))
+            return score_units(pl_module, structure, self.criterion, inputs, run)
+        with losses_of(pl_module) as loss:
+            return score_units(pl_module, structure, self.criterion, batches, loss)
 
 
 class OverTheRun(Gathering):

@@ -22,18 +22,19 @@ class Gathering:
     Attributes:
         looks_at_training: What of the training must be seen before a pruning step, if anything.
         adding_up: Whether scores are losses, so that those of several units add up.
-        reads_losses: Whether scores come from the training step's loss on some batches, once a pruning step is due.
         traces: What of the module runs on training batches.
     """
 
     looks_at_training: str = ""
     adding_up: bool = False
-    reads_losses: bool = False
     traces: Traced = "forward"
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, structure: Structure) -> Scores:
         """Return one score per unit of every group, ``(width,)``, the same on all processes; higher is kept longer."""
         raise NotImplementedError
+
+    def rehearse(self, pl_module: LightningModule, structure: Structure, batch: Any) -> None:
+        """Refuse a module that could not be scored once a pruning step is due, on a training batch."""
 
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
         """Start from nothing, or from what a checkpoint brought."""

@@ -88,7 +88,7 @@ class UnitRemoval(Strategy):
         self.state = RemovalState()
         self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
-        self._last_cut: Cut | None = None  # everything that will be removed, until it was rehearsed
+        self._rehearsal: tuple[Structure, Cut | None] | None = None  # the groups, and all that will be removed
         self._batches = 0  # of training, in this run
         self._out_of_reach: float | None = None  # the pruning step that was left out last
         self._reads_consumers = repair is not None or narrow is not None or arguments.layers
@@ -158,8 +158,8 @@ class UnitRemoval(Strategy):
 
     @property
     def reads_losses(self) -> bool:
-        """Whether filters or layers are scored by the training step's loss on some batches."""
-        return self.gathering.reads_losses or (self.layers is not None and self.layers.reads_losses)
+        """Whether layers are scored by the training step's loss."""
+        return self.layers is not None and self.layers.reads_losses
 
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Trace the model on known inputs, or on the first batch that holds any, and rehearse the whole amount."""
@@ -202,16 +202,19 @@ class UnitRemoval(Strategy):
             self.start.units = self.start.units or sum(gone)
             self._warn_if_short(run, plan)
             self._refuse_endless(run)
-            if plan.model is run.module:  # and no copy without layers
-                self._last_cut = plan.cut
+            self._rehearsal = structure, plan.cut if plan.model is run.module else None  # or a copy without layers
             if self.state.fade is None:
                 self.gathering.watch(run.module, structure)
         return True
 
     def rehearse(self, run: Run, batch: Any) -> None:
-        """Refuse a batch on which the module's steps would not run once all is pruned."""
-        cut, self._last_cut = self._last_cut, None
-        if cut is None or is_model_parallel(run.trainer):
+        """Refuse a batch on which units could not be scored, or steps would not run once all is pruned."""
+        rehearsal, self._rehearsal = self._rehearsal, None
+        if rehearsal is None or is_model_parallel(run.trainer):
+            return
+        structure, cut = rehearsal
+        self.gathering.rehearse(run.module, structure, batch)
+        if cut is None:
             return
         gathered = self.gathering.gathered()
         self.gathering.rest()  # it is not to look at this
@@ -379,7 +382,7 @@ class UnitRemoval(Strategy):
     def after_cut(self, run: Run, plan: Plan) -> None:
         """Count anew after a cut, whoever made it; what was gathered for units that are kept stays."""
         self.traced.changed()
-        self._last_cut = None
+        self._rehearsal = None
         if self.state.fade is not None:  # likewise of another callback
             self.state.fade.follow(plan.cut.kept)
         gathered = self.gathering.gathered()
@@ -480,11 +483,11 @@ class UnitRemoval(Strategy):
         start, schedule = start or self.start, run.own.schedule
         asked = self.arguments  # limits are those of the dense model's layers
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
+        measured = partial(latency_of_first, run.trainer, run.module, self.traced.inputs, start.shapes)
         plan = plan_filters(
             run.module, self.traced.inputs, structure, scores, share_due(start.amount, schedule, progress), budget,
-            dense=replace(start.dense, left=self.state.widths), latency=partial(latency_of_first, run.trainer, run.module, self.traced.inputs,
-            start.shapes), at_most=schedule.at_most(progress), adding_up=adding_up, refused=self.state.refused,
-            chosen=chosen,
+            dense=replace(start.dense, left=self.state.widths), latency=measured, at_most=schedule.at_most(progress),
+            adding_up=adding_up, refused=self.state.refused, chosen=chosen,
         )  # fmt: skip
         self.state.refused = dict(plan.refused)
         return plan
