@@ -124,14 +124,15 @@ def speed(arguments: argparse.Namespace, note: Callable[..., None]) -> None:
     right = rows[0].T.contiguous()
     times: dict[str, list[float]] = {"factor": [], "blocked": [], "cholesky and solve": []}
     for _ in range(arguments.turns):
-        times["factor"].append(_timed(lambda: factor(hessian[0])))
+        times["factor"].append(_timed(lambda: factor(hessian)))
         times["blocked"].append(_timed(lambda: SOLVERS["blocked"](rows, hessian).solve(size * size // 2)))
         times["cholesky and solve"].append(
             _timed(lambda: torch.linalg.solve_triangular(torch.linalg.cholesky(hessian[0]), right, upper=False))
         )
     # Multiply-adds, two FLOPs each: n^3 / 6 a factor, n^3 / 2 a triangular solve of n columns, as much for a sweep of n
-    # rows, n^3 / 6 the inverse of a triangle, n^3 a product: one to begin conjugate gradients, two more, one a step.
-    work = {"factor": 1 / 6 + 1 / 6, "blocked": 1 / 3 + 1 / 2 + 2 + 10, "cholesky and solve": 1 / 6 + 1 / 2}
+    # rows; n^3 for each of three passes of the fit, beside five products in each of their blocks of 128 columns.
+    fit = 3 * (1 + 5 * 128 / size)
+    work = {"factor": 1 / 6, "blocked": 1 / 6 + 1 / 2 + fit, "cholesky and solve": 1 / 6 + 1 / 2}
     for name, spent in times.items():
         note(name, 0.5, seconds=median(spent), gflops=2 * work[name] * size**3 / median(spent) / 1e9)
 

@@ -1,6 +1,7 @@
 """Second-order pruning block by block gives what it gives when the whole model runs, with one block at a time."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,35 +26,56 @@ class Cache:
 
 
 class Block(nn.Module):
-    def __init__(self, width, layer):
+    def __init__(self, width, layer, bare=False, log=None):
         super().__init__()
-        self.layer = layer
+        self.layer, self.bare, self.log = layer, bare, log
         self.mix, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, hidden, scale=None, cache=None):
         number = cache.update(self.layer, hidden)
+        if self.log is not None:
+            self.log.append(self.layer)
         x = hidden + torch.tanh(self.mix(hidden)) * scale / number
-        return (x + self.down(torch.relu(self.up(x))), number)
+        x = x + self.down(torch.relu(self.up(x)))
+        return x if self.bare else (x, number)
 
 
 class Decoder(nn.Module):
-    """Blocks between two other layers, which take a mask and a cache beside what flows; ``skips`` leads round them."""
+    """Blocks between two other layers, which take a mask and a cache beside what flows.
 
-    def __init__(self, width=6, depth=3, skips=False, shared=False):
+    With ``bare`` they return one tensor, with ``skips`` a path leads round them, with ``logged`` each reads how many
+    ran before it.
+    """
+
+    def __init__(self, width=6, depth=3, skips=False, shared=False, bare=False, logged=False):
         super().__init__()
         self.begin, self.end = nn.Linear(5, width), nn.Linear(width, 4)
-        self.blocks = nn.ModuleList([Block(width, layer) for layer in range(depth)])
+        self.log = [] if logged else None
+        self.blocks = nn.ModuleList([Block(width, layer, bare, self.log) for layer in range(depth)])
         if shared:
             self.blocks[1].mix.weight = self.blocks[0].mix.weight
         self.skips = skips
 
     def forward(self, x):
         x, cache, first = self.begin(x), Cache(), None
+        if self.log is not None:
+            self.log.clear()
         scale = torch.linspace(0.5, 1.5, x.shape[1])[:, None]
         for block in self.blocks:
-            x = block(x, scale=scale, cache=cache)[0]
+            x = block(x, scale=scale if self.log is None else scale + len(self.log), cache=cache)
+            x = x if block.bare else x[0]
             first = x if first is None else first
         return self.end(x + first if self.skips else x)
+
+
+def note_runs(module, path):
+    """Add a byte to a file whenever a module runs: what is written to files, no sandbox takes back."""
+
+    def write(*_):
+        with path.open("ab") as file:
+            file.write(b".")
+
+    module.register_forward_hook(write)
 
 
 def made(**how):
@@ -63,9 +85,10 @@ def made(**how):
 
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("solver", ["exact", "admm"])
-def test_blocks_one_by_one_are_as_the_whole_model(sequential, solver, monkeypatch):
+@pytest.mark.parametrize("how", [{}, {"bare": True}, {"bare": True, "logged": True}])
+def test_blocks_one_by_one_are_as_the_whole_model(sequential, solver, how, monkeypatch):
     """Weights, masks and errors are those of the way that runs the whole model for every layer."""
-    model, batches = made()
+    model, batches = made(**how)
     whole = copy.deepcopy(model)
     report = prune_obs(model, 0.5, batches=batches, sequential=sequential, solver=solver, progress=False)
     with monkeypatch.context() as patch:
@@ -80,19 +103,41 @@ def test_blocks_one_by_one_are_as_the_whole_model(sequential, solver, monkeypatc
         assert one.name == other.name and one.error == pytest.approx(other.error, rel=1e-3, abs=1e-5)
 
 
-def test_each_block_runs_by_itself():
+def test_each_block_runs_by_itself(tmp_path):
     """How often a block runs does not grow with the number of blocks."""
     runs = {}
     for depth in (3, 6):
         model, batches = made(depth=depth)
-        calls = []
-        model.blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        note_runs(model.blocks[0], tmp_path / str(depth))
         prune_obs(model, 0.5, batches=batches, sequential=True, progress=False, solver="blocked")
-        runs[depth] = len(calls)
-    assert runs[3] == runs[6]
+        runs[depth] = (tmp_path / str(depth)).stat().st_size
+    assert runs[3] == runs[6] > 0
 
 
-@pytest.mark.parametrize("how", [{"skips": True}, {"shared": True}])
+def test_what_blocks_are_called_with_is_found_without_running_them(tmp_path):
+    """Where blocks return one tensor, each runs once for every batch, and thrice more to find what it consists of."""
+    model, batches = made(bare=True)
+    note_runs(model.blocks[1].mix, tmp_path / "runs")
+    prune_obs(model, 0.5, batches=batches, ignore=["begin", "end"], progress=False, solver="blocked")
+    assert (tmp_path / "runs").stat().st_size == len(batches) + 3
+
+
+def test_blocks_that_others_feel_run_to_find_what_each_is_called_with():
+    """A block that changes what the next is called with is not passed over; both ways tell the same calls."""
+    assert not find_chain(made(bare=True, logged=True)[0], Calibration(made()[1])).bare
+    model, batches = made(bare=True)
+    chain = find_chain(model, Calibration(batches))
+    assert chain.bare
+    told, expected = (each.begin(Calibration(batches)) for each in (chain, replace(chain, bare=False)))
+    assert all(torch.equal(a, b) for a, b in zip(told.hidden, expected.hidden, strict=True))
+    for ours, theirs in zip(told.calls, expected.calls, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.kwargs["scale"], other.kwargs["scale"])
+            assert one.kwargs["cache"].seen == other.kwargs["cache"].seen
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("how", [{"skips": True}, {"shared": True}, {"skips": True, "bare": True}])
 def test_models_that_are_no_chain_are_run_as_a_whole(how):
     """Blocks that share weights or are read elsewhere are no chain, and the model is pruned anyhow."""
     model, batches = made(**how)

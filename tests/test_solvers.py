@@ -22,7 +22,7 @@ from lightning_prune.algorithms.solvers import (
     rise,
     split,
 )  # fmt: skip
-from lightning_prune.algorithms.solvers.blocked import factor
+from lightning_prune.algorithms.solvers.blocked import factor, sweep
 from lightning_prune.algorithms.solvers.brain_surgeon import (
     add_outer_products,
     damage,
@@ -30,6 +30,7 @@ from lightning_prune.algorithms.solvers.brain_surgeon import (
     surgeon,
 )
 from lightning_prune.algorithms.solvers.exchange import exchange
+from lightning_prune.algorithms.solvers.least_squares import fit_by_blocks
 
 CASES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(2, 9), st.integers(0, 2**31))
 
@@ -193,12 +194,90 @@ def test_trades_end_where_the_cheapest_weight_is_also_the_one_that_gains_most(ca
         assert found <= min(error(g, r, flipped(without, q)) for q in others) * (1 + 1e-6) + 1e-9
 
 
-def test_the_factor_of_a_sweep_is_that_of_the_inverse():
-    """U is upper triangular, and its square is the inverse of H."""
-    _, hessian, _ = problem(1, 1, 12, 2)
-    found = factor(hessian[0])
+def test_the_rise_of_an_error_is_half_its_squared_length():
+    """Summed block by block, it is what the inputs make of the change, for rows of any width."""
+    change, hessian, inputs = problem(2, 3, 300, 6)
+    made = (change @ inputs).square().sum(dim=(1, 2)) / inputs.shape[2]
+    torch.testing.assert_close(rise(change, hessian), 0.5 * made)
+
+
+def test_the_factor_of_a_sweep_multiplies_to_the_hessian():
+    """V is upper triangular, and V V^T is H."""
+    _, hessian, _ = problem(2, 1, 12, 2)
+    found = factor(hessian)
     assert torch.equal(found, found.triu())
-    torch.testing.assert_close(found.T @ found, torch.linalg.inv(hessian[0]))
+    torch.testing.assert_close(found @ found.transpose(1, 2), hessian)
+
+
+@pytest.mark.parametrize("widths", [(8, 4), (4, 4), (12, 6)])
+def test_a_sweep_gives_each_column_its_best_value_given_those_before(widths):
+    """Each column, when it is its turn, has the least-squares value given those before it; so is its saliency."""
+    weights, hessian, inputs = problem(2, 3, 14, 4)
+    keep = torch.rand(weights.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    seen = {}
+
+    def choose(free, diagonal, first):
+        seen[first] = 0.5 * (free[:, 0] / diagonal[:, :1]).square()
+        return keep[..., first : first + widths[1]].transpose(1, 2)
+
+    new, kept = sweep(weights, factor(hessian), choose, *widths)
+    assert torch.equal(kept, keep)
+    for g, r in itertools.product(range(2), range(3)):
+        row, x = weights[g, r].numpy(), inputs[g].numpy()
+        done = np.zeros(14)
+        for j in range(14):
+            # The columns from j on make up for what those before it changed.
+            missing = x.T @ (row - done)
+            best = np.linalg.lstsq(x[j:].T, missing, rcond=None)[0]
+            if j in seen:
+                without = np.linalg.lstsq(x[j + 1 :].T, missing, rcond=None)[0] if j < 13 else np.zeros(0)
+                left = missing - x[j + 1 :].T @ without
+                more = left @ left - np.square(missing - x[j:].T @ best).sum()
+                assert float(seen[j][g, r]) == pytest.approx(0.5 * more / x.shape[1], rel=1e-6)
+            done[j] = best[0] if keep[g, r, j] else 0
+        np.testing.assert_allclose(new[g, r].numpy(), done, rtol=1e-8, atol=1e-8)
+
+
+@given(CASES, st.floats(0.1, 0.9))
+@settings(max_examples=30, deadline=None)
+def test_a_fit_by_blocks_comes_nearer_and_ends_at_the_best(case, share):
+    """No pass takes the weights farther from their aim, and many end at the best weights on their support."""
+    weights, hessian, _ = problem(*case)
+    hessian = damped(hessian, 0.1)
+    keep = torch.rand(weights.shape, generator=torch.Generator().manual_seed(case[3])) > share
+    found = weights * keep
+    best = float(rise(best_on_support(weights, hessian, keep) - weights, hessian).sum())
+    error = float(rise(found - weights, hessian).sum())
+    for passes in (1, 2, 100):
+        found = fit_by_blocks(weights, hessian, keep, found, passes, width=4)
+        assert (found[~keep] == 0).all()
+        before, error = error, float(rise(found - weights, hessian).sum())
+        assert error <= before * (1 + 1e-9) + 1e-12
+    assert error == pytest.approx(best, rel=1e-3, abs=1e-12)
+
+
+def test_worthless_columns_leave_first_wherever_they_lie():
+    """Columns that hardly see inputs take the whole removal of a sweep, though they fill one block and no other."""
+    weights, _, _ = problem(1, 8, 256, 0)
+    inputs = torch.randn(1, 256, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs[:, :128] *= 1e-3
+    hessian = damped(inputs @ inputs.transpose(1, 2) / 512, 1e-3)
+    _, keep = SOLVERS["blocked"](weights, hessian).solve(weights.numel() // 2)
+    assert int(keep[..., 128:].sum()) > 0.95 * weights.numel() / 2
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("damping", [0.01, 1e-9])
+def test_sweeps_in_single_precision_keep_what_double_ones_keep(monkeypatch, scale, damping):
+    """Whatever the units, errors are those of a sweep in double precision to a thousandth."""
+    weights, hessian, _ = problem(2, 16, 200, 3)
+    hessian = damped(hessian, damping)
+    leaving = weights.numel() // 2
+    new, _ = SOLVERS["blocked"](weights * scale, hessian * scale).solve(leaving)
+    monkeypatch.setattr("lightning_prune.algorithms.solvers.choice._SINGLE", torch.inf)
+    exact, _ = SOLVERS["blocked"](weights, hessian).solve(leaving)
+    error, least = (float(rise(found - weights, hessian).sum()) for found in (new / scale, exact))
+    assert error == pytest.approx(least, rel=1e-3)
 
 
 def test_singular_hessians_are_refused():

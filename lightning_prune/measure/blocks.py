@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,11 +40,13 @@ class Chain:
         model: The model that they belong to.
         paths: The blocks' paths, in the order in which they run.
         place: Where a block takes what the one before made: the number or the name of an argument.
+        bare: Whether every block returns one tensor, and none need run for the others to be called as they are.
     """
 
     model: nn.Module
     paths: tuple[str, ...]
     place: int | str
+    bare: bool = False
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -56,7 +58,10 @@ class Chain:
         calls: list[list[_Call]] = []
         for batch in calibration.batches:
             own: list[_Call] = []
-            with undisturbed(self.model), suppress(_EnoughError), _noted(self.blocks, own, stops=True):
+            with undisturbed(self.model), suppress(_EnoughError), ExitStack() as stack:
+                if self.bare:
+                    stack.enter_context(_idle(self.blocks, self.place))
+                stack.enter_context(_noted(self.blocks, own, stops=True))
                 calibration.forward(self.model, batch)
             calls.append(own)
         return Stream(self.place, calls, [_at(own[0], self.place) for own in calls])
@@ -122,12 +127,16 @@ def find_chain(model: nn.Module, calibration: Calibration) -> Chain | None:
         blocks = list(module.children())
         if _shares_parameters(model, blocks):
             continue
+        first = None
         with suppress(Exception):  # whatever fails here runs well as a whole
-            place = _place_of_hidden(model, blocks, calibration)
-            if place is not None:
-                chain = Chain(model, paths, place)
-                if _is_closed(chain, calibration):
-                    return chain
+            first = _first_run(model, blocks, calibration)
+        if first is None:
+            continue
+        chain = Chain(model, paths, first.place)
+        for tried in (replace(chain, bare=True), chain) if first.bare else (chain,):
+            with suppress(Exception):
+                if _is_closed(tried, first, calibration):
+                    return tried
     return None
 
 
@@ -141,45 +150,75 @@ def _shares_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return any(holders[id(parameter)] > 1 for block in blocks for parameter in block.parameters())
 
 
-def _place_of_hidden(model: nn.Module, blocks: Sequence[nn.Module], calibration: Calibration) -> int | str | None:
-    """Return the argument by which each block takes what the one before it made, if all run once and in order."""
+class _FirstRun(NamedTuple):
+    """A run of the model on the first batch: what blocks were called with and made, and what the model returned."""
+
+    place: int | str
+    calls: list[_Call]
+    made: list[Tensor]
+    bare: bool
+    outputs: list[Tensor]
+
+
+def _first_run(model: nn.Module, blocks: Sequence[nn.Module], calibration: Calibration) -> _FirstRun | None:
+    """Run the model on the first batch, if all blocks run once, in order, and take by one argument what the last made."""
     calls: list[_Call] = []
-    outputs: list[Any] = []
-    with undisturbed(model), _noted(blocks, calls, outputs):
-        calibration.forward(model, calibration.batches[0])
+    made: list[Any] = []
+    with undisturbed(model), _noted(blocks, calls, made):
+        outputs = list(tensors_in(calibration.forward(model, calibration.batches[0])))
     if len(calls) != len(blocks):
         return None
     found = set()
-    for made, call in zip(outputs, calls[1:], strict=False):
-        places = [place for place, value in _arguments(call) if value is made]
+    for output, call in zip(made, calls[1:], strict=False):
+        places = [place for place, value in _arguments(call) if value is _first(output)]
         if len(places) != 1:
             return None
         found.add(places[0])
-    return found.pop() if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    bare = all(isinstance(output, Tensor) for output in made)
+    return _FirstRun(found.pop(), calls, [_first(output) for output in made], bare, outputs)
 
 
-def _is_closed(chain: Chain, calibration: Calibration) -> bool:
+def _is_closed(chain: Chain, first: _FirstRun, calibration: Calibration) -> bool:
     """Return whether blocks depend on those before through one tensor, and the rest of the model on the last alone."""
     model, blocks, batch = chain.model, chain.blocks, calibration.batches[0]
-    calls: list[_Call] = []
-    outputs: list[Any] = []
-    with undisturbed(model), _noted(blocks, calls, outputs):
-        expected = list(tensors_in(calibration.forward(model, batch)))
-    stream = Stream(chain.place, [calls], [_at(calls[0], chain.place)])
+    stream = Stream(chain.place, [first.calls], [_at(first.calls[0], chain.place)])
     for number, block in enumerate(blocks):
         with undisturbed(block):
             stream.run(number, block, 0)
-        if not torch.allclose(stream.made[0], outputs[number], rtol=1e-4, atol=1e-5, equal_nan=True):
+        if not torch.allclose(stream.made[0], first.made[number], rtol=1e-4, atol=1e-5, equal_nan=True):
             return False
-        stream.hidden = [outputs[number]]
+        stream.hidden = [first.made[number]]
 
     others: list[_Call] = []
-    with undisturbed(model), chain.ending_in(outputs[-1]), _disturbed(blocks[0]), _noted(blocks, others):
+    changed = _idle(blocks, chain.place) if chain.bare else _disturbed(blocks[0])
+    with undisturbed(model), chain.ending_in(first.made[-1]), changed, _noted(blocks, others):
         found = list(tensors_in(calibration.forward(model, batch)))
-    pairs = list(zip(expected, found, strict=True))
-    for before, after in zip(calls, others, strict=True):
+    pairs = list(zip(first.outputs, found, strict=True))
+    for before, after in zip(first.calls, others, strict=True):
         pairs += zip(before.tensors(chain.place), after.tensors(chain.place), strict=True)
     return all(a.shape == b.shape and torch.allclose(a.double(), b.double(), equal_nan=True) for a, b in pairs)
+
+
+@contextmanager
+def _idle(blocks: Sequence[nn.Module], place: int | str) -> Iterator[None]:
+    """Make blocks return what the one before made, without running, inside the body; within ``undisturbed``."""
+
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
+        return args[place] if isinstance(place, int) else kwargs[place]
+
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            vars(block)["forward"] = pass_on
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = own
 
 
 @contextmanager
@@ -212,7 +251,7 @@ def _noted(
         blocks: The blocks.
         calls: Gets what each is called with. Objects that calls may change, such as caches, are noted as they were
             when they were first seen.
-        outputs: Gets the tensor that each returns, or that comes first in what it returns.
+        outputs: Gets what each returns.
         stops: Whether to stop when the last block is called.
     """
     firsts: dict[int, tuple[Any, Any]] = {}  # with the object itself, so that no other takes its number
@@ -236,7 +275,7 @@ def _noted(
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if outputs is not None:
-            outputs.append(_first(output))
+            outputs.append(output)
 
     handles = []
     for number, block in enumerate(blocks):

@@ -95,9 +95,13 @@ class Surgery:
         for part in self._fitting(names):
             if part[0] not in self._held:
                 self._held.clear()
-                grams = gather_grams(self.model, self.products, part, self.calibration)
+                firsts: dict[str, str] = {}  # by what a weight multiplies, the first weight that does
                 for name in part:
-                    self._held[name] = self._patient(name, grams.pop(name))
+                    firsts.setdefault(self.products.alike.get(name, name), name)
+                grams = gather_grams(self.model, self.products, firsts.values(), self.calibration)
+                for name in part:
+                    first = firsts[self.products.alike.get(name, name)]
+                    self._held[name] = self._patient(name, grams[first])
             for name in part:
                 yield name, self._held[name]
 

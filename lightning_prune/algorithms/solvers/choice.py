@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lightning_prune.algorithms.solvers.admm import alternate
 from lightning_prune.algorithms.solvers.blocked import factor, sweep
 from lightning_prune.algorithms.solvers.damping import inverse
 from lightning_prune.algorithms.solvers.exchange import exchange
-from lightning_prune.algorithms.solvers.least_squares import best_on_support, nearer_on_support, rise
+from lightning_prune.algorithms.solvers.least_squares import best_on_support, fit_by_blocks, nearer_on_support, rise
 from lightning_prune.algorithms.solvers.patterns import Pattern
 from lightning_prune.algorithms.solvers.rows import Paths, greedy_paths, keep_along, rises_along
 
@@ -22,7 +22,8 @@ __all__ = ["SOLVERS", "Admm", "Blocked", "Exact", "RowSolver"]
 Leaving = int | Pattern
 """The number of weights to remove from all rows together, or a pattern that every row must follow."""
 
-_WIDTH = 128  # columns of a sweep's blocks
+_WIDTH, _CHOSEN = 128, 8  # columns of a sweep's blocks, and of those in which it chooses
+_SINGLE = 1e-3  # smallest square of a pivot, in mean diagonal entries, with which single precision is used
 _NARROW = 64  # columns up to which an inverse for each row takes less time than ADMM
 _EXCHANGED = 160, 320  # columns up to which all rows exchange weights, and from which none does
 _NEAR = 0.03  # of a threshold; the next one is most often as near
@@ -123,42 +124,57 @@ class Admm(RowSolver):
 
 
 class Blocked(RowSolver):
-    """One sweep over the columns that prunes the same fraction of every block: fast for wide layers."""
+    """One sweep over the columns, then a fit of what is kept: fast for wide layers.
+
+    Works in single precision, which suffices for a fit of so few steps, unless H is too ill-conditioned for that.
+    """
 
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
-        """Sweep; then a few steps of conjugate gradients let the columns in front compensate as well."""
-        if isinstance(leaving, Pattern):
-            return self._swept([leaving], _whole_blocks(leaving))
-        return self._swept([leaving / self.weights.numel()], [_WIDTH])
+        """Sweep; then a few steps of descent let the columns in front compensate as well."""
+        return self._swept([leaving])
 
     def errors(self, counts: Sequence[int]) -> list[float]:
         """Sweep for several counts at once, as if each had rows of its own."""
         errors: list[float] = []
-        shares = [count / self.weights.numel() for count in counts]
         most = max(1, _MEMORY // (self.weights.numel() * self.weights.element_size()))
-        for first in range(0, len(shares), most):
-            part = shares[first : first + most]
-            new, _ = self._swept(part, [_WIDTH])
+        for first in range(0, len(counts), most):
+            part = counts[first : first + most]
+            new, _ = self._swept(part)
             for weights in new.chunk(len(part), dim=1):
                 errors.append(float(rise(weights - self.weights, self.hessian).sum()))
         return errors
 
-    def _swept(self, shares: Sequence[float | Pattern], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Sweep the rows once for each share, ``(groups, shares * rows, columns)``."""
-        weights = self.weights.repeat(1, len(shares), 1)
-        size = self.weights[0].numel()
-        swept, kept = [], []
-        for group, own_factor in enumerate(self._factors):
-            choose = partial(_highest_of_block, shares, group * size)
-            new, keep = sweep(weights[group], own_factor, choose, blocks)
-            swept.append(new)
-            kept.append(keep)
-        support = torch.stack(kept)
-        return nearer_on_support(weights, self.hessian, support, torch.stack(swept), steps=10), support
+    def _swept(self, leaving: Sequence[Leaving]) -> tuple[Tensor, Tensor]:
+        """Sweep the rows once for each way of leaving, ``(groups, ways * rows, columns)``."""
+        aim, hessian, size = self._scaled
+        wide, narrow = _widths(leaving[0])
+        choose = _BlockChooser(leaving, self._worth, wide, narrow)
+        rows = aim.repeat(1, len(leaving), 1)
+        swept, keep = sweep(rows, self._factor, choose, wide, narrow)
+        new = fit_by_blocks(rows, hessian, keep, swept)
+        return new.to(self.weights).mul_(size), keep
+
+    @property
+    def _worth(self) -> Tensor:
+        """What each weight alone would cost, if no other compensated."""
+        return self.weights.square() * self.hessian.diagonal(dim1=1, dim2=2)[:, None]
 
     @cached_property
-    def _factors(self) -> list[Tensor]:
-        return [factor(h) for h in self.hessian]
+    def _scaled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights and H in units that single precision cannot overflow, and the unit of the weights."""
+        size = self.weights.abs().amax().clamp_min(torch.finfo(self.weights.dtype).tiny)
+        hessian = self.hessian / self._scale
+        return (self.weights / size).to(self._factor), hessian.to(self._factor), size
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        exact = factor(self.hessian / self._scale)
+        least = float(exact.diagonal(dim1=1, dim2=2).square().amin())  # no less than the smallest eigenvalue
+        return exact.float() if least > _SINGLE else exact
+
+    @property
+    def _scale(self) -> Tensor:
+        return self.hessian.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
 
 
 SOLVERS: dict[str, type[RowSolver]] = {"exact": Exact, "admm": Admm, "blocked": Blocked}
@@ -205,21 +221,60 @@ class _Chooser:
         return keep.view_as(scores)
 
 
-def _highest_of_block(shares: Sequence[float | Pattern], before: int, saliency: Tensor, start: int) -> Tensor:
-    """Choose what is kept of a block, in the rows of each share; ``before`` counts the weights of earlier groups."""
-    found = []
-    for share, part in zip(shares, saliency.chunk(len(shares)), strict=True):
-        if isinstance(share, Pattern):
-            found.append(_highest(part, share))
-        else:
-            # Rounding the running total, not the block's own number, lets the blocks add up to the whole.
-            front = before + len(part) * start
-            through = front + part.numel()
-            found.append(_highest(part, round(share * through) - round(share * front)))
-    return torch.cat(found)
+class _BlockChooser:
+    """Keeps the highest saliencies of a few columns at a time; how many, is planned for the wide block around them.
+
+    A wide block keeps as many as a threshold across all blocks leaves there, on what each weight alone would cost; and
+    the few columns as many as are among the highest of the wide block when it begins. Equal shares everywhere would
+    have to spare worthless columns; a choice for the whole wide block would be made before its weights have moved.
+    """
+
+    def __init__(self, leaving: Sequence[Leaving], worth: Tensor, wide: int, narrow: int) -> None:
+        self.leaving = leaving
+        self.wide, self.narrow = wide, narrow
+        self.of_wide = [self._counts(worth, each, wide) for each in leaving]
+        self.of_narrow: list[list[int]] = []
+
+    def __call__(self, free: Tensor, diagonal: Tensor, first: int) -> Tensor:
+        """Return what is kept of the next columns, in the rows of each way of leaving."""
+        if first % self.wide == 0:
+            self._plan(free, diagonal, first // self.wide)
+        place = first % self.wide // self.narrow
+        saliency = (free[:, : self.narrow] / diagonal[:, : self.narrow, None]).square()
+        found = []
+        for leaving, counts, part in zip(self.leaving, self.of_narrow, self._by_way(saliency), strict=True):
+            if isinstance(leaving, Pattern):
+                found.append(_highest(part.transpose(1, 2), leaving).transpose(1, 2))
+            else:
+                found.append(_highest(part, part.numel() - counts[place]))
+        return torch.cat(found, dim=2)
+
+    def _plan(self, block: Tensor, diagonal: Tensor, number: int) -> None:
+        """Part what a wide block keeps among its columns, by their saliencies as they are at its beginning."""
+        saliency = (block / diagonal[..., None]).square()
+        self.of_narrow = []
+        for leaving, counts, part in zip(self.leaving, self.of_wide, self._by_way(saliency), strict=True):
+            if isinstance(leaving, Pattern):
+                self.of_narrow.append([])
+            else:
+                gone = part.numel() - counts[number]
+                self.of_narrow.append(self._counts(part.transpose(1, 2), gone, self.narrow))
+
+    def _by_way(self, block: Tensor) -> Sequence[Tensor]:
+        return block.chunk(len(self.leaving), dim=2)
+
+    @staticmethod
+    def _counts(scores: Tensor, leaving: Leaving, width: int) -> list[int]:
+        """Return how many of the highest scores lie in each block of columns; for a pattern, none is counted."""
+        if isinstance(leaving, Pattern):
+            return []
+        of_columns = _highest(scores, leaving).sum(dim=(0, 1))
+        return [int(block.sum()) for block in of_columns.split(width)]
 
 
-def _whole_blocks(pattern: Pattern) -> list[int]:
-    """Return a width near the usual one that is a multiple of the pattern's block, and the width of that block."""
-    period = pattern.of * pattern.apart
-    return [period * max(1, round(_WIDTH / period)), period]
+def _widths(leaving: Leaving) -> tuple[int, int]:
+    """Return the columns of a product and those of a choice; for a pattern, multiples of its blocks."""
+    if not isinstance(leaving, Pattern):
+        return _WIDTH, _CHOSEN
+    period = leaving.of * leaving.apart
+    return period * max(1, round(_WIDTH / period)), period
