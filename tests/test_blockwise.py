@@ -1,6 +1,8 @@
 """Second-order pruning block by block gives what it gives when the whole model runs, with one block at a time."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,10 +10,11 @@ import torch
 from torch import nn
 
 from lightning_prune import prune_obs
+from lightning_prune.algorithms.solvers import SOLVERS
 from lightning_prune.measure.blocks import find_chain
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.model.spool import Spool
-from lightning_prune.pruning import obs
+from lightning_prune.pruning import blockwise, obs
 
 
 class Cache:
@@ -184,3 +187,32 @@ def test_a_spool_gives_back_what_it_got(dtype):
         spool[name] = tensors[name]
     assert list(spool) == ["a", "b"]
     assert all(torch.equal(spool[name], tensor) and spool[name].dtype == dtype for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_hessians_of_one_block_at_a_time_are_held(sequential, monkeypatch):
+    """Those of earlier blocks are gone as soon as the next one begins, without waiting for garbage to be collected."""
+    held, alive = [], []
+    solve = blockwise._solved_block
+
+    def watched(surgery, stages, number, *flows):
+        alive.append(sum(solver() is not None for solver in held))
+        return solve(surgery, stages, number, *flows)
+
+    class Noted(SOLVERS["exact"]):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            held.append(weakref.ref(self))
+
+    monkeypatch.setattr(blockwise, "_solved_block", watched)
+    monkeypatch.setitem(SOLVERS, "exact", Noted)
+    model, batches = made(depth=3)
+    gc.disable()
+    try:
+        prune_obs(
+            model, 0.5, batches=batches, ignore=["begin", "end"], sequential=sequential, solver="exact", progress=False
+        )
+    finally:
+        gc.enable()
+    assert len(held) == 9
+    assert alive == [0, 0, 0]

@@ -20,6 +20,7 @@ from lightning_prune.algorithms.solvers import (
     inverse,
     keep_along,
     rise,
+    share_lost,
     split,
 )  # fmt: skip
 from lightning_prune.algorithms.solvers.blocked import factor, sweep
@@ -199,6 +200,17 @@ def test_the_rise_of_an_error_is_half_its_squared_length():
     change, hessian, inputs = problem(2, 3, 300, 6)
     made = (change @ inputs).square().sum(dim=(1, 2)) / inputs.shape[2]
     torch.testing.assert_close(rise(change, hessian), 0.5 * made)
+
+
+@pytest.mark.parametrize("units", [1e-30, 1.0, 1e30])
+def test_the_share_of_lost_energy_is_that_of_the_outputs(units):
+    """It is the squared length of what outputs lose relative to theirs, in whatever units; of nothing, nothing."""
+    weights, hessian, inputs = problem(2, 3, 20, 6)
+    new = weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(0)) > 0.5)
+    expected = ((new - weights) @ inputs).square().sum() / (weights @ inputs).square().sum()
+    found = share_lost(new * units, weights * units, hessian * units)
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert share_lost(weights * 0, weights * 0, hessian) == 0
 
 
 def test_the_factor_of_a_sweep_multiplies_to_the_hessian():

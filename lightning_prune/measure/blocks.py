@@ -161,7 +161,7 @@ class _FirstRun(NamedTuple):
 
 
 def _first_run(model: nn.Module, blocks: Sequence[nn.Module], calibration: Calibration) -> _FirstRun | None:
-    """Run the model on the first batch, if all blocks run once, in order, and take by one argument what the last made."""
+    """Run the model on the first batch, if all blocks run once, each on what the one before made."""
     calls: list[_Call] = []
     made: list[Any] = []
     with undisturbed(model), _noted(blocks, calls, made):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Gram:
         count: How many columns were seen.
         centre: While sums are taken, what is subtracted from each column: products of inputs that hardly vary would
             otherwise lose their variance to the rounding of single precision. ``(groups, columns)``.
+        waiting: While sums are taken, columns that are not yet in ``hessian``: adding a product for every few of them
+            would take longer than the products.
     """
 
     reading: Reading
@@ -43,18 +45,30 @@ class Gram:
     mean: Tensor
     count: int
     centre: Tensor | None = None
+    waiting: list[Tensor] = field(default_factory=list)
 
     def add(self, columns: Tensor) -> None:
         """Add columns, ``(groups, columns, n)``, to the sums."""
-        if self.centre is None and columns.shape[2]:
+        if not columns.shape[2]:
+            return
+        if self.centre is None:
             self.centre = columns.mean(dim=2)
-        apart = columns if self.centre is None else columns - self.centre[:, :, None]
-        self.hessian += (apart @ apart.transpose(1, 2)).to(self.hessian)
+        apart = columns - self.centre[:, :, None]
         self.mean += apart.sum(dim=2).to(self.mean)
         self.count += columns.shape[2]
+        self.waiting.append(apart)
+        if sum(part.shape[2] for part in self.waiting) >= columns.shape[1]:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        apart = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=2)
+        self.waiting = []
+        self.hessian += apart @ apart.transpose(1, 2)
 
     def uncentre_(self) -> None:
         """Turn the sums into those of the columns themselves."""
+        if self.waiting:
+            self._add_waiting()
         if self.centre is None:
             return
         centre = self.centre.to(self.hessian)[:, :, None]

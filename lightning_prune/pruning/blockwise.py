@@ -191,7 +191,7 @@ class _Part:
             surgery.solver,
             surgery.damping,
             named_tensors(block),
-            Lazily([name.removeprefix(prefix) for name in masks if name.startswith(prefix)], self._mask_of(masks)),
+            Lazily([name.removeprefix(prefix) for name in masks if name.startswith(prefix)], _of_block(masks, prefix)),
             flows.after,
             memory=max(_bytes(block), _LEAST),
         )
@@ -203,8 +203,10 @@ class _Part:
     def _own(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
         return self.of(values, [name for name in values if name.startswith(self.prefix)])
 
-    def _mask_of(self, masks: Mapping[str, Tensor]) -> Any:
-        return lambda name: masks[self.prefix + name]
+
+def _of_block(masks: Mapping[str, Tensor], prefix: str) -> Callable[[str], Tensor]:
+    # No method, which would lead back to the part, and hold its Hessians until garbage is collected.
+    return lambda name: masks[prefix + name]
 
 
 def _bytes(block: nn.Module) -> int:

@@ -20,6 +20,7 @@ from lightning_prune.algorithms.solvers import (
     damped,
     nearer_on_support,
     rise,
+    share_lost,
 )
 from lightning_prune.algorithms.solvers.damping import cholesky
 from lightning_prune.measure.calibration import Calibration
@@ -90,20 +91,37 @@ class Surgery:
     memory: int | None = None
     _held: dict[str, _Patient] = field(default_factory=dict)
 
-    def patients(self, names: Sequence[str]) -> Iterator[tuple[str, _Patient]]:
-        """Yield each layer with its Hessian; where those of all fit into memory, they are gathered once."""
+    def patients(self, names: Sequence[str], last: bool = False) -> Iterator[tuple[str, _Patient]]:
+        """Yield each layer with its Hessian; where those of all fit into memory, they are gathered once.
+
+        Args:
+            names: The layers' weights.
+            last: Whether nobody asks for them again, so that each can be let go of once the next one is asked for.
+        """
         for part in self._fitting(names):
             if part[0] not in self._held:
                 self._held.clear()
-                firsts: dict[str, str] = {}  # by what a weight multiplies, the first weight that does
-                for name in part:
-                    firsts.setdefault(self.products.alike.get(name, name), name)
-                grams = gather_grams(self.model, self.products, firsts.values(), self.calibration)
-                for name in part:
-                    first = firsts[self.products.alike.get(name, name)]
-                    self._held[name] = self._patient(name, grams[first])
+                self._held.update(self._gathered(part))
             for name in part:
-                yield name, self._held[name]
+                yield name, self._held.pop(name) if last else self._held[name]
+
+    def _gathered(self, names: Sequence[str]) -> dict[str, _Patient]:
+        """Gather the Hessians of some layers; those that multiply the same inputs share one."""
+        firsts: dict[str, str] = {}  # by what a weight multiplies, the first weight that does
+        for name in names:
+            firsts.setdefault(self.products.alike.get(name, name), name)
+        grams = gather_grams(self.model, self.products, firsts.values(), self.calibration)
+        shared: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
+        found = {}
+        for name in names:
+            first, shifted = firsts[self.products.alike.get(name, name)], name in self.products.shifts
+            gram = grams[first]
+            if (first, shifted) not in shared:
+                shared[first, shifted] = self._hessians(gram, shifted)
+            hessian, regular = shared[first, shifted]
+            rows = self.rows(name)
+            found[name] = _Patient(rows, hessian, gram.mean, self.solver(rows, regular))
+        return found
 
     def rows(self, name: str) -> Tensor:
         """Return a layer's weights as ``(groups, rows, columns)``."""
@@ -148,12 +166,12 @@ class Surgery:
         weight = reading.weight(rows).to(self.tensors[name].dtype)
         return Solved(weight, reading.weight(keep), error, others)
 
-    def _patient(self, name: str, gram: Gram) -> _Patient:
+    def _hessians(self, gram: Gram, shifted: bool) -> tuple[Tensor, Tensor]:
+        """Return a Hessian, less its mean where that is made up for, and the same damped."""
         hessian = gram.hessian
-        if name in self.products.shifts:
+        if shifted:
             hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
-        rows = self.rows(name)
-        return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping, gram.hessian)))
+        return hessian, damped(hessian, self.damping, gram.hessian)
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Part the layers so that the Hessians of each part, plain, damped and factored, fit into memory together."""
@@ -175,14 +193,15 @@ class _Patient:
 def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
     """Solve every layer for the inputs that the whole model gives it."""
     found = {}
-    patients = surgery.patients(list(leaving))
+    patients = surgery.patients(list(leaving), last=True)
     for _ in shown("layers pruned", list(leaving), progress):
+        patient = None  # so that the last one's memory is free before the next one's is taken
         name, patient = next(patients)
         with told_of(name):
             new, keep = surgery.solve(name, patient.solver, leaving[name])
-        lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
+        lost = share_lost(new, patient.weights, patient.hessian)
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
-        found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
+        found[name] = surgery.solved(name, new, keep, lost, mean)
     return found
 
 

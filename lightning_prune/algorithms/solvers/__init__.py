@@ -8,6 +8,7 @@ from lightning_prune.algorithms.solvers.least_squares import (
     nearer_on_support,
     refit,
     rise,
+    share_lost,
 )
 from lightning_prune.algorithms.solvers.patterns import Pattern
 from lightning_prune.algorithms.solvers.rows import Paths, greedy_paths, keep_along, rises_along
@@ -16,5 +17,5 @@ from lightning_prune.algorithms.solvers.split import Curve, split
 __all__ = [
     "SOLVERS", "Admm", "Blocked", "Curve", "Exact", "Paths", "Pattern", "RowSolver", "best_on_columns",
     "best_on_support", "damped", "greedy_paths", "inverse", "keep_along", "nearer_on_support", "refit", "rise",
-    "rises_along", "split",
+    "rises_along", "share_lost", "split",
 ]  # fmt: skip

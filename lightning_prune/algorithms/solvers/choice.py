@@ -148,27 +148,25 @@ class Blocked(RowSolver):
         """Sweep the rows once for each way of leaving, ``(groups, ways * rows, columns)``."""
         aim, hessian, size = self._scaled
         wide, narrow = _widths(leaving[0])
-        choose = _BlockChooser(leaving, self._worth, wide, narrow)
+        # What each weight alone would cost, if no other compensated.
+        worth = aim.square() * hessian.diagonal(dim1=1, dim2=2)[:, None]
+        choose = _BlockChooser(leaving, worth, wide, narrow)
         rows = aim.repeat(1, len(leaving), 1)
         swept, keep = sweep(rows, self._factor, choose, wide, narrow)
         new = fit_by_blocks(rows, hessian, keep, swept)
         return new.to(self.weights).mul_(size), keep
 
-    @property
-    def _worth(self) -> Tensor:
-        """What each weight alone would cost, if no other compensated."""
-        return self.weights.square() * self.hessian.diagonal(dim1=1, dim2=2)[:, None]
-
     @cached_property
     def _scaled(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weights and H in units that single precision cannot overflow, and the unit of the weights."""
+        dtype = self._factor.dtype
         size = self.weights.abs().amax().clamp_min(torch.finfo(self.weights.dtype).tiny)
-        hessian = self.hessian / self._scale
-        return (self.weights / size).to(self._factor), hessian.to(self._factor), size
+        return (self.weights / size).to(dtype), (self.hessian / self._scale).to(dtype), size
 
     @cached_property
     def _factor(self) -> Tensor:
-        exact = factor(self.hessian / self._scale)
+        """The factor of H so scaled, in single precision if it does."""
+        exact = factor(self.hessian).div_(self._scale.sqrt())
         least = float(exact.diagonal(dim1=1, dim2=2).square().amin())  # no less than the smallest eigenvalue
         return exact.float() if least > _SINGLE else exact
 

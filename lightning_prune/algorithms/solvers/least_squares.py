@@ -7,11 +7,12 @@ from torch import Tensor
 
 from lightning_prune.algorithms.solvers.damping import cholesky, damped
 
-__all__ = ["best_on_columns", "best_on_support", "fit_by_blocks", "nearer_on_support", "refit", "rise"]
+__all__ = ["best_on_columns", "best_on_support", "fit_by_blocks", "nearer_on_support", "refit", "rise", "share_lost"]
 
 _MEMORY = 4 * 2**20  # bytes of Hessians held at a time
 _AT_ONCE, _ROWS = 2**16, 128  # weights fitted together by conjugate gradients, and rows at least
 _WIDTH = 128  # columns of a block
+_TOGETHER = 512  # rows of a block that fit into a processor's cache
 
 
 def best_on_support(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def nearer_on_support(
 
 
 def fit_by_blocks(
-    weights: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, passes: int = 3, steps: int = 5, width: int = _WIDTH
+    weights: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, passes: int = 3, steps: int = 3, width: int = _WIDTH
 ) -> Tensor:
     """Approximate :func:`best_on_support` block by block of columns, from the last to the first.
 
@@ -91,14 +92,15 @@ def fit_by_blocks(
         Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
     """
     found = start.clone()
-    change = weights - start
-    firsts = range(0, weights.shape[2], width)
-    for first in passes * list(reversed(firsts)):
-        block = slice(first, first + width)
-        residual = (change @ hessian[:, :, block]).mul_(keep[..., block])
-        step = _descent(hessian[:, block, block], residual, keep[..., block], steps)
-        found[..., block] += step
-        change[..., block] -= step
+    for first in range(0, weights.shape[1], _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        own, kept, change = found[:, rows], keep[:, rows], weights[:, rows] - start[:, rows]
+        for column in passes * list(reversed(range(0, weights.shape[2], width))):
+            block = slice(column, column + width)
+            residual = (change @ hessian[:, :, block]).masked_fill_(~kept[..., block], 0)
+            step = _descent(hessian[:, block, block], residual, kept[..., block], steps)
+            own[..., block] += step
+            change[..., block] -= step
     return found
 
 
@@ -122,23 +124,26 @@ def _descent(hessian: Tensor, residual: Tensor, keep: Tensor, steps: int, enough
         steps: Iterations at most.
         enough: Squared length of the preconditioned residual at which a row has converged.
     """
-    scale = hessian.diagonal(dim1=-2, dim2=-1)[..., None, :]  # Jacobi preconditioner
+    # In units of the root of H's diagonal, conjugate gradients are preconditioned by it (Jacobi).
+    unit = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
+    scaled = hessian / (unit * unit.transpose(-1, -2))
+    residual /= unit
+    kept = keep.to(residual)  # products with masks of bool take several times as long
     found = torch.zeros_like(residual)
-    direction = residual / scale
-    length = (residual * direction).sum(dim=-1, keepdim=True)
+    direction = residual.clone()
+    length = residual.square().sum(dim=-1, keepdim=True)
     for _ in range(steps):
         if (length <= enough).all():
             break
-        product = (direction @ hessian).mul_(keep)
+        product = (direction @ scaled).mul_(kept)
         curvature = (direction * product).sum(dim=-1, keepdim=True)
         # Rows that have converged move no further; nor do those whose curvature is lost in rounding.
         step = torch.where(curvature > 0, length / curvature, 0)
-        found += step * direction
-        residual -= step * product
-        ahead = residual / scale
-        before, length = length, (residual * ahead).sum(dim=-1, keepdim=True)
-        direction = ahead.add_(torch.where(before > 0, length / before, 0) * direction)
-    return found
+        found.addcmul_(step, direction)
+        residual.addcmul_(step, product, value=-1)
+        before, length = length, residual.square().sum(dim=-1, keepdim=True)
+        torch.addcmul(residual, torch.where(before > 0, length / before, 0), direction, out=direction)
+    return found.div_(unit)
 
 
 def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
@@ -218,6 +223,25 @@ def rise(change: Tensor, hessian: Tensor) -> Tensor:
         pull = 0.5 * (own @ hessian[:, block, block]) + change[..., :first] @ hessian[:, :first, block]
         total += (pull * own).sum(dim=(1, 2))
     return total
+
+
+def share_lost(new: Tensor, weights: Tensor, hessian: Tensor) -> float:
+    """Return the energy of the change relative to that of the weights, both measured by H; of nothing, 0.
+
+    Works in single precision.
+
+    Args:
+        new: The new weights, ``(groups, rows, columns)``.
+        weights: The old ones, in the same shape.
+        hessian: ``(groups, columns, columns)``.
+    """
+    # In these units, single precision cannot overflow.
+    size = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    scale = hessian.diagonal(dim1=1, dim2=2).amax().clamp_min(torch.finfo(hessian.dtype).tiny)
+    single = (hessian / scale).float()
+    whole = rise((weights / size).float(), single).sum()
+    lost = rise(((new - weights) / size).float(), single).sum()
+    return float(lost / whole) if whole > 0 else 0.0
 
 
 def _solve(hessian: Tensor, pull: Tensor, keep: Tensor) -> Tensor:
