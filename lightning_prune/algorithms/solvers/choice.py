@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,6 @@ _WIDTH, _CHOSEN = 128, 8  # columns of a sweep's blocks, and of those in which i
 _SINGLE = 1e-3  # smallest square of a pivot, in mean diagonal entries, with which single precision is used
 _NARROW = 64  # columns up to which an inverse for each row takes less time than ADMM
 _EXCHANGED = 160, 320  # columns up to which all rows exchange weights, and from which none does
-_NEAR = 0.03  # of a threshold; the next one is most often as near
 _TOLERANCE = 1e-5  # of the fit to a support, from what ADMM ends at: the error is within 0.1 % of the best
 _PATHS = 640  # columns up to which greedy paths are computed to estimate errors
 _MEMORY = 256 * 2**20  # bytes of rows in one sweep
@@ -179,44 +179,51 @@ SOLVERS: dict[str, type[RowSolver]] = {"exact": Exact, "admm": Admm, "blocked": 
 
 
 def _highest(scores: Tensor, leaving: Leaving) -> Tensor:
+    """Return the mask of all but so many of the lowest scores, in their shape."""
     if isinstance(leaving, Pattern):
         return leaving.highest(scores.reshape(-1, scores.shape[-1])).view_as(scores)
-    # Like selection.keep_highest, except for the order of ties, and many times faster in a loop.
     flat = scores.reshape(-1)
-    kept = flat.topk(len(flat) - leaving, sorted=False).indices
-    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, kept, True).view_as(scores)
+    if not 0 < leaving < len(flat):
+        return torch.full_like(scores, leaving <= 0, dtype=torch.bool)
+    return _above(flat, _threshold(flat, leaving), leaving).view_as(scores)
+
+
+def _threshold(flat: Tensor, leaving: int) -> float:
+    """Return the lowest of the scores that are kept if so many of the lowest leave."""
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+        return float(np.partition(flat.numpy(), leaving)[leaving])  # torch takes twenty times as long
+    return float(flat.kthvalue(leaving + 1).values)
+
+
+def _above(flat: Tensor, threshold: float, leaving: int) -> Tensor:
+    """Return the mask of the scores that are kept, given their threshold; of equal ones the first are kept."""
+    # Like selection.keep_highest, except for the order of ties, and many times faster in a loop.
+    keep = flat > threshold
+    missing = len(flat) - leaving - int(keep.sum())
+    tied = (flat == threshold).nonzero()[:, 0]
+    if missing > len(tied):  # NaN compares with nothing
+        kept = flat.topk(len(flat) - leaving, sorted=False).indices
+        return torch.zeros_like(keep).index_fill(0, kept, True)
+    keep[tied[:missing]] = True
+    return keep
 
 
 class _Chooser:
-    """Keeps the highest scores, again and again of scores that change little from one time to the next.
-
-    The threshold lies near the last one, so only scores near that are sorted. The number that is kept is exact, unless
-    it may be rough.
-    """
+    """Keeps the highest scores, again and again; by the last threshold where a rough number will do."""
 
     def __init__(self, leaving: Leaving) -> None:
         self.leaving = leaving
-        self.low, self.high = -torch.inf, torch.inf  # the threshold is expected between these
         self.threshold: float | None = None
 
     def __call__(self, scores: Tensor, rough: bool) -> Tensor:
-        """Return the mask of what is kept, in the shape of the scores; if ``rough``, by the last threshold."""
+        """Return the mask of what is kept, in the shape of the scores."""
         if rough and self.threshold is not None:
             return scores > self.threshold
         flat = scores.reshape(-1)
         if isinstance(self.leaving, Pattern) or not 0 < self.leaving < len(flat):
             return _highest(scores, self.leaving)
-        count = len(flat) - self.leaving
-        near = flat[(flat >= self.low) & (flat <= self.high)]
-        missing = count - int((flat > self.high).sum())
-        if not 0 < missing <= len(near):  # it lies elsewhere this time
-            near, missing = flat, count
-        self.threshold = threshold = float(near.kthvalue(len(near) - missing + 1).values)
-        keep = flat > threshold
-        tied = (flat == threshold).nonzero()[:, 0]
-        keep[tied[: count - int(keep.sum())]] = True
-        self.low, self.high = threshold * (1 - _NEAR), threshold * (1 + _NEAR)
-        return keep.view_as(scores)
+        self.threshold = _threshold(flat, self.leaving)
+        return _above(flat, self.threshold, self.leaving).view_as(scores)
 
 
 class _BlockChooser:

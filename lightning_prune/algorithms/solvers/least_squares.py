@@ -94,10 +94,11 @@ def fit_by_blocks(
     found = start.clone()
     for first in range(0, weights.shape[1], _TOGETHER):
         rows = slice(first, first + _TOGETHER)
-        own, kept, change = found[:, rows], keep[:, rows], weights[:, rows] - start[:, rows]
+        own, change = found[:, rows], weights[:, rows] - start[:, rows]
+        kept = keep[:, rows].to(change)  # products with masks of bool take several times as long
         for column in passes * list(reversed(range(0, weights.shape[2], width))):
             block = slice(column, column + width)
-            residual = (change @ hessian[:, :, block]).masked_fill_(~kept[..., block], 0)
+            residual = (change @ hessian[:, :, block]).mul_(kept[..., block])
             step = _descent(hessian[:, block, block], residual, kept[..., block], steps)
             own[..., block] += step
             change[..., block] -= step
@@ -111,7 +112,7 @@ def _nearer(weights: Tensor, hessian: Tensor, keep: Tensor, start: Tensor, steps
     residual = pull - (found @ hessian) * keep
     enough = tolerance**2 * (pull.square() / hessian.diagonal()).sum(dim=1, keepdim=True)
     del pull
-    return found.add_(_descent(hessian, residual, keep, steps, enough))
+    return found.add_(_descent(hessian, residual, keep.to(residual), steps, enough))
 
 
 def _descent(hessian: Tensor, residual: Tensor, keep: Tensor, steps: int, enough: Tensor | float = 0.0) -> Tensor:
@@ -120,7 +121,7 @@ def _descent(hessian: Tensor, residual: Tensor, keep: Tensor, steps: int, enough
     Args:
         hessian: ``(..., columns, columns)``.
         residual: Negative gradient of the error, zero where ``keep`` is False; changed in place.
-        keep: True for each weight that is kept.
+        keep: 1 for each weight that is kept, else 0, in the dtype of the rest.
         steps: Iterations at most.
         enough: Squared length of the preconditioned residual at which a row has converged.
     """
@@ -128,14 +129,13 @@ def _descent(hessian: Tensor, residual: Tensor, keep: Tensor, steps: int, enough
     unit = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
     scaled = hessian / (unit * unit.transpose(-1, -2))
     residual /= unit
-    kept = keep.to(residual)  # products with masks of bool take several times as long
     found = torch.zeros_like(residual)
     direction = residual.clone()
     length = residual.square().sum(dim=-1, keepdim=True)
     for _ in range(steps):
         if (length <= enough).all():
             break
-        product = (direction @ scaled).mul_(kept)
+        product = (direction @ scaled).mul_(keep)
         curvature = (direction * product).sum(dim=-1, keepdim=True)
         # Rows that have converged move no further; nor do those whose curvature is lost in rounding.
         step = torch.where(curvature > 0, length / curvature, 0)
