@@ -170,7 +170,7 @@ class Surgery:
         """Return a Hessian, less its mean where that is made up for, and the same damped."""
         hessian = gram.hessian
         if shifted:
-            hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
+            hessian = torch.baddbmm(hessian, gram.mean[:, :, None], gram.mean[:, None], alpha=-1)
         return hessian, damped(hessian, self.damping, gram.hessian)
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:

@@ -146,7 +146,10 @@ class Blocked(RowSolver):
 
     def _swept(self, leaving: Sequence[Leaving]) -> tuple[Tensor, Tensor]:
         """Sweep the rows once for each way of leaving, ``(groups, ways * rows, columns)``."""
-        aim, hessian, size = self._scaled
+        dtype = self._factor.dtype
+        # In these units, single precision cannot overflow.
+        size = self.weights.abs().amax().clamp_min(torch.finfo(self.weights.dtype).tiny)
+        aim, hessian = (self.weights / size).to(dtype), (self.hessian / self._scale).to(dtype)
         wide, narrow = _widths(leaving[0])
         # What each weight alone would cost, if no other compensated.
         worth = aim.square() * hessian.diagonal(dim1=1, dim2=2)[:, None]
@@ -155,13 +158,6 @@ class Blocked(RowSolver):
         swept, keep = sweep(rows, self._factor, choose, wide, narrow)
         new = fit_by_blocks(rows, hessian, keep, swept)
         return new.to(self.weights).mul_(size), keep
-
-    @cached_property
-    def _scaled(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights and H in units that single precision cannot overflow, and the unit of the weights."""
-        dtype = self._factor.dtype
-        size = self.weights.abs().amax().clamp_min(torch.finfo(self.weights.dtype).tiny)
-        return (self.weights / size).to(dtype), (self.hessian / self._scale).to(dtype), size
 
     @cached_property
     def _factor(self) -> Tensor:

@@ -40,7 +40,9 @@ def damped(hessian: Tensor, fraction: float, whole: Tensor | None = None) -> Ten
     if whole is not None:
         mean = mean.maximum(_NOTHING * _mean_diagonal(whole))
     added = fraction * mean.where(mean > 0, 1)  # of a matrix of zeros too, which could not be inverted otherwise
-    return hessian + added[..., None, None] * torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    found = hessian.clone()
+    found.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    return found
 
 
 def inverse(hessian: Tensor) -> Tensor:

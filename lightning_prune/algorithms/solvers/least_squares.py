@@ -239,9 +239,14 @@ def share_lost(new: Tensor, weights: Tensor, hessian: Tensor) -> float:
     size = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
     scale = hessian.diagonal(dim1=1, dim2=2).amax().clamp_min(torch.finfo(hessian.dtype).tiny)
     single = (hessian / scale).float()
-    whole = rise((weights / size).float(), single).sum()
-    lost = rise(((new - weights) / size).float(), single).sum()
-    return float(lost / whole) if whole > 0 else 0.0
+    lost = whole = 0.0
+    for first in range(0, weights.shape[1], _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        before = weights[:, rows] / size
+        change = new[:, rows] / size - before
+        lost += float(rise(change.float(), single).sum())
+        whole += float(rise(before.float(), single).sum())
+    return lost / whole if whole > 0 else 0.0
 
 
 def _solve(hessian: Tensor, pull: Tensor, keep: Tensor) -> Tensor:
