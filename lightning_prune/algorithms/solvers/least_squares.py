@@ -92,11 +92,14 @@ def fit_by_blocks(
         Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
     """
     found = start.clone()
+    firsts = list(reversed(range(0, weights.shape[2], width)))
+    if len(firsts) == 1:
+        passes, steps = 1, passes * (steps + 1)  # a block alone need not begin anew, which takes a product, too
     for first in range(0, weights.shape[1], _TOGETHER):
         rows = slice(first, first + _TOGETHER)
         own, change = found[:, rows], weights[:, rows] - start[:, rows]
         kept = keep[:, rows].to(change)  # products with masks of bool take several times as long
-        for column in passes * list(reversed(range(0, weights.shape[2], width))):
+        for column in passes * firsts:
             block = slice(column, column + width)
             residual = (change @ hessian[:, :, block]).mul_(kept[..., block])
             step = _descent(hessian[:, block, block], residual, kept[..., block], steps)
