@@ -115,9 +115,9 @@ class MetricGuard(Guard):
         self._state.validations = 0
         if self._state.best is None and self._state.before is None:
             rank_zero_warn(
-                f"MetricGuard(monitor={self.monitor!r}): no validation came before this pruning step, so it is not known "
-                "what the model reached until then, and the step can only be compared with validations after it. Let "
-                "the schedule start at epoch 1 or later."
+                f"MetricGuard(monitor={self.monitor!r}): no validation came before this pruning step, so it is not "
+                "known what the model reached until then, and the step can only be compared with validations after "
+                "it. Let the schedule start at epoch 1 or later."
             )
         if self._state.before is not None:
             self._state.before["step"] = trainer.global_step
