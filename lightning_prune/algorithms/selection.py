@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["Scored", "keep_best_of_all", "keep_highest", "keep_n_of_m", "number_to_prune", "parse_pattern"]
 
 _AT_ONCE = 2**18  # scores looked at together: few enough for what is computed of them to fit into a processor's cache
+_SORTED = 2**12  # scores that sorting takes less time for than looking for a threshold
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # of the same size
 
 
@@ -100,6 +101,10 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     pruned = len(flat) - count
     if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    if len(flat) <= _SORTED:
+        keep = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+        keep[flat.sort(stable=True).indices[:pruned]] = False
+        return keep.view(scores.shape)
     threshold = flat.kthvalue(pruned).values  # linear time, where sorting is not
     keep = flat > threshold
     # Several scores may equal the threshold. The last of them are kept, as many as are still missing.

@@ -109,6 +109,7 @@ class Structure:
     """Group name -> component of each of its units, ``(width,)``."""
     links: tuple[tuple[str, ...], ...] = ()
     """Groups that must keep the same fraction, because numbers in the code tie their widths to each other."""
+    _last: tuple[dict[str, bytes], NDArray[np.bool_]] | None = field(default=None, init=False, repr=False)
 
     @property
     def branching(self) -> tuple[str, ...]:
@@ -116,11 +117,16 @@ class Structure:
         return tuple(path or "the model" for path in dict.fromkeys(self.ledger.decided))
 
     def alive(self, keep: Keep) -> NDArray[np.bool_]:
-        """Return for every atom whether it is kept, ``(atoms,)``."""
-        left = np.ones(self.ledger.size, dtype=bool)
-        for name, kept in keep.items():
-            left[self.units[name][~kept]] = False
-        return left[self.component]
+        """Return for every atom whether it is kept, ``(atoms,)``, not to be written to."""
+        asked = {name: kept.tobytes() for name, kept in keep.items()}
+        if self._last is None or self._last[0] != asked:  # a cut that is planned, verified and made asks six times
+            left = np.ones(self.ledger.size, dtype=bool)
+            for name, kept in keep.items():
+                left[self.units[name][~kept]] = False
+            alive = left[self.component]
+            alive.flags.writeable = False
+            self._last = asked, alive
+        return self._last[1]
 
     def flops(self, keep: Keep) -> int:
         """Return the multiply-adds of the model after pruning, by fvcore's convention."""
@@ -128,7 +134,7 @@ class Structure:
 
     def multiply_adds(self, keep: Keep) -> list[int]:
         """Return the multiply-adds of the model after pruning, one number for each of ``ledger.costs``."""
-        alive = self.alive(keep)
+        alive = self.alive(keep) if keep else None
         counts: dict[tuple[int, ...], int] = {}  # many operators share labels, which are counted once
         found = []
         for cost in self.ledger.costs:
@@ -136,7 +142,7 @@ class Structure:
             for labels in cost.sizes:
                 key = tuple([id(label.atoms) for label in labels])
                 if key not in counts:
-                    counts[key] = left(labels, alive)
+                    counts[key] = len(labels[0].atoms) if alive is None else left(labels, alive)
                 product *= counts[key]
             found.append(product)
         return found
