@@ -92,6 +92,7 @@ class ObjectGraph:
             if read is not None:
                 seen[id(value)] = value
                 waiting.extend(read(value))
+        self.tensors.copy_small()
 
     def begin_(self) -> None:
         """Put copies in the place of iterators, which can be read only once."""

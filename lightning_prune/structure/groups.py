@@ -309,8 +309,14 @@ def _rows_by_kind(ledger: Ledger, units: Atoms, slot_of: Atoms) -> list[Atoms]:
     numbers = np.random.default_rng(0).integers(1, 2**62, size=len(ledger.slots), dtype=np.uint64)
     kind = np.zeros(ledger.size, dtype=np.uint64)
     np.add.at(kind, units, numbers[slot_of])
-    order = np.argsort(kind[units], kind="stable")
-    return sorted(_runs(order, kind[units[order]]), key=lambda rows: int(rows[0]))
+    kinds = kind[units]
+    # Rows beside each other are most often of one kind, so that runs of rows are sorted, and not the rows.
+    starts = np.concatenate([[0], np.flatnonzero(kinds[1:] != kinds[:-1]) + 1])
+    runs = np.argsort(kinds[starts], kind="stable")
+    lengths = np.diff(starts, append=len(kinds))[runs]
+    before = np.cumsum(lengths) - lengths
+    order = np.arange(len(kinds)) + np.repeat(starts[runs] - before, lengths)
+    return sorted(_runs(order, kinds[order]), key=lambda rows: int(rows[0]))
 
 
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
@@ -347,18 +353,23 @@ def _slots(
 ) -> tuple[Slot, ...]:
     """Return the slots of a group; those that hold its units in the same order share one array."""
     slots: list[Slot] = []
+    first = b""
+    consumers, producers = roles["consumer"], roles["producer"]
     for along, own in zip(ranges, rows, strict=True):
         index, at = place[units[own]], atoms[own]
         if len(at) < along.size:  # the other indices are pinned or belong to other groups
             sparse = np.full(along.size, -1, dtype=np.int64)
             sparse[at - along.start] = index
             index = sparse
-        if slots and np.array_equal(slots[0].units, index):
+        same = index.tobytes()
+        if not slots:
+            first = same
+        elif same == first:
             index = slots[0].units
         role: Literal["producer", "consumer", "follower"] = "follower"
-        if roles["consumer"][at[0]]:
+        if consumers[at[0]]:
             role = "consumer"
-        elif roles["producer"][at[0]]:
+        elif producers[at[0]]:
             role = "producer"
         slots.append(Slot(along.tensor, along.dim, index, role))
     return tuple(slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from inspect import unwrap
@@ -16,6 +17,7 @@ __all__ = ["looks_at_gradients", "looks_at_mode"]
 
 _MODE = frozenset({"training"})
 _GRADIENTS = frozenset({"is_grad_enabled", "requires_grad"})
+_PLAIN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple})
 _LIBRARIES = ("torch", "numpy", "lightning_prune", "builtins", "einops", "math", "functools", "typing")
 """Packages whose functions are not read: what they compute in either mode is known, or does not hang on it."""
 
@@ -75,7 +77,7 @@ def _functions_on(module: nn.Module, generic: bool) -> Iterator[FunctionType]:
     """Yield the functions that users put on a module: its hooks, and its attributes."""
     values: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if not generic:
-        values += vars(module).values()
+        values += [value for value in vars(module).values() if type(value) not in _PLAIN]
     for value in values:
         yield from _unwrapped(value)
 

@@ -38,7 +38,7 @@ def taken(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
     if dim == 0 or dim != last or narrow or tensor.layout is not torch.strided or not tensor.is_floating_point():
         return tensor.index_select(dim, indices)
     # Along the last dimension, torch's index_select takes three to twenty times as long.
-    return tensor.gather(dim, indices.expand(*tensor.shape[:-1], len(indices)))
+    return tensor.gather(dim, indices.expand(*tensor.shape[:-1], indices.numel()))
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

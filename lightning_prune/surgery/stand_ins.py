@@ -155,10 +155,11 @@ def _noise(name: str, like: Tensor) -> Tensor:
     matrices get what keeps the size of what they multiply.
     """
     seed = zlib.crc32(name.encode())
-    shared = like.dim() == 1 and len(like) <= _DRAWN // 2
+    size = like.numel()
+    shared = like.dim() == 1 and size <= _DRAWN // 2
     if shared:  # most by far, and a generator of its own costs more than it draws
-        start = seed % (_DRAWN - len(like))
-        drawn = _drawn()[start : start + len(like)]
+        start = seed % (_DRAWN - size)
+        drawn = _drawn()[start : start + size]
     else:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64) - 0.5

@@ -204,7 +204,6 @@ def _run_both(
 def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors: Mapping[str, Tensor]) -> str:
     """Return what of a cut is not what the structure says, if anything: the runs show it only where numbers tell."""
     alive = structure.alive(cut.keep)
-    own = named_tensors(model)
     lefts: dict[str, dict[int, Left]] = {name: {} for name in tensors}
     written = np.ones(len(alive), dtype=bool)
     ascending: dict[int, bool] = {}  # by ``id`` of indices, which most tensors share
@@ -225,6 +224,7 @@ def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors
     for slot in structure.ledger.slots if other.any() else ():
         if other[slot.start : slot.start + slot.size].any():
             return f"{slot.tensor} would keep other indices along dimension {slot.dim} than its channels do"
+    own = named_tensors(model) if tensors else {}
     for name, slim in tensors.items():
         if not _holds_what_is_left(own[name].detach(), slim, lefts[name]):
             return f"{name} would hold other values than it does"
