@@ -18,6 +18,8 @@ __all__ = ["looks_at_gradients", "looks_at_mode"]
 _MODE = frozenset({"training"})
 _GRADIENTS = frozenset({"is_grad_enabled", "requires_grad"})
 _PLAIN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple})
+_STOCHASTIC_DEPTH = frozenset({("torchvision.ops.stochastic_depth", "StochasticDepth"), ("timm.layers.drop", "DropPath")})
+"""Classes that return their input times one random number for each example, or in eval mode their input."""
 _LIBRARIES = ("torch", "numpy", "lightning_prune", "builtins", "einops", "math", "functools", "typing")
 """Packages whose functions are not read: what they compute in either mode is known, or does not hang on it."""
 
@@ -25,7 +27,7 @@ _LIBRARIES = ("torch", "numpy", "lightning_prune", "builtins", "einops", "math",
 def looks_at_mode(model: nn.Module, example_inputs: ExampleInputs) -> bool:
     """Return whether code of the model that may run reads ``training``, or sets something else by its mode.
 
-    Modules of ``torch.nn`` compute alike in both.
+    Modules of ``torch.nn`` compute alike in both, and stochastic depth scales examples at random.
     """
     kinds = {type(module) for _, module in modules_of(model)}
     if any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds):
@@ -50,11 +52,18 @@ def _reads(model: nn.Module, example_inputs: ExampleInputs, wanted: frozenset[st
         generic = kind.__module__.startswith("torch.nn.")
         if not generic and kind not in kinds:
             kinds.add(kind)
-            if _class_reads(kind, start, wanted, seen):
+            known = wanted is _MODE and _scales_examples(kind)
+            if not known and _class_reads(kind, start, wanted, seen):
                 return True
         if any(_reads_in(function, wanted, seen) for function in _functions_on(module, generic)):
             return True
     return False
+
+
+def _scales_examples(kind: type) -> bool:
+    """Return whether modules of a class do no more in train mode than to scale whole examples by random numbers."""
+    known = (kind.__module__, kind.__qualname__) in _STOCHASTIC_DEPTH
+    return known and isinstance(kind.forward, FunctionType) and kind.forward.__module__ == kind.__module__
 
 
 def _class_reads(kind: type, start: set[str], wanted: frozenset[str], seen: set[CodeType]) -> bool:
