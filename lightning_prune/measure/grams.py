@@ -20,7 +20,7 @@ from lightning_prune.structure import named_tensors
 
 __all__ = ["Change", "Gram", "Pair", "fitting", "gather_grams", "gather_pair"]
 
-_AT_ONCE, _ROWS = 2**18, 128  # entries of a Gram matrix that are added at a time, and rows at least
+_AT_ONCE, _ROWS = 2**16, 128  # entries of a Gram matrix that are added at a time, and rows at least
 
 Change = Callable[[], AbstractContextManager[None]]
 """Makes a block in which the model is another."""

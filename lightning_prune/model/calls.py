@@ -19,8 +19,8 @@ from lightning_prune.model.errors import PruningError
 
 __all__ = [
     "ExampleInputs", "Instead", "as_call", "call_on", "called", "fewer_positions", "hold_nothing", "mode_of",
-    "modules_of", "modules_with_tensors", "numbers_in", "refuse_empty", "refuse_shapeless", "run", "same_draws", "tensors_in",
-    "uncollected", "walked_once",
+    "modules_of", "modules_with_tensors", "numbers_in", "refuse_empty", "refuse_shapeless", "run", "same_draws",
+    "tensors_in", "uncollected", "walked_once",
 ]  # fmt: skip
 
 

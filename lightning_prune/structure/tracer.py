@@ -353,9 +353,7 @@ class _LabelMode(Watch):
         rule = rule_for(func) or (pointwise_rule if pointwise else tested)
         draws = torch.Tag.nondeterministic_seeded in func.tags
         shows = aliases(func)
-        known = _Known(
-            func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws, pointwise, shows
-        )
+        known = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws, pointwise, shows)
         self._known[id(func)] = known
         return known
 

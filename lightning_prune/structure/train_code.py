@@ -18,7 +18,9 @@ __all__ = ["looks_at_gradients", "looks_at_mode"]
 _MODE = frozenset({"training"})
 _GRADIENTS = frozenset({"is_grad_enabled", "requires_grad"})
 _PLAIN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple})
-_STOCHASTIC_DEPTH = frozenset({("torchvision.ops.stochastic_depth", "StochasticDepth"), ("timm.layers.drop", "DropPath")})
+_STOCHASTIC_DEPTH = frozenset(
+    {("torchvision.ops.stochastic_depth", "StochasticDepth"), ("timm.layers.drop", "DropPath")}
+)
 """Classes that return their input times one random number for each example, or in eval mode their input."""
 _LIBRARIES = ("torch", "numpy", "lightning_prune", "builtins", "einops", "math", "functools", "typing")
 """Packages whose functions are not read: what they compute in either mode is known, or does not hang on it."""
@@ -63,7 +65,8 @@ def _reads(model: nn.Module, example_inputs: ExampleInputs, wanted: frozenset[st
 def _scales_examples(kind: type) -> bool:
     """Return whether modules of a class do no more in train mode than to scale whole examples by random numbers."""
     known = (kind.__module__, kind.__qualname__) in _STOCHASTIC_DEPTH
-    return known and isinstance(kind.forward, FunctionType) and kind.forward.__module__ == kind.__module__
+    forward = getattr(kind, "forward", None)
+    return known and isinstance(forward, FunctionType) and forward.__module__ == kind.__module__
 
 
 def _class_reads(kind: type, start: set[str], wanted: frozenset[str], seen: set[CodeType]) -> bool:

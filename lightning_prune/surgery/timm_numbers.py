@@ -61,13 +61,14 @@ def follow_timm(
 
 
 @lru_cache(4096)
-def _is_of_timm(kind: type) -> bool:
+def _is_of_timm(kind: Any) -> bool:
     return any(base.__module__.startswith("timm.models.") for base in kind.__mro__)
 
 
 def _classifier_weight(module: nn.Module) -> nn.Parameter | None:
     """Return the weight of the classifier of a model of timm's, ``(classes, inputs, ...)``; None of anything else."""
-    if not _is_of_timm(type(module)):
+    kind: Any = type(module)
+    if not _is_of_timm(kind):
         return None
     get = getattr(module, "get_classifier", None)
     found = get() if callable(get) else None

@@ -21,7 +21,7 @@ _RESTLESS, _SETTLED = 0.12, 0.002  # shares of weights that are exchanged in thr
 _WIDE = 512  # columns above which rho grows faster
 _NARROW_GROWTH = (1.03, 1.03, 1.3)  # of rho: above the one share, between both, below the other
 _WIDE_GROWTH = (1.2, 1.1, 1.5)
-_AT_ONCE, _ROWS = 2**18, 128  # weights of which dense ones are computed together, and rows of an inverse at least
+_AT_ONCE, _ROWS = 2**16, 256  # weights of which dense ones are computed together, or rows if these are more
 
 
 def alternate(
@@ -87,7 +87,7 @@ def alternate(
 def _divided(values: Tensor, unit: Tensor) -> Tensor:
     """Return ``values / unit`` in single precision, divided in the unit's, a part at a time."""
     found = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    rows = max(1, _AT_ONCE // values.shape[2])
+    rows = max(_ROWS, _AT_ONCE // values.shape[2])
     for first in range(0, values.shape[1], rows):
         part = slice(first, first + rows)
         found[:, part] = values[:, part].to(unit.dtype) / unit
@@ -124,7 +124,7 @@ class _Solver:
 
 def _parts(weights: Tensor) -> list[tuple[int, slice]]:
     """Part the rows of all groups into a few at a time."""
-    rows = max(1, _AT_ONCE // weights.shape[2])
+    rows = max(_ROWS, _AT_ONCE // weights.shape[2])
     return [
         (group, slice(first, first + rows))
         for group in range(weights.shape[0])
