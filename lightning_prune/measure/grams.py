@@ -20,6 +20,8 @@ from lightning_prune.structure import named_tensors
 
 __all__ = ["Change", "Gram", "Pair", "fitting", "gather_grams", "gather_pair"]
 
+_AT_ONCE, _ROWS = 2**16, 128  # entries of a Gram matrix that are added at a time, and rows at least
+
 Change = Callable[[], AbstractContextManager[None]]
 """Makes a block in which the model is another."""
 
@@ -49,7 +51,11 @@ class Gram:
         if self.centre is None and columns.shape[2]:
             self.centre = columns.mean(dim=2)
         apart = columns if self.centre is None else columns - self.centre[:, :, None]
-        self.hessian += (apart @ apart.transpose(1, 2)).to(self.hessian)
+        width = apart.shape[1]
+        rows = max(_ROWS, _AT_ONCE // width)
+        for first in range(0, width, rows):  # what is added weighs no more than a few rows
+            part = slice(first, first + rows)
+            self.hessian[:, part] += (apart[:, part] @ apart.transpose(1, 2)).to(self.hessian)
         self.mean += apart.sum(dim=2).to(self.mean)
         self.count += columns.shape[2]
 

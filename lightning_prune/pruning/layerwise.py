@@ -21,7 +21,7 @@ from lightning_prune.algorithms.solvers import (
     nearer_on_support,
     rise,
 )
-from lightning_prune.algorithms.solvers.damping import cholesky
+from lightning_prune.algorithms.solvers.damping import cholesky, damp_, mean_diagonal
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import Change, Gram, Pair, fitting, gather_grams, gather_pair
 from lightning_prune.measure.output_change import Outputs, replaced
@@ -37,6 +37,7 @@ __all__ = [
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
 
+_AT_ONCE = 256  # rows whose errors are measured together
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time, where nothing else is asked for
 _Item = TypeVar("_Item")
 
@@ -76,7 +77,7 @@ class Surgery:
         masks: What earlier calls left of parameters, as bool, by name; what they zeroed stays zero.
         after: Makes a block in which the model runs on what pruned layers in front of it give, where these are no part
             of it.
-        memory: Bytes of Hessians that are held at a time, plain, damped and factored; by default 2 GiB.
+        memory: Bytes of Hessians that are held at a time, beside what solving them takes; by default 2 GiB.
     """
 
     model: nn.Module
@@ -122,7 +123,7 @@ class Surgery:
             worth = worth.masked_fill(keep | ~alive, -torch.inf).flatten()
             keep = keep.flatten().index_fill(0, worth.topk(revived).indices, True).view_as(keep)
         if keep.shape[2] > _WIDE:
-            return nearer_on_support(solver.weights, solver.hessian, keep, new, tolerance=1e-5), keep
+            return nearer_on_support(solver.given, solver.hessian, keep, new, tolerance=1e-5), keep
         return best_on_support(solver.weights, solver.hessian, keep), keep
 
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
@@ -145,14 +146,16 @@ class Surgery:
         return Solved(weight, reading.weight(keep), error, others)
 
     def _patient(self, name: str, gram: Gram) -> _Patient:
-        hessian = gram.hessian
+        """Return a layer that takes over the Hessian of a Gram matrix, which is damped in place."""
+        hessian, whole = gram.hessian, mean_diagonal(gram.hessian)
         if name in self.products.shifts:
-            hessian = hessian - gram.mean[:, :, None] * gram.mean[:, None]
-        rows = self.rows(name)
-        return _Patient(rows, hessian, gram.mean, self.solver(rows, damped(hessian, self.damping, gram.hessian)))
+            hessian.baddbmm_(gram.mean[:, :, None], gram.mean[:, None], alpha=-1)
+        added = damp_(hessian, self.damping, whole)
+        rows = self.products.readings[name].rows(self.tensors[name].detach())
+        return _Patient(rows, added, gram.mean, self.solver(rows, hessian))
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Part the layers so that the Hessians of each part, plain, damped and factored, fit into memory together."""
+        """Part the layers so that the Hessians of each part, and what solving them takes, fit into memory together."""
         return fitting(
             {name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, self.memory or _MEMORY
         )
@@ -160,12 +163,40 @@ class Surgery:
 
 @dataclass(frozen=True, eq=False)
 class _Patient:
-    """One layer: its weights, ``(groups, rows, columns)``, its Hessian and mean input, and what solves it, damped."""
+    """One layer.
+
+    Attributes:
+        weights: Its weights, ``(groups, rows, columns)``.
+        added: What damping added to the diagonal of its Hessian, ``(groups,)``.
+        mean: Mean input, ``(groups, columns)``.
+        solver: What solves it, with the damped Hessian.
+    """
 
     weights: Tensor
-    hessian: Tensor
+    added: Tensor
     mean: Tensor
     solver: RowSolver
+
+    def lost(self, new: Tensor) -> tuple[float, Tensor]:
+        """Return the share of the outputs' energy that new weights lose, undamped, and the means that they lose.
+
+        Args:
+            new: New weights, ``(groups, rows, columns)``.
+
+        Returns:
+            The share, and for each output how much less its mean is, ``(groups, rows)``.
+        """
+        lost = whole = new.new_zeros(())
+        means = []
+        for old, part in zip(self.weights.split(_AT_ONCE, dim=1), new.split(_AT_ONCE, dim=1), strict=True):
+            less = old.to(part) - part
+            lost, whole = lost + self._energy(less), whole + self._energy(old.to(part))
+            means.append((less @ self.mean[..., None])[..., 0])
+        return _share(lost, whole), torch.cat(means, dim=1)
+
+    def _energy(self, rows: Tensor) -> Tensor:
+        of_damping = 0.5 * self.added * rows.square().sum(dim=(1, 2))
+        return (rise(rows, self.solver.hessian) - of_damping).clamp_min(0).sum()
 
 
 def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
@@ -176,9 +207,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
         name, patient = next(patients)
         with told_of(name):
             new, keep = surgery.solve(name, patient.solver, leaving[name])
-        lost, whole = (rise(w, patient.hessian).sum() for w in (new - patient.weights, patient.weights))
-        mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
-        found[name] = surgery.solved(name, new, keep, _share(lost, whole), mean)
+        found[name] = surgery.solved(name, new, keep, *patient.lost(new))
     return found
 
 

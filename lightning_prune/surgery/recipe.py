@@ -104,6 +104,8 @@ class Recipe:
     def masks(self) -> PackedMasks:
         """The masks that hold, under the first name of each parameter."""
         found: PackedMasks = {}
+        if not any(part.masks for part in self._parts.values()):
+            return found
         names: dict[int, str] = {}
         for path, module in modules_of(self._model):
             for leaf, parameter in module._parameters.items():

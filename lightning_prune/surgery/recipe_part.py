@@ -80,7 +80,10 @@ class RecipePart:
 
 def part_of(module: nn.Module) -> RecipePart | None:
     """Return the part of a recipe that a module carries."""
-    return next((hook for hook in module._state_dict_hooks.values() if isinstance(hook, RecipePart)), None)
+    for hook in module._state_dict_hooks.values():  # most often there is none, or ours alone
+        if isinstance(hook, RecipePart):
+            return hook
+    return None
 
 
 def recipes_in(state_dict: Any) -> Told:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,13 +36,18 @@ class RowSolver(ABC):
     """Prunes rows of weights, ``(groups, rows, columns)``, given the damped Hessian of each group.
 
     Args:
-        weights: ``(groups, rows, columns)``.
+        weights: ``(groups, rows, columns)``, in any precision.
         hessian: Positive definite, ``(groups, columns, columns)``.
     """
 
     def __init__(self, weights: Tensor, hessian: Tensor) -> None:
-        self.weights = weights
+        self.given = weights
         self.hessian = hessian
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights in the Hessian's precision: a copy where they are in another."""
+        return self.given.to(self.hessian)
 
     @abstractmethod
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
@@ -71,7 +77,7 @@ class Exact(RowSolver):
             keep = keep_along(paths, paths.order.numel())
         else:
             keep = keep_along(self._paths, leaving)
-        keep = keep.view_as(self.weights)
+        keep = keep.view_as(self.given)
         return best_on_support(self.weights, self.hessian, keep), keep
 
     def errors(self, counts: Sequence[int]) -> list[float]:
@@ -92,14 +98,14 @@ class Admm(RowSolver):
 
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
         """Choose the support by ADMM; then fit the weights to it, in wide rows by conjugate gradients."""
-        keep, near = alternate(self.weights, self.hessian, _Chooser(leaving))
-        if self.weights.shape[2] > _NARROW:
+        keep, near = alternate(self.given, self.hessian, _Chooser(leaving))
+        if self.given.shape[2] > _NARROW:
             # An exchange takes an inverse for each row, so the wider the rows, the fewer take part.
-            share = min(1.0, (_EXCHANGED[1] - self.weights.shape[2]) / (_EXCHANGED[1] - _EXCHANGED[0]))
+            share = min(1.0, (_EXCHANGED[1] - self.given.shape[2]) / (_EXCHANGED[1] - _EXCHANGED[0]))
             if share > 0:
                 pattern = leaving if isinstance(leaving, Pattern) else None
                 keep = exchange(self.weights, self.hessian, keep, pattern, share)
-            return nearer_on_support(self.weights, self.hessian, keep, near, tolerance=_TOLERANCE), keep
+            return nearer_on_support(self.given, self.hessian, keep, near, tolerance=_TOLERANCE), keep
         del near
         pattern = leaving if isinstance(leaving, Pattern) else None
         starts = keep, self._exact.solve(leaving)[1]
@@ -115,11 +121,11 @@ class Admm(RowSolver):
 
     def quick(self, widest: int) -> RowSolver:
         """Return greedy paths where they are affordable for all layers, else a sweep."""
-        return self._exact if widest <= _PATHS else Blocked(self.weights, self.hessian)
+        return self._exact if widest <= _PATHS else Blocked(self.given, self.hessian)
 
     @cached_property
     def _exact(self) -> Exact:
-        return Exact(self.weights, self.hessian)
+        return Exact(self.given, self.hessian)
 
 
 class Blocked(RowSolver):
@@ -129,13 +135,13 @@ class Blocked(RowSolver):
         """Sweep; then a few steps of conjugate gradients let the columns in front compensate as well."""
         if isinstance(leaving, Pattern):
             return self._swept([leaving], _whole_blocks(leaving))
-        return self._swept([leaving / self.weights.numel()], [_WIDTH])
+        return self._swept([leaving / self.given.numel()], [_WIDTH])
 
     def errors(self, counts: Sequence[int]) -> list[float]:
         """Sweep for several counts at once, as if each had rows of its own."""
         errors: list[float] = []
-        shares = [count / self.weights.numel() for count in counts]
-        most = max(1, _MEMORY // (self.weights.numel() * self.weights.element_size()))
+        shares = [count / self.given.numel() for count in counts]
+        most = max(1, _MEMORY // (self.given.numel() * self.hessian.element_size()))
         for first in range(0, len(shares), most):
             part = shares[first : first + most]
             new, _ = self._swept(part, [_WIDTH])
@@ -146,7 +152,7 @@ class Blocked(RowSolver):
     def _swept(self, shares: Sequence[float | Pattern], blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Sweep the rows once for each share, ``(groups, shares * rows, columns)``."""
         weights = self.weights.repeat(1, len(shares), 1)
-        size = self.weights[0].numel()
+        size = self.given[0].numel()
         swept, kept = [], []
         for group, own_factor in enumerate(self._factors):
             choose = partial(_highest_of_block, shares, group * size)
@@ -193,16 +199,25 @@ class _Chooser:
         if isinstance(self.leaving, Pattern) or not 0 < self.leaving < len(flat):
             return _highest(scores, self.leaving)
         count = len(flat) - self.leaving
-        near = flat[(flat >= self.low) & (flat <= self.high)]
-        missing = count - int((flat > self.high).sum())
+        near, missing = flat, count
+        if self.threshold is not None:
+            near = flat[(flat >= self.low) & (flat <= self.high)]
+            missing = count - int((flat > self.high).count_nonzero())
         if not 0 < missing <= len(near):  # it lies elsewhere this time
             near, missing = flat, count
-        self.threshold = threshold = float(near.kthvalue(len(near) - missing + 1).values)
+        self.threshold = threshold = _kth_smallest(near, len(near) - missing)
         keep = flat > threshold
         tied = (flat == threshold).nonzero()[:, 0]
-        keep[tied[: count - int(keep.sum())]] = True
+        keep[tied[: count - int(keep.count_nonzero())]] = True
         self.low, self.high = threshold * (1 - _NEAR), threshold * (1 + _NEAR)
         return keep.view_as(scores)
+
+
+def _kth_smallest(values: Tensor, k: int) -> float:
+    """Return the entry before which there are ``k`` smaller or equal ones."""
+    if values.is_cpu:
+        return float(np.partition(values.numpy(), k)[k])
+    return float(values.kthvalue(k + 1).values)  # its indices weigh twice as much as the values, or more
 
 
 def _highest_of_block(shares: Sequence[float | Pattern], before: int, saliency: Tensor, start: int) -> Tensor:

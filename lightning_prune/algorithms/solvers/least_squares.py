@@ -50,7 +50,7 @@ def nearer_on_support(
     """Approximate :func:`best_on_support` by conjugate gradients, with matrix products only: for wide rows.
 
     Args:
-        weights: Rows of weights, ``(groups, rows, columns)``.
+        weights: Rows of weights, ``(groups, rows, columns)``, in any precision.
         hessian: Positive definite, ``(groups, columns, columns)``.
         keep: True for each weight that is kept, ``(groups, rows, columns)`` bool.
         start: Initial weights, ``(groups, rows, columns)``; removed ones count as zero.
@@ -58,14 +58,15 @@ def nearer_on_support(
         tolerance: Stop once the preconditioned residual is this small, relative to that of all zeros.
 
     Returns:
-        Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
+        Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``; in the
+        Hessian's precision.
     """
-    found = torch.empty_like(weights)
+    found = torch.empty(weights.shape, dtype=hessian.dtype, device=weights.device)
     rows = max(_ROWS, _AT_ONCE // weights.shape[2])
     for group, own in enumerate(hessian):
         for first in range(0, weights.shape[1], rows):
             part = group, slice(first, first + rows)
-            found[part] = _nearer(weights[part], own, keep[part], start[part].to(weights), steps, tolerance)
+            found[part] = _nearer(weights[part].to(own), own, keep[part], start[part].to(own), steps, tolerance)
     return found
 
 
@@ -162,7 +163,11 @@ def rise(change: Tensor, hessian: Tensor) -> Tensor:
     Returns:
         ``(groups,)``.
     """
-    return 0.5 * ((change @ hessian) * change).sum(dim=(1, 2))
+    total = hessian.new_zeros(len(hessian))
+    rows = max(_ROWS, _AT_ONCE // change.shape[2])
+    for part in change.split(rows, dim=1):  # products of all rows at once would weigh twice as much as they do
+        total += ((part @ hessian) * part).sum(dim=(1, 2))
+    return 0.5 * total
 
 
 def _solve(hessian: Tensor, pull: Tensor, keep: Tensor) -> Tensor:
