@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from lightning_prune.model.calls import modules_with_tensors
 
-__all__ = ["exchange_", "named_parameters", "named_tensors"]
+__all__ = ["exchange_", "lies_in", "named_parameters", "named_tensors"]
+
+
+def lies_in(path: str, above: str) -> bool:
+    """Return whether a module or tensor is a module, or lies in it."""
+    return not above or path == above or path.startswith(f"{above}.")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
