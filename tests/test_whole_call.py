@@ -4,8 +4,10 @@ import gc
 import sys
 import types
 import weakref
+from dataclasses import replace
 from queue import SimpleQueue
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from lightning_prune.model.object_graph import ObjectGraph
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure import find_structure, named_tensors, trace
 from lightning_prune.structure.labels import Ledger, Ran
+from lightning_prune.surgery import Disproof, SlimValues, draft, verify
 from lightning_prune.surgery.resize import narrowed, taken
 
 
@@ -162,3 +165,15 @@ def test_second_order_pruning_holds_few_copies_of_a_wide_layer():
     with Held(batch, *layer.parameters()) as held:
         prune_obs(layer, 0.5, batches=[batch], progress=False)
     assert held.most < 11 * layer.weight.nbytes
+
+
+@pytest.mark.parametrize("indices", [[3, 1], [-1, 2], [0, 16], [0, 0, 1], [2]])
+def test_indices_that_a_cut_would_keep_are_those_of_its_channels(indices):
+    """Unsorted, negative, repeated and other indices are refused before anything runs, also where no unit is left."""
+    model = chain()
+    structure = find_structure(trace(model, torch.randn(1, 3, 8, 8)))
+    for count in (0, 2):
+        cut = draft(model, structure, {"0": np.arange(16) < count})
+        wrong = replace(cut, kept=cut.kept | {"0.bias": {0: torch.tensor(indices)}})
+        found = verify(model, structure, wrong, SlimValues(wrong, model))
+        assert isinstance(found, Disproof) and found.reason.startswith("0.bias would keep other indices")
