@@ -452,6 +452,11 @@ def test_as_many_are_kept_as_a_token_needs():
     """The message says how many can leave."""
     with pytest.raises(PruningError, match=r"each token needs 2 experts of 1, so at most 4 of 6 can be removed"):
         prune_experts(net(k=2), X, 5)
+    for experts in (5, 7):  # as many as a matrix of the experts has rows
+        with pytest.raises(
+            PruningError, match=f"each token needs 2 experts of 1, so at most {experts - 2} of {experts}"
+        ):
+            prune_experts(net(experts, k=2, shared=True), X, experts - 1)
     with pytest.raises(PruningError, match="leaves nothing where there are 6 experts of 1"):
         prune_experts(net(k=2), X, 6)
     model = net(style="dense", k=6)

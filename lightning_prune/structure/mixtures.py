@@ -87,13 +87,6 @@ class RouterMode(TorchFunctionMode):
         """Run a function of torch."""
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
         given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        for weight, of in [self._weights[id(tensor)] for tensor in given if id(tensor) in self._weights]:
-            if name in _PRODUCTS and out.dim() and out.shape[-1] == of.experts:
-                of.seen = True
-                self._scores[id(out)] = out, of
-                self._block_(out, of)
-            elif name not in _PRODUCTS and isinstance(out, Tensor) and out.numel() == weight.numel():
-                self._weights[id(out)] = out, of  # a cast, a transpose, a norm of its rows
         for _, of in [self._scores[id(tensor)] for tensor in given if id(tensor) in self._scores][:1]:
             vector = any(tensor.numel() == of.experts for tensor in given)
             if name in _SUMS and vector and out.dim() > 1 and out.shape[-1] == of.experts:
@@ -103,6 +96,13 @@ class RouterMode(TorchFunctionMode):
                     self._scores[id(tensor)] = tensor, of
             if args and isinstance(args[0], Tensor) and args[0].dim():
                 of.watch(name, args, kwargs or {}, out)
+        for weight, of in [self._weights[id(tensor)] for tensor in given if id(tensor) in self._weights]:
+            if name in _PRODUCTS and out.dim() and out.shape[-1] == of.experts:
+                of.seen = True
+                self._scores[id(out)] = out, of
+                self._block_(out, of)
+            elif name not in _PRODUCTS and isinstance(out, Tensor) and out.numel() == weight.numel():
+                self._weights[id(out)] = out, of  # a cast, a transpose, a norm of its rows
         return out
 
     def _block_(self, scores: Tensor, of: _Scores) -> None:
@@ -150,7 +150,8 @@ def find_mixtures(
             found = [_mixture(model, caller, home, inner, some, noisy) for some in sets]
             # Of square matrices either rows or columns may belong to experts.
             turned = [one._replace(tensors=one.tensors | dict.fromkeys(one.routers, 1)) for one in found]
-            mixtures[caller] = [*found, *(one for one in turned if one not in found)]
+            found += [one for one in turned if one not in found]
+            mixtures[caller] = sorted(found, key=lambda one: not one.routed)
     # Where there are mixtures, alike modules in other lists are layers.
     others = {place.path: _LONELY for place in lonely if not (place.is_list and mixtures)}
     return mixtures, calls, others
