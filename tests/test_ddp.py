@@ -1,12 +1,10 @@
 """Two processes prune as one: the same filters leave at the same moment, and the weights stay equal."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
+
+from tests import in_processes
 
 SCRIPT = """
     import json, sys, time
@@ -154,13 +152,9 @@ def ended(
     **trainer,
 ):
     """Run the script in two processes."""
-    script = folder / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
     case = {"kind": kind, "callback": callback, "target": target, "resume": resume, "trainer": trainer}
     case |= {"ddp": ddp or {}, "arguments": arguments or {}, "stream": stream}
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(folder), json.dumps(case)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return in_processes.ended(SCRIPT, folder, str(folder), json.dumps(case))
 
 
 def run(folder, **case):

@@ -34,6 +34,7 @@ from lightning_prune.analysis.criterion_comparison import compare_criteria
 from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.exact import prune_exact
+from lightning_prune.pruning.experts import prune_experts
 from lightning_prune.pruning.fisher import prune_fisher
 from lightning_prune.pruning.report import Report, WeightReport
 from tests.runs import IMAGE, Known, assert_same_weights, fit, net, weights
@@ -59,7 +60,9 @@ WEIGHTS = [
     OBSOneShot,
 ]
 LAYERS = [prune_layers, LayerPruning]
-EVERYTHING = [*UNITS, *WEIGHTS, *LAYERS]
+EXPERTS = [prune_experts]
+EVERYTHING = [*UNITS, *WEIGHTS, *LAYERS, *EXPERTS]
+KINDS = {"units": UNITS, "weights": WEIGHTS, "layers": LAYERS, "experts": EXPERTS}
 # One small net, pruned to the end: there is no layer by itself, and 1.0 means until a limit is met.
 OF_THEIR_OWN = {(prune_exact, "amount"), (prune_exact, "loss"), (prune_fisher, "amount")}
 BY_POSITION = {"model", "example_inputs", "amount"}
@@ -78,7 +81,7 @@ def rows_of(subject):
     """Return the rows that hold for a function or callback, by argument."""
     kinds = {
         "all",
-        "units" if subject in UNITS else "layers" if subject in LAYERS else "weights",
+        next(kind for kind, those in KINDS.items() if subject in those),
         "callbacks" if inspect.isclass(subject) else "functions",
     }
     return {name: (default, meaning) for name, where, default, meaning in TABLE if where in kinds}

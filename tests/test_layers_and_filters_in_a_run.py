@@ -1,11 +1,6 @@
 """Layers and filters under one amount, in a run: chosen as by prune_filters, and what every callback promises."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from functools import cache, partial
 
 import pytest
@@ -30,6 +25,7 @@ from lightning_prune import (
 from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.reports.run_tables import run_tables
 from lightning_prune.surgery.pass_through import Skipped
+from tests.in_processes import seen_by_both
 from tests.newer_lightning import WeightAveraging, reading
 from tests.runs import CLASSES, IMAGE, Net, assert_same_weights, batches, fit, net, weights
 
@@ -337,12 +333,6 @@ SCRIPT = """
 @pytest.mark.parametrize("target", ["params", "latency"])
 def test_processes_prune_as_one(target, tmp_path):
     """Two processes with other data and other timings remove the same layers and filters, and stay equal."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(tmp_path), target]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    one, other = seen_by_both(SCRIPT, tmp_path, target)
     assert one == other and one["apart"] == 0.0
     assert one["gone"] or target == "latency"  # of so small a net, as the machine has it

@@ -93,6 +93,14 @@ def test_a_harmful_cut_is_taken_back():
     assert model.net[2].weight.shape == (16, 16)
 
 
+@pytest.mark.parametrize(("start", "warns"), [(0, True), (1, False)])
+def test_a_cut_before_any_validation_is_told(start, warns, recwarn):
+    """What the dense model reached is not known then, so the guard cannot compare the cut with it."""
+    fit(Scripted([0.9] * 6), FilterL1Pruning(0.5, schedule=OneShot(start)), MetricGuard("score", 0.1), epochs=3)
+    told = [str(warning.message) for warning in recwarn]
+    assert any("no validation came before this pruning step" in message for message in told) == warns
+
+
 def test_a_harmless_cut_stays():
     """Within the drop of the best, pruning goes on to its end."""
     diary = Diary()

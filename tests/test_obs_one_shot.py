@@ -2,11 +2,7 @@
 
 import inspect
 import math
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_prune
 from lightning_prune import FilterL1Pruning, OBSOneShot, OneShot, PruningError, prune_weights
 from lightning_prune.surgery.masks import masks_on
+from tests.in_processes import ended
 from tests.magnitude import gone_of
 from tests.newer_lightning import reading
 from tests.runs import IMAGE, Net, assert_same_weights, batches, fit, net, trainer, weights
@@ -156,14 +153,11 @@ PROCESSES = """
 @pytest.mark.slow
 def test_processes_look_at_the_batches_of_all(tmp_path):
     """Two processes that see half of every batch each end where one ends that sees them whole."""
-    script, found = tmp_path / "script.py", []
-    script.write_text(textwrap.dedent(PROCESSES))
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = []
     for processes in ("1", "2"):
         target = str(tmp_path / processes)
-        command = [sys.executable, str(script), processes, target]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        run = ended(PROCESSES, tmp_path, processes, target)
+        assert run.returncode == 0, run.stdout + run.stderr
         found.append(torch.load(target, weights_only=True))
     torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)  # inputs are multiplied in single precision
 

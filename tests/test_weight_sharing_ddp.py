@@ -1,12 +1,10 @@
 """Two processes share values as one: the same values for the same weights after every step, and after a resume."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
+
+from tests.in_processes import seen_by_both
 
 SCRIPT = """
     import json, sys
@@ -70,14 +68,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_processes_share_values_as_one(case, tmp_path):
     """Weights stay equal and few-valued on both processes, the values move, and a resumed run ends alike."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
     settings = {"ddp": {}, "trainer": {}} | CASES[case]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), str(tmp_path), json.dumps(settings)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    one, other = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    one, other = seen_by_both(SCRIPT, tmp_path, json.dumps(settings))
     assert one == other
     assert set(one["apart"]) == {0.0}
     assert one["same"]

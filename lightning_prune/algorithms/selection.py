@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["Scored", "keep_best_of_all", "keep_highest", "keep_n_of_m", "number_to_prune", "parse_pattern"]
 
 _AT_ONCE = 2**18  # scores looked at together: few enough for what is computed of them to fit into a processor's cache
+_SORTED = 2**12  # scores that sorting takes less time for than looking for a threshold
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}  # of the same size
 
 
@@ -95,11 +97,17 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     """
     if scores.numel() > _AT_ONCE and scores.is_floating_point():
         return keep_best_of_all({"": Scored(scores)}, count)[""]
-    flat = scores.detach().reshape(-1).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    _check_count(count, len(flat))
-    pruned = len(flat) - count
+    _check_count(count, scores.numel())
+    pruned = scores.numel() - count
     if pruned == 0:
         return torch.ones_like(scores, dtype=torch.bool)
+    flat = scores.detach().reshape(-1)
+    if flat.is_cpu and flat.is_floating_point() and flat.numel() <= _SORTED:
+        values = flat.double().numpy()
+        stays = np.ones(len(values), dtype=bool)
+        stays[np.argsort(np.where(np.isnan(values), -np.inf, values), kind="stable")[:pruned]] = False
+        return torch.from_numpy(stays).view(scores.shape)
+    flat = flat.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = flat.kthvalue(pruned).values  # linear time, where sorting is not
     keep = flat > threshold
     # Several scores may equal the threshold. The last of them are kept, as many as are still missing.

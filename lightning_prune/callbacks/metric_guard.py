@@ -113,6 +113,12 @@ class MetricGuard(Guard):
     def before_cut(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember everything as it is, before the first of the cuts that fall on one moment, or before a fade."""
         self._state.validations = 0
+        if self._state.best is None and self._state.before is None:
+            rank_zero_warn(
+                f"MetricGuard(monitor={self.monitor!r}): no validation came before this pruning step, so it is not "
+                "known what the model reached until then, and the step can only be compared with validations after "
+                "it. Let the schedule start at epoch 1 or later."
+            )
         if self._state.before is not None:
             self._state.before["step"] = trainer.global_step
             return

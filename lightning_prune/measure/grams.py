@@ -20,6 +20,8 @@ from lightning_prune.structure import named_tensors
 
 __all__ = ["Change", "Gram", "Pair", "fitting", "gather_grams", "gather_pair"]
 
+_AT_ONCE, _ROWS = 2**16, 128  # entries of a Gram matrix that are added at a time, and rows at least
+
 Change = Callable[[], AbstractContextManager[None]]
 """Makes a block in which the model is another."""
 
@@ -63,7 +65,11 @@ class Gram:
     def _add_waiting(self) -> None:
         apart = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting, dim=2)
         self.waiting = []
-        self.hessian += apart @ apart.transpose(1, 2)
+        width = apart.shape[1]
+        rows = max(_ROWS, _AT_ONCE // width)
+        for first in range(0, width, rows):  # what is added weighs no more than a few rows
+            part = slice(first, first + rows)
+            self.hessian[:, part] += apart[:, part] @ apart.transpose(1, 2)
 
     def uncentre_(self) -> None:
         """Turn the sums into those of the columns themselves."""

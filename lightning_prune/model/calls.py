@@ -3,7 +3,7 @@
 import dataclasses
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -19,8 +19,8 @@ from lightning_prune.model.errors import PruningError
 
 __all__ = [
     "ExampleInputs", "Instead", "as_call", "call_on", "called", "fewer_positions", "hold_nothing", "mode_of",
-    "modules_of", "numbers_in", "refuse_empty", "refuse_shapeless", "run", "same_draws", "tensors_in",
-    "uncollected", "walked_once",
+    "modules_of", "modules_with_tensors", "numbers_in", "refuse_empty", "refuse_shapeless", "run", "same_draws",
+    "tensors_in", "uncollected", "walked_once",
 ]  # fmt: skip
 
 
@@ -167,14 +167,37 @@ def refuse_shapeless(model: nn.Module) -> None:
                     )
 
 
-_walked: ContextVar[tuple[nn.Module, list[tuple[str, nn.Module]]] | None] = ContextVar("walked", default=None)
-"""A model whose modules stay what they are, and these."""
+_Named = list[tuple[nn.Module, list[str], list[str]]]
+"""Modules, with the names of their parameters and of their buffers."""
+
+
+class _Walked:
+    """The modules of a model, which stay what they are, and the names of the tensors that they hold."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = _walk(model)
+        self._named = _named(self.modules)
+
+    def named(self) -> _Named:
+        """Return the names, found anew where modules hold another number of tensors by now."""
+        for module, parameters, buffers in self._named:
+            if len(module._parameters) != len(parameters) or len(module._buffers) != len(buffers):
+                self._named = _named(self.modules)
+                break
+        return self._named
+
+
+_walked: ContextVar[_Walked | None] = ContextVar("walked", default=None)
 
 
 @contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
-    """Walk a model once for all calls of :func:`modules_of` in the body, in which its modules stay the same ones."""
-    token = _walked.set((model, _walk(model)))
+    """Walk a model once for all calls of :func:`modules_of` in the body.
+
+    Its modules stay the same ones there, and those that hold no tensors get none.
+    """
+    token = _walked.set(_Walked(model))
     try:
         yield
     finally:
@@ -200,7 +223,23 @@ def uncollected() -> Iterator[None]:
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return every module once, with its path: ``named_modules`` in a fraction of the time."""
     walked = _walked.get()
-    return list(walked[1]) if walked is not None and walked[0] is model else _walk(model)
+    return list(walked.modules) if walked is not None and walked.model is model else _walk(model)
+
+
+def modules_with_tensors(model: nn.Module) -> _Named:
+    """Return every module that holds parameters or buffers once, with their names in the model, in order."""
+    walked = _walked.get()
+    return walked.named() if walked is not None and walked.model is model else _named(_walk(model))
+
+
+def _named(modules: Iterable[tuple[str, nn.Module]]) -> _Named:
+    found = []
+    for path, module in modules:
+        if module._parameters or module._buffers:  # most modules of a network hold neither
+            prefix = f"{path}." if path else ""
+            parameters = [prefix + leaf for leaf in module._parameters]
+            found.append((module, parameters, [prefix + leaf for leaf in module._buffers]))
+    return found
 
 
 def _walk(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "devices_of", "generator_states", "generators_restored", "restore_generators_", "supported", "widened",
-    "widest_float",
+    "devices_of", "generator_states", "generators_restored", "restore_generators_", "seed_generators_",
+    "supported", "widened", "widest_float",
 ]  # fmt: skip
 
 
@@ -74,12 +74,24 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
+def seed_generators_(seed: int) -> None:
+    """Seed the default random generators of the CPU and the accelerator, as ``torch.manual_seed`` does."""
+    if _accelerator() is None:
+        torch.default_generator.manual_seed(seed)  # torch takes a hundred times as long, to seed what is not there
+    else:
+        torch.manual_seed(seed)
+
+
+def _accelerator() -> torch.device | None:
+    try:
+        return torch.accelerator.current_accelerator()
+    except RuntimeError:  # so says torch 2.6 that there is none
+        return None
+
+
 def _devices_in_use() -> set[torch.device]:
     """Return the devices of this machine's accelerator, if anything runs on it."""
-    try:
-        accelerator = torch.accelerator.current_accelerator()
-    except RuntimeError:  # so says torch 2.6 that there is none
-        return set()
+    accelerator = _accelerator()
     if accelerator is None or accelerator.type == "mps":
         return set()
     module: Any = torch.get_device_module(accelerator)

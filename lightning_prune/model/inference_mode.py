@@ -48,10 +48,11 @@ def refuse_inference_tensors(where: str, model: nn.Module) -> None:
     """
     made: dict[int, str] = {}
     for path, module in modules_of(model):
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            # A lazy parameter has no shape yet and cannot be asked; it is refused elsewhere.
-            if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
-                made.setdefault(id(tensor), f"{path}.{leaf}" if path else leaf)
+        for own in (module._parameters, module._buffers):
+            for leaf, tensor in own.items():
+                # A lazy parameter has no shape yet and cannot be asked; it is refused elsewhere.
+                if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
+                    made.setdefault(id(tensor), f"{path}.{leaf}" if path else leaf)
     if made:
         first = next(iter(made.values()))
         raise PruningError(

@@ -77,7 +77,8 @@ class ObjectGraph:
         self._empty: list[Any] = []  # most containers of a module: dicts of hooks
         self._undo: list[Callable[[], Any]] = []
         self._iterators: list[tuple[Callable[[Any], Any], Any]] = []
-        self._kinds: dict[type, Callable[[Any], Iterable[Any]] | None] = {}
+        # Bound methods, which would keep this object, and all that it has copied, until the garbage is collected.
+        kinds: dict[type, Callable[[Any], Iterable[Any]] | None] = {}
         seen: dict[int, Any] = {}  # keeps what it names alive, so that no number is used twice
         waiting = list(roots)
         while waiting:
@@ -85,12 +86,13 @@ class ObjectGraph:
             kind = type(value)
             if kind in _ATOMS or id(value) in seen:
                 continue
-            if kind not in self._kinds:
-                self._kinds[kind] = self._reader_of(value)
-            read = self._kinds[kind]
+            if kind not in kinds:
+                kinds[kind] = self._reader_of(value)
+            read = kinds[kind]
             if read is not None:
                 seen[id(value)] = value
                 waiting.extend(read(value))
+        self.tensors.copy_small()
 
     def begin_(self) -> None:
         """Put copies in the place of iterators, which can be read only once."""
@@ -155,8 +157,11 @@ class ObjectGraph:
     def _read_tensor(self, tensor: Tensor) -> Iterable[Any]:
         self.tensors.add(tensor)
         own = vars(tensor)
-        self._note_table(own)
-        leads_to = list(own.values())
+        leads_to: list[Any] = []
+        if own:
+            leads_to += self._note_table(own).values()
+        else:
+            self._empty.append(own)
         if tensor.is_leaf:
             leads_to += [tensor.grad, tensor._backward_hooks]
         return leads_to

@@ -43,6 +43,10 @@ def bar_of(*columns: Any, shown: bool, transient: bool = True) -> Progress:
     return Progress(*columns, transient=transient)
 
 
+def _tell_nobody(note: str = "") -> None:
+    del note  # Nothing is shown.
+
+
 @contextmanager
 def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[..., None]]:
     """Show a bar while the body runs, and remove it afterwards.
@@ -55,6 +59,9 @@ def counted(what: str, total: int | None, shown: bool) -> Iterator[Callable[...,
     Yields:
         A function to call after each step, optionally with a note to show.
     """
+    if not shown:
+        yield _tell_nobody
+        return
     done = TimeElapsedColumn() if total is None else TimeRemainingColumn()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), done
     with bar_of(*columns, shown=shown) as bar:

@@ -140,7 +140,9 @@ def _uncompiled(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str,
         if kind not in compiled_forward:
             forward = getattr(kind, "forward", None)
             compiled_forward[kind] = forward if hasattr(forward, "_torchdynamo_orig_callable") else None
-        functions = {name: value for name, value in own.items() if type(value) in _FUNCTIONS}
+        functions: dict[str, Any] = {}
+        if not _FUNCTIONS.isdisjoint(map(type, own.values())):
+            functions = {name: value for name, value in own.items() if type(value) in _FUNCTIONS}
         if compiled_forward[kind] is not None and "forward" not in functions:
             functions["forward"] = MethodType(compiled_forward[kind], module)
         original: dict[str, Any] = {}

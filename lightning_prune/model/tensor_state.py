@@ -19,6 +19,7 @@ __all__ = ["TensorStates", "WriteGuard", "keep", "places_written", "updates_noth
 
 _ORDINARY = frozenset({Tensor, nn.Parameter})  # never without shape
 _WRITTEN_UNSAID = frozenset({"running_mean", "running_var"})  # BatchNorm writes to them, which schemas do not say
+_FEW = 2**12  # bytes; vectors as small are copied and compared in one piece, since an operator costs more than they do
 _TRAINING = frozenset({"training", "train", "use_input_stats"})  # unless this argument of it is False
 
 
@@ -58,6 +59,8 @@ class TensorStates:
         self._on_cpu = on_cpu
         self._states: list[_State] = []
         self._copies: dict[int, Tensor] = {}  # place of the tensor -> its values
+        self._small: dict[torch.dtype, list[int]] = {}  # places of vectors that are still to be copied together
+        self._together: list[tuple[list[int], Tensor]] = []  # places, and the values of all of them
 
     def add(self, tensor: Tensor) -> None:
         """Note what a tensor holds."""
@@ -72,10 +75,18 @@ class TensorStates:
             if tensor.is_meta:
                 return
         storage = None if self._is_small(tensor) else _storage(tensor)
-        if storage is None:
-            self._copy(place)
-        else:
+        if storage is not None:
             self.watched.setdefault(storage, []).append(place)
+        elif type(tensor) in _ORDINARY and tensor.dim() == 1 and tensor.nbytes <= _FEW and _lies_plainly(state.alias):
+            self._small.setdefault(tensor.dtype, []).append(place)
+        else:
+            self._copy(place)
+
+    def copy_small(self) -> None:
+        """Copy the small vectors that were noted; before this, nothing is known of what they held."""
+        for places in self._small.values():
+            self._together.append((places, torch.cat([self._states[place].alias for place in places])))
+        self._small = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -98,6 +109,12 @@ class TensorStates:
     @torch.no_grad()
     def restore_(self) -> None:
         """Restore what has changed; nothing happens the second time."""
+        for places, values in self._together:
+            states = [self._states[place] for place in places]
+            aliases = [state.alias for state in states]
+            written = any(state.version != _version(state.tensor) for state in states)
+            if written or not torch.equal(torch.cat(aliases), values):
+                self._copies.update(zip(places, values.split([len(alias) for alias in aliases]), strict=True))
         for place, (tensor, alias, version, requires_grad, gradient, hooks) in enumerate(self._states):
             if not _same_place(tensor, alias):
                 tensor.data = alias
@@ -235,6 +252,13 @@ def _without_repeats(tensor: Tensor) -> Tensor:
             if stride == 0 and tensor.shape[dim] > 1:
                 tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _lies_plainly(tensor: Tensor) -> bool:
+    """Return whether a tensor is an ordinary one of the CPU, every entry of which has its own place, in order."""
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.is_contiguous() and 0 < tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _equal(alias: Tensor, copied: Tensor) -> bool:

@@ -52,9 +52,14 @@ class Budget:
 
     def least(self, structure: Structure, dense: Dense) -> dict[str, Least]:
         """Return the smallest width that every group may have, and what says so."""
+        return self.blocks_and_least(structure, dense)[1]
+
+    def blocks_and_least(self, structure: Structure, dense: Dense) -> tuple[list[Block], dict[str, Least]]:
+        """Return what shrinks together, with all widths that it may have; and the smallest width of every group."""
         alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
+        blocks = blocks_of(structure, alone, self.round_to)
         found = dict(alone)
-        for block in blocks_of(structure, alone, self.round_to):
+        for block in blocks:
             narrowest = block.at(-1)
             for name, width in narrowest.items():
                 if width == alone[name].width:
@@ -62,12 +67,7 @@ class Budget:
                 tied = [other for other in narrowest if other != name]
                 why = f"it keeps the same share as {', '.join(tied)}" if tied else alone[name].why
                 found[name] = Least(width, why)
-        return found
-
-    def blocks(self, structure: Structure, dense: Dense) -> list[Block]:
-        """Return what shrinks together, with all widths that it may have."""
-        alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
-        return blocks_of(structure, alone, self.round_to)
+        return blocks, found
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def select_units(
     Raises:
         OutOfReachError: If the target lies beyond what can be cut, with a table of what can.
     """
-    walk = Walk(structure, scores, budget.scope, dense.widths, budget.blocks(structure, dense))
+    blocks, least = budget.blocks_and_least(structure, dense)
+    walk = Walk(structure, scores, budget.scope, dense.widths, blocks)
     if isinstance(amount, Mapping):
         counts = _still_to_take(structure, dense, amount)
-        levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=False)
+        levels = each_by_itself(walk, counts, least, fill=False)
     elif budget.target == "filters" and budget.scope == "layer":
         counts = _still_to_take(structure, dense, dict.fromkeys(structure.groups, amount))
-        levels = each_by_itself(walk, counts, budget.least(structure, dense), fill=True)
+        levels = each_by_itself(walk, counts, least, fill=True)
     else:
         levels = _over_all_groups(walk, structure, amount, budget, dense, footprint, latency)
     if at_most is not None:

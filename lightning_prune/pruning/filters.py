@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ from lightning_prune.pruning.consumers import only_read, score_by_readers
 from lightning_prune.pruning.layers import data_of, outputs_within, time_without
 from lightning_prune.pruning.layers_and_filters import SplitAsk, apply_split_, check_with_layers, choose_split
 from lightning_prune.pruning.left_alone import left_alone, with_left_alone
+from lightning_prune.pruning.outcome import Outcome
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
 from lightning_prune.pruning.report import Report
@@ -174,17 +175,12 @@ def prune_filters(
         raise ValueError(f"{where}(criterion={criterion!r}, repair={repair}): pass batches, to compensate on them.")
     if layers:
         return _with_layers(where, model, example_inputs, amount, asked, batches, optimizers)
-    with ExitStack() as stack:
-        stack.enter_context(walked_once(model))
-        if batches is None:
-            stack.enter_context(uncollected())
-        if batches is None and criterion in _CHEAP:  # criteria of users may change what they like; the cut comes last
-            stack.enter_context(remembered_once(model))
-        plan = _planned(model, example_inputs, amount, asked, batches)
-        report = plan.apply_(optimizers)
-    plan.outcome.warn(where)
-    if plan.never_ran:
-        warnings.warn(f"{where}: {plan.never_ran}", stacklevel=3)  # behind this, the decorator
+    # What a plan holds is gone before a collection could walk through it: no name here may hold one.
+    with uncollected() if batches is None else nullcontext():
+        report, outcome, never_ran = _pruned(model, example_inputs, amount, asked, batches, optimizers)
+    outcome.warn(where)
+    if never_ran:
+        warnings.warn(f"{where}: {never_ran}", stacklevel=3)  # behind this, the decorator
     if report.config:
         warnings.warn(f"{where}: {report.config}", stacklevel=3)  # behind this, the function and its decorator
     return report
@@ -207,6 +203,24 @@ class _Asked:
     repair: bool
     damping: float
     progress: bool
+
+
+def _pruned(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    amount: Amount,
+    asked: _Asked,
+    batches: Iterable[Any] | None,
+    optimizers: list[Optimizer],
+) -> tuple[Report, Outcome, str]:
+    """Prune filters; return the report, what was asked and reached, and a warning about what never ran."""
+    with ExitStack() as stack:
+        stack.enter_context(walked_once(model))
+        if batches is None and asked.criterion in _CHEAP:  # criteria of users may change what they like
+            stack.enter_context(remembered_once(model))
+        plan = _planned(model, example_inputs, amount, asked, batches)
+        report = plan.apply_(optimizers)
+        return report, plan.outcome, plan.never_ran
 
 
 def _planned(

@@ -22,7 +22,7 @@ from lightning_prune.algorithms.solvers import (
     rise,
     share_lost,
 )
-from lightning_prune.algorithms.solvers.damping import cholesky
+from lightning_prune.algorithms.solvers.damping import cholesky, damp_, mean_diagonal
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import Change, Gram, Pair, fitting, gather_grams, gather_pair
 from lightning_prune.measure.output_change import Outputs, replaced
@@ -38,6 +38,7 @@ __all__ = [
 Leaving = Mapping[str, int | Pattern]
 """By parameter name, how many of its weights leave, or by what pattern."""
 
+_AT_ONCE = 256  # rows whose means are measured together
 _MEMORY = 2 * 2**30  # bytes of Hessians held at a time, where nothing else is asked for
 _Item = TypeVar("_Item")
 
@@ -77,7 +78,7 @@ class Surgery:
         masks: What earlier calls left of parameters, as bool, by name; what they zeroed stays zero.
         after: Makes a block in which the model runs on what pruned layers in front of it give, where these are no part
             of it.
-        memory: Bytes of Hessians that are held at a time, plain, damped and factored; by default 2 GiB.
+        memory: Bytes of Hessians that are held at a time, beside what solving them takes; by default 2 GiB.
     """
 
     model: nn.Module
@@ -117,10 +118,12 @@ class Surgery:
             first, shifted = firsts[self.products.alike.get(name, name)], name in self.products.shifts
             gram = grams[first]
             if (first, shifted) not in shared:
-                shared[first, shifted] = self._hessians(gram, shifted)
-            hessian, regular = shared[first, shifted]
-            rows = self.rows(name)
-            found[name] = _Patient(rows, hessian, gram.mean, self.solver(rows, regular))
+                others = [other for other in names if firsts[self.products.alike.get(other, other)] == first]
+                alone = all((other in self.products.shifts) == shifted for other in others)
+                shared[first, shifted] = self._damped(gram, shifted, gram.hessian if alone else gram.hessian.clone())
+            hessian, added = shared[first, shifted]
+            rows = self.products.readings[name].rows(self.tensors[name].detach())
+            found[name] = _Patient(rows, added, gram.mean, self.solver(rows, hessian))
         return found
 
     def rows(self, name: str) -> Tensor:
@@ -144,7 +147,7 @@ class Surgery:
             worth = worth.masked_fill(keep | ~alive, -torch.inf).flatten()
             keep = keep.flatten().index_fill(0, worth.topk(revived).indices, True).view_as(keep)
         if keep.shape[2] > _WIDE:
-            return nearer_on_support(solver.weights, solver.hessian, keep, new, tolerance=1e-5), keep
+            return nearer_on_support(solver.given, solver.hessian, keep, new, tolerance=1e-5), keep
         return best_on_support(solver.weights, solver.hessian, keep), keep
 
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
@@ -166,15 +169,15 @@ class Surgery:
         weight = reading.weight(rows).to(self.tensors[name].dtype)
         return Solved(weight, reading.weight(keep), error, others)
 
-    def _hessians(self, gram: Gram, shifted: bool) -> tuple[Tensor, Tensor]:
-        """Return a Hessian, less its mean where that is made up for, and the same damped."""
-        hessian = gram.hessian
+    def _damped(self, gram: Gram, shifted: bool, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """Damp a Hessian in place, less its mean where that is made up for; and return what that added."""
+        whole = mean_diagonal(hessian)
         if shifted:
-            hessian = torch.baddbmm(hessian, gram.mean[:, :, None], gram.mean[:, None], alpha=-1)
-        return hessian, damped(hessian, self.damping, gram.hessian)
+            hessian.baddbmm_(gram.mean[:, :, None], gram.mean[:, None], alpha=-1)
+        return hessian, damp_(hessian, self.damping, whole)
 
     def _fitting(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Part the layers so that the Hessians of each part, plain, damped and factored, fit into memory together."""
+        """Part the layers so that the Hessians of each part, and what solving them takes, fit into memory together."""
         return fitting(
             {name: 3 * self.products.bytes(name, self.calibration.dtype) for name in names}, self.memory or _MEMORY
         )
@@ -182,12 +185,33 @@ class Surgery:
 
 @dataclass(frozen=True, eq=False)
 class _Patient:
-    """One layer: its weights, ``(groups, rows, columns)``, its Hessian and mean input, and what solves it, damped."""
+    """One layer.
+
+    Attributes:
+        weights: Its weights, ``(groups, rows, columns)``.
+        added: What damping added to the diagonal of its Hessian, ``(groups,)``.
+        mean: Mean input, ``(groups, columns)``.
+        solver: What solves it, with the damped Hessian.
+    """
 
     weights: Tensor
-    hessian: Tensor
+    added: Tensor
     mean: Tensor
     solver: RowSolver
+
+    def lost(self, new: Tensor) -> tuple[float, Tensor]:
+        """Return the share of the outputs' energy that new weights lose, undamped, and the means that they lose.
+
+        Args:
+            new: New weights, ``(groups, rows, columns)``.
+
+        Returns:
+            The share, and for each output how much less its mean is, ``(groups, rows)``.
+        """
+        means = []
+        for old, part in zip(self.weights.split(_AT_ONCE, dim=1), new.split(_AT_ONCE, dim=1), strict=True):
+            means.append(((old.to(part) - part) @ self.mean[..., None])[..., 0])
+        return share_lost(new, self.weights, self.solver.hessian, self.added), torch.cat(means, dim=1)
 
 
 def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, Solved]:
@@ -199,9 +223,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
         name, patient = next(patients)
         with told_of(name):
             new, keep = surgery.solve(name, patient.solver, leaving[name])
-        lost = share_lost(new, patient.weights, patient.hessian)
-        mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
-        found[name] = surgery.solved(name, new, keep, lost, mean)
+        found[name] = surgery.solved(name, new, keep, *patient.lost(new))
     return found
 
 

@@ -135,6 +135,10 @@ def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 
         link = linked.get(name, (name,))
         if name != link[0]:
             continue
+        if len(link) == 1 and step_of(group, round_to) == 1:  # as most often
+            widths = np.arange(group.width, min(least[name].width, group.width) - 1, -1)[:, None]
+            found.append(Block(tuple(link), widths, coarse=group.channels > 1))
+            continue
         whole = np.array([structure.groups[member].width for member in link])
         steps = np.array([step_of(structure.groups[member], round_to) for member in link])
         fewest = np.array([least[member].width for member in link])

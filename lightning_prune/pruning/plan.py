@@ -66,6 +66,7 @@ class Plan:
         proof: What was verified of the cut.
         latency_kept: Share of the latency that is left, as measured, where that is the target.
         outcome: What was asked and what the cut will reach, as predicted.
+        footprint: What the model, or the part of it that is counted, will cost, as predicted.
         repairs: Weights that were refitted.
         skipped: By name, why a weight that sums over pruned units was not refitted.
     """
@@ -84,6 +85,7 @@ class Plan:
     proof: Proof
     latency_kept: float | None
     outcome: Outcome
+    footprint: Footprint
     repairs: tuple[Repair, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,8 +123,11 @@ class Plan:
         part = self.budget.part
         params_before = part.params(self.model)
         attributes, inexpressible = self.write_(optimizers)
-        now = Footprint(part.params(self.model), part.flops(self.structure, self.keep))
-        outcome = _outcome(self, now)
+        params = part.params(self.model)
+        now, outcome = self.footprint, self.outcome
+        if params != now.params:  # other than predicted
+            now = Footprint(params, now.flops)
+            outcome = _outcome(self, now)
         return Report(
             params_before=params_before,
             params_after=now.params,
@@ -286,11 +291,12 @@ def _selected_and_verified(
         tensors = SlimValues(cut, model)
     kept = latency(structure, keep) if ask.budget.target == "latency" and latency is not None else None
     widths = tuple(GroupWidth(name, group.width, int(keep[name].sum())) for name, group in structure.groups.items())
+    now = measure(model, structure, keep, ask.budget.part)
     plan = Plan(
         model, ask.example_inputs, ask.amount, ask.budget, ask.dense, structure, keep, cut, tensors(),
-        refused, widths, proof, kept, Outcome(0.0, 0.0, ""),
+        refused, widths, proof, kept, Outcome(0.0, 0.0, ""), now,
     )  # fmt: skip
-    return replace(plan, outcome=_outcome(plan, measure(model, structure, keep, ask.budget.part)))
+    return replace(plan, outcome=_outcome(plan, now))
 
 
 def _selected(

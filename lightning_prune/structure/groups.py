@@ -109,6 +109,7 @@ class Structure:
     """Group name -> component of each of its units, ``(width,)``."""
     links: tuple[tuple[str, ...], ...] = ()
     """Groups that must keep the same fraction, because numbers in the code tie their widths to each other."""
+    _last: tuple[dict[str, bytes], NDArray[np.bool_]] | None = field(default=None, init=False, repr=False)
 
     @property
     def branching(self) -> tuple[str, ...]:
@@ -116,11 +117,16 @@ class Structure:
         return tuple(path or "the model" for path in dict.fromkeys(self.ledger.decided))
 
     def alive(self, keep: Keep) -> NDArray[np.bool_]:
-        """Return for every atom whether it is kept, ``(atoms,)``."""
-        left = np.ones(self.ledger.size, dtype=bool)
-        for name, kept in keep.items():
-            left[self.units[name][~kept]] = False
-        return left[self.component]
+        """Return for every atom whether it is kept, ``(atoms,)``, not to be written to."""
+        asked = {name: kept.tobytes() for name, kept in keep.items()}
+        if self._last is None or self._last[0] != asked:  # a cut that is planned, verified and made asks six times
+            left = np.ones(self.ledger.size, dtype=bool)
+            for name, kept in keep.items():
+                left[self.units[name][~kept]] = False
+            alive = left[self.component]
+            alive.flags.writeable = False
+            self._last = asked, alive
+        return self._last[1]
 
     def flops(self, keep: Keep) -> int:
         """Return the multiply-adds of the model after pruning, by fvcore's convention."""
@@ -128,7 +134,7 @@ class Structure:
 
     def multiply_adds(self, keep: Keep) -> list[int]:
         """Return the multiply-adds of the model after pruning, one number for each of ``ledger.costs``."""
-        alive = self.alive(keep)
+        alive = self.alive(keep) if keep else None
         counts: dict[tuple[int, ...], int] = {}  # many operators share labels, which are counted once
         found = []
         for cost in self.ledger.costs:
@@ -136,7 +142,7 @@ class Structure:
             for labels in cost.sizes:
                 key = tuple([id(label.atoms) for label in labels])
                 if key not in counts:
-                    counts[key] = left(labels, alive)
+                    counts[key] = len(labels[0].atoms) if alive is None else left(labels, alive)
                 product *= counts[key]
             found.append(product)
         return found
@@ -303,8 +309,14 @@ def _rows_by_kind(ledger: Ledger, units: Atoms, slot_of: Atoms) -> list[Atoms]:
     numbers = np.random.default_rng(0).integers(1, 2**62, size=len(ledger.slots), dtype=np.uint64)
     kind = np.zeros(ledger.size, dtype=np.uint64)
     np.add.at(kind, units, numbers[slot_of])
-    order = np.argsort(kind[units], kind="stable")
-    return sorted(_runs(order, kind[units[order]]), key=lambda rows: int(rows[0]))
+    kinds = kind[units]
+    # Rows beside each other are most often of one kind, so that runs of rows are sorted, and not the rows.
+    starts = np.concatenate([[0], np.flatnonzero(kinds[1:] != kinds[:-1]) + 1])
+    runs = np.argsort(kinds[starts], kind="stable")
+    lengths = np.diff(starts, append=len(kinds))[runs]
+    before = np.cumsum(lengths) - lengths
+    order = np.arange(len(kinds)) + np.repeat(starts[runs] - before, lengths)
+    return sorted(_runs(order, kinds[order]), key=lambda rows: int(rows[0]))
 
 
 def _real_atoms(slots: list[SlotRange]) -> tuple[Atoms, Atoms]:
@@ -341,18 +353,23 @@ def _slots(
 ) -> tuple[Slot, ...]:
     """Return the slots of a group; those that hold its units in the same order share one array."""
     slots: list[Slot] = []
+    first = b""
+    consumers, producers = roles["consumer"], roles["producer"]
     for along, own in zip(ranges, rows, strict=True):
         index, at = place[units[own]], atoms[own]
         if len(at) < along.size:  # the other indices are pinned or belong to other groups
             sparse = np.full(along.size, -1, dtype=np.int64)
             sparse[at - along.start] = index
             index = sparse
-        if slots and np.array_equal(slots[0].units, index):
+        same = index.tobytes()
+        if not slots:
+            first = same
+        elif same == first:
             index = slots[0].units
         role: Literal["producer", "consumer", "follower"] = "follower"
-        if roles["consumer"][at[0]]:
+        if consumers[at[0]]:
             role = "consumer"
-        elif roles["producer"][at[0]]:
+        elif producers[at[0]]:
             role = "producer"
         slots.append(Slot(along.tensor, along.dim, index, role))
     return tuple(slots)

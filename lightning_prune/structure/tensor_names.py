@@ -6,37 +6,40 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import modules_of
+from lightning_prune.model.calls import modules_with_tensors
 
-__all__ = ["exchange_", "named_parameters", "named_tensors"]
+__all__ = ["exchange_", "lies_in", "named_parameters", "named_tensors"]
+
+
+def lies_in(path: str, above: str) -> bool:
+    """Return whether a module or tensor is a module, or lies in it."""
+    return not above or path == above or path.startswith(f"{above}.")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer once, under its first name."""
-    parameters: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path, module in modules_of(model):  # one walk; named_parameters and named_buffers take one each
-        for found, own in ((parameters, module._parameters), (buffers, module._buffers)):
-            if not own:  # most modules of a network hold neither
-                continue
-            for leaf, tensor in own.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{path}.{leaf}" if path else leaf] = tensor
-    return parameters | buffers
+    """Return every parameter and buffer once, parameters first, each under its first name as such."""
+    parameters: dict[int, tuple[str, Tensor]] = {}
+    buffers: dict[int, tuple[str, Tensor]] = {}
+    for module, of_parameters, of_buffers in modules_with_tensors(model):
+        for name, parameter in zip(of_parameters, module._parameters.values(), strict=True):
+            if parameter is not None:
+                parameters.setdefault(id(parameter), (name, parameter))
+        for name, buffer in zip(of_buffers, module._buffers.values(), strict=True):
+            if buffer is not None:
+                buffers.setdefault(id(buffer), (name, buffer))
+    for both in parameters.keys() & buffers.keys():
+        del buffers[both]
+    return dict([*parameters.values(), *buffers.values()])
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter once, under its first name: torch's ``named_parameters`` in a fraction of the time."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for path, module in modules_of(model):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
-                found[f"{path}.{leaf}" if path else leaf] = parameter
-    return found
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for module, names, _ in modules_with_tensors(model):
+        for name, parameter in zip(names, module._parameters.values(), strict=True):
+            if parameter is not None:
+                found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
 
 
 def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -48,7 +51,7 @@ def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if own[name].requires_grad and tensor.is_leaf and tensor.is_floating_point():
             tensor.requires_grad_()  # torch chooses operators by it, even without gradients
     other = {id(own[name]): tensor for name, tensor in tensors.items()}  # by identity, since tensors may be shared
-    for _, module in modules_of(model):
+    for module, _, _ in modules_with_tensors(model):
         for held in (module._parameters, module._buffers):
             for leaf, present in held.items():
                 if id(present) in other:

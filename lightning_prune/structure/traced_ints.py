@@ -156,39 +156,49 @@ def remembering(model: nn.Module, told: Told) -> Iterator[None]:
 
     These are attributes of modules and of their classes, and the entries of configs (plain objects and dicts) in them.
     """
-    changed: list[tuple[dict[str, Any], str, Any]] = []
-    seen: set[int] = set()
-
-    def replace(holder: dict[str, Any], module: str, name: str, key: str, value: Any) -> None:
-        number = _held(module, name, value, told)
-        if number is not value:
-            changed.append((holder, key, holder.get(key, _ABSENT)))
-            holder[key] = number
-
-    def look(holder: dict[str, Any], module: str, prefix: str, depth: int) -> None:
-        for key, value in list(holder.items()):
-            if not isinstance(key, str) or "." in key or (depth == 0 and key in _INTERNAL):
-                continue  # "." would be ambiguous in the name of a place
-            if type(value) in _HOLDING or isinstance(value, np.integer):
-                replace(holder, module, prefix + key, key, value)
-                continue
-            below = _config(value) if depth < _DEEPEST else None
-            if below is not None and id(below) not in seen:  # modules may share a config
-                seen.add(id(below))
-                look(below, module, f"{prefix}{key}.", depth + 1)
-
+    changes = _Changes(told)
     try:
         for path, module in modules_of(model):
             if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
                 continue
             own = vars(module)
-            look(own, path, "", 0)
+            changes.look(own, path, "", 0)
             for name, value in _class_numbers(type(module)).items():
                 if name not in own:
-                    replace(own, path, name, name, value)
+                    changes.replace(own, path, name, name, value)
         yield
     finally:
-        for holder, key, before in reversed(changed):  # an entry changed twice ends with its first value
+        changes.take_back()
+
+
+class _Changes:
+    """Numbers that replaced integers, and these integers."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+        self._changed: list[tuple[dict[str, Any], str, Any]] = []
+        self._seen: set[int] = set()
+
+    def replace(self, holder: dict[str, Any], module: str, name: str, key: str, value: Any) -> None:
+        number = _held(module, name, value, self._told)
+        if number is not value:
+            self._changed.append((holder, key, holder.get(key, _ABSENT)))
+            holder[key] = number
+
+    def look(self, holder: dict[str, Any], module: str, prefix: str, depth: int) -> None:
+        for key, value in list(holder.items()):
+            if not isinstance(key, str) or "." in key or (depth == 0 and key in _INTERNAL):
+                continue  # "." would be ambiguous in the name of a place
+            if type(value) in _HOLDING or isinstance(value, np.integer):
+                self.replace(holder, module, prefix + key, key, value)
+                continue
+            below = _config(value) if depth < _DEEPEST else None
+            if below is not None and id(below) not in self._seen:  # modules may share a config
+                self._seen.add(id(below))
+                self.look(below, module, f"{prefix}{key}.", depth + 1)
+
+    def take_back(self) -> None:
+        for holder, key, before in reversed(self._changed):  # an entry changed twice ends with its first value
             if before is _ABSENT:
                 holder.pop(key, None)
             else:

@@ -209,6 +209,8 @@ class _Known(NamedTuple):
     reads: bool
     writes: bool
     draws: bool
+    pointwise: bool
+    aliases: bool
 
 
 class _LabelMode(Watch):
@@ -267,7 +269,7 @@ class _LabelMode(Watch):
         ruled = labelled or (known.rule in _STRETCHING and self.arguments and out.numel())
         if ruled or known.cost is not None:
             call = Call(ledger, func, args, kwargs, out, self.labels_of, running, self.arguments, self._lay)
-        if labelled and is_pointwise(func) and self._takes_number():
+        if labelled and known.pointwise and self._takes_number():
             ledger.note_real()
         if ruled:
             ledger.running = (path, func)
@@ -282,7 +284,7 @@ class _LabelMode(Watch):
             made = weight and not blank and (labelled or not own)
             if ledger.literals:
                 self._fix_literals(func, tensor, own)
-            shows_blank = any(labels.blank for labels in found) and aliases(func) and not known.writes
+            shows_blank = known.aliases and not known.writes and any(labels.blank for labels in found)
             ran.made.append(Labels(own, made, blank or shows_blank, hollow, constant))
             if ruled and call.positions_along and not tensor.is_floating_point():
                 ran.made[-1].positions = call.positions_along
@@ -292,7 +294,7 @@ class _LabelMode(Watch):
             self._note_written(tensors[0])
         if known.cost is not None:
             known.cost(call)
-        if not hollow and (known.draws or not (weight or known.writes or aliases(func))):
+        if not hollow and (known.draws or not (weight or known.writes or known.aliases)):
             self._decide(known, ran, tensors, [tensor for tensor, _ in outputs])
         return out
 
@@ -347,9 +349,11 @@ class _LabelMode(Watch):
                 self.ledger.pin(own, "reaches a tensor that was empty on the example inputs")
 
     def _learnt(self, func: Any) -> _Known:
-        rule = rule_for(func) or (pointwise_rule if is_pointwise(func) else tested)
+        pointwise = is_pointwise(func)
+        rule = rule_for(func) or (pointwise_rule if pointwise else tested)
         draws = torch.Tag.nondeterministic_seeded in func.tags
-        known = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws)
+        shows = aliases(func)
+        known = _Known(func, rule, cost_rule(func), shaper(func), reads(func), writes(func), draws, pointwise, shows)
         self._known[id(func)] = known
         return known
 

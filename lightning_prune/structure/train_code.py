@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from inspect import unwrap
@@ -16,6 +17,11 @@ __all__ = ["looks_at_gradients", "looks_at_mode"]
 
 _MODE = frozenset({"training"})
 _GRADIENTS = frozenset({"is_grad_enabled", "requires_grad"})
+_PLAIN = frozenset({bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple})
+_STOCHASTIC_DEPTH = frozenset(
+    {("torchvision.ops.stochastic_depth", "StochasticDepth"), ("timm.layers.drop", "DropPath")}
+)
+"""Classes that return their input times one random number for each example, or in eval mode their input."""
 _LIBRARIES = ("torch", "numpy", "lightning_prune", "builtins", "einops", "math", "functools", "typing")
 """Packages whose functions are not read: what they compute in either mode is known, or does not hang on it."""
 
@@ -23,7 +29,7 @@ _LIBRARIES = ("torch", "numpy", "lightning_prune", "builtins", "einops", "math",
 def looks_at_mode(model: nn.Module, example_inputs: ExampleInputs) -> bool:
     """Return whether code of the model that may run reads ``training``, or sets something else by its mode.
 
-    Modules of ``torch.nn`` compute alike in both.
+    Modules of ``torch.nn`` compute alike in both, and stochastic depth scales examples at random.
     """
     kinds = {type(module) for _, module in modules_of(model)}
     if any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds):
@@ -48,11 +54,19 @@ def _reads(model: nn.Module, example_inputs: ExampleInputs, wanted: frozenset[st
         generic = kind.__module__.startswith("torch.nn.")
         if not generic and kind not in kinds:
             kinds.add(kind)
-            if _class_reads(kind, start, wanted, seen):
+            known = wanted is _MODE and _scales_examples(kind)
+            if not known and _class_reads(kind, start, wanted, seen):
                 return True
         if any(_reads_in(function, wanted, seen) for function in _functions_on(module, generic)):
             return True
     return False
+
+
+def _scales_examples(kind: type) -> bool:
+    """Return whether modules of a class do no more in train mode than to scale whole examples by random numbers."""
+    known = (kind.__module__, kind.__qualname__) in _STOCHASTIC_DEPTH
+    forward = getattr(kind, "forward", None)
+    return known and isinstance(forward, FunctionType) and forward.__module__ == kind.__module__
 
 
 def _class_reads(kind: type, start: set[str], wanted: frozenset[str], seen: set[CodeType]) -> bool:
@@ -75,7 +89,7 @@ def _functions_on(module: nn.Module, generic: bool) -> Iterator[FunctionType]:
     """Yield the functions that users put on a module: its hooks, and its attributes."""
     values: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if not generic:
-        values += vars(module).values()
+        values += [value for value in vars(module).values() if type(value) not in _PLAIN]
     for value in values:
         yield from _unwrapped(value)
 

@@ -95,11 +95,14 @@ def shape_attributes(
     modules = dict(modules_of(model))
     shapes = _by_every_name(modules, shapes)
     changes = {(change.module, change.name): change for change in known}
+    tables: dict[type, dict[str, tuple[tuple[str, ...], int, str | None]]] = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
         if path not in modules:  # another name of a module
             continue
         module = modules[path]
-        table = next((table for kind, table in _SIZES.items() if isinstance(module, kind)), {})
+        if type(module) not in tables:
+            tables[type(module)] = next((table for kind, table in _SIZES.items() if isinstance(module, kind)), {})
+        table = tables[type(module)]
         for name, (leaves, dim, factor) in table.items():
             shape = next((shapes[full] for leaf in leaves if (full := f"{path}.{leaf}".lstrip(".")) in shapes), None)
             if shape is None or len(shape) <= dim:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lightning_prune.model.calls import modules_of
+from lightning_prune.structure.tensor_names import lies_in
 from lightning_prune.surgery.attributes import ABSENT, AttributeChange, follows_cuts, held_number
 
 __all__ = [
@@ -32,7 +33,8 @@ _NAMES = frozenset(
         "intermediate_size", "d_ff", "hidden_dim", "n_inner", "ffn_dim", "ffn_hidden_size", "encoder_ffn_dim",
         "decoder_ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size", "pooler_output_size",
         "num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
-        "num_key_value_heads", "head_dim", "d_kv", "projection_dim",
+        "num_key_value_heads", "head_dim", "d_kv", "projection_dim", "num_experts", "num_local_experts",
+        "n_routed_experts", "moe_num_experts",
     }
 )  # fmt: skip
 _OPTIONAL = ("head_dim", "n_inner")  # of which a constructor works out a default from others
@@ -98,7 +100,7 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
     told = []
     for path, module in pretrained_models(model):
         after = _shapes_after(model, path, module, shapes)
-        inside = {place: value for place, value in numbers.items() if _lies_in(place[0], path)}
+        inside = {place: value for place, value in numbers.items() if lies_in(place[0], path)}
         dense = twin_of(module, {})
         if dense is None or shapes_of(dense).keys() != after.keys():
             continue  # wrapped or extended since it was built: its config does not tell all of it
@@ -129,7 +131,7 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     found: list[str] = []
     for path, module in modules_of(model):
         kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__}
-        if ("transformers", "PreTrainedModel") in kinds and not any(_lies_in(path, above) for above in found):
+        if ("transformers", "PreTrainedModel") in kinds and not any(lies_in(path, above) for above in found):
             found.append(path)
             yield path, module
 
@@ -342,10 +344,6 @@ def _refusal(path: str, module: nn.Module, reason: str) -> str:
         f"{kind} of {path or 'the model'} cannot express this cut ({reason}), so from_pretrained will not load what "
         "save_pretrained writes. Pass uniform=True, or save the state dict and load it by load_state_dict_."
     )
-
-
-def _lies_in(path: str, above: str) -> bool:
-    return not above or path == above or path.startswith(f"{above}.")
 
 
 def _joined(path: str, leaf: str) -> str:

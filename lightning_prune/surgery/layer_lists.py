@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_prune.model.calls import modules_of
+from lightning_prune.structure.tensor_names import lies_in
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_
 from lightning_prune.surgery.configs import configs_in, pretrained_models, shapes_of, twin_of
 from lightning_prune.surgery.layer_numbers import numbered_layers, renumber_
@@ -140,7 +141,7 @@ def close_lists_(model: nn.Module, gaps: Gaps, changes: Iterable[AttributeChange
         made: dict[int, ClosedList] = {}
         for path, opened in lists.items():
             assert isinstance(opened, nn.ModuleList)
-            fields = [(change.name, change.old, change.new) for change in changes if _lies_in(path, change.module)]
+            fields = [(change.name, change.old, change.new) for change in changes if lies_in(path, change.module)]
             stay = [layer for position, layer in enumerate(opened) if position not in gaps[path]]
             made[id(opened)] = ClosedList(stay, opened, gaps[path], fields).train(opened.training)
         _exchange_lists_(model, made)
@@ -166,7 +167,7 @@ def open_lists_(model: nn.Module, paths: Iterable[str]) -> None:
             for position in closed.gone:
                 closed.opened[position].train(closed.training)
             for above, module in pretrained_models(model):
-                for name, old, new in closed.fields if _lies_in(path, above) else ():
+                for name, old, new in closed.fields if lies_in(path, above) else ():
                     if held_number(module, name) == new:
                         changes[above, name] = AttributeChange(above, name, new, old)
         _exchange_lists_(model, made)
@@ -296,10 +297,6 @@ def _refusal(path: str, module: nn.Module, reason: str) -> str:
         "was removed anew, with random values. Save the state dict by torch.save, build the model from its config and "
         "load it by load_state_dict_."
     )
-
-
-def _lies_in(path: str, above: str) -> bool:
-    return not above or path == above or path.startswith(f"{above}.")
 
 
 def _joined(path: str, leaf: str) -> str:

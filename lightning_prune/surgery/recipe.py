@@ -45,6 +45,7 @@ from lightning_prune.surgery.recipe_part import (
     Told,
     checked,
     fits,
+    follow_experts_,
     followed_mask,
     is_whole,
     joined,
@@ -104,6 +105,8 @@ class Recipe:
     def masks(self) -> PackedMasks:
         """The masks that hold, under the first name of each parameter."""
         found: PackedMasks = {}
+        if not any(part.masks for part in self._parts.values()):
+            return found
         names: dict[int, str] = {}
         for path, module in modules_of(self._model):
             for leaf, parameter in module._parameters.items():
@@ -276,12 +279,12 @@ def take_told_(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -> 
     skips = {path: recipe["layer"] for path, recipe in told.items() if "layer" in recipe}
     closed = {path for path, own in modules_of(module) if isinstance(own, ClosedList)}
     gaps = {path: dict(recipe["gaps"]) for path, recipe in told.items() if "gaps" in recipe}
-    with all_or_nothing(module) if skips or gaps or closed or removed_layers(module) else nullcontext():
+    recipe_of(module)  # its state is restored, too
+    with all_or_nothing(module):
         before = named_tensors(module).keys()
-        if _follow_depth(module, state_dict, told, skips, gaps, closed):
+        if _follow_depth(module, state_dict, told, skips, gaps, closed) | follow_experts_(module, state_dict, told):
             recipe_of(module).needed = True
-        brought = named_tensors(module).keys() - before
-        return _take_shapes(module, state_dict, told) | brought
+        return _take_shapes(module, state_dict, told) | (named_tensors(module).keys() - before)
 
 
 def _follow_depth(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ from lightning_prune.surgery.pass_through import Skipped, check_skip
 from lightning_prune.surgery.resize import narrowed
 
 __all__ = [
-    "RECIPE", "PackedMasks", "RecipePart", "Told", "are_whole", "checked", "fits", "followed_mask", "is_whole",
-    "joined", "part_of", "recipes_in", "refuse_hollow",
+    "RECIPE", "PackedMasks", "RecipePart", "Told", "are_whole", "checked", "fits", "follow_experts_", "followed_mask",
+    "is_whole", "joined", "keep_experts_", "part_of", "recipes_in", "refuse_hollow",
 ]  # fmt: skip
 
 RECIPE = "lightning_prune"
@@ -38,7 +38,8 @@ Told = dict[str, dict[str, Any]]
 """Path of a module -> its part of the recipe: ``version``, ``attributes`` by name, ``masks`` by name.
 
 Where a layer was removed there is also ``layer``: what is returned in its place. Where layers were taken out of a list
-there is also ``gaps``: pairs of a position in it and what is returned in its place. Where the module holds
+there is also ``gaps``: pairs of a position in it and what is returned in its place. Where experts were removed from a
+container there is also ``experts``: how many it holds. Where the module holds
 hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
 
 
@@ -50,11 +51,13 @@ class RecipePart:
         attributes: Names of the numbers to write; they may lead through a config.
         masks: The masks of the module's own parameters.
         needed: Whether the model was pruned, so that the hook stays after a run.
+        experts: Whether experts were removed from the module, a container.
     """
 
     attributes: list[str] = field(default_factory=list)
     masks: PackedMasks = field(default_factory=dict)
     needed: bool = False
+    experts: bool = False
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
         """Write plain numbers, lists and tensors, and never fail: state dicts are saved by code that is not ours."""
@@ -64,6 +67,8 @@ class RecipePart:
             local_metadata[RECIPE]["layer"] = copy.deepcopy(module.skip)
         if isinstance(module, ClosedList) and module.gone:
             local_metadata[RECIPE]["gaps"] = [[position, copy.deepcopy(skip)] for position, skip in module.gone.items()]
+        if self.experts:
+            local_metadata[RECIPE]["experts"] = len(module._modules)
         if built_with := constructor_numbers(module, self.attributes):
             local_metadata[RECIPE]["built_with"] = built_with
 
@@ -80,7 +85,10 @@ class RecipePart:
 
 def part_of(module: nn.Module) -> RecipePart | None:
     """Return the part of a recipe that a module carries."""
-    return next((hook for hook in module._state_dict_hooks.values() if isinstance(hook, RecipePart)), None)
+    for hook in module._state_dict_hooks.values():  # most often there is none, or ours alone
+        if isinstance(hook, RecipePart):
+            return hook
+    return None
 
 
 def recipes_in(state_dict: Any) -> Told:
@@ -122,6 +130,8 @@ def _refuse_unreadable(path: Any, recipe: Any) -> None:
             if not is_whole(position) or position < 0:
                 raise TypeError(f"{position!r} is no position")
             check_skip(skip)
+        if not is_whole(recipe.get("experts", 1)) or recipe.get("experts", 1) < 1:
+            raise TypeError(f"{recipe['experts']!r} experts")
         for name, value in recipe.get("built_with", {}).items():
             if not isinstance(name, str) or not (is_whole(value) or are_whole(value)):
                 raise TypeError(f"{name!r}: {value!r}")
@@ -147,6 +157,30 @@ def refuse_hollow(name: str, saved: Tensor) -> None:
             f"{name} is of shape {tuple(saved.shape)} in the state dict, which holds fewer entries: the file is "
             "damaged. Load an earlier checkpoint."
         )
+
+
+def keep_experts_(container: nn.Module, kept: Iterable[int]) -> None:
+    """Keep the experts with these numbers, in this order, under the first names of their container."""
+    names, children = list(container._modules), list(container._modules.values())
+    container._modules.clear()
+    container._modules.update(zip(names, [children[number] for number in kept], strict=False))
+    if (part := part_of(container)) is not None:
+        part.experts = True
+
+
+def follow_experts_(model: nn.Module, names: Collection[str], told: Told) -> bool:
+    """Make containers of experts as long as in a state dict with these names; return whether there are any."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    experts = {path: recipe["experts"] for path, recipe in told.items() if "experts" in recipe and path in modules}
+    for path, count in experts.items():
+        prefix, children = joined(path, ""), modules[path]._modules
+        there = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
+        held = isinstance(modules[path], nn.ModuleList | nn.ModuleDict)
+        if held and len(there) == count and children:  # else loading says what is missing
+            for name in sorted(there - children.keys(), key=lambda name: (len(name), name)):
+                children[name] = copy.deepcopy(next(reversed(children.values())))
+            keep_experts_(modules[path], range(count))
+    return bool(experts)
 
 
 def joined(path: str, leaf: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_prune.model.devices import seed_generators_
 from lightning_prune.model.tensor_state import places_written
 from lightning_prune.structure.decisions import impose_
 from lightning_prune.structure.labels import Ran
@@ -17,6 +18,7 @@ from lightning_prune.structure.shape_only import writes
 from lightning_prune.structure.tracer import Watch, aliases, plain
 from lightning_prune.surgery.expected_outputs import Course, Left, Lefts, OtherOperatorsError
 from lightning_prune.surgery.fingerprint import Print, fingerprint, kept_dim
+from lightning_prune.surgery.resize import taken
 
 __all__ = [
     "Counted", "DifferentError", "Exchanges", "Facts", "Replay", "Seen", "is_scaling", "restricted", "selected",
@@ -267,7 +269,7 @@ class Replay(Watch):
 def _own_seed(at: int) -> int:
     """Seed torch for the operator at an index of the trace, with a number that no code chooses; return that."""
     seed = _FIRST_SEED + at
-    torch.manual_seed(seed)
+    seed_generators_(seed)
     return seed
 
 
@@ -280,12 +282,11 @@ def restricted(tensor: Tensor, left: Mapping[int, Left]) -> Tensor:
 
 def selected(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
     """Select indices; dimensions lie in memory in the order they did, by which torch chooses between operators."""
-    indices = indices.to(tensor.device)
     if tensor.is_contiguous():
-        return tensor.index_select(dim, indices)
+        return taken(tensor, dim, indices)
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
-    chosen = tensor.permute(order).index_select(order.index(dim), indices)
+    chosen = taken(tensor.permute(order), order.index(dim), indices)
     return chosen.permute([order.index(d) for d in range(tensor.dim())])
 
 

@@ -14,21 +14,31 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tensor_names import named_parameters
 
-__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_", "with_wrapped"]
+__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_", "taken", "with_wrapped"]
 
 Kept = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
 
 
-@torch.no_grad()
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """Return a copy of the tensor with only the kept indices of each dimension, channels last in memory if it was."""
+    tensor = tensor.detach()
     memory_format = _memory_format(tensor)
     for dim, indices in sorted(kept.items()):  # whole rows first: they lie together
-        tensor = tensor.index_select(dim, indices.to(tensor.device))
-    if tensor.layout == torch.strided:
-        tensor = tensor.contiguous(memory_format=memory_format)
-    return tensor.detach()
+        tensor = taken(tensor, dim, indices)
+    return tensor.contiguous(memory_format=memory_format) if tensor.layout == torch.strided else tensor
+
+
+def taken(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Return ``tensor.index_select(dim, indices)``, whatever device the indices are on, by the faster operator."""
+    if not tensor.is_cpu:
+        return tensor.index_select(dim, indices.to(tensor.device))
+    last = tensor.dim() - 1
+    narrow = dim == 1 and tensor.dtype is torch.float32  # which torch has a loop of its own for
+    if dim == 0 or dim != last or narrow or tensor.layout is not torch.strided or not tensor.is_floating_point():
+        return tensor.index_select(dim, indices)
+    # Along the last dimension, torch's index_select takes three to twenty times as long.
+    return tensor.gather(dim, indices.expand(*tensor.shape[:-1], indices.numel()))
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

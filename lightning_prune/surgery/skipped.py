@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_prune.model.calls import modules_of
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import outermost_of
+from lightning_prune.structure.tensor_names import lies_in
 from lightning_prune.surgery.layer_numbers import numbered_layers, renumber_
 from lightning_prune.surgery.pass_through import Skipped
 from lightning_prune.surgery.resize import all_or_nothing, with_wrapped
@@ -165,7 +166,7 @@ def follow_layers_(model: nn.Module, names: Iterable[str], skips: Mapping[str, d
     """
     own = removed_layers(model)
     prefixes = {name.rpartition(".")[0] for name in names} if own else set()
-    back = [path for path in own if path not in skips and any(_is_in(prefix, path) for prefix in prefixes)]
+    back = [path for path in own if path not in skips and any(lies_in(prefix, path) for prefix in prefixes)]
     away = {path: skip for path, skip in skips.items() if own.get(path) != skip and _has(model, path)}
     if not back and not away:
         return False
@@ -189,10 +190,6 @@ def has_all_layers(model: nn.Module, names: Container[str]) -> bool:
         }
         expected += [f"{path}.{name}" for name in skipped.sizes if name not in passing]
     return bool(expected) and all(name in names for name in expected)
-
-
-def _is_in(path: str, layer: str) -> bool:
-    return path == layer or path.startswith(f"{layer}.")
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -85,10 +86,15 @@ def check_count(ran: Ran, plain: tuple[Any, ...], name: str, count: int) -> None
     Raises:
         DifferentError: If it is another.
     """
-    names = [argument.name for argument in ran.func._schema.arguments]
-    found = plain[names.index(name)]
+    found = plain[_place(ran.func, name)]
     if found != count:
         raise DifferentError(f"{name} is {found}, not {count}", ran)
+
+
+@cache
+def _place(func: Any, name: str) -> int:
+    """Return the place of an argument of an operator."""
+    return [argument.name for argument in func._schema.arguments].index(name)
 
 
 def is_constant(ran: Ran, out: Tensor) -> bool:

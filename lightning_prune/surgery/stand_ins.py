@@ -87,11 +87,12 @@ class StandIns:
         exchanged: dict[str, Tensor] = {}
         made: dict[int, Callable[[], Tensor]] = {}
         for name, value in values.items():
-            make = partial(self._made, name, value.detach(), kept.get(name, {}), rows.get(name))
+            value = value.detach()
+            make = partial(self._made, name, value, kept.get(name, {}), rows.get(name))
             if value.dim() < 2 or not self._changes(name):  # weighs little, or is there already
                 made_now = make()
                 # statistics of BatchNorm are updated in train mode, and no operator says so
-                exchanged[name] = made_now.clone() if value.dim() < 2 else made_now
+                exchanged[name] = made_now.clone() if made_now is value and value.dim() < 2 else made_now
             else:
                 stand_in = value.new_empty((), dtype=self._type(value)).expand(value.shape)
                 exchanged[name] = stand_in
@@ -99,7 +100,9 @@ class StandIns:
         return exchanged, made
 
     def _changes(self, name: str) -> bool:
-        return name in self._little or self._type(self._own[name]) is not self._own[name].dtype
+        if name in self._little:
+            return True
+        return self._dtype is not None and self._type(self._own[name]) is not self._own[name].dtype
 
     def _type(self, tensor: Tensor) -> torch.dtype:
         return tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
@@ -113,7 +116,7 @@ class StandIns:
                 if own.dim() < 2:
                     self._noises[name] = more
             for dim, indices in kept.items():
-                more = more.index_select(dim, indices.to(more.device))
+                more = more.index_select(dim, indices if more.is_cpu else indices.to(more.device))
             value = value.to(more.dtype) + more
         value = value.to(self._type(own))
         if factors is not None:
@@ -124,8 +127,11 @@ class StandIns:
 
 def _tells_little(tensor: Tensor) -> bool:
     """Return whether entries of a tensor are all alike or tiny, as far as a sample shows."""
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLED)]
+    flat = tensor.detach()
+    if flat.dim() != 1:
+        flat = flat.reshape(-1)
+    step = flat.numel() // _SAMPLED
+    sample = flat[::step] if step > 1 else flat
     if not sample.numel():
         return False
     low, high = [float(value) for value in torch.aminmax(sample)]
@@ -149,19 +155,21 @@ def _noise(name: str, like: Tensor) -> Tensor:
     matrices get what keeps the size of what they multiply.
     """
     seed = zlib.crc32(name.encode())
-    if like.dim() == 1 and len(like) <= _DRAWN // 2:  # most by far, and a generator of its own costs more than it draws
-        start = seed % (_DRAWN - len(like))
-        drawn = _drawn()[start : start + len(like)].clone()
+    size = like.numel()
+    shared = like.dim() == 1 and size <= _DRAWN // 2
+    if shared:  # most by far, and a generator of its own costs more than it draws
+        start = seed % (_DRAWN - size)
+        drawn = _drawn()[start : start + size]
     else:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64) - 0.5
-    first = float(like.detach().reshape(-1)[0])
+    first = float(like.detach()[(0,) * like.dim()])
     if abs(first) >= _SMALL:
-        drawn *= abs(first)
+        drawn = drawn * abs(first) if shared else drawn.mul_(abs(first))
     elif like.dim() > 1:
-        drawn *= 3.0 / (like.numel() / like.shape[0]) ** 0.5
+        drawn.mul_(3.0 / (like.numel() / like.shape[0]) ** 0.5)
     elif like.numel() == 1:
-        drawn += torch.sign(drawn) * 0.25
+        drawn = drawn + torch.sign(drawn) * 0.25
     dtype = torch.float32 if like.dtype in _HALVES else like.dtype
     return drawn.to(device=like.device, dtype=dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -59,9 +60,15 @@ def follow_timm(
     return changes
 
 
+@lru_cache(4096)
+def _is_of_timm(kind: Any) -> bool:
+    return any(base.__module__.startswith("timm.models.") for base in kind.__mro__)
+
+
 def _classifier_weight(module: nn.Module) -> nn.Parameter | None:
     """Return the weight of the classifier of a model of timm's, ``(classes, inputs, ...)``; None of anything else."""
-    if not any(kind.__module__.startswith("timm.models.") for kind in type(module).__mro__):
+    kind: Any = type(module)
+    if not _is_of_timm(kind):
         return None
     get = getattr(module, "get_classifier", None)
     found = get() if callable(get) else None

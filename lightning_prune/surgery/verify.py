@@ -204,15 +204,29 @@ def _run_both(
 def _written_otherwise(model: nn.Module, structure: Structure, cut: Cut, tensors: Mapping[str, Tensor]) -> str:
     """Return what of a cut is not what the structure says, if anything: the runs show it only where numbers tell."""
     alive = structure.alive(cut.keep)
-    own = named_tensors(model)
     lefts: dict[str, dict[int, Left]] = {name: {} for name in tensors}
+    written = np.ones(len(alive), dtype=bool)
+    ascending: dict[int, bool] = {}  # by ``id`` of indices, which most tensors share
+    told = "{} would keep other indices along dimension {} than its channels do"
     for slot in structure.ledger.slots:
-        left = alive[slot.start : slot.start + slot.size]
         kept = cut.kept.get(slot.tensor, {}).get(slot.dim)
-        if not (left.all() if kept is None else np.array_equal(left.nonzero()[0], kept.numpy())):
-            return f"{slot.tensor} would keep other indices along dimension {slot.dim} than its channels do"
-        if kept is not None and slot.tensor in tensors:
-            lefts[slot.tensor][slot.dim] = Left(left)
+        if kept is None:
+            continue
+        indices = kept.numpy()
+        if id(kept) not in ascending:
+            ascending[id(kept)] = bool((indices[1:] > indices[:-1]).all())
+        if not ascending[id(kept)] or (len(indices) and not 0 <= indices[0] <= indices[-1] < slot.size):
+            return told.format(slot.tensor, slot.dim)
+        within = written[slot.start : slot.start + slot.size]
+        within[:] = False
+        within[indices] = True
+        if slot.tensor in tensors:
+            lefts[slot.tensor][slot.dim] = Left(alive[slot.start : slot.start + slot.size])
+    other = written != alive
+    for slot in structure.ledger.slots if other.any() else ():
+        if other[slot.start : slot.start + slot.size].any():
+            return told.format(slot.tensor, slot.dim)
+    own = named_tensors(model) if tensors else {}
     for name, slim in tensors.items():
         if not _holds_what_is_left(own[name].detach(), slim, lefts[name]):
             return f"{name} would hold other values than it does"

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_prune.algorithms.solvers.damping import mean_diagonal
+
 __all__ = ["alternate"]
 
 # Found by trying, on layers of several kinds: slower growth finds a little better.
@@ -19,7 +21,7 @@ _RESTLESS, _SETTLED = 0.12, 0.002  # shares of weights that are exchanged in thr
 _WIDE = 512  # columns above which rho grows faster
 _NARROW_GROWTH = (1.03, 1.03, 1.3)  # of rho: above the one share, between both, below the other
 _WIDE_GROWTH = (1.2, 1.1, 1.5)
-_AT_ONCE = 2**18  # weights of which dense ones are computed together
+_AT_ONCE, _ROWS = 2**16, 256  # weights of which dense ones are computed together, or rows if these are more
 
 
 def alternate(
@@ -30,7 +32,7 @@ def alternate(
     Works in single precision, which suffices to choose.
 
     Args:
-        weights: Rows of weights, ``(groups, rows, columns)``.
+        weights: Rows of weights, ``(groups, rows, columns)``, in any precision.
         hessian: Positive definite, ``(groups, columns, columns)``.
         choose: From scores, in the shape of ``weights``, to the mask of what is kept; and from whether a mask of about
             that size will do.
@@ -45,16 +47,17 @@ def alternate(
         (arXiv:2406.07831).
     """
     # In units of the mean diagonal entry and of the largest weight, single precision cannot overflow.
-    size = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
-    scale = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
-    aim = (weights / size).float()
-    scaled = (hessian / scale).float()
+    low, high = weights.aminmax()
+    size = torch.maximum(-low, high).to(hessian).clamp_min(torch.finfo(hessian.dtype).tiny)
+    scaled = _divided(hessian, mean_diagonal(hessian)[:, None, None])
+    solve = _Solver(scaled, weights.shape[1])
+    aim = _divided(weights, size)
     pull = aim @ scaled
-    solve = _Solver(scaled, aim.shape[1])
     del scaled
     restless, slow, settled = _NARROW_GROWTH if aim.shape[2] <= _WIDE else _WIDE_GROWTH
     rho = before = _FIRST
-    kept = keep = choose(aim.abs(), False)
+    scores = aim.abs()
+    kept = keep = choose(scores, False)
     for i in range(rounds):
         if i % 3 == 0:
             solve.factor(rho)
@@ -67,10 +70,10 @@ def alternate(
             torch.add(solve(part[0], wanted), dual, alpha=before / rho, out=own)
         before = rho
         rough = i % 3 < 2
-        keep = choose(aim.abs(), rough)
+        keep = choose(torch.abs(aim, out=scores), rough)
         if rough:  # the penalty grows every third round
             continue
-        changed = int((keep != kept).sum()) / (2 * keep.numel())
+        changed = int((keep != kept).count_nonzero()) / (2 * keep.numel())
         if not changed:
             break
         kept = keep
@@ -79,6 +82,16 @@ def alternate(
         else:
             rho *= slow if changed > _SETTLED else settled
     return keep, aim.mul_(size)
+
+
+def _divided(values: Tensor, unit: Tensor) -> Tensor:
+    """Return ``values / unit`` in single precision, divided in the unit's, a part at a time."""
+    found = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+    rows = max(_ROWS, _AT_ONCE // values.shape[2])
+    for first in range(0, values.shape[1], rows):
+        part = slice(first, first + rows)
+        found[:, part] = values[:, part].to(unit.dtype) / unit
+    return found
 
 
 class _Solver:
@@ -94,8 +107,12 @@ class _Solver:
     def factor(self, rho: float) -> None:
         self.rho = rho
         if self.inverse is not None:
-            scaled = self.vectors / (self.values + rho)[:, None]
-            torch.matmul(scaled, self.vectors.transpose(1, 2), out=self.inverse)
+            columns = self.inverse.shape[1]
+            rows = max(_ROWS, _AT_ONCE // columns)
+            for first in range(0, columns, rows):
+                part = slice(first, first + rows)
+                scaled = self.vectors[:, part] / (self.values + rho)[:, None]
+                self.inverse[:, part] = scaled @ self.vectors.transpose(1, 2)
 
     def __call__(self, group: int, wanted: Tensor) -> Tensor:
         """Return X for some rows of a group, ``(rows, columns)``."""
@@ -107,7 +124,7 @@ class _Solver:
 
 def _parts(weights: Tensor) -> list[tuple[int, slice]]:
     """Part the rows of all groups into a few at a time."""
-    rows = max(1, _AT_ONCE // weights.shape[2])
+    rows = max(_ROWS, _AT_ONCE // weights.shape[2])
     return [
         (group, slice(first, first + rows))
         for group in range(weights.shape[0])

@@ -36,13 +36,18 @@ class RowSolver(ABC):
     """Prunes rows of weights, ``(groups, rows, columns)``, given the damped Hessian of each group.
 
     Args:
-        weights: ``(groups, rows, columns)``.
+        weights: ``(groups, rows, columns)``, in any precision.
         hessian: Positive definite, ``(groups, columns, columns)``.
     """
 
     def __init__(self, weights: Tensor, hessian: Tensor) -> None:
-        self.weights = weights
+        self.given = weights
         self.hessian = hessian
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights in the Hessian's precision: a copy where they are in another."""
+        return self.given.to(self.hessian)
 
     @abstractmethod
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
@@ -72,7 +77,7 @@ class Exact(RowSolver):
             keep = keep_along(paths, paths.order.numel())
         else:
             keep = keep_along(self._paths, leaving)
-        keep = keep.view_as(self.weights)
+        keep = keep.view_as(self.given)
         return best_on_support(self.weights, self.hessian, keep), keep
 
     def errors(self, counts: Sequence[int]) -> list[float]:
@@ -93,14 +98,14 @@ class Admm(RowSolver):
 
     def solve(self, leaving: Leaving) -> tuple[Tensor, Tensor]:
         """Choose the support by ADMM; then fit the weights to it, in wide rows by conjugate gradients."""
-        keep, near = alternate(self.weights, self.hessian, _Chooser(leaving))
-        if self.weights.shape[2] > _NARROW:
+        keep, near = alternate(self.given, self.hessian, _Chooser(leaving))
+        if self.given.shape[2] > _NARROW:
             # An exchange takes an inverse for each row, so the wider the rows, the fewer take part.
-            share = min(1.0, (_EXCHANGED[1] - self.weights.shape[2]) / (_EXCHANGED[1] - _EXCHANGED[0]))
+            share = min(1.0, (_EXCHANGED[1] - self.given.shape[2]) / (_EXCHANGED[1] - _EXCHANGED[0]))
             if share > 0:
                 pattern = leaving if isinstance(leaving, Pattern) else None
                 keep = exchange(self.weights, self.hessian, keep, pattern, share)
-            return nearer_on_support(self.weights, self.hessian, keep, near, tolerance=_TOLERANCE), keep
+            return nearer_on_support(self.given, self.hessian, keep, near, tolerance=_TOLERANCE), keep
         del near
         pattern = leaving if isinstance(leaving, Pattern) else None
         starts = keep, self._exact.solve(leaving)[1]
@@ -116,11 +121,11 @@ class Admm(RowSolver):
 
     def quick(self, widest: int) -> RowSolver:
         """Return greedy paths where they are affordable for all layers, else a sweep."""
-        return self._exact if widest <= _PATHS else Blocked(self.weights, self.hessian)
+        return self._exact if widest <= _PATHS else Blocked(self.given, self.hessian)
 
     @cached_property
     def _exact(self) -> Exact:
-        return Exact(self.weights, self.hessian)
+        return Exact(self.given, self.hessian)
 
 
 class Blocked(RowSolver):
@@ -136,7 +141,7 @@ class Blocked(RowSolver):
     def errors(self, counts: Sequence[int]) -> list[float]:
         """Sweep for several counts at once, as if each had rows of its own."""
         errors: list[float] = []
-        most = max(1, _MEMORY // (self.weights.numel() * self.weights.element_size()))
+        most = max(1, _MEMORY // (self.given.numel() * self.hessian.element_size()))
         for first in range(0, len(counts), most):
             part = counts[first : first + most]
             new, _ = self._swept(part)
@@ -148,8 +153,10 @@ class Blocked(RowSolver):
         """Sweep the rows once for each way of leaving, ``(groups, ways * rows, columns)``."""
         dtype = self._factor.dtype
         # In these units, single precision cannot overflow.
-        size = self.weights.abs().amax().clamp_min(torch.finfo(self.weights.dtype).tiny)
-        aim, hessian = (self.weights / size).to(dtype), (self.hessian / self._scale).to(dtype)
+        weights = self.weights
+        size = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+        aim, hessian = (weights / size).to(dtype), (self.hessian / self._scale).to(dtype)
+        del weights  # which may be a copy
         wide, narrow = _widths(leaving[0])
         # What each weight alone would cost, if no other compensated.
         worth = aim.square() * hessian.diagonal(dim1=1, dim2=2)[:, None]
@@ -157,7 +164,7 @@ class Blocked(RowSolver):
         rows = aim.repeat(1, len(leaving), 1)
         swept, keep = sweep(rows, self._factor, choose, wide, narrow)
         new = fit_by_blocks(rows, hessian, keep, swept)
-        return new.to(self.weights).mul_(size), keep
+        return new.to(self.hessian).mul_(size), keep
 
     @cached_property
     def _factor(self) -> Tensor:

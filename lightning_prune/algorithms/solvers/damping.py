@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_prune.model.errors import PruningError
 
-__all__ = ["damped", "inverse"]
+__all__ = ["cholesky", "damp_", "damped", "inverse", "mean_diagonal"]
 
 _NOTHING = 1e-4  # of a mean square; a smaller variance, damped by 0.01, is lost in the rounding of single precision
 
@@ -34,15 +34,33 @@ def damped(hessian: Tensor, fraction: float, whole: Tensor | None = None) -> Ten
         tensor([[4., 0.],
                 [0., 2.]])
     """
+    new = hessian.clone()
+    damp_(new, fraction, None if whole is None else mean_diagonal(whole))
+    return new
+
+
+def damp_(hessian: Tensor, fraction: float, whole: Tensor | None = None) -> Tensor:
+    """Add to the diagonal as :func:`damped` does, in place.
+
+    Args:
+        hessian: ``(..., n, n)``.
+        fraction: Fraction of each matrix's own mean diagonal entry to add; 0 adds nothing.
+        whole: Mean diagonal entries of the same matrices with means, ``(...)``, if H is a covariance.
+
+    Returns:
+        What was added to each entry of the diagonal, ``(...)``.
+
+    Raises:
+        ValueError: If ``fraction`` is negative.
+    """
     if not fraction >= 0:
         raise ValueError(f"damping={fraction!r}: must be a fraction of the mean diagonal entry, from 0; 0.01 is 1 %.")
-    mean = _mean_diagonal(hessian)
+    mean = mean_diagonal(hessian)
     if whole is not None:
-        mean = mean.maximum(_NOTHING * _mean_diagonal(whole))
+        mean = mean.maximum(_NOTHING * whole)
     added = fraction * mean.where(mean > 0, 1)  # of a matrix of zeros too, which could not be inverted otherwise
-    found = hessian.clone()
-    found.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
-    return found
+    hessian.diagonal(dim1=-2, dim2=-1).add_(added[..., None])
+    return added
 
 
 def inverse(hessian: Tensor) -> Tensor:
@@ -81,5 +99,6 @@ def cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _mean_diagonal(matrices: Tensor) -> Tensor:
+def mean_diagonal(matrices: Tensor) -> Tensor:
+    """Return the mean diagonal entry of each matrix, ``(...)``."""
     return matrices.diagonal(dim1=-2, dim2=-1).mean(dim=-1)

@@ -52,7 +52,7 @@ def nearer_on_support(
     """Approximate :func:`best_on_support` by conjugate gradients, with matrix products only: for wide rows.
 
     Args:
-        weights: Rows of weights, ``(groups, rows, columns)``.
+        weights: Rows of weights, ``(groups, rows, columns)``, in any precision.
         hessian: Positive definite, ``(groups, columns, columns)``.
         keep: True for each weight that is kept, ``(groups, rows, columns)`` bool.
         start: Initial weights, ``(groups, rows, columns)``; removed ones count as zero.
@@ -60,14 +60,15 @@ def nearer_on_support(
         tolerance: Stop once the preconditioned residual is this small, relative to that of all zeros.
 
     Returns:
-        Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``.
+        Rows with zeros where ``keep`` is False, no farther from ``weights``, measured by H, than ``start``; in the
+        Hessian's precision.
     """
-    found = torch.empty_like(weights)
+    found = torch.empty(weights.shape, dtype=hessian.dtype, device=weights.device)
     rows = max(_ROWS, _AT_ONCE // weights.shape[2])
     for group, own in enumerate(hessian):
         for first in range(0, weights.shape[1], rows):
             part = group, slice(first, first + rows)
-            found[part] = _nearer(weights[part], own, keep[part], start[part].to(weights), steps, tolerance)
+            found[part] = _nearer(weights[part].to(own), own, keep[part], start[part].to(own), steps, tolerance)
     return found
 
 
@@ -218,7 +219,7 @@ def rise(change: Tensor, hessian: Tensor) -> Tensor:
     Returns:
         ``(groups,)``.
     """
-    total = change.new_zeros(len(change))
+    total = hessian.new_zeros(len(hessian))
     for first in range(0, change.shape[2], _WIDTH):
         block = slice(first, first + _WIDTH)
         own = change[..., block]
@@ -228,7 +229,7 @@ def rise(change: Tensor, hessian: Tensor) -> Tensor:
     return total
 
 
-def share_lost(new: Tensor, weights: Tensor, hessian: Tensor) -> float:
+def share_lost(new: Tensor, weights: Tensor, hessian: Tensor, added: Tensor) -> float:
     """Return the energy of the change relative to that of the weights, both measured by H; of nothing, 0.
 
     Works in single precision.
@@ -236,20 +237,27 @@ def share_lost(new: Tensor, weights: Tensor, hessian: Tensor) -> float:
     Args:
         new: The new weights, ``(groups, rows, columns)``.
         weights: The old ones, in the same shape.
-        hessian: ``(groups, columns, columns)``.
+        hessian: ``(groups, columns, columns)``, damped.
+        added: What damping added to its diagonals, ``(groups,)``, which is not counted.
     """
     # In these units, single precision cannot overflow.
-    size = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+    low, high = weights.aminmax()
+    size = torch.maximum(-low, high).to(hessian).clamp_min(torch.finfo(hessian.dtype).tiny)
     scale = hessian.diagonal(dim1=1, dim2=2).amax().clamp_min(torch.finfo(hessian.dtype).tiny)
-    single = (hessian / scale).float()
+    single, less = (hessian / scale).float(), (added / scale).float()
     lost = whole = 0.0
     for first in range(0, weights.shape[1], _TOGETHER):
         rows = slice(first, first + _TOGETHER)
-        before = weights[:, rows] / size
-        change = new[:, rows] / size - before
-        lost += float(rise(change.float(), single).sum())
-        whole += float(rise(before.float(), single).sum())
+        before = weights[:, rows].to(hessian) / size
+        change = (new[:, rows] / size - before).float()
+        lost += _energy(change, single, less)
+        whole += _energy(before.float(), single, less)
     return lost / whole if whole > 0 else 0.0
+
+
+def _energy(rows: Tensor, hessian: Tensor, added: Tensor) -> float:
+    of_damping = 0.5 * added * rows.square().sum(dim=(1, 2))
+    return float((rise(rows, hessian) - of_damping).clamp_min(0).sum())
 
 
 def _solve(hessian: Tensor, pull: Tensor, keep: Tensor) -> Tensor:

@@ -32,10 +32,15 @@ def reshape(call: Call) -> Dims:
     for inner, outer in _blocks(source.shape, call.out.shape):
         old_sizes = [source.shape[dim] for dim in inner]
         new_sizes = [call.out.shape[dim] for dim in outer]
+        wide = [dim for dim, size in zip(outer, new_sizes, strict=True) if size > 1]
+        alone = len(wide) == 1 and sum(size > 1 for size in old_sizes) == 1  # a dimension is what it was
         for position, dim in enumerate(inner):
             shape = [1] * len(inner)
             shape[position] = old_sizes[position]
             for number, label in enumerate(labels.at(dim)):
+                if alone and label.atoms[0] != label.atoms[-1]:
+                    merge_(dims, {wide[0]: (label,)})
+                    continue
                 atoms = np.broadcast_to(label.atoms.reshape(shape), old_sizes).reshape(new_sizes)
                 merge_(dims, attach(call, (dim, number), atoms, outer, label.conditional))
     return follow(call, dims)
