@@ -130,16 +130,16 @@ def _descent(hessian: Tensor, residual: Tensor, keep: Tensor, steps: int, enough
         enough: Squared length of the preconditioned residual at which a row has converged.
     """
     # In units of the root of H's diagonal, conjugate gradients are preconditioned by it (Jacobi).
-    unit = hessian.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :]
-    scaled = hessian / (unit * unit.transpose(-1, -2))
-    residual /= unit
+    unit = hessian.diagonal(dim1=-2, dim2=-1).rsqrt()[..., None, :]
+    kept = keep * unit
+    residual *= unit
     found = torch.zeros_like(residual)
     direction = residual.clone()
     length = residual.square().sum(dim=-1, keepdim=True)
     for _ in range(steps):
         if (length <= enough).all():
             break
-        product = (direction @ scaled).mul_(keep)
+        product = ((direction * unit) @ hessian).mul_(kept)
         curvature = (direction * product).sum(dim=-1, keepdim=True)
         # Rows that have converged move no further; nor do those whose curvature is lost in rounding.
         step = torch.where(curvature > 0, length / curvature, 0)
@@ -147,7 +147,7 @@ def _descent(hessian: Tensor, residual: Tensor, keep: Tensor, steps: int, enough
         residual.addcmul_(step, product, value=-1)
         before, length = length, residual.square().sum(dim=-1, keepdim=True)
         torch.addcmul(residual, torch.where(before > 0, length / before, 0), direction, out=direction)
-    return found.div_(unit)
+    return found.mul_(unit)
 
 
 def best_on_columns(weights: Tensor, hessian: Tensor, keep: Tensor) -> Tensor:
@@ -244,10 +244,13 @@ def share_lost(new: Tensor, weights: Tensor, hessian: Tensor, added: Tensor) -> 
     low, high = weights.aminmax()
     size = torch.maximum(-low, high).to(hessian).clamp_min(torch.finfo(hessian.dtype).tiny)
     scale = hessian.diagonal(dim1=1, dim2=2).amax().clamp_min(torch.finfo(hessian.dtype).tiny)
-    single, less = (hessian / scale).float(), (added / scale).float()
+    single, less = torch.empty_like(hessian, dtype=torch.float32), (added / scale).float()
+    for first in range(0, hessian.shape[1], _ROWS):
+        single[:, first : first + _ROWS] = hessian[:, first : first + _ROWS] / scale
     lost = whole = 0.0
-    for first in range(0, weights.shape[1], _TOGETHER):
-        rows = slice(first, first + _TOGETHER)
+    at_once = max(_ROWS, _AT_ONCE // weights.shape[2])
+    for first in range(0, weights.shape[1], at_once):
+        rows = slice(first, first + at_once)
         before = weights[:, rows].to(hessian) / size
         change = (new[:, rows] / size - before).float()
         lost += _energy(change, single, less)
