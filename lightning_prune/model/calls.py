@@ -237,8 +237,9 @@ def _named(modules: Iterable[tuple[str, nn.Module]]) -> _Named:
     for path, module in modules:
         if module._parameters or module._buffers:  # most modules of a network hold neither
             prefix = f"{path}." if path else ""
-            parameters = [prefix + leaf for leaf in module._parameters]
-            found.append((module, parameters, [prefix + leaf for leaf in module._buffers]))
+            # By items alone: what TorchScript has in place of dicts knows no other way.
+            parameters = [prefix + leaf for leaf, _ in module._parameters.items()]
+            found.append((module, parameters, [prefix + leaf for leaf, _ in module._buffers.items()]))
     return found
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_prune.algorithms.selection import keep_highest, number_to_prune
 from lightning_prune.measure.footprint import WHOLE, count
 from lightning_prune.model.calls import ExampleInputs, call_on, refuse_empty, refuse_shapeless, tensors_in
+from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError, reraise_out_of_memory
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.sandbox import undisturbed
@@ -178,7 +179,7 @@ def _measure(mixture: Mixture, use: Tensor, busy: list[bool], home: nn.Module, a
         if whole is None:
             whole = own
             continue
-        norms = (whole - own).double().norm(dim=-1).cpu()
+        norms = widened(whole - own).norm(dim=-1).cpu().double()
         use[:, expert] += torch.stack([norms.sum(), (norms > 0).double().sum()])
     busy.clear()
 

@@ -18,11 +18,12 @@ from lightning_prune import analysis, pruning
 from lightning_prune.algorithms.solvers import SOLVERS
 from lightning_prune.analysis.criterion_comparison import compare_criteria, oracle
 from lightning_prune.analysis.latency_comparison import compare_latency
-from lightning_prune.pruning import exact, filters, fisher, weights
+from lightning_prune.pruning import exact, experts, filters, fisher, weights
 from lightning_prune.pruning.layer_scores import LAYER_CRITERIA
 from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.structure import find_structure, trace
 from lightning_prune.surgery.semi_structured import to_semi_structured_
+from tests import mixtures
 from tests.simulated_device.nets import NETS, loss, made
 
 Entry = Callable[[str], Any]
@@ -175,6 +176,14 @@ def _layers(device: str, **how: Any) -> Any:
     return looks_of(model), [type(module).__name__ for module in model.modules()]
 
 
+def _experts(device: str) -> Any:
+    torch.manual_seed(0)
+    model, batches = mixtures.net(), [torch.randn(8, 4) for _ in range(2)]
+    model, batches = model.to(device), [batch.to(device) for batch in batches]
+    report = experts.prune_experts(model, batches[0][:2], 0.5, batches=batches)
+    return looks_of(model), report.proved
+
+
 def _exact(method: str, device: str) -> Any:
     model, _, batches = made("mlp", device)
     exact.prune_exact(model, 0.5, batches=batches, loss=F.cross_entropy, method=method, progress=False)
@@ -314,6 +323,7 @@ ANALYSIS: dict[str, Entry] = {
 
 PRUNING: dict[str, Entry] = {
     "prune_exact": partial(_exact, "obs"),
+    "prune_experts": _experts,
     "prune_filters": _pruned_twice,
     "prune_fisher": _fisher,
     "prune_layers": _layers,
