@@ -93,8 +93,8 @@ class FilterL1Pruning(PruningCallback):
         report: bool = True,
     ) -> None:
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
-            report, uniform, fade_steps, layers,
+            amount, target, scope, module, ignore, round_to, min_width, max_amount, uniform, layers, example_inputs,
+            recalibrate, fade_steps, trace, report,
         )  # fmt: skip
         strategy = UnitRemoval(arguments, gathering_for("l1", layers=layers))
         super().__init__(OneShot() if schedule is None else schedule, strategy)

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import ExampleInputs, run
+from lightning_prune.pruning.amounts import check_count
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.consumers import only_read
 from lightning_prune.pruning.report import Repair
@@ -111,14 +112,13 @@ class FilterPruning(PruningCallback):
         trace: Literal["forward", "training_step", "validation_step"] = "forward",
         report: bool = True,
     ) -> None:
-        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-            raise ValueError(f"FilterPruning(batches={batches!r}): it is a number of training batches, from 1.")
+        check_count("FilterPruning", "batches", batches, 1, "training batches")
         gathering = gathering_for(found_criterion("FilterPruning", criterion, CRITERIA), batches, layers)
         if schedule is None and gathering.looks_at_training:
             schedule = OneShot(at=1)
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
-            report, uniform, fade_steps, layers,
+            amount, target, scope, module, ignore, round_to, min_width, max_amount, uniform, layers, example_inputs,
+            recalibrate, fade_steps, trace, report,
         )  # fmt: skip
         by_obs = criterion == "obs"
         repairs = by_obs if repair is None else repair

@@ -93,7 +93,7 @@ class IterativeMagnitudePruning(PruningCallback):
         rewind_to: int | None = None,
         control: Literal["reinitialize", "shuffle"] | None = None,
     ) -> None:
-        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module, report)
+        arguments = WeightArguments(amount, scope, module, ignore, parameters, pattern, mask_gradients, report)
         found = found_criterion(type(self).__name__, criterion, WEIGHT_CRITERIA)
         choice = SmallestWeights(found, scope, pattern, rewind_to, control)
         schedule = OneShot() if schedule is None else schedule

@@ -16,6 +16,7 @@ from lightning_prune.callbacks.engine.pruning_callback import pruned_so_far, pru
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.amounts import check_count
 
 __all__ = ["LearningRateRewinding"]
 
@@ -51,8 +52,7 @@ class LearningRateRewinding(AnyCallback):
     """
 
     def __init__(self, to: int = 0) -> None:
-        if isinstance(to, bool) or not isinstance(to, int) or to < 0:
-            raise ValueError(f"{type(self).__name__}(to={to!r}): it is a number of optimizer steps, from 0.")
+        check_count(type(self).__name__, "to", to, 0, "optimizer steps")
         self.to = to
         self._trained: weakref.ref[LightningModule] | None = None  # which the state is of
         self._early: dict[str, Any] | None = None  # schedulers and groups as they stood after step `to`

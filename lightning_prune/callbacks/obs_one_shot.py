@@ -13,6 +13,7 @@ from lightning_prune.callbacks.engine.clock import AfterTraining
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.pruning.amounts import check_count
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.obs import Asked, LayerFit, Solver
 
@@ -87,7 +88,7 @@ class OBSOneShot(PruningCallback):
         mask_gradients: bool | Literal["auto"] = "auto",
         report: bool = True,
     ) -> None:
-        arguments = WeightArguments(amount, scope, parameters, ignore, pattern, mask_gradients, module, report)
+        arguments = WeightArguments(amount, scope, module, ignore, parameters, pattern, mask_gradients, report)
         # what ignore= names has been taken out of what may be pruned
         asked = Asked(
             None if pattern is not None else amount, solver, scope, pattern, sequential, damping, (), False, None
@@ -95,10 +96,8 @@ class OBSOneShot(PruningCallback):
         self._surgeon = BrainSurgeon(asked, batches, recalibrate)
         schedule = AfterTraining() if epoch is None else OneShot(at=epoch)
         super().__init__(schedule, WeightMasking(arguments, self._surgeon))
-        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-            raise ValueError(f"OBSOneShot(batches={batches!r}): it is a number of training batches, from 1.")
-        if isinstance(recalibrate, bool) or not isinstance(recalibrate, int) or recalibrate < 0:
-            raise ValueError(f"OBSOneShot(recalibrate={recalibrate!r}): it is a number of training batches, from 0.")
+        check_count("OBSOneShot", "batches", batches, 1, "training batches")
+        check_count("OBSOneShot", "recalibrate", recalibrate, 0, "training batches")
         asked.check("OBSOneShot")
         self.epoch = epoch
         self.solver: Solver = solver

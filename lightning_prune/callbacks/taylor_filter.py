@@ -104,8 +104,8 @@ class TaylorFilterPruning(PruningCallback):
         if not flops_penalty >= 0:
             raise ValueError(f"TaylorFilterPruning(flops_penalty={flops_penalty!r}): it must be 0 or more.")
         arguments = FilterArguments(
-            amount, target, scope, ignore, round_to, example_inputs, min_width, max_amount, recalibrate, trace, module,
-            report, uniform, fade_steps, layers,
+            amount, target, scope, module, ignore, round_to, min_width, max_amount, uniform, layers, example_inputs,
+            recalibrate, fade_steps, trace, report,
         )  # fmt: skip
         gathering = gathering_for(_CRITERIA[form], layers=layers)
         if flops_penalty:

@@ -9,7 +9,10 @@ from torch import nn
 
 from lightning_prune.model.errors import PruningError
 
-__all__ = ["Amount", "check_amount", "check_single", "fraction_of", "in_fractions", "is_count", "is_number", "quoted"]
+__all__ = [
+    "Amount", "check_amount", "check_count", "check_single", "fraction_of", "in_fractions", "is_count", "is_number",
+    "quoted",
+]  # fmt: skip
 
 Amount = float | Mapping[Any, float]
 """A fraction in [0, 1) or a whole number from 1 (an int), or either by pattern of module paths or by module."""
@@ -66,6 +69,16 @@ def check_single(where: str, amount: Any) -> None:
             f"{where}(amount={amount!r}): it is a fraction or a whole number of all weights. Keep layers out by "
             "ignore=."
         )
+
+
+def check_count(where: str, name: str, value: Any, least: int, counted: str) -> None:
+    """Refuse an argument that is no whole number of what it counts, or is below ``least``.
+
+    Raises:
+        ValueError: Saying so.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{where}({name}={value!r}): it is a number of {counted}, from {least}.")
 
 
 def _check_one(told: str, amount: Any, most: str) -> None:

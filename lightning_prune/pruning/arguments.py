@@ -21,8 +21,8 @@ from lightning_prune.surgery.resize import with_wrapped
 from lightning_prune.surgery.skipped import paths_removed
 
 __all__ = [
-    "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "budget_by_group", "by_path",
-    "check_arguments", "check_choice", "check_damping", "check_ignored", "check_list", "check_module",
+    "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "as_list", "budget_by_group",
+    "by_path", "check_arguments", "check_choice", "check_damping", "check_ignored", "check_list", "check_module",
     "check_optimizers", "check_prunable", "listed", "names_module", "near", "optimizers_of", "part_of", "path_of",
     "plain", "shown", "told_apart", "with_ignored", "within_part",
 ]  # fmt: skip
@@ -119,6 +119,11 @@ def check_list(where: str, name: str, given: Any) -> None:
     """
     if isinstance(given, str | nn.Module):
         raise TypeError(f"{where}({name}={quoted(given)}): pass a list of patterns, [{quoted(given)}].")
+
+
+def as_list(given: Any) -> Any:
+    """Return patterns as a list, as YAML gives them; one alone is returned as it is, for ``check_list`` to refuse."""
+    return given if isinstance(given, str) else list(given)
 
 
 def optimizers_of(where: str, model: nn.Module, optimizer: Any) -> list[Optimizer]:

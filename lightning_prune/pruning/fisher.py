@@ -16,7 +16,7 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import unchanged, undisturbed
-from lightning_prune.pruning.amounts import check_amount, check_single, fraction_of
+from lightning_prune.pruning.amounts import check_amount, check_count, check_single, fraction_of
 from lightning_prune.pruning.arguments import (
     Parameters,
     Parts,
@@ -110,8 +110,7 @@ def prune_fisher(
     check_single("prune_fisher", amount)
     check_amount("prune_fisher", amount)
     check_damping("prune_fisher", damping, "mean diagonal entry")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"prune_fisher(block={block!r}): it is a number of weights, from 1.")
+    check_count("prune_fisher", "block", block, 1, "weights")
     check_module("prune_fisher", module)
     alone = left_alone(model, [*(parameters or ()), *listed(module)])
     found = find_weights(model, parameters, [*ignore, *alone], part=part_of(model, module))

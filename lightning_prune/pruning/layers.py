@@ -21,7 +21,7 @@ from lightning_prune.model.calls import ExampleInputs, call_on, modules_of, refu
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.sandbox import undisturbed
-from lightning_prune.pruning.amounts import check_amount, fraction_of, is_count
+from lightning_prune.pruning.amounts import check_amount, check_count, fraction_of, is_count
 from lightning_prune.pruning.arguments import (
     Modules,
     Parts,
@@ -213,8 +213,7 @@ def check_layer_arguments(
     check_choice(where, "target", target, get_args(LayerTarget))
     if not callable(criterion):
         check_choice(where, "criterion", criterion, LAYER_CRITERIA)
-    if isinstance(min_layers, bool) or not isinstance(min_layers, int) or min_layers < 1:
-        raise ValueError(f"{where}(min_layers={min_layers!r}): it is a number of layers that are kept, from 1.")
+    check_count(where, "min_layers", min_layers, 1, "layers that are kept")
     check_list(where, "ignore", ignore)
 
 

@@ -11,11 +11,13 @@ from torch import nn
 
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.step import Traced, check_traced
+from lightning_prune.pruning.amounts import check_count
 from lightning_prune.pruning.arguments import (
     MaxAmount,
     MinWidth,
     Parts,
     amount_by_group,
+    as_list,
     check_arguments,
     check_module,
     listed,
@@ -39,23 +41,22 @@ class FilterArguments:
     amount: int | float | dict[str, int | float]
     target: Target
     scope: Scope
+    module: Parts
     ignore: Sequence[str]
     round_to: int
-    example_inputs: Any
     min_width: MinWidth
     max_amount: MaxAmount
+    uniform: bool
+    layers: bool
+    example_inputs: Any
     recalibrate: int
+    fade_steps: int
     trace: Traced
-    module: Parts = None
-    report: bool = True
-    uniform: bool = False
-    fade_steps: int = 0
-    layers: bool = False
+    report: bool
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
-        if not isinstance(self.ignore, str):  # one pattern, which ``check`` refuses
-            object.__setattr__(self, "ignore", list(self.ignore))
+        object.__setattr__(self, "ignore", as_list(self.ignore))
 
     def check(self, where: str) -> None:
         """Refuse arguments that no model could make sense of.
@@ -66,14 +67,10 @@ class FilterArguments:
         """
         limits = self.round_to, self.min_width, self.max_amount
         check_arguments(where, self.amount, "l1", self.target, self.scope, *limits, self.ignore)
-        if not isinstance(self.report, bool):
-            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
-        for name, counted in (("recalibrate", "training batches"), ("fade_steps", "optimizer steps")):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{where}({name}={count!r}): it is a number of {counted}, from 0.")
+        check_count(where, "recalibrate", self.recalibrate, 0, "training batches")
+        check_count(where, "fade_steps", self.fade_steps, 0, "optimizer steps")
         if self.layers:
             check_with_layers(where, self.target)
         if self.layers and self.fade_steps:
@@ -86,8 +83,9 @@ class FilterArguments:
         if not self.layers or self.target == "filters":  # which is refused
             return None
         return LayerArguments(
-            0.0, "loss", self.target, batches, self.module, self.ignore, 1, repair, self.example_inputs,
-            self.recalibrate, self.trace, self.report,
+            amount=0.0, criterion="loss", target=self.target, batches=batches, module=self.module, ignore=self.ignore,
+            min_layers=1, repair=repair, example_inputs=self.example_inputs, recalibrate=self.recalibrate,
+            trace=self.trace, report=self.report,
         )  # fmt: skip
 
     @property

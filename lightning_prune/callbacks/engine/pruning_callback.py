@@ -38,6 +38,8 @@ class PruningCallback(AnyCallback, ABC):
     def __init__(self, schedule: Schedule, strategy: Strategy) -> None:
         where, arguments = type(self).__name__, strategy.arguments
         arguments.check(where)
+        if not isinstance(arguments.report, bool):
+            raise TypeError(f"{where}(report={arguments.report!r}): pass True or False.")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"{where}(schedule={schedule!r}): pass OneShot, Linear, Cubic or another Schedule.")
         strategy.check_schedule(where, schedule)

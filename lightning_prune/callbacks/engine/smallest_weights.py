@@ -24,7 +24,7 @@ from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, Weight
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
-from lightning_prune.pruning.amounts import Amount
+from lightning_prune.pruning.amounts import Amount, check_count
 from lightning_prune.pruning.weights import WeightCriterion, WeightScope, choose_weights, score_weights, shuffled
 
 __all__ = ["Control", "SmallestWeights"]
@@ -59,8 +59,8 @@ class SmallestWeights(WeightChoice):
             ValueError: Saying which.
         """
         steps, control = self.rewind_to, self.control
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 0):
-            raise ValueError(f"{where}(rewind_to={steps!r}): it is a number of optimizer steps, from 0.")
+        if steps is not None:
+            check_count(where, "rewind_to", steps, 0, "optimizer steps")
         if control not in (None, "reinitialize", "shuffle"):
             raise ValueError(f"{where}(control={control!r}): choose 'reinitialize', 'shuffle' or None.")
         if control is not None and steps is None:

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from lightning_prune.callbacks.engine.packages import overrides
 from lightning_prune.model.calls import Instead, tensors_in
 from lightning_prune.model.errors import PruningError
+from lightning_prune.pruning.arguments import check_choice
 
 __all__ = [
     "Traced",
@@ -39,8 +40,7 @@ def check_traced(where: str, traced: str, example_inputs: Any) -> None:
     Raises:
         ValueError: Saying what is allowed.
     """
-    if traced not in get_args(Traced):
-        raise ValueError(f"{where}(trace={traced!r}): choose one of {', '.join(map(repr, get_args(Traced)))}.")
+    check_choice(where, "trace", traced, get_args(Traced))
     if traced != "forward" and example_inputs is not None:
         raise ValueError(
             f"{where}(trace={traced!r}): the step runs on the first training batch; example_inputs are for forward. "

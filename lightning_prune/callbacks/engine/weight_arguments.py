@@ -11,7 +11,7 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, told_apart
+from lightning_prune.pruning.arguments import Parts, as_list, check_module, listed, plain, told_apart
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -31,19 +31,18 @@ class WeightArguments:
 
     amount: int | float | dict[str, int | float] | None
     scope: WeightScope
-    parameters: Sequence[str] | None
+    module: Parts
     ignore: Sequence[str]
+    parameters: Sequence[str] | None
     pattern: str | None
     mask_gradients: MaskGradients
-    module: Parts = None
-    report: bool = True
+    report: bool
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
-        if not isinstance(self.ignore, str):  # one pattern, which ``check`` refuses
-            object.__setattr__(self, "ignore", list(self.ignore))
-        if self.parameters is not None and not isinstance(self.parameters, str):
-            object.__setattr__(self, "parameters", list(self.parameters))
+        object.__setattr__(self, "ignore", as_list(self.ignore))
+        if self.parameters is not None:
+            object.__setattr__(self, "parameters", as_list(self.parameters))
 
     def check(self, where: str) -> None:
         """Refuse arguments that no model could make sense of.
@@ -52,8 +51,6 @@ class WeightArguments:
             ValueError: If an argument is out of range, or two contradict.
             TypeError: If an argument is of a wrong kind.
         """
-        if not isinstance(self.report, bool):
-            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
         check_module(where, self.module)
         check_weight_arguments(where, self.amount, self.scope, "magnitude", self.parameters, self.ignore, self.pattern)
         if self.mask_gradients not in (True, False, "auto"):
