@@ -10,7 +10,6 @@ A hash needs no codes; the bytes of such a file are counted, since nothing write
 pass. Results go into ``bytes.json`` beside this file as they come, and what is there is not trained again.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -26,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.data import Batches, mnist
-from benchmarks.han2015 import NETWORKS, left, pruning, train
+from benchmarks.data import Batches
+from benchmarks.han2015 import NETWORKS, begin, command_line, left, pruning, train
 from benchmarks.training import Classifier, accuracy
 from lightning_prune import load_sparse_, save_sparse
 from lightning_prune.callbacks import WeightSharing
@@ -212,18 +211,10 @@ def table(name: str, found: dict) -> Table:
 
 def main() -> None:
     """Read the command line, train, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="data folder, see README.md")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser = command_line(__doc__, 2, RESULTS, torch.get_num_threads())
     parser.add_argument("--kept", type=float, default=0.08, help="share of the weights that survives pruning")
     parser.add_argument("--bits", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    data = (*mnist(options.data, "train"), *mnist(options.data, "test"))
-    results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    options, data, results = begin(parser)
     for name in options.networks:
         for seed in range(options.seeds):
             found = results.setdefault(name, {})

@@ -1,4 +1,4 @@
-"""CIFAR-10 and MNIST as tensors in memory: normalised, cut into batches, and augmented a whole batch at a time."""
+"""CIFAR-10, MNIST and a text as tensors in memory: images normalised and augmented a batch at a time, and pieces."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Batches", "augment", "cifar10", "data_module", "mnist"]
+__all__ = ["Batches", "augment", "cifar10", "data_module", "mnist", "pieces", "shakespeare"]
 
 
 def data_module(folder: Path | str) -> ModuleType:
@@ -59,6 +59,28 @@ def mnist(folder: Path | str, split: str) -> tuple[Tensor, Tensor]:
     images, labels = data_module(folder).mnist(split)  # uint8 (N, 28, 28), int64 (N,)
     pixels = torch.from_numpy(images).unsqueeze(1).float().div_(255)
     return pixels.sub_(0.1307).div_(0.3081), torch.from_numpy(labels)
+
+
+def shakespeare(folder: Path | str) -> tuple[Tensor, Tensor, int]:
+    """Read a text as numbers of its characters.
+
+    Args:
+        folder: The data folder.
+
+    Returns:
+        The first nine tenths, the last tenth, and how many different characters there are.
+    """
+    text = data_module(folder).tinyshakespeare()
+    known = {character: i for i, character in enumerate(sorted(set(text)))}
+    numbers = torch.tensor([known[character] for character in text])
+    end = int(0.9 * len(numbers))
+    return numbers[:end], numbers[end:], len(known)
+
+
+def pieces(text: Tensor, count: int, context: int, generator: torch.Generator) -> Tensor:
+    """Draw pieces of the text, ``(count, context + 1)``."""
+    starts = torch.randint(len(text) - context - 1, (count, 1), generator=generator)
+    return text[starts + torch.arange(context + 1)]
 
 
 def augment(images: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.data import cifar10, data_module
+from benchmarks.data import cifar10, data_module, pieces, shakespeare
+from benchmarks.gpt import GPT, perplexity, train
 from benchmarks.models import resnet_cifar
-from benchmarks.obs_gpt import GPT, perplexity, pieces
 from benchmarks.training import accuracy
 from lightning_prune import PruningError, count_flops, prune_filters, prune_layers
 
@@ -112,22 +112,12 @@ def resnet(data: Path, ask: argparse.Namespace) -> tuple[nn.Module, Callable[[nn
 
 def transformer(data: Path, ask: argparse.Namespace) -> tuple[nn.Module, Callable[[nn.Module], float], Batches, Tensor]:
     """Return a transformer of 8 blocks after some minutes of training, likewise with perplexity."""
-    text = data_module(data).tinyshakespeare()
-    known = {character: i for i, character in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([known[character] for character in text])
-    train, held = numbers[: int(0.9 * len(numbers))], numbers[int(0.9 * len(numbers)) :]
+    text, held, characters = shakespeare(data)
     draw = torch.Generator().manual_seed(0)
-    model = GPT(len(known), CONTEXT, width=64, heads=4, layers=8)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(ask.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min((step + 1) / 50, (ask.steps - step) / ask.steps)
-        batch = pieces(train, 32, CONTEXT, draw)
-        optimizer.zero_grad()
-        loss(model, (batch[:, :-1], batch[:, 1:])).backward()
-        optimizer.step()
+    model = GPT(characters, CONTEXT, width=64, heads=4, layers=8)
+    train(model, text, ask.steps, CONTEXT, 32, draw)
     test = pieces(held, 256, CONTEXT, draw)
-    texts = pieces(train, ask.calibration, CONTEXT, draw).split(64)
+    texts = pieces(text, ask.calibration, CONTEXT, draw).split(64)
     batches = [(part[:, :-1], part[:, 1:]) for part in texts]
     return model, lambda slim: perplexity(slim, test), batches, pieces(held, 64, CONTEXT, draw)[:, :-1]
 

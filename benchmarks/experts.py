@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.data import data_module
-from benchmarks.obs_gpt import GPT, Block, perplexity, pieces
+from benchmarks.data import pieces, shakespeare
+from benchmarks.gpt import GPT, Block, perplexity, train
 from lightning_prune.pruning.experts import prune_experts
 
 DRAWS = 5
@@ -65,21 +65,6 @@ class MixtureBlock(Block):
         return x + self.up(self.norm2(x))
 
 
-def train(model: nn.Module, text: Tensor, steps: int, context: int) -> None:
-    """Train by AdamW with a linear schedule; a hundredth of the balancing losses is added."""
-    optimizer, draw = torch.optim.AdamW(model.parameters(), 3e-3), torch.Generator().manual_seed(0)
-    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min((step + 1) / 50, (steps - step) / steps)
-        batch = pieces(text, 16, context, draw)
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        (loss + 0.01 * sum(mixture.balance for mixture in mixtures)).backward()
-        optimizer.step()
-    model.eval()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
@@ -92,16 +77,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    text = data_module(arguments.data).tinyshakespeare()
-    known = {character: i for i, character in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([known[character] for character in text])
-    end = int(0.9 * len(numbers))
-    model = GPT(len(known), arguments.context, width=96, heads=4, layers=0)
+    text, held, characters = shakespeare(arguments.data)
+    model = GPT(characters, arguments.context, width=96, heads=4, layers=0)
     model.blocks = nn.Sequential(*(MixtureBlock(96, 4, arguments.experts) for _ in range(arguments.layers)))
-    train(model, numbers[:end], arguments.steps, arguments.context)
+    mixtures = [module for module in model.modules() if isinstance(module, Mixture)]
+    first = torch.Generator().manual_seed(0)
+    train(
+        model, text, arguments.steps, arguments.context, 16, first,
+        lambda: 0.01 * sum(mixture.balance for mixture in mixtures),
+    )  # fmt: skip
     draw = torch.Generator().manual_seed(1)
-    test = pieces(numbers[end:], 512, arguments.context, draw)
-    calibration = list(pieces(numbers[:end], arguments.pieces, arguments.context, draw)[:, :-1].split(32))
+    test = pieces(held, 512, arguments.context, draw)
+    calibration = list(pieces(text, arguments.pieces, arguments.context, draw)[:, :-1].split(32))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [{"way": "dense", "removed": 0.0, "perplexity": perplexity(model, test), "params": parameters}]
     for amount in (0.25, 0.5):

@@ -141,20 +141,32 @@ def table(name: str, found: dict) -> Table:
     return rows
 
 
-def main() -> None:
-    """Read the command line, train, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def command_line(description: str, seeds: int, results: Path, threads: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that the benchmarks of LeNets on MNIST share, with these defaults."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="data folder, see README.md")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--compressions", type=float, nargs="+", help="by default those of the README")
-    parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--json", type=Path, default=results)
+    return parser
+
+
+def begin(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, tuple[Tensor, ...], dict]:
+    """Read the command line; return the options, images and digits to train on and to test on, and the results."""
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     data = (*mnist(options.data, "train"), *mnist(options.data, "test"))
     results = json.loads(options.json.read_text()) if options.json.exists() else {}
+    return options, data, results
+
+
+def main() -> None:
+    """Read the command line, train, print the tables, write the JSON."""
+    parser = command_line(__doc__, 5, RESULTS, torch.get_num_threads())
+    parser.add_argument("--compressions", type=float, nargs="+", help="by default those of the README")
+    parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
+    options, data, results = begin(parser)
     for name in options.networks:
         runs = [Run(name, seed, data, options.lr) for seed in range(options.seeds)]
         todo = {"dense": None} | arms(name, options.compressions or COMPRESSIONS[name])

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 with contextlib.suppress(ImportError):  # where torchvision was built for another device; before Lightning imports it
     importlib.import_module("torchvision_cpu")
 
-from benchmarks.data import data_module
-from benchmarks.obs_gpt import pieces
+from benchmarks.data import pieces, shakespeare
 
 __all__ = ["CONTEXT", "Text", "llama", "loss", "perplexity", "read", "trained"]
 
@@ -34,17 +33,9 @@ class Text(NamedTuple):
 
 def read(data: str, calibration: int, held: int) -> Text:
     """Read the text; the last tenth is held out."""
-    text = data_module(data).tinyshakespeare()
-    known = {character: i for i, character in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([known[character] for character in text])
-    end = int(0.9 * len(numbers))
+    train, rest, characters = shakespeare(data)
     draw = torch.Generator().manual_seed(1)
-    return Text(
-        numbers[:end],
-        pieces(numbers[:end], calibration, CONTEXT, draw),
-        pieces(numbers[end:], held, CONTEXT, draw),
-        len(known),
-    )
+    return Text(train, pieces(train, calibration, CONTEXT, draw), pieces(rest, held, CONTEXT, draw), characters)
 
 
 def llama(**config: int | bool) -> nn.Module:

@@ -8,16 +8,15 @@ Writes ``obs_gpt.json`` beside this file.
 import argparse
 import copy
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.data import data_module
+from benchmarks.data import pieces, shakespeare
+from benchmarks.gpt import GPT, perplexity, train
 from lightning_prune import prune_obs, prune_weights
 from lightning_prune.algorithms.selection import keep_highest
 from lightning_prune.algorithms.solvers import Pattern
@@ -25,48 +24,6 @@ from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import gather_grams
 from lightning_prune.measure.products import find_products
 from lightning_prune.model.calls import call_on
-
-
-class Block(nn.Module):
-    """Causal attention with one projection for queries, keys and values, and a feed-forward layer."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    def __init__(self, characters: int, context: int, width: int = 96, heads: int = 4, layers: int = 2):
-        super().__init__()
-        self.characters, self.places = nn.Embedding(characters, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
-
-    def forward(self, text: Tensor) -> Tensor:
-        x = self.characters(text) + self.places(torch.arange(text.shape[1]))
-        return self.head(self.norm(self.blocks(x)))
-
-
-def pieces(text: Tensor, count: int, context: int, generator: torch.Generator) -> Tensor:
-    """Draw pieces of the text, ``(count, context + 1)``."""
-    starts = torch.randint(len(text) - context - 1, (count, 1), generator=generator)
-    return text[starts + torch.arange(context + 1)]
-
-
-def perplexity(model: nn.Module, text: Tensor) -> float:
-    with torch.no_grad():
-        losses = [F.cross_entropy(model(t[:, :-1]).flatten(0, 1), t[:, 1:].flatten()) for t in text.split(64)]
-    return math.exp(sum(map(float, losses)) / len(losses))
 
 
 def by_magnitude_and_activation(model: nn.Module, batches: list[Tensor], ignore: str, pattern: str | None) -> None:
@@ -94,24 +51,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    text = data_module(arguments.data).tinyshakespeare()
-    known = {character: i for i, character in enumerate(sorted(set(text)))}
-    numbers = torch.tensor([known[character] for character in text])
-    train, held = numbers[: int(0.9 * len(numbers))], numbers[int(0.9 * len(numbers)) :]
+    text, held, characters = shakespeare(arguments.data)
     draw = torch.Generator().manual_seed(0)
-    model = GPT(len(known), arguments.context)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for step in range(arguments.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min((step + 1) / 50, (arguments.steps - step) / arguments.steps)
-        batch = pieces(train, 32, arguments.context, draw)
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
+    model = GPT(characters, arguments.context)
+    train(model, text, arguments.steps, arguments.context, 32, draw)
     test = pieces(held, 512, arguments.context, draw)
-    calibration = list(pieces(train, arguments.pieces, arguments.context, draw)[:, :-1].split(64))
+    calibration = list(pieces(text, arguments.pieces, arguments.context, draw)[:, :-1].split(64))
     given = {name: value for name, value in vars(arguments).items() if name != "data"}
     rows = [{"name": "dense", "pattern": "", "perplexity": perplexity(model, test)}]
     asked = {"50 %": (0.5, None), "2:4": (None, "2:4")}

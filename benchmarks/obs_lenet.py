@@ -7,7 +7,6 @@ sparsities that L-OBS reports (Lee et al. 2019, Table 1) they are trained on wit
 Results go into ``obs_lenet.json`` beside this file as they come, and what is there is not run again.
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -15,13 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.data import Batches, mnist
-from benchmarks.han2015 import NETWORKS, SNIP, Run, train
+from benchmarks.data import Batches
+from benchmarks.han2015 import SNIP, Run, begin, command_line, train
 from benchmarks.training import accuracy
 from lightning_prune import IterativeMagnitudePruning, prune_obs, prune_weights
 
@@ -85,20 +83,12 @@ def columns(name: str) -> tuple[float, ...]:
 
 def main() -> None:
     """Read the command line, train, prune, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="data folder, see README.md")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = command_line(__doc__, 3, RESULTS, threads=1)
     parser.add_argument("--images", type=int, default=1024, help="training images, without labels, that OBS looks at")
     parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    data = (*mnist(options.data, "train"), *mnist(options.data, "test"))
+    options, data, results = begin(parser)
     batches = list(data[0][: options.images].split(128))
     tests = Batches(*data[2:], 1000)
-    results = json.loads(options.json.read_text()) if options.json.exists() else {}
 
     for name, seed in itertools.product(options.networks, range(options.seeds)):
         run = Run(name, seed, data, options.lr)

@@ -1,0 +1,1 @@
+"""Trains models of other libraries through their own API with our callbacks; ``__main__`` is the command."""
