@@ -115,7 +115,7 @@ def test_the_optimizer_forgets_what_is_masked():
     optimizer = optim.Adam(model.parameters())
     step(model, optimizer)
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    Masks(model).let_fall_(KEEP, [optimizer])
+    Masks(model).set_masks_(KEEP, [optimizer])
     for index, (name, _) in enumerate(model.named_parameters()):
         for key, value in optimizer.state_dict()["state"][index].items():
             was = before[index][key]
@@ -215,7 +215,7 @@ def test_a_mask_is_as_large_as_its_weight(dtype):
     model = small().to(dtype).to(memory_format=torch.channels_last)
     optimizer = optim.SGD(model.parameters(), 0.1)
     masks = Masks(model)
-    masks.let_fall_(KEEP)
+    masks.set_masks_(KEEP)
     assert {name: bits.nbytes for name, (bits, _) in masks.packed().items()} == {"conv.weight": 9, "head.weight": 2}
     assert not masks._factors and not masks._pairs
     masks.hold([optimizer])

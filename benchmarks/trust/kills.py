@@ -28,7 +28,7 @@ __all__ = ["PLACES", "Found", "as_json", "differing", "kill_runs"]
 
 PLACES: dict[str, tuple[str, ...]] = {
     "during a cut": ("_structured.py:reach", "_masked.py:reach"),
-    "while a cut is written": ("cut.py:cut_", "masks.py:let_fall_", "rewind.py:rewind_"),
+    "while a cut is written": ("cut.py:cut_", "masks.py:set_masks_", "rewind.py:rewind_"),
     "while one is taken back": ("metric_guard.py:_take_back",),
     "within accumulation": ("runs.py:training_step",),
     "in a step": ("optimizer.py:wrapper",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.callbacks.engine.packages import AnyCallback
-from lightning_prune.callbacks.engine.pruning_callback import pruned_so_far, pruning_callbacks
+from lightning_prune.callbacks.engine.pruning_callback import PruningCallback, pruned_so_far, pruning_callbacks
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
@@ -100,14 +100,8 @@ class LearningRateRewinding(AnyCallback):
                 f"{self._where}: all pruning comes after the last batch, so no training follows in which a schedule "
                 "could go on. Prune before an epoch (OBSOneShot has epoch=), or leave the callback out."
             )
-        for callback in within if self._early is None else ():
-            first = first_pruning_step(callback.member.clock.schedule, trainer)
-            if first is not None and first < self.to:
-                raise PruningError(
-                    f"{self._where}: the first pruning step of {type(callback).__name__} comes after {first} optimizer "
-                    "steps, before there is a learning rate to go back to. Go back to an earlier step, or start the "
-                    "schedule later."
-                )
+        if self._early is None:
+            self._refuse_too_early(trainer, within)
         self._pruned = pruned_so_far(trainer) if self._pruned is None else self._pruned
         self._save_if_due(trainer)
 
@@ -136,6 +130,17 @@ class LearningRateRewinding(AnyCallback):
         if state_dict["asked"] != compared_arguments(self, None):
             self._early = None  # it is of another step
 
+    def _refuse_too_early(self, trainer: Trainer, pruning: Iterable[PruningCallback]) -> None:
+        """Refuse a pruning step before there is something to go back to, if it is known when it comes."""
+        for callback in pruning:
+            first = first_pruning_step(callback.member.clock.schedule, trainer)
+            if first is not None and first < self.to:
+                raise PruningError(
+                    f"{self._where}: the first pruning step of {type(callback).__name__} comes after {first} optimizer "
+                    "steps, before there is a learning rate to go back to. Go back to an earlier step, or start the "
+                    "schedule later."
+                )
+
     def _save_if_due(self, trainer: Trainer) -> None:
         if self._early is not None or trainer.global_step < self.to:
             return
@@ -155,12 +160,15 @@ class LearningRateRewinding(AnyCallback):
         assert before is not None  # noted when training started
         if len(before) == len(self._pruned) and all(now <= was for now, was in zip(self._pruned, before, strict=True)):
             return
-        early = self._early
-        if early is None:
+        if self._early is None:
             raise PruningError(
                 f"{self._where}: a pruning step comes after {trainer.global_step} optimizer steps, before there is a "
                 "learning rate to go back to. Go back to an earlier step, or start the schedule later."
             )
+        self._set_back(trainer, self._early)
+
+    def _set_back(self, trainer: Trainer, early: Mapping[str, Any]) -> None:
+        """Set the settings of all parameter groups, and all schedulers, to what was saved."""
         for optimizer, groups in zip(trainer.optimizers, early["groups"], strict=True):
             if len(optimizer.param_groups) != len(groups):
                 raise PruningError(
@@ -168,8 +176,9 @@ class LearningRateRewinding(AnyCallback):
                     f"{len(groups)} at that step. Give it all parameters from the start, or leave the callback out."
                 )
             for group, was in zip(optimizer.param_groups, groups, strict=True):
-                settings = {name: value for name, value in was.items() if name != "params"}
-                for name, value in settings.items():
+                for name, value in was.items():
+                    if name == "params":
+                        continue
                     if isinstance(group.get(name), Tensor):
                         group[name].fill_(value)  # captured graphs and compiled steps read this tensor
                     else:

@@ -128,7 +128,7 @@ def prune_weights(
     keep = choose_weights(found.weights, scores, carried_masks(model), found.amount, scope, pattern)
     optimizers = optimizers_of("prune_weights", model, optimizer)
     before = count_unmasked(model)
-    Masks(model).let_fall_(keep, optimizers)
+    Masks(model).set_masks_(keep, optimizers)
     told = warning_of(model, found.others)
     if told:
         warnings.warn(f"prune_weights: {told}", stacklevel=3)  # behind this, the function and its decorator

@@ -43,7 +43,7 @@ class Masks:
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         >>> masks = Masks(model)
-        >>> masks.let_fall_({"weight": torch.tensor([[True, False]])}, [optimizer])
+        >>> masks.set_masks_({"weight": torch.tensor([[True, False]])}, [optimizer])
         >>> masks.hold([optimizer])
         >>> model(torch.ones(1, 2)).sum().backward()
         >>> optimizer.step()
@@ -64,8 +64,8 @@ class Masks:
         packed = self._packed
         return Lazily(packed, lambda name: unpack_bits(*packed[name]))
 
-    def let_fall_(self, keep: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
-        """Set masks, zero what they hide, and clear there what optimizers remember.
+    def set_masks_(self, keep: Mapping[str, Tensor], optimizers: Iterable[Optimizer] = ()) -> None:
+        """Mask weights: zero them, and zero their entries in the optimizer state.
 
         Args:
             keep: Name of a parameter -> what stays, as bool of its shape, or of one that broadcasts to it, such as
@@ -232,7 +232,7 @@ def apply_masks_(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
     """
     model = unwrapped(model)
     _check_keep(model, keep)
-    Masks(model).let_fall_(keep)
+    Masks(model).set_masks_(keep)
 
 
 def _check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> None:
@@ -299,7 +299,7 @@ def hold_masks(
             "load_state_dict_, or pass keep=."
         )
     masks = Masks(model)
-    masks.let_fall_(keep, optimizers)
+    masks.set_masks_(keep, optimizers)
     masks.hold(optimizers)
     try:
         yield masks

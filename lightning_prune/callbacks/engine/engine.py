@@ -20,6 +20,7 @@ from lightning_prune.callbacks.engine.guard import companions, guards
 from lightning_prune.callbacks.engine.processes import refuse_early_end, refuse_uneven
 from lightning_prune.callbacks.engine.refusals import refuse_misfits, refuse_run, refuse_short, refuse_twins
 from lightning_prune.callbacks.engine.run_log import RunLog
+from lightning_prune.callbacks.engine.settings import log_settings
 from lightning_prune.callbacks.engine.sharding import (
     is_model_parallel,
     load_as_before_,
@@ -92,7 +93,7 @@ class Engine:
             self.log.start_run()
             if stage == "fit":
                 callbacks = [*(member.callback for member in self.members), *guards(trainer)]
-                self.log.log_settings(trainer, pl_module, callbacks)
+                log_settings(trainer, pl_module, callbacks)
             self._remove_hooks()
             self._hooks = [pl_module.register_load_state_dict_pre_hook(take_shapes_)]
             self._copy_hooks = let_copies_follow(trainer, pl_module)
@@ -215,13 +216,13 @@ class Engine:
     def _advance(self, run: Run) -> None:
         """Prune what is due, unless a guard still waits to see what the last pruning step did."""
         own, trainer = run.own, run.trainer
-        on_probation = [guard.judge(trainer, run.module) for guard in guards(trainer)]
+        on_probation = self._on_probation(run)
         progress = own.clock.due(own.schedule, trainer.current_epoch, trainer.global_step)
         own.due_without_scores = progress is not None and not own.strategy.ready
         if progress is not None and own.strategy.fading is not None:
             progress = min(progress, own.strategy.fading)  # what was selected is removed, and no more
         if progress is not None and own.strategy.ready:
-            if any(on_probation):
+            if on_probation:
                 self.log.warn_held_back(run)
             else:
                 self._prune(run, progress)
@@ -235,11 +236,13 @@ class Engine:
         if not strategy.fade_steps or strategy.fading is not None or not own.clock.unfinished or not strategy.ready:
             return
         coming = coming_step(run, strategy.fade_steps)
-        if coming is None:
-            return
-        on_probation = [guard.judge(run.trainer, run.module) for guard in guards(run.trainer)]
-        if not any(on_probation):
+        if coming is not None and not self._on_probation(run):
             strategy.start_fade(run, coming)
+
+    def _on_probation(self, run: Run) -> bool:
+        """Have every guard judge the last pruning step; return whether one of them still waits."""
+        waiting = [guard.judge(run.trainer, run.module) for guard in guards(run.trainer)]
+        return any(waiting)
 
     @property
     def fading(self) -> bool:

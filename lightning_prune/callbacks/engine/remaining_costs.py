@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning.pytorch import LightningModule
@@ -10,6 +11,7 @@ from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.latency import circumstances
 from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.plan import count_params
@@ -44,10 +46,8 @@ def describe(run: Run, history: History) -> None:
     if removals:
         removal = removals[-1]
         flops = removal.traced.flops(run.module)
-        now, dense = layer_costs(run.module, flops), removal.start.layers
-        history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in dense.items()}
+        history.layers = _layer_changes(run, removal.start.layers, flops, may_be_gone=removal.layers is not None)
         if removal.layers is not None:
-            history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
             _describe_depth(removal.layers, history)
         history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
@@ -58,12 +58,23 @@ def describe(run: Run, history: History) -> None:
 
 def _describe_layers(run: Run, removal: LayerRemoval, history: History) -> None:
     flops = removal.flops(run.module)
-    now, dense = layer_costs(run.module, flops), removal.dense.layers
-    history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
+    history.layers = _layer_changes(run, removal.dense.layers, flops, may_be_gone=True)
     history.measured = circumstances(run.module, removal.inputs)
     history.counted = flops.counted
     history.dense = dict(removal.state.pinned)
     _describe_depth(removal, history)
+
+
+def _layer_changes(
+    run: Run, dense: Mapping[str, LayerCost], flops: FlopCount, may_be_gone: bool
+) -> dict[str, LayerChange]:
+    """Return what each layer of the dense model costs now: one that is not there costs nothing if layers can leave."""
+    now = layer_costs(run.module, flops)
+    gone = LayerCost(0, 0, 0)
+    changes = {}
+    for path, was in dense.items():
+        changes[path] = LayerChange(was, now.get(path, gone if may_be_gone else was))
+    return changes
 
 
 def _describe_depth(removal: LayerRemoval, history: History) -> None:
@@ -97,11 +108,13 @@ def _left_of_weights(run: Run, maskings: list[WeightMasking]) -> dict[str, float
     pruned = sum(count.size - count.stays for count in counts)
     nonzero = count_params(run.module) - pruned
     values: dict[str, float] = {}
-    named = [(_name(run, masking), masking) for masking in maskings]
-    for name, masking in named if len({name for name, _ in named}) > 1 else ():
-        own = masking.own.counts
-        if name:
-            values[f"prune/weight_sparsity/{name}"] = 1 - sum(c.stays for c in own) / max(sum(c.size for c in own), 1)
+    names = [_name(run, masking) for masking in maskings]
+    if len(set(names)) > 1:  # else the value of all is that of the one part
+        for name, masking in zip(names, maskings, strict=True):
+            own = masking.own.counts
+            if name:
+                stays, all_of_it = sum(count.stays for count in own), sum(count.size for count in own)
+                values[f"prune/weight_sparsity/{name}"] = 1 - stays / max(all_of_it, 1)
     return {
         **values,
         "prune/weight_sparsity": pruned / size,
@@ -116,10 +129,11 @@ def _left_of_units(run: Run, removals: list[UnitRemoval]) -> dict[str, float]:
     left: dict[str, int] = {}
     values: dict[str, float] = {}
     parts = {_name(run, removal): removal for removal in removals}
-    for name, removal in parts.items() if len(parts) > 1 else ():
-        if name:
-            each = _left_of_parts(run, [removal])
-            values |= {f"{key}/{name}": value for key, value in each.items()}
+    if len(parts) > 1:
+        for name, removal in parts.items():
+            if name:
+                each = _left_of_parts(run, [removal])
+                values |= {f"{key}/{name}": value for key, value in each.items()}
     for removal in removals:
         widths = removal.state.widths
         for name, width in removal.start.widths.items():

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.engine.remaining_costs import describe, measure, weights_bytes
 from lightning_prune.callbacks.engine.reporting import comparing_checkpoints, guarded, log_left, new_metrics, report
-from lightning_prune.callbacks.engine.settings import call_of, changed_arguments, facts_of_run, log_settings
+from lightning_prune.callbacks.engine.settings import call_of, changed_arguments, facts_of_run
 from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.reports import Decision, History
 
@@ -48,10 +48,6 @@ class RunLog:
     def start_run(self) -> None:
         """Expect another report."""
         self._reported = False
-
-    def log_settings(self, trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback]) -> None:
-        """Log the settings of all callbacks as hyperparameters."""
-        log_settings(trainer, pl_module, callbacks)
 
     def start_validation(self, trainer: Trainer) -> None:
         """Note what was logged before."""

@@ -58,7 +58,7 @@ def compared_arguments(callback: Callback, model: nn.Module | None) -> dict[str,
         elif value is None or isinstance(value, bool | int | float | str | Mapping | list | nn.Module):
             found[name] = plain(value, model)
         else:
-            found[name] = _plain(value)
+            found[name] = _loggable(value)
     return found
 
 
@@ -94,7 +94,7 @@ def settings_of(callbacks: Sequence[Callback]) -> dict[str, Any]:
         seen[kind] += 1
         which = kind if seen[kind] == 1 else f"{kind}-{seen[kind]}"
         for name, _, value in _arguments(callback):
-            settings[f"prune/{which}/{name}"] = _plain(value)
+            settings[f"prune/{which}/{name}"] = _loggable(value)
     return settings
 
 
@@ -138,16 +138,16 @@ def _in_words(name: str, value: Any) -> str:
     return str(value) if name == "schedule" else repr(value)
 
 
-def _plain(value: Any) -> bool | int | float | str:
+def _loggable(value: Any) -> bool | int | float | str:
     """Return a value that every logger can store; modules, functions and schedules as text."""
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, nn.Module):
         return shown(value)
     if isinstance(value, Mapping):
-        return str({_plain(key): _plain(item) for key, item in value.items()})
+        return str({_loggable(key): _loggable(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        return str([_plain(item) for item in value])
+        return str([_loggable(item) for item in value])
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 Traced = Literal["forward", "training_step", "validation_step"]
-"""What of a module is traced, counted and proved."""
+"""What of a module is traced, counted and verified."""
 
 
 def check_traced(where: str, traced: str, example_inputs: Any) -> None:
@@ -68,22 +69,12 @@ def refuse_step(where: str, traced: Traced, pl_module: LightningModule) -> None:
 
 def instead_of_forward(traced: Traced, batch: Any) -> Instead:
     """Return what runs a step on a copy of a batch in place of forward."""
-    return Instead({"training_step": training_step, "validation_step": validation_step}[traced], (copied(batch),))
+    return Instead(partial(_output_of_step, name=traced), (copied(batch),))
 
 
 def copied(batch: Any) -> Any:
     """Return a batch with copies of its tensors."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
-
-
-def training_step(pl_module: LightningModule, batch: Any) -> Any:
-    """Return what the training step returns, silently."""
-    return _looked_at(pl_module, "training_step", batch)
-
-
-def validation_step(pl_module: LightningModule, batch: Any) -> Any:
-    """Return what the validation step returns, silently."""
-    return _looked_at(pl_module, "validation_step", batch)
 
 
 def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
@@ -92,7 +83,12 @@ def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
         return call_step(pl_module, name, pytree.tree_map(lambda value: value, batch))
 
 
-def _looked_at(pl_module: LightningModule, name: str, batch: Any) -> Any:
+def _output_of_step(pl_module: LightningModule, batch: Any, name: str) -> Any:
+    """Return what a step returns, silently.
+
+    Raises:
+        PruningError: If that holds no tensor, so that a trace would end nowhere.
+    """
     found = call_silently(pl_module, name, batch)
     if next(tensors_in(found), None) is None:
         raise PruningError(

@@ -105,27 +105,22 @@ class WeightMasking(Strategy):
         alone = networks_left_alone(run, arguments.named)
         part = part_of(module, arguments.module)
         to_prune = weights_to_prune(
-            module,
-            arguments.amount,
-            arguments.parameters,
-            arguments.ignore,
-            arguments.pattern,
-            arguments.scope,
-            part,
+            module, arguments.amount, arguments.parameters, arguments.ignore, arguments.pattern, arguments.scope, part,
             alone,
-        )
+        )  # fmt: skip
         refuse_not_finite(run.where, module, to_prune.weights)
         self.in_run = MaskedWeights(to_prune, Masks(module), arguments.masks_gradients(run.trainer, module))
         self._refuse_overlap(run)
-        for name, reason in to_prune.stay.items() if run.own.clock.progress == 0 else ():
-            rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
-        told = warning_of(module, to_prune.others)
-        if told and run.own.clock.progress == 0:
-            rank_zero_warn(f"{run.where}: {told}")
+        if run.own.clock.progress == 0:  # a run that is resumed has said so
+            for name, reason in to_prune.stay.items():
+                rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
+            told = warning_of(module, to_prune.others)
+            if told:
+                rank_zero_warn(f"{run.where}: {told}")
         self._packed = {**self._carried(run), **self._packed}
         keep = unpacked(self._packed)
         refuse_foreign(run.where, module, keep)
-        self.own.masks.let_fall_(keep)
+        self.own.masks.set_masks_(keep)
         self.own.masks.hold(optimizers)
         self._count()
         self.params = self.params or count_params(module)
@@ -139,7 +134,7 @@ class WeightMasking(Strategy):
         due = share_due(own.to_prune.amount, run.own.clock.schedule, progress)
         keep = _agreed(run.trainer, self.choice.choose(run, own, due, progress))
         run.before_step()
-        own.masks.let_fall_(keep, run.trainer.optimizers)
+        own.masks.set_masks_(keep, run.trainer.optimizers)
         self._changed()
         for name in (count.name for count in own.counts if not count.stays):
             rank_zero_warn(
@@ -195,7 +190,7 @@ class WeightMasking(Strategy):
     def rollback(self, run: Run, state: dict[str, Any]) -> None:
         """Follow a model that is as it was before the last pruning step."""
         self.own.masks.lift()
-        self.own.masks.let_fall_(unpacked(state["masks"]))
+        self.own.masks.set_masks_(unpacked(state["masks"]))
         self._changed()
 
     def state_dict(self) -> dict[str, Any]:
