@@ -27,10 +27,8 @@ from lightning_prune.pruning.arguments import (
     check_prunable,
     listed,
     part_of,
-    with_ignored,
-    within_part,
 )
-from lightning_prune.pruning.left_alone import left_alone, with_left_alone
+from lightning_prune.pruning.left_alone import left_alone, prunable_groups
 from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups
@@ -138,15 +136,15 @@ def compare_criteria(
     References:
         Molchanov et al., Pruning CNNs for Resource Efficient Inference, ICLR 2017, table 1 (arXiv:1611.06440).
     """
-    if unknown := [name for name in criteria if name not in CRITERIA]:
+    unknown = [name for name in criteria if name not in CRITERIA]
+    if unknown:
         raise ValueError(f"compare_criteria(criteria={unknown!r}): choose of {', '.join(map(repr, CRITERIA))}.")
     check_module("compare_criteria", module)
     batches = list(batches)
     if not batches:
         raise PruningError("compare_criteria: no batch came. Pass a list or loader of at least one batch.")
-    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
-    structure = within_part(structure, part_of(model, module))
-    structure = with_left_alone(structure, left_alone(model, listed(module)))
+    alone = left_alone(model, listed(module))
+    structure = prunable_groups(model, find_groups(model, example_inputs), ignore, part_of(model, module), alone)
     check_prunable(model, structure)
     # The oracle takes longest, so what cannot be compared with it is found before.
     scores = _scores(model, structure, criteria, batches, loss, progress)

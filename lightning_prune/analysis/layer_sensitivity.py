@@ -33,11 +33,9 @@ from lightning_prune.pruning.arguments import (
     check_prunable,
     listed,
     part_of,
-    with_ignored,
-    within_part,
 )
 from lightning_prune.pruning.budget import Budget, Dense, Scores, select_units
-from lightning_prune.pruning.left_alone import left_alone, with_left_alone
+from lightning_prune.pruning.left_alone import left_alone, prunable_groups
 from lightning_prune.pruning.plan import plan_filters
 from lightning_prune.pruning.scoring import Criterion, score_units
 from lightning_prune.structure import ChannelGroup, Structure, named_tensors
@@ -116,8 +114,7 @@ def sensitivity(
     check_arguments("sensitivity", 0.0, criterion, "filters", "layer", 1, ignore=ignore)
     check_module("sensitivity", module)
     alone = left_alone(model, listed(module))
-    structure = with_ignored(model, find_groups(model, example_inputs), ignore)
-    structure = with_left_alone(within_part(structure, part_of(model, module)), alone)
+    structure = prunable_groups(model, find_groups(model, example_inputs), ignore, part_of(model, module), alone)
     check_prunable(model, structure)
     found = begin("sensitivity", model, evaluate, shares, metric, mode, criterion, done, alone)
     scores = score_units(model, structure, criterion)

@@ -242,11 +242,17 @@ def einsum_multiply_adds(equation: str, shapes: list[list[int]], path: list[int]
     for step in range(len(operands) - 1):
         first, second = sorted(path[2 * step : 2 * step + 2] if path else (0, 1))
         b, a = operands.pop(second), operands.pop(first)
-        kept = {label for label in a | b if label in result or any(label in rest for rest in operands)}
-        sizes = {label: max(a.get(label, 1), b.get(label, 1)) for label in kept | (a.keys() & b.keys())}
-        if sizes.keys() - kept:  # Else it is a pointwise multiplication, which counts no more than any other.
+        needed = result.union(*operands)  # by the output, or by a later step
+        shared = a.keys() & b.keys()
+        sizes = {}
+        for label in a.keys() | b.keys():
+            if label in needed or label in shared:  # else its own operand is summed over it before
+                sizes[label] = max(a.get(label, 1), b.get(label, 1))
+        summed = sizes.keys() - needed
+        if summed:  # else it is a pointwise multiplication, which counts no more than any other
             total += math.prod(sizes.values())
-        operands.insert(len(operands) if path else 0, {label: size for label, size in sizes.items() if label in kept})
+        left_over = {label: size for label, size in sizes.items() if label not in summed}
+        operands.insert(len(operands) if path else 0, left_over)
     return total
 
 
@@ -376,11 +382,15 @@ def may_multiply(kind: str) -> bool:
     operator = getattr(torch.ops.aten, name.removesuffix("_"), None) or getattr(torch.ops.aten, name, None)
     if namespace != "aten" or operator is None:
         return True
-    overloads = [getattr(operator, overload) for overload in operator.overloads()]
-    returns = [value for overload in overloads for value in overload._schema.returns]
-    return not (
-        operator.__name__ in _FREE
-        or any(is_pointwise(overload) for overload in overloads)
-        or any(value.alias_info is not None and not value.alias_info.is_write for value in returns)  # A view.
-        or not any("Tensor" in str(value.type) for value in returns)
-    )
+    if operator.__name__ in _FREE:
+        return False
+    returns_a_tensor = False
+    for name in operator.overloads():
+        overload = getattr(operator, name)
+        if is_pointwise(overload):
+            return False
+        for value in overload._schema.returns:
+            if value.alias_info is not None and not value.alias_info.is_write:  # a view
+                return False
+            returns_a_tensor = returns_a_tensor or "Tensor" in str(value.type)
+    return returns_a_tensor

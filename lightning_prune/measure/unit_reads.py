@@ -285,10 +285,9 @@ def find_reads(model: nn.Module, structure: Structure, by_example: bool = False)
     index = _Index(structure, device)
     origins = _origins(ledger)
     made_by = {id(labels): ran for ran in ledger.ran for labels in ran.made}
-    consumers = {
-        name: {slot.tensor for slot in group.slots if slot.role == "consumer"}
-        for name, group in structure.groups.items()
-    }
+    consumers: dict[str, set[str]] = {}
+    for name, group in structure.groups.items():
+        consumers[name] = {slot.tensor for slot in group.slots if slot.role == "consumer"}
     twice = _twice(model, ledger) if by_example else None
     twice_by = {id(labels): ran for ran in twice or () for labels in ran.made}
     found: list[Read] = []
@@ -296,14 +295,16 @@ def find_reads(model: nn.Module, structure: Structure, by_example: bool = False)
     paired: set[str] = set()
     for number, ran in enumerate(ledger.ran):
         kind = _KINDS.get(_name_of(ran))
-        for side in kind.sides if kind is not None else ():
+        if kind is None:
+            continue
+        for side in kind.sides:
             data, weight = ran.taken[side.data], ran.taken[side.weight]
             along = side.along % len(ran.entering[side.data])
             reading = index.places(data, along)
             if not data.weight and not weight.weight:
                 paired |= {place.group for place in reading}
             if data.weight or id(weight) not in origins:
-                continue
+                continue  # a weight that another multiplies is no data, and what comes from no weight has no name
             lead = len(ran.entering[side.data]) - 1, 0
             shape = _lead_of(ran, side, made_by)
             if twice is not None:

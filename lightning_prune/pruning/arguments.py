@@ -298,8 +298,10 @@ def part_of(model: nn.Module, module: Parts, outside: Iterable[str] = ()) -> Par
 
 def within_part(structure: Structure, part: Part) -> Structure:
     """Return the structure with the channels pinned that lie outside of a part, or are tied to what does."""
+    if part is WHOLE:
+        return structure
     why: dict[str, str] = {}
-    for name, group in structure.groups.items() if part is not WHOLE else ():
+    for name, group in structure.groups.items():
         outside = [slot.tensor for slot in group.slots if not part.holds(slot.tensor)]
         if outside and any(part.holds(slot.tensor) for slot in group.slots):
             why[name] = f"it is tied to {outside[0]}, which is outside of module="

@@ -44,14 +44,12 @@ from lightning_prune.pruning.arguments import (
     optimizers_of,
     part_of,
     plain,
-    with_ignored,
-    within_part,
 )
 from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
 from lightning_prune.pruning.layers import data_of, outputs_within, time_without
 from lightning_prune.pruning.layers_and_filters import SplitAsk, apply_split_, check_with_layers, choose_split
-from lightning_prune.pruning.left_alone import left_alone, with_left_alone
+from lightning_prune.pruning.left_alone import left_alone, prunable_groups
 from lightning_prune.pruning.outcome import Outcome
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
@@ -241,7 +239,7 @@ def _planned(
     limits = Budget(asked.target, asked.scope, asked.round_to, asked.min_width, asked.max_amount, part)
 
     def planned(structure: Structure, refuse: bool) -> Plan:
-        structure = with_left_alone(within_part(with_ignored(model, structure, asked.ignore), part), alone)
+        structure = prunable_groups(model, structure, asked.ignore, part, alone)
         structure = with_one_width(model, structure) if asked.uniform else structure
         check_prunable(model, structure)
         if calibration is not None:
@@ -255,10 +253,10 @@ def _planned(
                 given = None if batches is None else ordinary(seen)
                 scores = score_units(model, structure, criterion, given, asked.loss)
         widths = {name: group.width for name, group in structure.groups.items()}
+        fractions = in_fractions(amount_by_group(model, structure, amount), widths, asked.scope, "units")
         plan = plan_filters(
-            model, example_inputs, structure, scores, in_fractions(amount_by_group(model, structure, amount), widths,
-            asked.scope, "units"), budget_by_group(model, structure, limits), adding_up=adds_up(criterion),
-            refuse=refuse, progress=asked.progress,
+            model, example_inputs, structure, scores, fractions, budget_by_group(model, structure, limits),
+            adding_up=adds_up(criterion), refuse=refuse, progress=asked.progress,
         )  # fmt: skip
         if calibration is None or not asked.repair:
             return plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.algorithms.selection import number_to_prune
-from lightning_prune.algorithms.solvers import best_on_support, greedy_paths, inverse, keep_along
+from lightning_prune.algorithms.solvers import Paths, best_on_support, greedy_paths, inverse, keep_along
 from lightning_prune.measure.gradients import Loss, example_gradients
 from lightning_prune.model.devices import supported
 from lightning_prune.model.errors import PruningError
@@ -119,21 +119,18 @@ def prune_fisher(
     parts = [part for name, values in flat.items() for part in _parts(name, len(values), block)]
     with each(batches, "batches", progress) as seen:
         fisher = block_fisher(model, ordinary(seen), loss, parts, dtype)
-    added = damping * sum(float(f.diagonal(dim1=1, dim2=2).sum()) for f in fisher) / sum(map(len, flat.values()))
-    for matrix in fisher:
-        matrix.diagonal(dim1=1, dim2=2).add_(added)
+    added = _damp_(fisher, damping)
     with each(list(zip(parts, fisher, strict=True)), "weights", progress) as each_part:
         paths = [greedy_paths(part.of(flat[part.name])[:, None], inverse(matrix)) for part, matrix in each_part]
-    reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
-    leaving = torch.zeros_like(reached, dtype=torch.bool)
     earlier = masks_on(model)
-    alive = {n: earlier[n].expand(w.parameter.shape).flatten() for n, w in found.found.items() if n in earlier}
+    alive: dict[str, Tensor] = {}  # where masks hold some of a weight at zero: what stays
+    for name in flat.keys() & earlier.keys():
+        alive[name] = earlier[name].expand(found.found[name].parameter.shape).flatten()
     gone = sum(len(stays) - int(stays.sum()) for stays in alive.values())
-    # What is zero already costs nothing, so it leaves first.
-    leaving[torch.argsort(reached, stable=True)[: max(gone, number_to_prune(amount, len(reached)))]] = True
+    size = sum(map(len, flat.values()))
+    counts = _leaving(paths, max(gone, number_to_prune(amount, size)))
     keep = {name: torch.ones_like(values, dtype=torch.bool) for name, values in flat.items()}
     predicted = 0.0
-    counts = [int(gone.sum()) for gone in leaving.split([path.rises.numel() for path in paths])]
     for part, matrix, path, count in zip(parts, fisher, paths, counts, strict=True):
         stays = keep_along(path, count)
         if part.name in alive:
@@ -151,6 +148,28 @@ def prune_fisher(
     apply_masks_(model, masks)
     stay = {**found.stay, **found.others, **weights_left_alone(model, alone)}
     return weight_report(model, before, masks, stay, amount, FisherFit(predicted, added))
+
+
+def _damp_(fisher: Sequence[Tensor], damping: float) -> float:
+    """Add a share of the mean diagonal entry to every diagonal, in place; return what was added."""
+    diagonals = [matrix.diagonal(dim1=1, dim2=2) for matrix in fisher]
+    total = sum(float(diagonal.sum()) for diagonal in diagonals)
+    added = damping * total / sum(diagonal.numel() for diagonal in diagonals)
+    for diagonal in diagonals:
+        diagonal.add_(added)
+    return added
+
+
+def _leaving(paths: Sequence[Paths], count: int) -> list[int]:
+    """Return how many weights of each part leave: the ``count`` whose removal raises the loss least.
+
+    What is zero already costs nothing, so it leaves first.
+    """
+    reached = torch.cat([path.rises.cummax(dim=1).values.flatten() for path in paths])
+    leaving = torch.zeros_like(reached, dtype=torch.bool)
+    leaving[torch.argsort(reached, stable=True)[:count]] = True
+    each_part = leaving.split([path.rises.numel() for path in paths])
+    return [int(own.sum()) for own in each_part]
 
 
 def block_fisher(

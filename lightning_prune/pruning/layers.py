@@ -39,7 +39,7 @@ from lightning_prune.pruning.arguments import (
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, LayerTarget, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LAYER_CRITERIA, LayerCriterion, LayerData
-from lightning_prune.pruning.left_alone import left_alone
+from lightning_prune.pruning.left_alone import left_alone, network_of
 from lightning_prune.pruning.repair import DAMPING
 from lightning_prune.pruning.report import LayerReport
 from lightning_prune.structure import named_tensors
@@ -241,9 +241,9 @@ def prunable_layers(
             why[path] = "it is outside of module="
         if any(names_module(pattern, path) for pattern in patterns):
             why[path] = _IGNORED
-        for network, reason in alone.items():
-            if path == network or path.startswith(f"{network}."):
-                why[path] = f"{network} is left alone: {reason}"
+        network = network_of(path, alone)
+        if network:
+            why[path] = f"{network} is left alone: {alone[network]}"
     # A layer of which a part is to stay cannot leave either.
     named = [path for path, _ in modules_of(model) if any(names_module(pattern, path) for pattern in patterns)]
     for path in depth.layers:

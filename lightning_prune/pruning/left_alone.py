@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_prune.measure.footprint import Part
 from lightning_prune.model.calls import modules_of
-from lightning_prune.pruning.arguments import path_of
+from lightning_prune.pruning.arguments import Modules, path_of, with_ignored, within_part
 from lightning_prune.structure import Structure
 from lightning_prune.structure.tensor_names import named_parameters
 
-__all__ = ["left_alone", "weights_left_alone", "with_left_alone"]
+__all__ = ["left_alone", "network_of", "prunable_groups", "weights_left_alone"]
 
 
 def left_alone(
@@ -44,17 +45,21 @@ def left_alone(
         names[id(parameter)].append(name)
     found: dict[str, str] = {}
     for path, module in modules_of(model):  # a module comes before its parts
-        if not path or _owner(path, found):
+        if not path or network_of(path, found):
             continue
         reason = _reason(module, frozen, trained)
         own = [name for parameter in module.parameters() for name in names[id(parameter)]]
         if reason and own and all(name.startswith(f"{path}.") for name in own):  # what is shared is trained elsewhere
             found[path] = reason
+    return _without_named(model, found, named) if found else found
+
+
+def _without_named(model: nn.Module, found: dict[str, str], named: Iterable[Any]) -> dict[str, str]:
+    """Return the networks that no pattern names: a pattern that matches something else as well names none."""
     paths = [path for path, _ in modules_of(model)] + [name for name, _ in model.named_parameters()]
-    for given in named if found else ():
+    for given in named:
         pattern = path_of(model, given, "amount, parameters or module")
-        matched = [path for path in paths if fnmatchcase(path, pattern)]
-        owners = {_owner(path, found) for path in matched}
+        owners = {network_of(path, found) for path in paths if fnmatchcase(path, pattern)}
         if "" not in owners:
             found = {path: reason for path, reason in found.items() if path not in owners}
     return found
@@ -70,12 +75,25 @@ def weights_left_alone(model: nn.Module, alone: Mapping[str, str]) -> dict[str, 
     return found
 
 
-def with_left_alone(structure: Structure, alone: Mapping[str, str]) -> Structure:
-    """Return the structure with the channels pinned that these networks make or read."""
+def prunable_groups(
+    model: nn.Module, structure: Structure, ignore: Modules, part: Part, alone: Mapping[str, str]
+) -> Structure:
+    """Return the structure with all groups pinned that are ignored, outside of a part, or of networks left alone.
+
+    Args:
+        model: The model.
+        structure: Its channel groups.
+        ignore: Patterns of module paths, or modules, whose channels are not pruned.
+        part: The part of the model that is pruned.
+        alone: Paths of networks that are left alone, and why.
+    """
+    structure = within_part(with_ignored(model, structure, ignore), part)
+    if not alone:
+        return structure
     why: dict[str, str] = {}
-    for name, group in structure.groups.items() if alone else ():
+    for name, group in structure.groups.items():
         for slot in group.slots:
-            path = _owner(slot.tensor, alone)
+            path = network_of(slot.tensor, alone)
             if path:
                 why.setdefault(name, f"{path} is left alone: {alone[path]}")
     return structure.without_each(why)
@@ -104,6 +122,6 @@ def _reason(module: nn.Module, frozen: bool, trained: Collection[int]) -> str:
     return ""
 
 
-def _owner(path: str, networks: Iterable[str]) -> str:
-    """Return the network that a path lies in, or nothing."""
+def network_of(path: str, networks: Iterable[str]) -> str:
+    """Return the network that a module or tensor lies in, or is; empty if it lies in none."""
     return next((network for network in networks if path == network or path.startswith(f"{network}.")), "")

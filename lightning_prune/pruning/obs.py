@@ -270,8 +270,12 @@ def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[
     wanted = None if asked.parameters is None else check_ignored(model, asked.parameters, what="parameters")
     skipped = {}
     alone = weights_left_alone(model, asked.alone)
+
+    def considered(name: str) -> bool:
+        return asked.part.holds(name) and (only is None or name in only)
+
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or not asked.part.holds(name) or (only is not None and name not in only):
+        if parameter.dim() < 2 or not considered(name):
             continue
         if name in alone:
             skipped[name] = alone[name]
@@ -287,11 +291,7 @@ def _prunable(model: nn.Module, products: Products, asked: Asked) -> tuple[list[
             skipped[name] = f"its rows do not part into blocks of {amount}"
         elif isinstance(amount, Mapping) and not any(_names(pattern, name) for pattern in amount):
             skipped[name] = "named in no pattern of amount="
-    names = [
-        name
-        for name in products.readings
-        if name not in skipped and asked.part.holds(name) and (only is None or name in only)
-    ]
+    names = [name for name in products.readings if name not in skipped and considered(name)]
     if not names:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every weight stays ({why}).")
@@ -324,8 +324,8 @@ def _with_earlier(surgery: Surgery, leaving: Leaving) -> Leaving:
     for name, count in leaving.items():
         found[name] = max(count, gone[name]) if isinstance(count, int) else count
     beyond = sum(count for count in found.values() if isinstance(count, int)) - asked
-    for name, count in found.items() if beyond else ():
-        if isinstance(count, int):
+    for name, count in found.items():
+        if beyond and isinstance(count, int):
             fewer = min(beyond, count - gone[name])
             found[name], beyond = count - fewer, beyond - fewer
     return found

@@ -76,8 +76,10 @@ class Gathering:
 
     def amend(self, trainer: Trainer, gathered: dict[str, list[Any]] | None) -> None:
         """Keep of each sum this process's share of what all have gathered: the same file is read by all of them."""
-        for sums in (gathered or {}).values() if trainer.world_size > 1 else ():
-            device = trainer.strategy.root_device
+        if gathered is None or trainer.world_size == 1:
+            return
+        device = trainer.strategy.root_device
+        for sums in gathered.values():
             total, count = (
                 trainer.strategy.reduce(torch.as_tensor(value).to(device), reduce_op="mean") for value in sums
             )

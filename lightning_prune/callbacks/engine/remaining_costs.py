@@ -57,9 +57,9 @@ def describe(run: Run, history: History) -> None:
 
 
 def _describe_layers(run: Run, removal: LayerRemoval, history: History) -> None:
-    flops = removal.flops(run.module)
+    flops = removal.traced.flops(run.module)
     history.layers = _layer_changes(run, removal.dense.layers, flops, may_be_gone=True)
-    history.measured = circumstances(run.module, removal.inputs)
+    history.measured = circumstances(run.module, removal.traced.inputs)
     history.counted = flops.counted
     history.dense = dict(removal.state.pinned)
     _describe_depth(removal, history)
@@ -83,8 +83,8 @@ def _describe_depth(removal: LayerRemoval, history: History) -> None:
 
 
 def _left_of_layers(run: Run, removal: LayerRemoval) -> dict[str, float]:
-    costs, part = removal.dense.costs, removal.part(run.module)
-    params, flops = part.params(run.module), part.counted(removal.flops(run.module))
+    costs, part = removal.dense.costs, removal.traced.part(run.module)
+    params, flops = part.params(run.module), part.counted(removal.traced.flops(run.module))
     values = {
         "prune/params": float(params),
         "prune/flops": float(flops),

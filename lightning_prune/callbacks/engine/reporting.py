@@ -60,8 +60,9 @@ def report(trainer: Trainer, history: History, tables: bool = True) -> None:
     """
     console = Console(markup=False)  # names of modules and metrics may hold brackets
     with guarded("The tables of the pruning could not be printed"):
-        for shown in (*headline(history), *run_tables(history)) if tables else ():
-            console.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
+        if tables:
+            for shown in (*headline(history), *run_tables(history)):
+                console.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
     for logger in trainer.loggers:
         with guarded(
             f"The report of the pruning could not be handed to {type(logger).__name__}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
@@ -69,12 +68,25 @@ def refuse_step(where: str, traced: Traced, pl_module: LightningModule) -> None:
 
 def instead_of_forward(traced: Traced, batch: Any) -> Instead:
     """Return what runs a step on a copy of a batch in place of forward."""
-    return Instead(partial(_output_of_step, name=traced), (copied(batch),))
+    return Instead({"training_step": training_step, "validation_step": validation_step}[traced], (copied(batch),))
 
 
 def copied(batch: Any) -> Any:
     """Return a batch with copies of its tensors."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
+
+
+# These two have the names of the methods that they call: a trace looks up by it which code runs in train mode.
+
+
+def training_step(pl_module: LightningModule, batch: Any) -> Any:
+    """Return what the training step returns, silently."""
+    return _output_of_step(pl_module, "training_step", batch)
+
+
+def validation_step(pl_module: LightningModule, batch: Any) -> Any:
+    """Return what the validation step returns, silently."""
+    return _output_of_step(pl_module, "validation_step", batch)
 
 
 def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
@@ -83,7 +95,7 @@ def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
         return call_step(pl_module, name, pytree.tree_map(lambda value: value, batch))
 
 
-def _output_of_step(pl_module: LightningModule, batch: Any, name: str) -> Any:
+def _output_of_step(pl_module: LightningModule, name: str, batch: Any) -> Any:
     """Return what a step returns, silently.
 
     Raises:
