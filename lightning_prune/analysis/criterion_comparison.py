@@ -162,11 +162,11 @@ def _scores(
             found[name] = accumulate(accumulator_for(name), model, structure, batches, loss)
         except (PruningError, RuntimeError) as error:  # torch raises the latter where a derivative is missing
             skipped[name] = " ".join(str(error).split())
-    told = "; ".join(f"{name!r} ({why})" for name, why in skipped.items())
+    reasons = "; ".join(f"{name!r} ({why})" for name, why in skipped.items())
     if skipped and not found:
-        raise PruningError(f"compare_criteria: no criterion can score this model: {told}")
+        raise PruningError(f"compare_criteria: no criterion can score this model: {reasons}")
     if skipped:
-        warnings.warn(f"compare_criteria: skipped, as it does not apply to this model: {told}", stacklevel=4)
+        warnings.warn(f"compare_criteria: skipped, as it does not apply to this model: {reasons}", stacklevel=4)
     return found
 
 

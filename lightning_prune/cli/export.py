@@ -91,11 +91,11 @@ def _onnx(options: argparse.Namespace, rest: list[str], console: Console) -> Non
         dense = write_onnx(model, inputs, Path(folder) / "dense.onnx", **how)
     load_weights_(model, options.ckpt_path)
     pruned = write_onnx(model, inputs, options.onnx, **how)
-    for line in _told(dense, pruned, bool(masks_on(model))):
+    for line in _in_words(dense, pruned, bool(masks_on(model))):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _told(dense: OnnxFile, pruned: OnnxFile, masked: bool) -> list[str]:
+def _in_words(dense: OnnxFile, pruned: OnnxFile, masked: bool) -> list[str]:
     """Return what was written, in words."""
     beside = f" and {pruned.path.name}.data, which holds the weights: keep both together" if pruned.external else ""
     lines = [f"Written: {pruned.path}{beside}. {pruned.size:,} bytes; the dense model: {dense.size:,} bytes."]

@@ -81,9 +81,9 @@ def check_count(where: str, name: str, value: Any, least: int, counted: str) -> 
         raise ValueError(f"{where}({name}={value!r}): it is a number of {counted}, from {least}.")
 
 
-def _check_one(told: str, amount: Any, most: str) -> None:
+def _check_one(where: str, amount: Any, most: str) -> None:
     if not is_number(amount):
-        raise TypeError(f"{told}: amount is a fraction or a whole number, or these by pattern of module paths.")
+        raise TypeError(f"{where}: amount is a fraction or a whole number, or these by pattern of module paths.")
     if 0 <= amount < 1 or is_count(amount) or (amount == 1 and most == "1]"):
         return
     hint = ""
@@ -92,7 +92,7 @@ def _check_one(told: str, amount: Any, most: str) -> None:
     elif 1 < amount < 100:
         hint = f" Write {amount / 100:g} to remove {amount:g} %."
     raise ValueError(
-        f"{told}: amount is the fraction that leaves and must lie in [0, {most}, or a whole number from 1.{hint}"
+        f"{where}: amount is the fraction that leaves and must lie in [0, {most}, or a whole number from 1.{hint}"
     )
 
 

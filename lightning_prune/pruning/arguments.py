@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, get_args
@@ -22,9 +22,9 @@ from lightning_prune.surgery.skipped import paths_removed
 
 __all__ = [
     "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "as_list", "budget_by_group",
-    "by_path", "check_arguments", "check_choice", "check_damping", "check_ignored", "check_list", "check_module",
-    "check_optimizers", "check_prunable", "listed", "names_module", "near", "optimizers_of", "part_of", "path_of",
-    "plain", "shown", "told_apart", "with_ignored", "within_part",
+    "by_path", "check_arguments", "check_choice", "check_criterion", "check_damping", "check_ignored", "check_list",
+    "check_module", "check_optimizers", "check_prunable", "listed", "names_module", "near", "optimizers_of",
+    "part_for_key", "part_of", "path_of", "plain", "shown", "with_ignored", "within_part",
 ]  # fmt: skip
 
 Modules = Sequence[str | nn.Module]
@@ -71,10 +71,7 @@ def check_arguments(
             f"{where}(amount={amount!r}, target={target!r}): a whole number counts filters. Write a fraction of the "
             f"{target}, or use target='filters'."
         )
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise ValueError(
-            f"{where}(criterion={criterion!r}): choose one of {', '.join(map(repr, CRITERIA))}, or pass a function."
-        )
+    check_criterion(where, criterion, CRITERIA)
     if not _is_whole(round_to):
         raise ValueError(f"{where}(round_to={round_to!r}): widths are rounded to multiples of a whole number from 1.")
     if not all(_is_whole(number) for number in _values(min_width)):
@@ -88,6 +85,17 @@ def check_arguments(
             "[0, 1], or such fractions by pattern of module paths."
         )
     check_list(where, "ignore", ignore)
+
+
+def check_criterion(where: str, criterion: Any, known: Collection[str]) -> None:
+    """Refuse the name of a criterion that there is not.
+
+    Raises:
+        ValueError: Naming those that there are.
+    """
+    if isinstance(criterion, str) and criterion not in known:
+        names = ", ".join(map(repr, known))
+        raise ValueError(f"{where}(criterion={criterion!r}): choose one of {names}, or pass a function.")
 
 
 def check_choice(where: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -317,7 +325,7 @@ def listed(module: Parts) -> list[Any]:
     return list(module) if isinstance(module, list | tuple | set) else [module]
 
 
-def told_apart(module: Parts, model: nn.Module | None) -> dict[str, list[str]]:
+def part_for_key(module: Parts, model: nn.Module | None) -> dict[str, list[str]]:
     """Return the named parts for the key of a callback's state, which has none where the whole model is meant."""
     return {} if module is None else {"module": sorted(shown(part, model) for part in listed(module))}
 

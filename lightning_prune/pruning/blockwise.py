@@ -15,7 +15,7 @@ from lightning_prune.measure.output_change import replaced
 from lightning_prune.measure.products import Products, Shift
 from lightning_prune.model.lazy import Lazily
 from lightning_prune.model.sandbox import undisturbed
-from lightning_prune.pruning.layerwise import Leaving, Solved, Surgery, all_together, one_by_one, shown, told_of
+from lightning_prune.pruning.layerwise import Leaving, Solved, Surgery, all_together, naming_weight, one_by_one, shown
 from lightning_prune.structure import named_tensors
 
 __all__ = ["Stages", "by_blocks", "stages_of"]
@@ -120,7 +120,7 @@ def _solved_block(
     own = _Part(surgery, block, f"{path}.", flows)
     names = stages.inside[number]
     found: dict[str, Solved] = {}
-    with told_of(path):
+    with naming_weight(path):
         if names and pruned is None:
             found = all_together(own.surgery, own.of(leaving, names), False)
         elif names:

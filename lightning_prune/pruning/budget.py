@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prune.algorithms.selection import number_to_prune
 from lightning_prune.measure.footprint import WHOLE, Footprint, Part
 from lightning_prune.model.errors import OutOfReachError
-from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_widths, rooms_told
+from lightning_prune.pruning.limits import Block, Least, Room, blocks_of, least_widths, rooms_in_words
 from lightning_prune.pruning.steps import Levels, Walk, each_by_itself, within
 from lightning_prune.structure import Keep, Structure
 
@@ -172,8 +172,8 @@ def _over_all_groups(
     tolerance = NEAR if budget.target == "latency" else _ROUNDING
     fewest = cost(walk.keep(walk.after(len(walk.order))))
     if fewest > allowed * (1 + tolerance):
-        told = rooms_told(what_can_go(structure, budget, dense, footprint))
-        raise _beyond(amount, budget, 1 - fewest / whole, told)
+        rooms = rooms_in_words(what_can_go(structure, budget, dense, footprint))
+        raise _beyond(amount, budget, 1 - fewest / whole, rooms)
     if budget.target != "latency":
         return within(walk, lambda levels: cost(walk.keep(levels)), allowed)
     count = _nearest(lambda count: cost(walk.keep(walk.after(count))), len(walk.order), allowed)
@@ -296,10 +296,11 @@ def _units_allowed(structure: Structure, dense: Dense, at_most: int) -> int:
     return max(0, at_most - gone)
 
 
-def _beyond(amount: float, budget: Budget, most: float, told: str) -> OutOfReachError:
+def _beyond(amount: float, budget: Budget, most: float, rooms: str) -> OutOfReachError:
     free = (budget.min_width, budget.max_amount, budget.round_to) == (1, 1.0, 1)
     stay = "one unit left in" if free else "no more than min_width, max_amount and round_to keep of"
     return OutOfReachError(
         f"amount={amount:g} of the {budget.target} cannot go: with {stay} every group that can be cut, "
-        f"{most:.1%} would be gone. Ask for less, or free more of the model (see the report's pinned channels).\n{told}"
+        f"{most:.1%} would be gone. Ask for less, or free more of the model (see the report's pinned channels).\n"
+        f"{rooms}"
     )

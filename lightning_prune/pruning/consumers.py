@@ -13,7 +13,7 @@ from lightning_prune.measure.grams import Gram, fitting, gather_grams
 from lightning_prune.measure.output_change import Outputs
 from lightning_prune.measure.products import Products
 from lightning_prune.model.progress_bars import counted
-from lightning_prune.pruning.layerwise import told_of
+from lightning_prune.pruning.layerwise import naming_weight
 from lightning_prune.structure import ChannelGroup, Slot, Structure, named_tensors
 
 __all__ = ["DAMPING", "only_read", "readers_of", "score_by_readers"]
@@ -71,7 +71,7 @@ def score_by_readers(
             grams = gather_grams(model, products, list(tensors), calibration)
             for name in part:
                 width, own = structure.groups[name].width, slots[name]
-                with told_of(name):
+                with naming_weight(name):
                     readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in own]
                     scores[name] = unit_rises([reader for found in readers for reader in found])
                 advance()

@@ -24,8 +24,6 @@ _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 # Linear layers of other projects: the dimension of their weight along which inputs lie.
 _FOREIGN = {("transformers", "Conv1D"): 0, ("torch_geometric", "Linear"): 1}
 _MANY = 0.1  # share of a model's parameters that is worth a warning
-
-
 _OTHER = "it is no weight of a linear or convolutional layer"
 
 
@@ -124,9 +122,9 @@ def warning_of(model: nn.Module, others: Mapping[str, str]) -> str:
 def _others(model: nn.Module, usual: Weights, ignored: Sequence[str], part: Part) -> dict[str, str]:
     """Return the parameters of two or more dimensions that are not considered, and what they are."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, _EMBEDDINGS)}
-    told = {*usual.stay}
+    dense = {*usual.stay}
     owners = tuple([f"{name.rpartition('.')[0]}." for name in usual.stay if "." in name])
-    tied = {id(model.get_parameter(name)) for name in told & {name for name, _ in _all_names(model)}}
+    tied = {id(model.get_parameter(name)) for name in dense & {name for name, _ in _all_names(model)}}
     found = {}
     for name, parameter in model.named_parameters():
         known = name in usual.found or id(parameter) in tied or (owners and name.startswith(owners))
@@ -152,14 +150,15 @@ def _patterns(model: nn.Module, named: Parameters, what: str) -> list[str]:
 
 def _weights_named(model: nn.Module, pattern: str, usual: Weights) -> dict[str, Weight]:
     """Return the usual weights of modules that a pattern names, or else the parameters that it names."""
-    if any(names_module(pattern, path) for path, _ in model.named_modules() if path):
+    names_modules = any(names_module(pattern, path) for path, _ in model.named_modules() if path)
+    if names_modules:
         found = {name: weight for name, weight in usual.found.items() if names_module(pattern, name)}
         if found:
             return found
     found = {}
-    vectors = not any(names_module(pattern, path) for path, _ in model.named_modules() if path)
     for name, parameter in model.named_parameters():
-        if names_module(pattern, name) and (vectors or parameter.dim() > 1):
+        # A module's name does not stand for its biases; a name of a bias does.
+        if names_module(pattern, name) and (parameter.dim() > 1 or not names_modules):
             found[name] = usual.found.get(name, Weight(parameter, _input_dim(model, name, parameter)))
     return found
 

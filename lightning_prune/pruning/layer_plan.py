@@ -275,8 +275,8 @@ def _with(skips: Skips, path: str, skip: dict[str, Any]) -> Skips:
 
 
 def _short(state: _State, budget: LayerBudget, latency_kept: float | None, reasons: Mapping[str, str]) -> str:
-    told = f"asked to prune {budget.amount:.1%} of the {budget.target}, pruned {state.reached(latency_kept):.1%}: "
+    message = f"asked to prune {budget.amount:.1%} of the {budget.target}, pruned {state.reached(latency_kept):.1%}: "
     if not reasons:
-        return f"{told}min_layers={budget.min_layers} keeps the other layers."
+        return f"{message}min_layers={budget.min_layers} keeps the other layers."
     listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3])
-    return f"{told}layers whose removal could not be verified are kept ({listed})."
+    return f"{message}layers whose removal could not be verified are kept ({listed})."

@@ -18,7 +18,7 @@ from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.devices import widened, widest_float
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import undisturbed
-from lightning_prune.pruning.layerwise import told_of
+from lightning_prune.pruning.layerwise import naming_weight
 from lightning_prune.pruning.report import Repair
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tensor_names import exchange_
@@ -85,7 +85,7 @@ def repaired_layers(
             if moments is None:
                 skipped[name] = "it multiplies another number of inputs"
                 continue
-            with told_of(name):
+            with naming_weight(name):
                 new, repair = _refitted(model, tensors, name, moments, slim, damping)
             tensors |= new
             repairs.append(repair)

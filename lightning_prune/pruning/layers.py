@@ -252,8 +252,8 @@ def prunable_layers(
             why[path] = f"{inside} inside of it is named in ignore="
     depth = depth.without(why)
     if not depth.layers:
-        told = "; ".join(f"{path}: {reason}" for path, reason in list(depth.others.items())[:5])
-        raise PruningError(f"No layer of {type(model).__name__} can be removed ({told}).")
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in list(depth.others.items())[:5])
+        raise PruningError(f"No layer of {type(model).__name__} can be removed ({reasons}).")
     return depth
 
 
@@ -311,5 +311,5 @@ def _in_words(plan: LayerPlan) -> str:
     if not plan.removed:
         return "nothing was removed"
     proof = plan.proof
-    told = f"{proof.compared} outputs of {proof.operators} operators compared in {' and '.join(proof.modes)} mode"
-    return "; ".join([told, *proof.skipped])
+    compared = f"{proof.compared} outputs of {proof.operators} operators compared in {' and '.join(proof.modes)} mode"
+    return "; ".join([compared, *proof.skipped])

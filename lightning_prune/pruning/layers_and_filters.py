@@ -164,13 +164,13 @@ def apply_split_(
     params, flops = ask.part.params(model), ask.part.counted(count(model, example_inputs))
     proof = split.layers.proof
     modes = " and ".join(proof.modes)
-    told = f"layers: {proof.compared} outputs of {proof.operators} operators compared in {modes} mode"
+    compared = f"layers: {proof.compared} outputs of {proof.operators} operators compared in {modes} mode"
     report = cut or Report(0, 0, 0, 0, (), {}, (), (), not proof.skipped, "")
     return replace(
         report,
         params_before=split.costs.params, params_after=params, flops_before=split.costs.flops, flops_after=flops,
         proved=report.proved and not proof.skipped,
-        proof="; ".join(text for text in (told if split.layers.removed else "", report.proof) if text),
+        proof="; ".join(text for text in (compared if split.layers.removed else "", report.proof) if text),
         latency_kept=split.kept if ask.target == "latency" else None, asked=ask.amount, reached=1 - split.kept,
         repairs=(*split.repair.repairs, *report.repairs),
         skipped={**split.repair.skipped, **report.skipped},

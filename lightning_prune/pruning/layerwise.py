@@ -32,7 +32,7 @@ from lightning_prune.model.progress_bars import seen
 
 __all__ = [
     "Leaving", "Solved", "Surgery", "all_together", "error_curves", "most_that_leaves", "one_by_one", "shown",
-    "told_of",
+    "naming_weight",
 ]  # fmt: skip
 
 Leaving = Mapping[str, int | Pattern]
@@ -221,7 +221,7 @@ def all_together(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str
     for _ in shown("layers pruned", list(leaving), progress):
         patient = None  # so that the last one's memory is free before the next one's is taken
         name, patient = next(patients)
-        with told_of(name):
+        with naming_weight(name):
             new, keep = surgery.solve(name, patient.solver, leaving[name])
         found[name] = surgery.solved(name, new, keep, *patient.lost(new))
     return found
@@ -248,7 +248,7 @@ def one_by_one(surgery: Surgery, leaving: Leaving, progress: bool) -> dict[str, 
         pair = pair.centred() if name in surgery.products.shifts else pair
         weights, hessian = surgery.rows(name), damped(pair.after, surgery.damping, whole)
         pull = weights @ (pair.cross + (hessian - pair.after))  # what is added holds on to the weights as they are
-        with told_of(name):
+        with naming_weight(name):
             aim = torch.cholesky_solve(pull.transpose(1, 2), cholesky(hessian)).transpose(1, 2)
             new, keep = surgery.solve(name, surgery.solver(aim, hessian), leaving[name])
         energy = rise(weights, pair.before).sum()
@@ -280,7 +280,7 @@ def error_curves(surgery: Surgery, names: Sequence[str], amount: float, progress
         quick, size = patient.solver.quick(widest), patient.weights.numel()
         counts = list(dict.fromkeys(int(share * size) for share in _LEVELS))
         asked = int(level * size)
-        with told_of(name):
+        with naming_weight(name):
             errors = dict(zip(counts, quick.errors(counts), strict=True))
             new, _ = quick.solve(asked)
         mean = ((patient.weights - new) @ patient.mean[..., None])[..., 0]
@@ -298,8 +298,8 @@ def most_that_leaves(size: int) -> int:
 
 
 @contextmanager
-def told_of(name: str) -> Iterator[None]:
-    """Say which weight it is about where one cannot be solved."""
+def naming_weight(name: str) -> Iterator[None]:
+    """Begin an error of the body with the name of the weight that cannot be solved."""
     try:
         yield
     except PruningError as error:
@@ -311,6 +311,6 @@ def _share(lost: Tensor, whole: Tensor) -> float:
     return float(lost / whole) if whole > 0 else 0.0
 
 
-def shown(told: str, items: Sequence[_Item], progress: bool) -> Iterable[_Item]:
+def shown(description: str, items: Sequence[_Item], progress: bool) -> Iterable[_Item]:
     """Show a progress bar while items are gone through."""
-    return track(items, told, transient=True) if progress and seen() else items
+    return track(items, description, transient=True) if progress and seen() else items

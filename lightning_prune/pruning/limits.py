@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_prune.structure import ChannelGroup, Structure
 
-__all__ = ["Block", "Least", "Room", "blocks_of", "least_widths", "rooms_told", "step_of"]
+__all__ = ["Block", "Least", "Room", "blocks_of", "least_widths", "rooms_in_words", "step_of"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
 
@@ -155,7 +155,7 @@ def step_of(group: ChannelGroup, round_to: int) -> int:
     return round_to // math.gcd(round_to, group.channels)
 
 
-def rooms_told(rooms: list[Room], most: int = 8) -> str:
+def rooms_in_words(rooms: list[Room], most: int = 8) -> str:
     """Say, one line a group, what can go, from those groups that hold most."""
     held = sorted(rooms, key=lambda room: -max(room.params, room.flops))
     lines = [

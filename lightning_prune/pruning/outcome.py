@@ -11,7 +11,7 @@ from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.budget import NEAR, Budget, Dense, Target
 from lightning_prune.structure import Structure
 
-__all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of", "told_of"]
+__all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of", "reasons_in_words"]
 
 _ROUNDING = 1e-6
 _MOST = 6  # groups that are named
@@ -77,18 +77,18 @@ def outcome_of(
         short = bool(behind)
     if not short:
         return Outcome(asked, reached, "")
-    told = []
+    shares_lost = []
     for name in sorted(behind, key=lambda name: (name not in why, -named[name])):
         reason = f" ({why[name]})" if name in why else ""
-        told.append(f"{name} lost {gone[name]:.1%} of {shares[name]:.1%}{reason}")
-    which = f" {_listed(told)}." if told else ""
+        shares_lost.append(f"{name} lost {gone[name]:.1%} of {shares[name]:.1%}{reason}")
+    which = f" {_listed(shares_lost)}." if shares_lost else ""
     return Outcome(asked, reached, f"asked to prune {asked:.1%} of the {target}, pruned {reached:.1%}.{which}")
 
 
-def _listed(told: list[str]) -> str:
-    shown = told[:_MOST]
-    if len(told) > _MOST:
-        shown.append(f"and {len(told) - _MOST} more")
+def _listed(items: list[str]) -> str:
+    shown = items[:_MOST]
+    if len(items) > _MOST:
+        shown.append(f"and {len(items) - _MOST} more")
     return "; ".join(shown)
 
 
@@ -98,19 +98,19 @@ def reasons_of(structure: Structure, slim: Structure) -> dict[str, str]:
     for name, group in structure.groups.items():
         if name not in slim.groups:
             own = {(slot.tensor, slot.dim) for slot in group.slots if slot.role == "producer"}
-            told = [pin.reason for pin in slim.pinned if (pin.tensor, pin.dim) in own]
-            found[name] = told[-1] if told else "its cut could not be proved"
+            reasons_of_group = [pin.reason for pin in slim.pinned if (pin.tensor, pin.dim) in own]
+            found[name] = reasons_of_group[-1] if reasons_of_group else "its cut could not be proved"
     return found
 
 
-def told_of(reasons: Mapping[str, str]) -> str:
+def reasons_in_words(reasons: Mapping[str, str]) -> str:
     """Say of groups why they were refused; nothing where there are none."""
     if not reasons:
         return ""
-    told = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:_MOST]]
+    lines = [f"  {name}: {reason}" for name, reason in list(reasons.items())[:_MOST]]
     if len(reasons) > _MOST:
-        told.append(f"  and {len(reasons) - _MOST} more")
-    return "\n".join(["\nGroups whose cut could not be proved stay whole:", *told])
+        lines.append(f"  and {len(reasons) - _MOST} more")
+    return "\n".join(["\nGroups whose cut could not be proved stay whole:", *lines])
 
 
 def kept_whole_by(structure: Structure, budget: Budget, dense: Dense, widths: Mapping[str, int]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from lightning_prune.model.sandbox import remembered_once
 from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.at_fault import groups_at_fault
 from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, select_units
-from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_of, told_of
+from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_in_words, reasons_of
 from lightning_prune.pruning.report import GroupWidth, Repair, Report
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import (
@@ -274,7 +274,7 @@ def _selected_and_verified(
         except CutDoesNotRunError as error:  # the verification below says which group is at fault
             keep, stopped = error.keep, error
         except OutOfReachError as error:
-            raise OutOfReachError(f"{error}{told_of(reasons_of(first, structure))}") from None
+            raise OutOfReachError(f"{error}{reasons_in_words(reasons_of(first, structure))}") from None
         cut = draft(model, structure, keep)
         tensors = SlimValues(cut, model)
         proof = verify(model, structure, cut, tensors) if cut.keep else Proof(0, 0)
@@ -339,22 +339,22 @@ def _in_words(plan: Plan) -> str:
     if not plan.cut.keep:
         return "nothing was cut"
     proof = plan.proof
-    told = [f"{len(plan.cut.keep)} groups cut"]
-    told.append(f"{proof.operators} operators ran, {proof.compared} outputs compared on {proof.values}")
+    facts = [f"{len(plan.cut.keep)} groups cut"]
+    facts.append(f"{proof.operators} operators ran, {proof.compared} outputs compared on {proof.values}")
     if proof.skipped:
-        told.append(f"not compared: {_first_three([f'{what} ({times})' for what, times in proof.skipped.items()])}")
+        facts.append(f"not compared: {_first_three([f'{what} ({times})' for what, times in proof.skipped.items()])}")
     if proof.scaled:
-        told.append(f"scaled to compensate numbers made from widths: {_first_three(proof.scaled)}")
+        facts.append(f"scaled to compensate numbers made from widths: {_first_three(proof.scaled)}")
     if proof.constants:
         changed = _first_three([str(constant) for constant in proof.constants], "; ")
-        told.append(f"numbers made from widths change: {changed}")
+        facts.append(f"numbers made from widths change: {changed}")
     if readers := _idle_readers(plan):
-        told.append(f"never ran, and kept their shapes: {_first_three(readers)}")
+        facts.append(f"never ran, and kept their shapes: {_first_three(readers)}")
     if plan.structure.ledger.guessed:
-        told.append(f"never ran, and pruned like those beside them: {_first_three(plan.structure.ledger.guessed)}")
+        facts.append(f"never ran, and pruned like those beside them: {_first_three(plan.structure.ledger.guessed)}")
     if plan.structure.ledger.untrained:
-        told.append(f"train mode does not run on the example inputs ({plan.structure.ledger.untrained})")
-    return "; ".join(told)
+        facts.append(f"train mode does not run on the example inputs ({plan.structure.ledger.untrained})")
+    return "; ".join(facts)
 
 
 def _idle_readers(plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from lightning_prune.measure.grams import Pair, gather_pair
 from lightning_prune.measure.products import Products, find_products
 from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.progress_bars import each
-from lightning_prune.pruning.layerwise import told_of
+from lightning_prune.pruning.layerwise import naming_weight
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.report import Repair
 from lightning_prune.structure import named_tensors
@@ -67,7 +67,7 @@ def repaired(
             skipped.pop(name)
             change = partial(temporarily_cut, model, cut, dict(tensors))
             pair = gather_pair(model, products, name, calibration, change, place.groups)
-            with told_of(name):
+            with naming_weight(name):
                 new, repair = _refitted(model, cut, tensors, name, place, pair, slim.readings[name], products, damping)
             tensors |= new
             repairs.append(repair)

@@ -33,6 +33,7 @@ from lightning_prune.pruning.arguments import (
     Parts,
     by_path,
     check_choice,
+    check_criterion,
     check_list,
     check_module,
     listed,
@@ -129,9 +130,9 @@ def prune_weights(
     optimizers = optimizers_of("prune_weights", model, optimizer)
     before = count_unmasked(model)
     Masks(model).set_masks_(keep, optimizers)
-    told = warning_of(model, found.others)
-    if told:
-        warnings.warn(f"prune_weights: {told}", stacklevel=3)  # behind this, the function and its decorator
+    warning = warning_of(model, found.others)
+    if warning:
+        warnings.warn(f"prune_weights: {warning}", stacklevel=3)  # behind this, the function and its decorator
     return weight_report(model, before, keep, {**found.stay, **found.others}, found.amount)
 
 
@@ -365,9 +366,7 @@ def check_weight_arguments(
     if isinstance(amount, Mapping) and parameters is not None:
         raise ValueError(f"{where}(parameters={parameters!r}): amounts by pattern name the parameters. Leave it out.")
     check_choice(where, "scope", scope, get_args(WeightScope))
-    if isinstance(criterion, str) and criterion not in WEIGHT_CRITERIA:
-        known = ", ".join(map(repr, WEIGHT_CRITERIA))
-        raise ValueError(f"{where}(criterion={criterion!r}): choose one of {known}, or pass a function.")
+    check_criterion(where, criterion, WEIGHT_CRITERIA)
 
 
 def _stays(size: int, amount: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def _with_front(runs: Sequence[RunResult], cost: str, mode: str) -> list[RunResu
     for run in ordered:
         better = sign * run.pruned > best
         best = max(best, sign * run.pruned)
-        found.append(RunResult(run.name, run.kept, run.dense, run.pruned, better))
+        found.append(replace(run, on_front=better))
     return found
 
 

@@ -44,8 +44,8 @@ def draw_run(history: History) -> Any:
     bars = [rows for rows in (_layers(history), _weights(history)) if rows]
     figure = matplotlib.figure.Figure(figsize=(10, 5 + 2.8 * len(bars)), layout="constrained")
     if history.goals:
-        told = [literal(line) for line in headline(history)[: len(history.goals)]]
-        figure.suptitle("\n".join(told), fontsize=10)
+        lines = [literal(line) for line in headline(history)[: len(history.goals)]]
+        figure.suptitle("\n".join(lines), fontsize=10)
     heights = [5.0] + [2.8] * len(bars)
     top, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     over_time, against = top.subfigures(1, 2, width_ratios=(3, 2))

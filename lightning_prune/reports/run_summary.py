@@ -77,9 +77,9 @@ def headline(history: History) -> list[str]:
             f"{goal.callback}: asked to prune {goal.asked:.1%} of the {target}, pruned {goal.reached:.1%} "
             f"({1 - goal.reached:.1%} kept)."
         )
-    told = metric_of_dense_and_pruned(history)
-    if told:
-        lines.append(told)
+    change = metric_of_dense_and_pruned(history)
+    if change:
+        lines.append(change)
     dense, now = history.weights_bytes
     if dense:
         lines.append(f"Size of the weights: {_in_bytes(dense)} dense, {_in_bytes(now)} now.{_sparse(history)}")
@@ -98,10 +98,10 @@ def metric_of_dense_and_pruned(history: History) -> str:
         return f"{name}: {values[-1]:.4g}; nothing of the model is pruned."
     if len(found) < 2 or values[0] is None:
         return f"{name}: {values[-1]:.4g} pruned; the dense model was not validated in this run."
-    told = f"{name}: {values[0]:.4g} dense, {values[-1]:.4g} pruned, difference {values[-1] - values[0]:+.4g}."
+    sentence = f"{name}: {values[0]:.4g} dense, {values[-1]:.4g} pruned, difference {values[-1] - values[0]:+.4g}."
     if still_learning(history):
-        told += " The dense model was still learning when pruning began."
-    return told
+        sentence += " The dense model was still learning when pruning began."
+    return sentence
 
 
 def _is_whole(history: History) -> bool:

@@ -73,9 +73,9 @@ class BrainSurgeon(WeightChoice):
 def _warn_of_skipped(where: str, skipped: Mapping[str, str]) -> None:
     """Warn of weights that stay dense, so that less is pruned than was asked."""
     if skipped:
-        told = [f"{name}: {why}" for name, why in list(skipped.items())[:_MOST]]
+        reasons = [f"{name}: {why}" for name, why in list(skipped.items())[:_MOST]]
         more = f"; and {len(skipped) - _MOST} more" if len(skipped) > _MOST else ""
         rank_zero_warn(
-            f"{where}: less than amount is pruned, as weights stay dense ({'; '.join(told)}{more}). Name them by "
+            f"{where}: less than amount is pruned, as weights stay dense ({'; '.join(reasons)}{more}). Name them by "
             "ignore= to count without them."
         )

@@ -50,15 +50,15 @@ def batch_as_inputs(pl_module: LightningModule, batch: Any, traced: Traced = "fo
     """
     refuse_shapeless(pl_module)
     failures = []
-    for told, inputs in _ways(pl_module, batch, traced):
+    for expression, inputs in _ways(pl_module, batch, traced):
         one = None if isinstance(inputs, Instead) else _one_example(inputs)
         for found in (one, inputs):
             if found is None:
                 continue
             failure = _failure(pl_module, found)
             if failure is None:
-                return told, found
-        failures.append(f"{told}: {failure}")
+                return expression, found
+        failures.append(f"{expression}: {failure}")
     raise PruningError(_nothing_runs(pl_module, failures))
 
 
@@ -74,16 +74,16 @@ def inputs_of(
     for batch in batches:
         if way is None:
             way = _way(pl_module, batch, traced)
-        yield next(inputs for told, inputs in _ways(pl_module, batch, traced) if told == way)
+        yield next(inputs for expression, inputs in _ways(pl_module, batch, traced) if expression == way)
 
 
 def _way(pl_module: LightningModule, batch: Any, traced: Traced) -> str:
     failures = []
-    for told, inputs in _ways(pl_module, batch, traced):
+    for expression, inputs in _ways(pl_module, batch, traced):
         failure = _failure(pl_module, inputs)
         if failure is None:
-            return told
-        failures.append(f"{told}: {failure}")
+            return expression
+        failures.append(f"{expression}: {failure}")
     raise PruningError(_nothing_runs(pl_module, failures))
 
 
@@ -137,8 +137,8 @@ class RunInputs:
                 "is then run on the first training batch."
             )
         if found is None and batch is not None:
-            told, self.example = batch_as_inputs(pl_module, batch)
-            rank_zero_info(f"The structure of {type(pl_module).__name__} is traced on {told}.")
+            expression, self.example = batch_as_inputs(pl_module, batch)
+            rank_zero_info(f"The structure of {type(pl_module).__name__} is traced on {expression}.")
             return self.example
         return found
 
@@ -185,8 +185,8 @@ def _ways(pl_module: LightningModule, batch: Any, traced: Traced) -> Iterator[tu
         return
     if overrides(pl_module, "forward"):
         parameters = inspect.signature(pl_module.forward).parameters
-        for told, inputs in (*_whole(parameters, batch, "batch"), *_single(batch, "batch")):
-            yield f"forward of {told}", inputs
+        for expression, inputs in (*_whole(parameters, batch, "batch"), *_single(batch, "batch")):
+            yield f"forward of {expression}", inputs
     for step in _steps(pl_module):
         yield step, instead_of_forward(step, batch)
 
@@ -201,34 +201,34 @@ def _steps(pl_module: LightningModule) -> list[Traced]:
     return found
 
 
-def _whole(parameters: _Parameters, batch: Any, told: str) -> Iterator[tuple[str, ExampleInputs]]:
+def _whole(parameters: _Parameters, batch: Any, expression: str) -> Iterator[tuple[str, ExampleInputs]]:
     """Yield what forward may take: the first part of the batch, parts named as its parameters are, all of it."""
     if isinstance(batch, tuple | list) and batch:
-        first = f"{told}[0]"
+        first = f"{expression}[0]"
         yield from [(first, batch[0])] if isinstance(batch[0], Tensor) else _whole(parameters, batch[0], first)
-        yield f"*{told}", tuple(batch)
+        yield f"*{expression}", tuple(batch)
     if isinstance(batch, Mapping):
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         named = {str(key): value for key, value in batch.items() if takes_any or key in parameters}
         if named:
-            yield f"**{told}", named
-    yield told, (batch,)
+            yield f"**{expression}", named
+    yield expression, (batch,)
     if _is_object(batch):
         named = {name: getattr(batch, name) for name in parameters if hasattr(batch, name)}
         if named:
-            yield f"{', '.join(f'{told}.{name}' for name in named)}", named
+            yield f"{', '.join(f'{expression}.{name}' for name in named)}", named
 
 
-def _single(batch: Any, told: str) -> Iterator[tuple[str, ExampleInputs]]:
+def _single(batch: Any, expression: str) -> Iterator[tuple[str, ExampleInputs]]:
     """Yield single tensors under the names that inputs usually have, of a mapping or an object, or in a first part."""
     if isinstance(batch, tuple | list) and batch:
-        yield from _single(batch[0], f"{told}[0]")
+        yield from _single(batch[0], f"{expression}[0]")
     for name in _INPUTS:
         value = batch.get(name) if isinstance(batch, Mapping) else None
         if _is_object(batch):
             value = getattr(batch, name, None)
         if isinstance(value, Tensor):
-            yield f"{told}[{name!r}]" if isinstance(batch, Mapping) else f"{told}.{name}", value
+            yield f"{expression}[{name!r}]" if isinstance(batch, Mapping) else f"{expression}.{name}", value
 
 
 def _is_object(batch: Any) -> bool:

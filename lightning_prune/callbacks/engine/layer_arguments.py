@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune.callbacks.engine.step import Traced, check_traced
 from lightning_prune.pruning.amounts import check_count
-from lightning_prune.pruning.arguments import Parts, as_list, check_module, listed, plain, told_apart
+from lightning_prune.pruning.arguments import Parts, as_list, check_module, listed, part_for_key, plain
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerTarget
 from lightning_prune.pruning.layer_scores import LayerCriterion
 from lightning_prune.pruning.layers import check_layer_arguments
@@ -64,4 +64,4 @@ class LayerArguments:
 
     def parts(self, model: nn.Module | None) -> dict[str, Any]:
         """Return the arguments that say which layers are pruned, modules by their path once the model is known."""
-        return {"ignore": plain(self.ignore, model), **told_apart(self.module, model)}
+        return {"ignore": plain(self.ignore, model), **part_for_key(self.module, model)}

@@ -185,9 +185,9 @@ class LayerRemoval(Strategy):
         """Have the config of a Hugging Face model say which layers are left, or warn that it cannot."""
         if self.state.removed:
             with whole_model(run.where, run.trainer, run.module):
-                told = close_gaps_(run.module, self.traced.inputs)
-            if told:
-                rank_zero_warn(f"{run.where}: {told}")
+                warning = close_gaps_(run.module, self.traced.inputs)
+            if warning:
+                rank_zero_warn(f"{run.where}: {warning}")
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the removed layers and the latency."""

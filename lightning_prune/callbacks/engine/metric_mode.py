@@ -24,6 +24,6 @@ def mode_by_callbacks(where: str, metric: str, callbacks: Iterable[Callback]) ->
         if kinds & {"ModelCheckpoint", "EarlyStopping"} and getattr(callback, "monitor", None) == metric:
             found.setdefault(callback.mode, type(callback).__name__)  # type: ignore[attr-defined]
     if len(found) > 1:
-        told = " and ".join(f"{name}(mode={mode!r})" for mode, name in found.items())
-        raise PruningError(f"{where}: {told} contradict. Set mode= of one of them right.")
+        modes = " and ".join(f"{name}(mode={mode!r})" for mode, name in found.items())
+        raise PruningError(f"{where}: {modes} contradict. Set mode= of one of them right.")
     return next(iter(found.items()), None)

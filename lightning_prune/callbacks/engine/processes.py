@@ -106,8 +106,8 @@ def refuse_apart(where: str, trainer: Trainer, pl_module: LightningModule) -> No
     apart = [rank for rank, theirs in enumerate(found.tolist()) if theirs != found[0].tolist()]
     if not apart:
         return
-    told = {name: (shapes[name], int(number)) for name, number in zip(shapes, sums, strict=True)}
-    first, other = strategy.broadcast(told), strategy.broadcast(told, apart[0])
+    checksums = {name: (shapes[name], int(number)) for name, number in zip(shapes, sums, strict=True)}
+    first, other = strategy.broadcast(checksums), strategy.broadcast(checksums, apart[0])
     name = next(name for name in [*first, *other] if first.get(name) != other.get(name))
     here, there = first.get(name, ("absent",))[0], other.get(name, ("absent",))[0]
     raise PruningError(

@@ -127,8 +127,10 @@ class UnitRemoval(Strategy):
             self.layers.check_schedule(where, schedule)
         unseen = self.gathering.looks_at_training
         if unseen and schedule.progress(0) > 0:
-            told = f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut."
-            raise ValueError(f"{told} Start at {schedule.by[:-1]} 1.")
+            raise ValueError(
+                f"{where}(schedule={schedule!r}): {unseen} must be seen before the first cut. Start at "
+                f"{schedule.by[:-1]} 1."
+            )
         if self.fade_steps and schedule.progress(0) > 0:
             raise ValueError(
                 f"{where}(fade_steps={self.fade_steps}, schedule={schedule!r}): units fade before a pruning step, and "

@@ -114,9 +114,9 @@ class WeightMasking(Strategy):
         if run.own.clock.progress == 0:  # a run that is resumed has said so
             for name, reason in to_prune.stay.items():
                 rank_zero_warn(f"{run.where}: {name} stays dense: {reason}.")
-            told = warning_of(module, to_prune.others)
-            if told:
-                rank_zero_warn(f"{run.where}: {told}")
+            warning = warning_of(module, to_prune.others)
+            if warning:
+                rank_zero_warn(f"{run.where}: {warning}")
         self._packed = {**self._carried(run), **self._packed}
         keep = unpacked(self._packed)
         refuse_foreign(run.where, module, keep)
