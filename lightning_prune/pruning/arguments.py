@@ -24,7 +24,7 @@ __all__ = [
     "MaxAmount", "MinWidth", "Modules", "Parameters", "Parts", "amount_by_group", "as_list", "budget_by_group",
     "by_path", "check_arguments", "check_choice", "check_criterion", "check_damping", "check_ignored", "check_list",
     "check_module", "check_optimizers", "check_prunable", "listed", "names_module", "near", "optimizers_of",
-    "part_for_key", "part_of", "path_of", "plain", "shown", "with_ignored", "within_part",
+    "told_apart", "part_of", "path_of", "plain", "shown", "with_ignored", "within_part",
 ]  # fmt: skip
 
 Modules = Sequence[str | nn.Module]
@@ -325,7 +325,7 @@ def listed(module: Parts) -> list[Any]:
     return list(module) if isinstance(module, list | tuple | set) else [module]
 
 
-def part_for_key(module: Parts, model: nn.Module | None) -> dict[str, list[str]]:
+def told_apart(module: Parts, model: nn.Module | None) -> dict[str, list[str]]:
     """Return the named parts for the key of a callback's state, which has none where the whole model is meant."""
     return {} if module is None else {"module": sorted(shown(part, model) for part in listed(module))}
 

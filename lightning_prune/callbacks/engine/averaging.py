@@ -106,10 +106,10 @@ def _take_shapes_of(
     loaded = model()
     if loaded is None:
         return
-    recipes = recipes_in(nn.Module.state_dict(loaded))
-    other_modules = any(recipe.keys() & {"layer", "gaps", "experts"} for recipe in recipes.values())
+    told = recipes_in(nn.Module.state_dict(loaded))
+    other_modules = any(recipe.keys() & {"layer", "gaps", "experts"} for recipe in told.values())
     if other_modules or removed_layers(copy):
-        take_told_(copy, own, recipes)
+        take_told_(copy, own, told)
     else:
         resize_(copy, own, recipe_of(loaded).values())
 

@@ -21,9 +21,9 @@ from lightning_prune.pruning.arguments import (
     check_arguments,
     check_module,
     listed,
-    part_for_key,
     part_of,
     plain,
+    told_apart,
     with_ignored,
     within_part,
 )
@@ -101,7 +101,7 @@ class FilterArguments:
     def parts(self, model: nn.Module | None) -> dict[str, Any]:
         """Return the arguments that say which channels are pruned, modules by their path once the model is known."""
         amount = sorted(plain(self.amount, model)) if isinstance(self.amount, Mapping) else []
-        return {"amount": amount, "ignore": plain(self.ignore, model), **part_for_key(self.module, model)}
+        return {"amount": amount, "ignore": plain(self.ignore, model), **told_apart(self.module, model)}
 
     def claims(self, pl_module: LightningModule, structure: Structure) -> set[str]:
         """Return the groups whose widths these arguments set."""

@@ -26,8 +26,9 @@ from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_
 from lightning_prune.callbacks.engine.sharding import whole_model
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
-from lightning_prune.callbacks.engine.traced_model import TracedModel
-from lightning_prune.model.calls import modules_of, run
+from lightning_prune.measure.flops import FlopCount
+from lightning_prune.measure.footprint import Part, count
+from lightning_prune.model.calls import ExampleInputs, modules_of, run
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.amounts import fraction_of
 from lightning_prune.pruning.arguments import check_optimizers, part_of
@@ -66,13 +67,31 @@ class LayerRemoval(Strategy):
         self.traces = arguments.trace
         self.state = LayerState()
         self.repairs: tuple[Repair, ...] = ()
-        self.traced = TracedModel(arguments.module)
+        self._alone: dict[str, str] = {}
+        self._inputs: ExampleInputs | None = None
+        self._flops: FlopCount | None = None  # of the model as it stands, once counted
 
     @property
     def dense(self) -> DenseLayers:
         """The dense model."""
         assert self.state.dense is not None  # set before anything is planned
         return self.state.dense
+
+    @property
+    def inputs(self) -> ExampleInputs:
+        """What the model is looked at on."""
+        assert self._inputs is not None  # found before anything is looked at
+        return self._inputs
+
+    def part(self, pl_module: LightningModule) -> Part:
+        """Return the part of the model that is counted."""
+        return part_of(pl_module, self.arguments.module, self._alone)
+
+    def flops(self, pl_module: LightningModule) -> FlopCount:
+        """Return the multiply-adds of the model as it stands."""
+        if self._flops is None:
+            self._flops = count(pl_module, self.inputs)
+        return self._flops
 
     def check_schedule(self, where: str, schedule: Schedule) -> None:
         """Refuse schedules that count filters."""
@@ -107,15 +126,15 @@ class LayerRemoval(Strategy):
         inputs = run.inputs.find(run.module, self.traces, [self.example_inputs], batch)
         if inputs is None:
             return False
-        self.traced.alone = networks_left_alone(run, self.arguments.named)
-        self.traced.trace_on(on_device_of(run.trainer, run.module, inputs))
+        self._alone = networks_left_alone(run, self.arguments.named)
+        self._inputs, self._flops = on_device_of(run.trainer, run.module, inputs), None
         if self.state.dense is not None and not run.own.clock.unfinished:
             return True  # there may be no layer left to remove
         refuse_not_finite(run.where, run.module, dict(run.module.named_parameters()))
         depth = self._depth(run.module)
         if self.state.dense is None:
-            flops = self.traced.flops(run.module)
-            costs = LayerCosts.of(run.module, depth, flops, self.traced.part(run.module))
+            flops = self.flops(run.module)
+            costs = LayerCosts.of(run.module, depth, flops, self.part(run.module))
             self.state.dense = DenseLayers(costs, layer_costs(run.module, flops))
         if run.own.clock.unfinished:
             budget = self._budget(depth, self._amount)
@@ -130,8 +149,8 @@ class LayerRemoval(Strategy):
         timing = partial(self._time_of_first, run) if self.arguments.target == "latency" else None
         with self._data(run, self.reads_losses) as data:
             plan = plan_layers(
-                module, self.traced.inputs, depth, self.dense.costs, self._budget(depth, asked),
-                self.arguments.criterion, data, self.state.gone, timing, self.state.refused,
+                module, self.inputs, depth, self.dense.costs, self._budget(depth, asked), self.arguments.criterion,
+                data, self.state.gone, timing, self.state.refused,
             )  # fmt: skip
         self.state.refused, self.state.pinned = dict(plan.refused), {**depth.others, **plan.refused}
         if plan.removed:
@@ -148,7 +167,7 @@ class LayerRemoval(Strategy):
 
     def before_split(self, pl_module: LightningModule) -> None:
         """Count a model that is whole for a pruning step: one that is split cannot be counted."""
-        self.traced.flops(pl_module)
+        self.flops(pl_module)
 
     def remove_some(self, run: Run, amount: float, plan_cut: PlanCut) -> Split:
         """Remove as many layers as lose least if filters make up the rest of an amount, of the model as it is."""
@@ -159,10 +178,10 @@ class LayerRemoval(Strategy):
         refits = calibration_of(run.trainer, module, asked.batches, self.traces) if asked.repair else nullcontext()
         with self._data(run, module.automatic_optimization) as data, refits as calibration:
             ask = SplitAsk(
-                amount, asked.target, self.traced.part(module), asked.ignore, self.traced.alone, data, calibration,
-                DAMPING, timing, copy_in_run, self.dense.costs.by_layer.keys(),
+                amount, asked.target, self.part(module), asked.ignore, self._alone, data, calibration, DAMPING, timing,
+                copy_in_run, self.dense.costs.by_layer.keys(),
             )  # fmt: skip
-            split = choose_split(module, self.traced.inputs, ask, plan_cut)
+            split = choose_split(module, self.inputs, ask, plan_cut)
         if split.layers.removed:
             self._apply(run, split.layers, split.repair)
         return split
@@ -185,9 +204,9 @@ class LayerRemoval(Strategy):
         """Have the config of a Hugging Face model say which layers are left, or warn that it cannot."""
         if self.state.removed:
             with whole_model(run.where, run.trainer, run.module):
-                warning = close_gaps_(run.module, self.traced.inputs)
-            if warning:
-                rank_zero_warn(f"{run.where}: {warning}")
+                told = close_gaps_(run.module, self.inputs)
+            if told:
+                rank_zero_warn(f"{run.where}: {told}")
 
     def rollback_state(self) -> dict[str, Any]:
         """Return the removed layers and the latency."""
@@ -197,7 +216,7 @@ class LayerRemoval(Strategy):
     def rollback(self, run: Run, state: dict[str, Any]) -> None:
         """Follow a model that is as it was before the last pruning step."""
         self.state = LayerState.from_plain({**self.state.to_plain(), **state})
-        self.traced.changed()
+        self._flops = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the dense model and what was removed."""
@@ -213,11 +232,11 @@ class LayerRemoval(Strategy):
 
     def release(self) -> None:
         """Forget the counts of the model; no hook was set."""
-        self.traced.changed()
+        self._flops = None
 
     def _depth(self, pl_module: LightningModule) -> Depth:
         part = part_of(pl_module, self.arguments.module)
-        depth = prunable_layers(pl_module, self.traced.inputs, part, self.arguments.ignore, self.traced.alone)
+        depth = prunable_layers(pl_module, self.inputs, part, self.arguments.ignore, self._alone)
         if self.state.dense is not None:
             depth = depth.within(self.state.dense.costs.by_layer)
         self.state.pinned = {**depth.others, **self.state.refused}
@@ -252,7 +271,7 @@ class LayerRemoval(Strategy):
         kept = 1.0
         if run.trainer.is_global_zero:
             with run.trainer.precision_plugin.forward_context():
-                kept = time_without(run.module, self.traced.inputs, skips, whole)
+                kept = time_without(run.module, self.inputs, skips, whole)
         return float(run.trainer.strategy.broadcast(kept))
 
     def _apply(self, run: Run, plan: LayerPlan, repair: LayerRepair) -> None:
@@ -263,7 +282,7 @@ class LayerRemoval(Strategy):
         repair = replace(repair, tensors=run.trainer.strategy.broadcast(repair.tensors))
         apply_removal_(run, plan, repair)
         self.state.removed |= {layer.path: (layer, when) for layer in plan.removed}
-        self.traced.changed()
+        self._flops = None
         recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from lightning.pytorch import LightningModule
@@ -11,7 +10,6 @@ from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
-from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.latency import circumstances
 from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.plan import count_params
@@ -46,8 +44,10 @@ def describe(run: Run, history: History) -> None:
     if removals:
         removal = removals[-1]
         flops = removal.traced.flops(run.module)
-        history.layers = _layer_changes(run, removal.start.layers, flops, may_be_gone=removal.layers is not None)
+        now, dense = layer_costs(run.module, flops), removal.start.layers
+        history.layers = {path: LayerChange(was, now.get(path, was)) for path, was in dense.items()}
         if removal.layers is not None:
+            history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
             _describe_depth(removal.layers, history)
         history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
@@ -57,24 +57,13 @@ def describe(run: Run, history: History) -> None:
 
 
 def _describe_layers(run: Run, removal: LayerRemoval, history: History) -> None:
-    flops = removal.traced.flops(run.module)
-    history.layers = _layer_changes(run, removal.dense.layers, flops, may_be_gone=True)
-    history.measured = circumstances(run.module, removal.traced.inputs)
+    flops = removal.flops(run.module)
+    now, dense = layer_costs(run.module, flops), removal.dense.layers
+    history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
+    history.measured = circumstances(run.module, removal.inputs)
     history.counted = flops.counted
     history.dense = dict(removal.state.pinned)
     _describe_depth(removal, history)
-
-
-def _layer_changes(
-    run: Run, dense: Mapping[str, LayerCost], flops: FlopCount, may_be_gone: bool
-) -> dict[str, LayerChange]:
-    """Return what each layer of the dense model costs now: one that is not there costs nothing if layers can leave."""
-    now = layer_costs(run.module, flops)
-    gone = LayerCost(0, 0, 0)
-    changes = {}
-    for path, was in dense.items():
-        changes[path] = LayerChange(was, now.get(path, gone if may_be_gone else was))
-    return changes
 
 
 def _describe_depth(removal: LayerRemoval, history: History) -> None:
@@ -83,8 +72,8 @@ def _describe_depth(removal: LayerRemoval, history: History) -> None:
 
 
 def _left_of_layers(run: Run, removal: LayerRemoval) -> dict[str, float]:
-    costs, part = removal.dense.costs, removal.traced.part(run.module)
-    params, flops = part.params(run.module), part.counted(removal.traced.flops(run.module))
+    costs, part = removal.dense.costs, removal.part(run.module)
+    params, flops = part.params(run.module), part.counted(removal.flops(run.module))
     values = {
         "prune/params": float(params),
         "prune/flops": float(flops),

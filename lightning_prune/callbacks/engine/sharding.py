@@ -97,9 +97,9 @@ def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
     """Add to a checkpoint the shapes and the recipe of a model that is split, and to its state dict the metadata."""
     state_dict = pl_module.state_dict()
     metadata = state_dict._metadata  # type: ignore[attr-defined]
-    recipes = {path: of[RECIPE] for path, of in metadata.items() if RECIPE in of}
+    told = {path: of[RECIPE] for path, of in metadata.items() if RECIPE in of}
     shapes = {name: list(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
-    checkpoint[RECIPE] = {"shapes": shapes, "recipe": recipes}
+    checkpoint[RECIPE] = {"shapes": shapes, "recipe": told}
     checkpoint["state_dict"] = with_metadata(checkpoint["state_dict"], metadata)
 
 
@@ -132,17 +132,17 @@ class _ShapesFirst:
         self._where, self._trainer, self._module = where, trainer, pl_module
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        metadata = _metadata_of(Path(self._trainer.strategy.broadcast(checkpoint_path)))
-        if metadata is not None:
+        told = _told_by(Path(self._trainer.strategy.broadcast(checkpoint_path)))
+        if told is not None:
             with whole_model(self._where, self._trainer, self._module):
                 before = {id(parameter) for parameter in self._module.parameters()}
-                _take_shapes(self._module, metadata)
+                _take_shapes(self._module, told)
                 here = {id(parameter) for parameter in self._module.parameters()}
                 drop_state_(self._trainer.optimizers, before - here)  # of layers that were removed
         return self._load(checkpoint_path, *args, **kwargs)
 
 
-def _metadata_of(path: Path) -> Mapping[str, Any] | None:
+def _told_by(path: Path) -> Mapping[str, Any] | None:
     """Return the shapes and the recipe that a file, or a folder of shards, tells of; None if it is of no pruned run."""
     file = path / _METADATA if path.is_dir() else path
     if not file.is_file():
@@ -151,7 +151,7 @@ def _metadata_of(path: Path) -> Mapping[str, Any] | None:
     return found.get(RECIPE) if isinstance(found, Mapping) else None
 
 
-def _take_shapes(pl_module: LightningModule, metadata: Mapping[str, Any]) -> None:
+def _take_shapes(pl_module: LightningModule, told: Mapping[str, Any]) -> None:
     """Apply shapes and a recipe that a checkpoint tells of.
 
     Raises:
@@ -161,7 +161,7 @@ def _take_shapes(pl_module: LightningModule, metadata: Mapping[str, Any]) -> Non
     largest = max((value.numel() for value in own.values() if isinstance(value, Tensor)), default=1)
     damaged = "it is damaged. Load an earlier checkpoint."
     try:
-        shapes, recipe = dict(metadata["shapes"]), dict(metadata["recipe"])
+        shapes, recipe = dict(told["shapes"]), dict(told["recipe"])
         sizes = {name: tuple(map(operator.index, shape)) for name, shape in shapes.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise PruningError(f"What the checkpoint tells of its shapes cannot be read ({error!r}): {damaged}") from error

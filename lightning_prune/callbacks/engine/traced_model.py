@@ -7,10 +7,11 @@ from types import MappingProxyType
 
 from lightning.pytorch import LightningModule
 
+from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.measure.flops import FlopCount
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.model.calls import ExampleInputs
-from lightning_prune.pruning.arguments import Modules, Parts, part_of
+from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.left_alone import prunable_groups
 from lightning_prune.pruning.uniform import with_one_width
 from lightning_prune.structure import Keep, Structure
@@ -26,16 +27,12 @@ class TracedModel:
     """The inputs that a run's model is traced on, and what was found on them.
 
     Args:
-        module: The part of the model that is pruned and counted, as the user named it.
-        ignore: What the user keeps from being pruned.
-        uniform: Whether layers of a kind get one width.
+        arguments: What the user asked for.
         narrow: Leaves out groups that the criterion cannot score.
     """
 
-    def __init__(
-        self, module: Parts, ignore: Modules = (), uniform: bool = False, narrow: Narrow | None = None
-    ) -> None:
-        self._module, self._ignore, self._uniform = module, ignore, uniform
+    def __init__(self, arguments: FilterArguments, narrow: Narrow | None) -> None:
+        self._arguments = arguments
         self._narrow = narrow
         self.alone: dict[str, str] = {}  # networks that are not pruned, and why
         self._inputs: ExampleInputs | None = None
@@ -49,7 +46,7 @@ class TracedModel:
 
     def part(self, pl_module: LightningModule) -> Part:
         """Return the part of the model that is counted."""
-        return part_of(pl_module, self._module, self.alone)
+        return part_of(pl_module, self._arguments.module, self.alone)
 
     def trace_on(self, inputs: ExampleInputs) -> None:
         """Trace the model on these inputs from now on."""
@@ -69,10 +66,10 @@ class TracedModel:
         """Return the groups that may be pruned: not ignored, nor refused earlier; the recipe notes what may change."""
         structure = self.groups(pl_module) if structure is None else structure
         recipe_of(pl_module).note((a.module, a.name) for a in structure.ledger.attributes)
-        part = part_of(pl_module, self._module)
-        structure = prunable_groups(pl_module, structure, self._ignore, part, self.alone)
+        part = part_of(pl_module, self._arguments.module)
+        structure = prunable_groups(pl_module, structure, self._arguments.ignore, part, self.alone)
         structure = structure.without_each({name: why for name, why in refused.items() if name in structure.groups})
-        structure = with_one_width(pl_module, structure) if self._uniform else structure
+        structure = with_one_width(pl_module, structure) if self._arguments.uniform else structure
         return structure if self._narrow is None else self._narrow(pl_module, structure, self.inputs)
 
     def count(self, pl_module: LightningModule, structure: Structure, keep: Keep = MappingProxyType({})) -> None:

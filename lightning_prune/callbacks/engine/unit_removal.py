@@ -86,7 +86,7 @@ class UnitRemoval(Strategy):
         self.example_inputs = arguments.example_inputs
         self.traces = gathering.traces = arguments.trace
         self.state = RemovalState()
-        self.traced = TracedModel(arguments.module, arguments.ignore, arguments.uniform, narrow)
+        self.traced = TracedModel(arguments, narrow)
         self._repair, self._adjust = repair, adjust
         self._rehearsal: tuple[Structure, Cut | None] | None = None  # the groups, and all that will be removed
         self._batches = 0  # of training, in this run

@@ -11,7 +11,7 @@ from torch import nn, optim
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.pruning.arguments import Parts, as_list, check_module, listed, part_for_key, plain
+from lightning_prune.pruning.arguments import Parts, as_list, check_module, listed, plain, told_apart
 from lightning_prune.pruning.weights import WeightScope, check_weight_arguments
 
 __all__ = ["MaskGradients", "WeightArguments"]
@@ -71,7 +71,7 @@ class WeightArguments:
             "amount": sorted(plain(self.amount, model)) if isinstance(self.amount, Mapping) else [],
             "parameters": plain(self.parameters, model),
             "ignore": plain(self.ignore, model),
-            **part_for_key(self.module, model),
+            **told_apart(self.module, model),
         }
 
     def masks_gradients(self, trainer: Trainer, pl_module: LightningModule) -> bool:
