@@ -91,6 +91,7 @@ class Interruption:
     def __enter__(self):
         self.before = sys.gettrace()
         sys.settrace(self._call)
+        return self
 
     def __exit__(self, *_):
         sys.settrace(self.before)

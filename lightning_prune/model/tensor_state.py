@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -91,11 +92,11 @@ class TensorStates:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Copy tensors that operators are about to write to in the body, if a mode calls :func:`keep`."""
-        _watching.append(self)
+        _watching.add(self)
         try:
             yield
         finally:
-            _watching.remove(self)
+            _watching.discard(self)
 
     def copy_before_writing(self, tensor: Tensor) -> None:
         """Copy the watched tensors that share memory with one that is about to be written to."""
@@ -206,7 +207,7 @@ def keep(tensor: Tensor) -> None:
         states.copy_before_writing(tensor)
 
 
-_watching: list[TensorStates] = []
+_watching: WeakSet[TensorStates] = WeakSet()  # weak, since Ctrl-C may come right before one is discarded
 _written: dict[int, tuple[tuple[int, str], ...]] = {}  # by ``id`` of an operator: the arguments it may write to
 _operators: list[Any] = []  # those operators, so that each ``id`` stays theirs
 
