@@ -12,8 +12,6 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.pruning.arguments import Parts
 
-__all__ = ["FilterL1Pruning"]
-
 
 class FilterL1Pruning(PruningCallback):
     """Remove the filters, neurons and channels with the smallest L1 norm while the model trains.

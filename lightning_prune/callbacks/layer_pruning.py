@@ -14,8 +14,6 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.report import RemovedLayer, Repair
 
-__all__ = ["LayerPruning"]
-
 
 class LayerPruning(PruningCallback):
     """Remove whole layers while the model trains: blocks, or the attention or feed-forward part of a block.

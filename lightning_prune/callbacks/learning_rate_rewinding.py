@@ -18,8 +18,6 @@ from lightning_prune.callbacks.engine.settings import compared_arguments, warn_o
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.amounts import check_count
 
-__all__ = ["LearningRateRewinding"]
-
 
 class LearningRateRewinding(AnyCallback):
     """Set the learning-rate schedule back after each pruning step, and keep the weights (Renda et al. 2020).

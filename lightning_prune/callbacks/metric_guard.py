@@ -20,8 +20,6 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
 
-__all__ = ["MetricGuard"]
-
 
 @dataclass
 class _State:

@@ -17,8 +17,6 @@ from lightning_prune.pruning.amounts import check_count
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.obs import Asked, LayerFit, Solver
 
-__all__ = ["OBSOneShot"]
-
 
 class OBSOneShot(PruningCallback):
     """Set weights to zero once, and let the others of each layer make up for them, so that no retraining is needed.

@@ -33,8 +33,6 @@ from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.model.inference_mode import refuse_inference_tensors
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
 
-__all__ = ["Engine"]
-
 
 class Engine:
     """The run of a Trainer, shared by all of its pruning callbacks.

@@ -13,8 +13,6 @@ from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
-__all__ = ["Gathering"]
-
 
 class Gathering:
     """Where a callback's scores come from.

@@ -9,8 +9,6 @@ from lightning.pytorch import Callback
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode
 
-__all__ = ["mode_by_callbacks"]
-
 
 def mode_by_callbacks(where: str, metric: str, callbacks: Iterable[Callback]) -> tuple[Mode, str] | None:
     """Return the mode under which ModelCheckpoint or EarlyStopping monitor a metric, and the name of the callback.
