@@ -19,7 +19,7 @@ from lightning_prune.pruning.obs import Asked, LayerFit, Solver
 
 
 class OBSOneShot(PruningCallback):
-    """Set weights to zero once, and let the others of each layer make up for them, so that no retraining is needed.
+    """Set weights to zero once, and let the others of each layer compensate for them, so that no retraining is needed.
 
     Every layer goes on to give, on some batches of the training data, what it gave before, as well as it can with what
     is left (:func:`~lightning_prune.prune_obs`): no labels are looked at. After training, or before a named epoch; what

@@ -67,7 +67,7 @@ class Gathering:
         """Look at a loss before it is differentiated."""
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Look at what one backward pass has left."""
+        """Look at the gradients of one backward pass."""
 
     def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients that an optimizer is about to step by."""

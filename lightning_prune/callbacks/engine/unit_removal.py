@@ -398,7 +398,7 @@ class UnitRemoval(Strategy):
         self.gathering.before_backward(loss)
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Show what one backward pass has left to the criterion."""
+        """Show the gradients of one backward pass to the criterion."""
         self.gathering.after_backward(trainer)
 
     def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
