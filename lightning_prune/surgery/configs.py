@@ -99,7 +99,7 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
     changes: list[AttributeChange] = []
     told = []
     for path, module in pretrained_models(model):
-        after = _shapes_after(model, module, shapes)
+        after = _shapes_after(model, path, module, shapes)
         inside = {place: value for place, value in numbers.items() if lies_in(place[0], path)}
         dense = twin_of(module, {})
         if dense is None or shapes_of(dense).keys() != after.keys():
@@ -225,7 +225,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def _shapes_after(model: nn.Module, module: nn.Module, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+def _shapes_after(model: nn.Module, path: str, module: nn.Module, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model inside another once it is cut, by every name."""
     named = [*model.named_parameters(), *model.named_buffers()]
     new = {id(tensor): shapes[name] for name, tensor in named if name in shapes}
