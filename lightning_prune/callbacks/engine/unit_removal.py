@@ -311,7 +311,7 @@ class UnitRemoval(Strategy):
         """Remove the layers that lose least if filters make up the rest, and return the filters that are then kept."""
         before = self.traced.prunable(run.module, self.state.refused)
         refuse_not_finite(run.where, run.module, written_with(before))
-        refused = self.state.refused
+        refused = self.state.refused  # what is refused in a try is so without the layers of that try
 
         def plan_cut(twin: nn.Module, rest: float) -> Plan:
             assert isinstance(twin, LightningModule)
