@@ -8,8 +8,8 @@ from typing import Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.algorithms.schedules import OneShot
-from lightning_prune.callbacks.engine.brain_surgeon import BrainSurgeon
 from lightning_prune.callbacks.engine.clock import AfterTraining
+from lightning_prune.callbacks.engine.obs_choice import BrainSurgeon
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking

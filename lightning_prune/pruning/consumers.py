@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.algorithms.solvers import best_on_columns, damped, inverse, rise
-from lightning_prune.algorithms.solvers.unit_removal import Reader, unit_rises
+from lightning_prune.algorithms.solvers.whole_units import Reader, unit_rises
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import Gram, fitting, gather_grams
 from lightning_prune.measure.output_change import Outputs
