@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.callbacks.engine.packages import AnyCallback
+from lightning_prune.callbacks.engine.packages import AnyCallback, is_a
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback, pruned_so_far, pruning_callbacks
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
@@ -69,7 +69,7 @@ class LearningRateRewinding(AnyCallback):
                 f"{self._where} follows pruning steps, and no callback prunes. Add FilterL1Pruning or another."
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(kind.__name__ == "StochasticWeightAveraging" for kind in type(callback).__mro__):
+            if is_a(callback, "StochasticWeightAveraging"):
                 raise PruningError(
                     f"{self._where} and StochasticWeightAveraging contradict: one sets the learning-rate schedule back "
                     "after each pruning step, and the other replaces it by its own. Leave one of them out."

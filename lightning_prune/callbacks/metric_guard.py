@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
+from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.callbacks.engine.processes import replicated_anew
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
@@ -236,8 +237,8 @@ def _mode_by_callbacks(where: str, metric: str, callbacks: Iterable[Callback]) -
     """
     found: dict[Mode, str] = {}
     for callback in callbacks:
-        kinds = {kind.__name__ for kind in type(callback).__mro__}  # each package of Lightning has classes of its own
-        if kinds & {"ModelCheckpoint", "EarlyStopping"} and getattr(callback, "monitor", None) == metric:
+        monitors = is_a(callback, "ModelCheckpoint", "EarlyStopping")
+        if monitors and getattr(callback, "monitor", None) == metric:
             found.setdefault(callback.mode, type(callback).__name__)  # type: ignore[attr-defined]
     if len(found) > 1:
         modes = " and ".join(f"{name}(mode={mode!r})" for mode, name in found.items())

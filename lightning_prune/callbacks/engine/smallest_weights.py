@@ -15,6 +15,7 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.averaging import restart_averages_
 from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
@@ -163,8 +164,5 @@ class SmallestWeights(WeightChoice):
 
 def _with_a_schedule(trainer: Trainer) -> list[Callback]:
     """Return the callbacks that average weights or unfreeze layers from some epoch on: these cannot go back."""
-    names, found = {"StochasticWeightAveraging", "BaseFinetuning"}, []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if names & {kind.__name__ for kind in type(callback).__mro__}:  # either package's
-            found.append(callback)
-    return found
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if is_a(callback, "StochasticWeightAveraging", "BaseFinetuning")]
