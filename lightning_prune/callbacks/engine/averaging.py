@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks.engine.packages import is_a
+from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, cut_, recipe_of, recipes_in, resize_, take_told_
 from lightning_prune.surgery.skipped import removed_layers
@@ -28,11 +28,10 @@ __all__ = [
 def averaged_copies(trainer: Trainer) -> list[nn.Module]:
     """Return the copies of the model that other callbacks keep."""
     found: list[nn.Module] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        wrapped = is_a(callback, "WeightAveraging")
-        if wrapped or is_a(callback, "StochasticWeightAveraging"):
-            copy = callback._average_model  # None unless it takes part in a fit
-            found += [] if copy is None else [copy.module if wrapped else copy]
+    for callback in callbacks_named(trainer, "WeightAveraging", "StochasticWeightAveraging"):
+        copy = callback._average_model  # None unless it takes part in a fit
+        if copy is not None:
+            found.append(copy.module if is_a(callback, "WeightAveraging") else copy)
     return found
 
 
@@ -83,8 +82,8 @@ def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
         for copy in averaged_copies(trainer):
             for name, tensor in named_tensors(copy).items():
                 tensor.copy_(own[name])
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if is_a(callback, "WeightAveraging") and callback._average_model is not None:
+    for callback in callbacks_named(trainer, "WeightAveraging"):
+        if callback._average_model is not None:
             callback._average_model.n_averaged.zero_()
 
 

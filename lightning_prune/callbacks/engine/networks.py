@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.engine.packages import is_a
+from lightning_prune.callbacks.engine.packages import callbacks_named
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.pruning.left_alone import left_alone
 
@@ -20,7 +20,7 @@ def networks_left_alone(run: Run, named: Iterable[Any]) -> dict[str, str]:
 
     What a callback such as ``BackboneFinetuning`` froze is trained later, so it is pruned.
     """
-    unfreezes = any(is_a(callback, "BaseFinetuning") for callback in run.trainer.callbacks)  # type: ignore[attr-defined]
+    unfreezes = bool(callbacks_named(run.trainer, "BaseFinetuning"))
     trained = set()
     for optimizer in run.trainer.optimizers:
         for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.gathering import Gathering
-from lightning_prune.callbacks.engine.packages import is_a
+from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
 from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
@@ -159,7 +159,7 @@ def steps_in_epoch(trainer: Trainer) -> int | None:
     and a callback may change how many batches make a step.
     """
     manual = not trainer.lightning_module.automatic_optimization
-    varies = any(is_a(callback, "GradientAccumulationScheduler") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    varies = bool(callbacks_named(trainer, "GradientAccumulationScheduler"))
     if manual or varies or not math.isfinite(trainer.num_training_batches):
         return None
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # the last window may be short
@@ -269,7 +269,7 @@ def _refuse_shards(where: str, trainer: Trainer, why: str, then: str = "") -> No
 
 
 def _refuse_model_pruning(where: str, trainer: Trainer, does: str) -> None:
-    if any(is_a(callback, "ModelPruning") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if callbacks_named(trainer, "ModelPruning"):
         raise PruningError(f"{where} and ModelPruning contradict: one {does} what the other wraps. Use one of them.")
 
 
