@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_prune import PruningError, prune_filters
 from lightning_prune.algorithms.solvers import best_on_columns, inverse, rise
-from lightning_prune.algorithms.solvers.unit_removal import Reader, unit_rises
+from lightning_prune.algorithms.solvers.whole_units import Reader, unit_rises
 
 IMAGE = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
 

@@ -23,7 +23,7 @@ from lightning_prune import (
     prune_weights,
     save_sparse,
 )
-from lightning_prune.algorithms.shared_values import share_values
+from lightning_prune.algorithms.k_means import share_values
 from lightning_prune.callbacks import WeightSharing
 from lightning_prune.model.byte_streams import compress, decompress, distances, places
 from lightning_prune.pruning.sharing import share_weights

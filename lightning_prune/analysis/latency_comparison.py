@@ -144,11 +144,11 @@ def _timed(
             advance()
     except Exception as error:
         raise PruningError(f"The model does not run on a batch of {size}: {type(error).__name__}: {error}") from error
-    return Timing(
-        size,
-        {name: median(seconds[name] for seconds in found) for name in turns},
-        {name: median(seconds[name] / seconds[_DENSE] for seconds in found) for name in turns},
-    )
+    seconds, kept = {}, {}
+    for name in turns:
+        seconds[name] = median([fastest[name] for fastest in found])
+        kept[name] = median([fastest[name] / fastest[_DENSE] for fastest in found])
+    return Timing(size, seconds, kept)
 
 
 def _best(timings: Sequence[Timing], names: Iterable[str]) -> tuple[int | None, float]:
@@ -180,7 +180,10 @@ def _rounder(structure: Structure, widths: Mapping[str, int]) -> dict[int, Keep]
         return found
     for multiple in _MULTIPLES:
         steps = {name: step_of(group, multiple) for name, group in structure.groups.items()}
-        stay = {n: min(structure.groups[n].width, math.ceil(w / steps[n]) * steps[n]) for n, w in widths.items()}
+        stay = {}
+        for name, width in widths.items():
+            rounded = math.ceil(width / steps[name]) * steps[name]
+            stay[name] = min(structure.groups[name].width, rounded)
         if stay != widths and any(stay[name] < group.width for name, group in structure.groups.items()):
             keep = {name: np.arange(group.width) < stay[name] for name, group in structure.groups.items()}
             found[multiple] = keep

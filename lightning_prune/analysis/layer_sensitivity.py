@@ -73,7 +73,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Cut every channel group by several shares, one at a time, and evaluate the model each time, without retraining.
 
-    Cuts are the real ones, proved as in pruning and taken back: model, gradients, mode and random state are left as
+    Cuts are the real ones, verified as in pruning and taken back: model, gradients, mode and random state are left as
     found. Each evaluation runs in eval mode, without gradients and from the same random state.
 
     Args:
@@ -92,7 +92,7 @@ def sensitivity(
         progress: Whether to show progress bars.
 
     Returns:
-        The metric of every group at every share; and what was skipped: groups whose cut could not be proved, and
+        The metric of every group at every share; and what was skipped: groups whose cut could not be verified, and
         networks that are left alone unless ``module`` names them, such as frozen ones beside what is trained.
 
     Raises:
@@ -240,7 +240,7 @@ def _measure(
     evaluate: Callable[[nn.Module], float],
     advance: Callable[[], Any],
 ) -> GroupSensitivity | str:
-    """Cut one group by several numbers of units; return the metric each time, or why a cut could not be proved."""
+    """Cut one group by several numbers of units; return the metric each time, or why a cut could not be verified."""
     group = structure.groups[name]
     values = {}
     for count in gone:

@@ -19,8 +19,6 @@ from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.left_alone import left_alone
 from lightning_prune.pruning.weights import WeightCriterion, check_weight_arguments, score_weights
 
-__all__ = ["weight_sensitivity"]
-
 
 @changes_model
 def weight_sensitivity(

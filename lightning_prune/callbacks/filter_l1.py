@@ -12,16 +12,14 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.pruning.arguments import Parts
 
-__all__ = ["FilterL1Pruning"]
-
 
 class FilterL1Pruning(PruningCallback):
     """Remove the filters, neurons and channels with the smallest L1 norm while the model trains.
 
     Filters leave the model itself, before the first batch of an epoch; optimizer state follows, checkpoints know their
-    shape, and every cut is proved before it is made. Logged every epoch: ``prune/params``, ``prune/flops``
+    shape, and every cut is verified before it is made. Logged every epoch: ``prune/params``, ``prune/flops``
     (multiply-adds, by fvcore, of one call on the example inputs), ``prune/params_kept``, ``prune/flops_kept`` (shares
-    of the dense model) and ``prune/sparsity`` (share of the filters that could leave and have left).
+    of the dense model) and ``prune/sparsity`` (fraction of the prunable filters that were removed).
 
     Args:
         amount: Fraction, in [0, 1), of ``target`` that is pruned, relative to the dense model; or a whole number of

@@ -24,8 +24,6 @@ from lightning_prune.pruning.report import Repair
 from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.structure import Structure
 
-__all__ = ["FilterPruning"]
-
 
 class FilterPruning(PruningCallback):
     """Remove the filters, neurons and channels that a criterion of your choice scores lowest while the model trains.

@@ -14,8 +14,6 @@ from lightning_prune.callbacks.engine.weight_masking import WeightMasking
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.weights import WEIGHT_CRITERIA, WeightCriterion
 
-__all__ = ["IterativeMagnitudePruning"]
-
 
 class IterativeMagnitudePruning(PruningCallback):
     """Set the weights that are smallest in absolute value to zero while the model trains, and keep them there.

@@ -14,8 +14,6 @@ from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.report import RemovedLayer, Repair
 
-__all__ = ["LayerPruning"]
-
 
 class LayerPruning(PruningCallback):
     """Remove whole layers while the model trains: blocks, or the attention or feed-forward part of a block.
@@ -43,7 +41,7 @@ class LayerPruning(PruningCallback):
         ignore: Patterns of module paths, or modules, that are not removed, nor anything inside of them.
         min_layers: Layers that are kept at least, those named in ``ignore`` among them.
         repair: Whether weights and biases behind removed layers are refitted on ``batches`` to keep their outputs; the
-            last weight of a residual branch makes up for what the layers before it no longer add.
+            last weight of a residual branch compensates for what the layers before it no longer add.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. By default the module's
             ``example_input_array``, else one example of the first training batch.
         recalibrate: Number of training batches over which BatchNorm's statistics are averaged anew after each pruning

@@ -11,14 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.callbacks.engine.packages import AnyCallback
+from lightning_prune.callbacks.engine.packages import AnyCallback, callbacks_named
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback, pruned_so_far, pruning_callbacks
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.amounts import check_count
-
-__all__ = ["LearningRateRewinding"]
 
 
 class LearningRateRewinding(AnyCallback):
@@ -70,12 +68,11 @@ class LearningRateRewinding(AnyCallback):
             raise PruningError(
                 f"{self._where} follows pruning steps, and no callback prunes. Add FilterL1Pruning or another."
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(kind.__name__ == "StochasticWeightAveraging" for kind in type(callback).__mro__):
-                raise PruningError(
-                    f"{self._where} and StochasticWeightAveraging contradict: one sets the learning-rate schedule back "
-                    "after each pruning step, and the other replaces it by its own. Leave one of them out."
-                )
+        if callbacks_named(trainer, "StochasticWeightAveraging"):
+            raise PruningError(
+                f"{self._where} and StochasticWeightAveraging contradict: one sets the learning-rate schedule back "
+                "after each pruning step, and the other replaces it by its own. Leave one of them out."
+            )
         if self._trained is None or self._trained() is not pl_module:
             self._early = self._pruned = None
             self._trained = weakref.ref(pl_module)

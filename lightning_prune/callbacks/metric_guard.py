@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies
 from lightning_prune.callbacks.engine.guard import Guard
-from lightning_prune.callbacks.engine.metric_mode import mode_by_callbacks
+from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.callbacks.engine.processes import replicated_anew
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
-
-__all__ = ["MetricGuard"]
 
 
 @dataclass
@@ -180,7 +179,7 @@ class MetricGuard(Guard):
         if self.mode is not None:
             return self.mode
         where = f"MetricGuard(monitor={self.monitor!r})"
-        by_callback = mode_by_callbacks(where, self.monitor, trainer.callbacks)  # type: ignore[attr-defined]
+        by_callback = _mode_by_callbacks(where, self.monitor, trainer.callbacks)  # type: ignore[attr-defined]
         mode, source = (mode_by_name(self.monitor), "its name") if by_callback is None else by_callback
         better = "lower" if mode == "min" else "higher"
         rank_zero_info(f"{where}: mode={mode!r}, {better} is better, by {source}. Pass mode= if that is wrong.")
@@ -228,3 +227,20 @@ class MetricGuard(Guard):
         self._state = _State(**{entry.name: state_dict[entry.name] for entry in fields(_State)})
         if self._mode != state_dict["mode"]:
             self._state.best = None  # it was the worst
+
+
+def _mode_by_callbacks(where: str, metric: str, callbacks: Iterable[Callback]) -> tuple[Mode, str] | None:
+    """Return the mode under which ModelCheckpoint or EarlyStopping monitor a metric, and the name of the callback.
+
+    Raises:
+        PruningError: If they contradict each other.
+    """
+    found: dict[Mode, str] = {}
+    for callback in callbacks:
+        monitors = is_a(callback, "ModelCheckpoint", "EarlyStopping")
+        if monitors and getattr(callback, "monitor", None) == metric:
+            found.setdefault(callback.mode, type(callback).__name__)  # type: ignore[attr-defined]
+    if len(found) > 1:
+        modes = " and ".join(f"{name}(mode={mode!r})" for mode, name in found.items())
+        raise PruningError(f"{where}: {modes} contradict. Set mode= of one of them right.")
+    return next(iter(found.items()), None)

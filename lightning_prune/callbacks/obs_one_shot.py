@@ -8,8 +8,8 @@ from typing import Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_prune.algorithms.schedules import OneShot
-from lightning_prune.callbacks.engine.brain_surgeon import BrainSurgeon
 from lightning_prune.callbacks.engine.clock import AfterTraining
+from lightning_prune.callbacks.engine.obs_choice import BrainSurgeon
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
@@ -17,11 +17,9 @@ from lightning_prune.pruning.amounts import check_count
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.obs import Asked, LayerFit, Solver
 
-__all__ = ["OBSOneShot"]
-
 
 class OBSOneShot(PruningCallback):
-    """Set weights to zero once, and let the others of each layer make up for them, so that no retraining is needed.
+    """Set weights to zero once, and let the others of each layer compensate for them, so that no retraining is needed.
 
     Every layer goes on to give, on some batches of the training data, what it gave before, as well as it can with what
     is left (:func:`~lightning_prune.prune_obs`): no labels are looked at. After training, or before a named epoch; what

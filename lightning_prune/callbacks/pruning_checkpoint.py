@@ -11,8 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_prune.callbacks.engine.packages import AnyModelCheckpoint
 from lightning_prune.callbacks.engine.pruning_callback import pruned_so_far
 
-__all__ = ["PruningCheckpoint"]
-
 
 class PruningCheckpoint(AnyModelCheckpoint):
     """Save checkpoints as Lightning's ModelCheckpoint does, and compare those of the model's current size alone.

@@ -11,8 +11,6 @@ from lightning.pytorch import Trainer
 from lightning_prune.callbacks.engine.packages import AnyEarlyStopping
 from lightning_prune.callbacks.engine.pruning_callback import pruned_so_far, pruning_finished
 
-__all__ = ["PruningEarlyStopping"]
-
 
 class PruningEarlyStopping(AnyEarlyStopping):
     """Stop as Lightning's EarlyStopping does, with its arguments, but count patience only once pruning is finished.

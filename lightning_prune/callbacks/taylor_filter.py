@@ -17,8 +17,6 @@ from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
-__all__ = ["TaylorFilterPruning"]
-
 _CRITERIA = {"weights": "taylor", "activations": "taylor_activations"}
 
 

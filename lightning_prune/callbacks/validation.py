@@ -15,6 +15,7 @@ from lightning_prune.analysis.layer_sensitivity import TENTHS, sensitivity
 from lightning_prune.analysis.sensitivity_findings import Mode, Sensitivity
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.engine.example_inputs import batch_as_inputs, on_device_of
+from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
@@ -210,8 +211,7 @@ def _quiet(trainer: Trainer) -> Iterator[None]:
 
 
 def _rests(callback: Callback) -> bool:
-    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
-    return isinstance(callback, PruningCallback) or any(kind.__name__ in _RESTING for kind in type(callback).__mro__)
+    return isinstance(callback, PruningCallback) or is_a(callback, *_RESTING)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -20,8 +20,6 @@ from lightning_prune.pruning.arguments import Parameters, Parts, check_module
 from lightning_prune.pruning.sharing import SharingReport, check_sharing, share_weights
 from lightning_prune.surgery.shared_values import SharedValues, packed_codes
 
-__all__ = ["WeightSharing"]
-
 
 class WeightSharing(AnyCallback):
     """Set the weights of each layer to few values, and train these values on (Deep Compression).

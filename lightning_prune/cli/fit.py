@@ -8,8 +8,6 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
-
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``fit`` of LightningCLI: ``python -m lightning_prune.cli.fit --config run.yaml``."""

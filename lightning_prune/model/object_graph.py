@@ -26,8 +26,6 @@ from torch import Tensor, nn
 
 from lightning_prune.model.tensor_state import TensorStates
 
-__all__ = ["ObjectGraph"]
-
 _ATOMS = frozenset({
     bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), slice, range, ModuleType,
     BuiltinFunctionType, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format,

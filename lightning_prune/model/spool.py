@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Spool"]
-
 
 class Spool(Mapping[str, Tensor]):
     """Tensors by name in a temporary file, which is removed with this object; each is read when it is looked at.

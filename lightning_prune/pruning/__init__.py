@@ -1,1 +1,1 @@
-"""Prunes models in plain PyTorch, each way in a file of its own: choose, prove, and only then write."""
+"""Prunes models in plain PyTorch, each way in a file of its own: choose, verify, and only then write."""

@@ -111,7 +111,7 @@ class Accumulator:
         """Look at the loss of a forward pass before it is differentiated."""
 
     def after_backward(self, scale: float = 1.0) -> None:
-        """Look at what a backward pass has left; the loss was multiplied by ``scale``."""
+        """Look at the gradients of a backward pass; the loss was multiplied by ``scale``."""
 
     def before_step(self, gradients: Mapping[str, Tensor | None], elsewhere: Collection[str] = ()) -> None:
         """Look at gradients, by name, before an optimizer's step; those ``elsewhere`` are other optimizers'."""
@@ -376,7 +376,7 @@ class Expansion(Accumulator):
 
 
 class Compensation(Accumulator):
-    """Asks the layers that read a unit how well they can make up for it (Hassibi and Stork 1992)."""
+    """Asks the layers that read a unit how well they can compensate for it (Hassibi and Stork 1992)."""
 
     needs = "batches"
     calls_forward = True

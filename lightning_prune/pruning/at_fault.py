@@ -10,8 +10,6 @@ from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import Disproof, Proof, SlimValues, draft, verify
 from lightning_prune.surgery.expected_outputs import Lefts
 
-__all__ = ["groups_at_fault"]
-
 
 def groups_at_fault(model: nn.Module, structure: Structure, keep: Keep, failure: Disproof) -> dict[str, str]:
     """Return the groups that must be kept whole so that the cut of the others can be verified, with the reason.

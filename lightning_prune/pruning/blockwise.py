@@ -53,19 +53,23 @@ def stages_of(surgery: Surgery, names: Sequence[str]) -> Stages | None:
     without = torch.tensor(float(chain is None), device=next(iter(surgery.tensors.values())).device)
     if chain is None or float(calibration.over_processes(without)):  # all processes go the same way
         return None
-    inside = tuple([tuple([name for name in names if name.startswith(f"{path}.")]) for path in chain.paths])
-    ours = [name for block in inside for name in block]
+    inside: list[tuple[str, ...]] = []
+    ours: list[str] = []
+    for path in chain.paths:
+        block = [name for name in names if name.startswith(f"{path}.")]
+        for name in block:
+            shift = surgery.products.shifts.get(name)
+            if shift is not None and not shift.name.startswith(f"{path}."):
+                return None  # what is added behind the weight is another block's
+        inside.append(tuple(block))
+        ours.extend(block)
     if not ours:
         return None
-    places = [i for i, name in enumerate(names) if name in set(ours)]
-    within = names[places[0] : places[-1] + 1]
-    for path, block in zip(chain.paths, inside, strict=True):
-        shifts = [surgery.products.shifts[name].name for name in block if name in surgery.products.shifts]
-        if not all(shift.startswith(f"{path}.") for shift in shifts):
-            return None
-    if list(within) != ours:
-        return None
-    return Stages(chain, tuple(names[: places[0]]), inside, tuple(names[places[-1] + 1 :]))
+    first = names.index(ours[0])
+    last = first + len(ours)
+    if list(names[first:last]) != ours:
+        return None  # another weight runs between two of the blocks
+    return Stages(chain, tuple(names[:first]), tuple(inside), tuple(names[last:]))
 
 
 def by_blocks(

@@ -110,7 +110,7 @@ def select_units(
 
     Amounts of each layer's filters (by group name, or with ``scope="layer"``) stop at the least width of the layer;
     every other amount is made up for by the layers that have more to give. Where one step of linked groups, or one
-    head, would take far more than is asked, finer ones make up for it.
+    head, would take far more than is asked, finer ones compensate for it.
 
     Args:
         structure: The channel groups of the model as it stands.

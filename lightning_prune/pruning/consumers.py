@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.algorithms.solvers import best_on_columns, damped, inverse, rise
-from lightning_prune.algorithms.solvers.unit_removal import Reader, unit_rises
+from lightning_prune.algorithms.solvers.whole_units import Reader, unit_rises
 from lightning_prune.measure.calibration import Calibration
 from lightning_prune.measure.grams import Gram, fitting, gather_grams
 from lightning_prune.measure.output_change import Outputs
@@ -28,14 +28,14 @@ _SHARE = 0.3  # of the units, without which readers are compared
 def readers_of(model: nn.Module, group: ChannelGroup, products: Products) -> list[Slot]:
     """Return where the units of a group are summed over by products whose inputs can be seen."""
     own = named_tensors(model)
-    return [
-        slot
-        for slot in group.slots
-        if slot.role == "consumer"
-        and slot.tensor not in products.otherwise
-        and (reading := products.readings.get(slot.tensor)) is not None
-        and reading.channel_dim(own[slot.tensor]) == slot.dim
-    ]
+    found = []
+    for slot in group.slots:
+        if slot.role != "consumer" or slot.tensor in products.otherwise:
+            continue
+        reading = products.readings.get(slot.tensor)
+        if reading is not None and reading.channel_dim(own[slot.tensor]) == slot.dim:
+            found.append(slot)
+    return found
 
 
 def only_read(model: nn.Module, structure: Structure, products: Products) -> Structure:
@@ -61,8 +61,13 @@ def score_by_readers(
         Group name -> one score per unit, ``(width,)``: a group's lowest are those to remove first, and each stands for
         the rise then. Groups of which no reader's inputs can be seen are left out.
     """
-    slots = {name: found for name, group in structure.groups.items() if (found := readers_of(model, group, products))}
-    sizes = {n: 2 * sum(products.bytes(slot.tensor, calibration.dtype) for slot in found) for n, found in slots.items()}
+    slots: dict[str, list[Slot]] = {}
+    sizes: dict[str, int] = {}
+    for name, group in structure.groups.items():
+        found = readers_of(model, group, products)
+        if found:
+            slots[name] = found
+            sizes[name] = 2 * sum(products.bytes(slot.tensor, calibration.dtype) for slot in found)
     outputs = Outputs(model, calibration)
     scores = {}
     with counted("groups scored", len(sizes), progress) as advance:
@@ -72,8 +77,10 @@ def score_by_readers(
             for name in part:
                 width, own = structure.groups[name].width, slots[name]
                 with naming_weight(name):
-                    readers = [_readers(model, outputs, slot, width, grams[slot.tensor], damping) for slot in own]
-                    scores[name] = unit_rises([reader for found in readers for reader in found])
+                    readers: list[Reader] = []
+                    for slot in own:
+                        readers += _readers(model, outputs, slot, width, grams[slot.tensor], damping)
+                    scores[name] = unit_rises(readers)
                 advance()
     return scores
 

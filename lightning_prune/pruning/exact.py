@@ -78,7 +78,7 @@ def prune_exact(
     """Remove weights and biases of a small, trained net one at a time, in place, until one of the limits is met.
 
     Before every removal the Hessian is found anew, in its outer-product form. With ``method="obs"`` all other weights
-    move to make up for the one that leaves.
+    move to compensate for the one that leaves.
 
     Args:
         model: The model. Some thousand parameters at most.

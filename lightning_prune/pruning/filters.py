@@ -59,8 +59,6 @@ from lightning_prune.pruning.uniform import with_one_width
 from lightning_prune.structure import Structure, find_structure, trace
 from lightning_prune.surgery import rehearsed
 
-__all__ = ["prune_filters"]
-
 _CHEAP = ("l1", "l2", "bn_scale")
 """Criteria whose scores can be computed twice."""
 

@@ -70,7 +70,7 @@ def prune_fisher(
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
 ) -> WeightReport:
-    """Set the weights that the loss needs least to zero, in place; their neighbours make up for them.
+    """Set the weights that the loss needs least to zero, in place; their neighbours compensate for them.
 
     The loss's Hessian is taken to be the mean over examples of the outer products of their gradients, in blocks of
     neighbouring weights. What leaves is compared across all layers, by the rise of the loss itself. What an earlier
@@ -86,7 +86,7 @@ def prune_fisher(
         ignore: Patterns of paths of modules or parameters, or modules, that are not pruned.
         parameters: Patterns of paths of modules or parameters, modules, or pairs of a module and a parameter's name,
             that are pruned; by default the weights of all linear and convolutional layers.
-        block: How many neighbours make up for each other.
+        block: How many neighbours compensate for each other.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian.
         dtype: What the matrix is summed and solved in; float32 in place of float64 for a device that has no float64.
         progress: Whether to show progress bars.

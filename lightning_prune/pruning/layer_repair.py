@@ -52,7 +52,7 @@ def repaired_layers(
 
     A weight W with inputs x in the whole model, and y without the layers, is fitted to
     :math:`\hat W y + s \approx W x`. Where what it makes is added to a stream, as at the end of a residual branch, it
-    is fitted to make up for the stream as well, :math:`W x + (r_x - r_y) / a`, with the streams r and the gain a of
+    is fitted to compensate for the stream as well, :math:`W x + (r_x - r_y) / a`, with the streams r and the gain a of
     what lies between (BatchNorm, a scale): so a branch takes over from the layers in front of it that were removed.
 
     Args:
@@ -64,7 +64,7 @@ def repaired_layers(
 
     References:
         He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017 (arXiv:1707.06168), sec. 3.2,
-        for branches that make up for the stream.
+        for branches that compensate for the stream.
     """
     products = find_products(model, calibration.batches[0], calibration.forward)
     with temporarily_skipped(model, skips):

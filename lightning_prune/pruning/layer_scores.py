@@ -121,45 +121,48 @@ def _by_passing(
         branches = Branches(receive)
         with undisturbed(model, batch), temporarily_skipped(model, skips), unfused(), branches:
             for path, layer in layers.items():
-                given: list[Tensor] = []
-                look = partial(_look, path, layer, branches, numbers, found, criterion, given)
-                _hook(model.get_submodule(path), layer, given, look)
+                _watch(model.get_submodule(path), layer, partial(_passed, path, branches, numbers, found, criterion))
             data.forward(model, batch)
         numbers.clear()
     return {path: sum(scores) / len(scores) for path, scores in found.items()}
 
 
-def _look(
+def _passed(
     path: str,
-    layer: SkippableLayer,
     branches: Branches,
     numbers: dict[int, str],
     found: dict[str, list[float]],
     criterion: Callable[[Tensor, Tensor], Tensor],
-    given: list[Tensor],
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-    output: Any,
+    given: Tensor | None,
+    main: Tensor,
 ) -> None:
-    main = main_output(output)
-    if main is None:
-        return
-    if layer.fill == "zeros":
+    """Score one call of a layer; of a branch, note its number, for when it is known what it is added to."""
+    if given is None:
         numbers[branches.made(main)] = path
     else:
-        found[path].append(float(criterion(given.pop(), main)))
+        found[path].append(float(criterion(given, main)))
 
 
-def _hook(module: nn.Module, layer: SkippableLayer, given: list[Tensor], look: Callable[..., None]) -> None:
-    """Call ``look`` after each call of a layer; ``given`` then ends with what went in, before it was written to."""
+def _watch(module: nn.Module, layer: SkippableLayer, receive: Callable[[Tensor | None, Tensor], None]) -> None:
+    """Call ``receive`` with the input and the main output of each call of a layer.
+
+    The input is that which would be returned in place of the output, as it was before anything wrote to it; None of a
+    branch, in whose place zeros are returned.
+    """
+    given: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(value_at(layer.source, args, kwargs).detach().clone())
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        own = given.pop() if layer.fill == "input" else None
+        main = main_output(output)
+        if main is not None:
+            receive(own, main)
+
     if layer.fill == "input":
-        module.register_forward_pre_hook(partial(_note_given, layer, given), with_kwargs=True)
-    module.register_forward_hook(look, with_kwargs=True)
-
-
-def _note_given(layer: SkippableLayer, given: list[Tensor], module: nn.Module, args: Any, kwargs: Any) -> None:
-    given.append(value_at(layer.source, args, kwargs).detach().clone())
+        module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after, with_kwargs=True)
 
 
 def _by_gradients(
@@ -176,28 +179,17 @@ def _by_gradients(
         with undisturbed(model, batch), temporarily_skipped(model, skips), torch.enable_grad():
             parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
             for path, layer in layers.items():
-                given: list[Tensor] = []
-                look = partial(_await_gradient, found[path], layer, second, given)
-                _hook(model.get_submodule(path), layer, given, look)
+                _watch(model.get_submodule(path), layer, partial(_expand, found[path], second))
             with differentiable(parameters):
                 torch.autograd.grad(data.loss(model, batch), parameters, allow_unused=True)
     return {path: sum(scores) / len(data.batches) for path, scores in found.items() if scores}
 
 
-def _await_gradient(
-    scores: list[float],
-    layer: SkippableLayer,
-    second: bool,
-    given: list[Tensor],
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-    output: Any,
-) -> None:
-    main = main_output(output)
-    if main is None or not main.requires_grad:
+def _expand(scores: list[float], second: bool, given: Tensor | None, main: Tensor) -> None:
+    """Score one call of a layer once the gradient of its output is known."""
+    if not main.requires_grad:
         return
-    change = given.pop() - main.detach() if layer.fill == "input" else -main.detach()
+    change = -main.detach() if given is None else given - main.detach()
 
     def receive(gradient: Tensor) -> None:
         if second:

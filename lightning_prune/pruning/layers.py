@@ -110,7 +110,7 @@ def prune_layers(
             leave their groups.
         min_layers: Layers that are kept at least, those named in ``ignore`` among them.
         repair: Whether weights and biases behind removed layers are refitted on ``batches`` to keep their outputs; the
-            last weight of a residual branch makes up for what the layers before it no longer add.
+            last weight of a residual branch compensates for what the layers before it no longer add.
         damping: Share of its mean diagonal entry that is added to the diagonal of every Hessian. For ``repair``.
         progress: Whether to show progress bars.
 

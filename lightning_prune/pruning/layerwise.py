@@ -53,7 +53,7 @@ class Solved:
     Attributes:
         weight: Its new value.
         keep: True for each weight that stays, in its shape.
-        error: Share of the energy of its outputs on the batches that is lost; where a bias or BatchNorm makes up for
+        error: Share of the energy of its outputs on the batches that is lost; where a bias or BatchNorm compensates for
             the mean, of their variance.
         others: What else changes, by name: its bias, or the running mean of the BatchNorm behind it.
     """
@@ -151,7 +151,7 @@ class Surgery:
         return best_on_support(solver.weights, solver.hessian, keep), keep
 
     def solved(self, name: str, rows: Tensor, keep: Tensor, error: float, lost: Tensor) -> Solved:
-        """Lay what a solver returned out as the layer's weight, and make up for the mean that its outputs lose.
+        """Lay what a solver returned out as the layer's weight, and compensate for the mean that its outputs lose.
 
         Args:
             name: The layer's weight.

@@ -85,7 +85,7 @@ def prune_obs(
     dtype: torch.dtype = torch.float64,
     progress: bool = True,
 ) -> WeightReport:
-    """Set the least needed weights of a trained model to zero, in place; the others of each layer make up for it.
+    """Set the least needed weights of a trained model to zero, in place; the others of each layer compensate for it.
 
     No labels, no loss and no training: every layer keeps its outputs on the batches as well as it can. Weights of
     linear and convolution layers, attention's projections and any other parameter that is multiplied with inputs are

@@ -73,7 +73,7 @@ def outcome_of(
     short = reached < asked - near
     if target == "latency":  # a measurement that was disturbed removes too much, too; one unit may weigh something
         short = short or reached > asked + 2 * near
-    if isinstance(amount, Mapping):  # what one layer gave more does not make up for another
+    if isinstance(amount, Mapping):  # what one layer gave more does not compensate for another
         short = bool(behind)
     if not short:
         return Outcome(asked, reached, "")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.algorithms.shared_values import share_values
+from lightning_prune.algorithms.k_means import share_values
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.shards import is_sharded

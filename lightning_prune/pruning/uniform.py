@@ -11,8 +11,6 @@ from lightning_prune.structure import Structure, named_tensors
 from lightning_prune.surgery import config_fields
 from lightning_prune.surgery.configs import ConfigField, pretrained_models, unsaved
 
-__all__ = ["with_one_width"]
-
 
 def with_one_width(model: nn.Module, structure: Structure) -> Structure:
     """Return the structure with the groups of a kind linked, so that they keep the same number of units.

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CellsInSteps"]
-
 
 class CellsInSteps(TorchDispatchMode):
     """Runs fused LSTM and GRU cells as the operators that they stand for, which modes outside this one see."""

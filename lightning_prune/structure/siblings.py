@@ -11,8 +11,6 @@ from lightning_prune.model.calls import modules_of
 from lightning_prune.structure.labels import Label, Labels, Ledger
 from lightning_prune.structure.tensor_names import named_tensors
 
-__all__ = ["follow_siblings"]
-
 
 def follow_siblings(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> set[str]:
     """Tie experts that no example came to to those beside them that ran, and return the names of their tensors.

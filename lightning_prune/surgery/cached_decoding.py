@@ -15,8 +15,6 @@ from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.surgery.configs import pretrained_models
 from lightning_prune.surgery.skipped import temporarily_skipped
 
-__all__ = ["cache_is_wrong"]
-
 _CACHES = ("past_key_values", "cache")  # what transformers call it
 _SOURCES = ("decoder_input_ids", "input_ids")  # tokens that are decoded
 _TOLERANCE = 1e-3  # of the largest output: other kernels may run on one token than on many

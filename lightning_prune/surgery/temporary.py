@@ -13,8 +13,6 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.attributes import attributes_set
 from lightning_prune.surgery.cut import Cut
 
-__all__ = ["temporarily_cut"]
-
 
 @contextmanager
 def temporarily_cut(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor]) -> Iterator[None]:

@@ -12,8 +12,6 @@ from lightning_prune.model.calls import modules_of
 from lightning_prune.structure.tensor_names import named_parameters
 from lightning_prune.surgery.attributes import AttributeChange
 
-__all__ = ["follow_timm"]
-
 # By timm's definition the first is what the classifier takes. The others are what comes before the head, which is the
 # same where the head only pools and normalizes: then they are equal.
 _OF_MODEL = ("head_hidden_size", "num_features", "embed_dim")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["obd"]
-
 
 def obd(weights: Tensor, hessian_diagonal: Tensor) -> Tensor:
     r"""Return the saliency :math:`\frac{1}{2} h_{kk} w_k^2` of each weight; that of a unit is the sum over its weights.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["magnitude"]
-
 
 def magnitude(weight: Tensor) -> Tensor:
     """Score each weight by its absolute value.

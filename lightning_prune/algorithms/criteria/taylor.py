@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["taylor_activations"]
-
 
 def taylor_activations(activations: Tensor, gradients: Tensor) -> Tensor:
     r"""Expand the loss of every example in the feature maps: :math:`\sum_m a_m \, \partial L / \partial a_m`.

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lightning_prune.algorithms.solvers.damping import mean_diagonal
 
-__all__ = ["alternate"]
-
 # Found by trying, on layers of several kinds: slower growth finds a little better.
 _FIRST = 0.01  # rho, in mean diagonal entries of H
 _RESTLESS, _SETTLED = 0.12, 0.002  # shares of weights that are exchanged in three rounds

@@ -13,8 +13,6 @@ from torch import Tensor
 from lightning_prune.algorithms.solvers.damping import inverse
 from lightning_prune.algorithms.solvers.patterns import Pattern
 
-__all__ = ["exchange"]
-
 _MEMORY = 2 * 2**20  # bytes of inverses worked on at a time
 _ROUNDS = 100  # exchanges of a row; a third of that was enough in all experiments
 

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, cut_, recipe_of, recipes_in, resize_, take_told_
 from lightning_prune.surgery.skipped import removed_layers
@@ -27,11 +28,10 @@ __all__ = [
 def averaged_copies(trainer: Trainer) -> list[nn.Module]:
     """Return the copies of the model that other callbacks keep."""
     found: list[nn.Module] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        wrapped = _is(callback, "WeightAveraging")
-        if wrapped or _is(callback, "StochasticWeightAveraging"):
-            copy = callback._average_model  # None unless it takes part in a fit
-            found += [] if copy is None else [copy.module if wrapped else copy]
+    for callback in callbacks_named(trainer, "WeightAveraging", "StochasticWeightAveraging"):
+        copy = callback._average_model  # None unless it takes part in a fit
+        if copy is not None:
+            found.append(copy.module if is_a(callback, "WeightAveraging") else copy)
     return found
 
 
@@ -82,8 +82,8 @@ def restart_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
         for copy in averaged_copies(trainer):
             for name, tensor in named_tensors(copy).items():
                 tensor.copy_(own[name])
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if _is(callback, "WeightAveraging") and callback._average_model is not None:
+    for callback in callbacks_named(trainer, "WeightAveraging"):
+        if callback._average_model is not None:
             callback._average_model.n_averaged.zero_()
 
 
@@ -112,8 +112,3 @@ def _take_shapes_of(
         take_told_(copy, own, told)
     else:
         resize_(copy, own, recipe_of(loaded).values())
-
-
-def _is(callback: Any, name: str) -> bool:
-    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
-    return any(kind.__name__ == name for kind in type(callback).__mro__)

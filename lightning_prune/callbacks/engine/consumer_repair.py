@@ -11,8 +11,6 @@ from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.repair import repaired
 from lightning_prune.pruning.report import Repair
 
-__all__ = ["ConsumerRepair"]
-
 
 class ConsumerRepair:
     """Compensates for pruned units on some training batches.

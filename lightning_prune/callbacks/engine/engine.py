@@ -33,8 +33,6 @@ from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.model.inference_mode import refuse_inference_tensors
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
 
-__all__ = ["Engine"]
-
 
 class Engine:
     """The run of a Trainer, shared by all of its pruning callbacks.
@@ -176,7 +174,7 @@ class Engine:
             self._prepare(run, batch)
         if own.prepared:
             if not own.inputs_verified and clock.unfinished:
-                with self._whole(run):
+                with self._whole_if_needed(run):
                     if own.strategy.reads_batches(pl_module):  # refuses what does not run before steps are spent
                         next(inputs_of(pl_module, [batch], own.strategy.traces))
                     if own.strategy.reads_losses:
@@ -204,7 +202,7 @@ class Engine:
         if own.asks_for_other_amounts:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
             own.clock.progress = 0.0
-        with self._whole(run):
+        with self._whole_if_needed(run):
             own.prepared = own.strategy.prepare(run, batch)
         if own.prepared:
             self.log.warn_changes(run)
@@ -251,7 +249,7 @@ class Engine:
 
     def _prune(self, run: Run, progress: float) -> None:
         self.log.start_step(run)
-        with self._whole(run):
+        with self._whole_if_needed(run):
             run.own.strategy.prune_to(run, progress)
         clock = run.own.clock
         clock.progress, clock.moment = progress, (run.trainer.current_epoch, run.trainer.global_step)
@@ -304,7 +302,7 @@ class Engine:
             self._copy_hooks = let_copies_follow(trainer, pl_module)
 
     @contextmanager
-    def _whole(self, run: Run) -> Iterator[None]:
+    def _whole_if_needed(self, run: Run) -> Iterator[None]:
         """Show the body a plain model, where FSDP2 has split it and the strategy must look at all of it."""
         if not run.own.strategy.needs_whole_model:
             yield

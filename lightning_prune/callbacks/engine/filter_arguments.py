@@ -31,8 +31,6 @@ from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.layers_and_filters import check_with_layers
 from lightning_prune.structure import Structure
 
-__all__ = ["FilterArguments"]
-
 
 @dataclass(frozen=True, eq=False)
 class FilterArguments:

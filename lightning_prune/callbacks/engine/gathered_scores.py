@@ -133,7 +133,7 @@ class OverTheRun(Gathering):
             self._accumulator.before_backward(loss)
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Show what one backward pass has left."""
+        """Show the gradients of one backward pass."""
         if self._accumulator is not None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._accumulator.after_backward(1.0 if scaler is None else scaler.get_scale())

@@ -13,8 +13,6 @@ from lightning_prune.callbacks.engine.step import Traced
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.structure import Structure
 
-__all__ = ["Gathering"]
-
 
 class Gathering:
     """Where a callback's scores come from.
@@ -69,7 +67,7 @@ class Gathering:
         """Look at a loss before it is differentiated."""
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Look at what one backward pass has left."""
+        """Look at the gradients of one backward pass."""
 
     def before_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients that an optimizer is about to step by."""

@@ -9,8 +9,6 @@ import torch
 
 from lightning_prune.structure import Keep
 
-__all__ = ["of_kept_units"]
-
 
 def of_kept_units(gathered: Mapping[str, list[Any]], keep: Keep) -> dict[str, list[Any]]:
     """Return what was gathered, as ``group -> [total, count]`` or ``group/what -> ...``, of the units that are kept."""

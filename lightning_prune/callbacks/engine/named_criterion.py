@@ -6,8 +6,6 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["found_criterion"]
-
 
 def found_criterion(where: str, criterion: Any, known: Iterable[str]) -> Any:
     """Return the name of a known criterion, or a function: the one that was passed, or that an import path names.

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.engine.packages import callbacks_named
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.pruning.left_alone import left_alone
 
@@ -19,14 +20,14 @@ def networks_left_alone(run: Run, named: Iterable[Any]) -> dict[str, str]:
 
     What a callback such as ``BackboneFinetuning`` froze is trained later, so it is pruned.
     """
-    kinds = {kind.__name__ for callback in run.trainer.callbacks for kind in type(callback).__mro__}  # type: ignore[attr-defined]
+    unfreezes = bool(callbacks_named(run.trainer, "BaseFinetuning"))
     trained = set()
     for optimizer in run.trainer.optimizers:
         for group in optimizer.param_groups:
             trained |= set(map(id, group["params"]))
     own = set(map(id, run.module.parameters()))
     # Some strategies give optimizers other tensors than the module's, which say nothing of these.
-    found = left_alone(run.module, named, "BaseFinetuning" not in kinds, trained if trained <= own else ())
+    found = left_alone(run.module, named, not unfreezes, trained if trained <= own else ())
     for path, reason in found.items():
         rank_zero_info(f"{run.where}: {path} is left alone: {reason}. Name it to prune it.")
     return found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_utilities.core import rank_zero
 from lightning_utilities.core.overrides import is_overridden
 
-__all__ = ["AnyCallback", "AnyEarlyStopping", "AnyModelCheckpoint", "overrides"]
+__all__ = ["AnyCallback", "AnyEarlyStopping", "AnyModelCheckpoint", "callbacks_named", "is_a", "overrides"]
 
 if TYPE_CHECKING:
     AnyCallback = Callback
@@ -37,6 +37,16 @@ else:
 
         class AnyModelCheckpoint(ModelCheckpoint, pytorch_lightning.callbacks.ModelCheckpoint):
             """The first package's ModelCheckpoint, which the other's Trainer knows as one that saves."""
+
+
+def is_a(instance: Any, *names: str) -> bool:
+    """Return whether an object is of a class of one of these names, whichever package its class is from."""
+    return not {kind.__name__ for kind in type(instance).__mro__}.isdisjoint(names)
+
+
+def callbacks_named(trainer: Trainer, *names: str) -> list[Any]:
+    """Return the trainer's callbacks that are of a class of one of these names, whichever package it is from."""
+    return [callback for callback in trainer.callbacks if is_a(callback, *names)]  # type: ignore[attr-defined]
 
 
 def overrides(pl_module: LightningModule, name: str) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.gathering import Gathering
+from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
 from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
@@ -38,7 +39,7 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
         _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
     _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
     _refuse_model_pruning(where, trainer, "cuts")
-    if any(kind.__name__ == "AsyncCheckpointIO" for kind in type(trainer.strategy.checkpoint_io).__mro__):
+    if is_a(trainer.strategy.checkpoint_io, "AsyncCheckpointIO"):
         raise PruningError(
             f"{where}: the copies that AsyncCheckpointIO writes lose what a state dict says of itself, so no "
             "checkpoint of the slim model could be loaded. Leave the plugin out."
@@ -157,9 +158,9 @@ def steps_in_epoch(trainer: Trainer) -> int | None:
     A training step that optimizes manually may step several optimizers, or none; loaders need not know their length;
     and a callback may change how many batches make a step.
     """
-    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}  # type: ignore[attr-defined]
     manual = not trainer.lightning_module.automatic_optimization
-    if manual or not math.isfinite(trainer.num_training_batches) or "GradientAccumulationScheduler" in kinds:
+    varies = bool(callbacks_named(trainer, "GradientAccumulationScheduler"))
+    if manual or varies or not math.isfinite(trainer.num_training_batches):
         return None
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)  # the last window may be short
 
@@ -268,7 +269,7 @@ def _refuse_shards(where: str, trainer: Trainer, why: str, then: str = "") -> No
 
 
 def _refuse_model_pruning(where: str, trainer: Trainer, does: str) -> None:
-    if any("ModelPruning" in (kind.__name__ for kind in type(callback).__mro__) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if callbacks_named(trainer, "ModelPruning"):
         raise PruningError(f"{where} and ModelPruning contradict: one {does} what the other wraps. Use one of them.")
 
 

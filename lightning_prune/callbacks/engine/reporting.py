@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
+from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
 from lightning_prune.reports import History, draw_run, files_of_run, headline, run_tables, write_run
 
 __all__ = ["comparing_checkpoints", "guarded", "log_left", "new_metrics", "report"]
@@ -38,12 +39,8 @@ def new_metrics(trainer: Trainer, before: Mapping[str, Any]) -> dict[str, float]
 
 def comparing_checkpoints(trainer: Trainer) -> list[Any]:
     """Return the trainer's ModelCheckpoints, of either package, that keep the best by a metric at any size."""
-    found = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        kinds = {kind.__name__ for kind in type(callback).__mro__}
-        if "ModelCheckpoint" in kinds and "PruningCheckpoint" not in kinds and callback.monitor is not None:
-            found.append(callback)
-    return found
+    checkpoints = callbacks_named(trainer, "ModelCheckpoint")
+    return [each for each in checkpoints if each.monitor is not None and not is_a(each, "PruningCheckpoint")]
 
 
 def log_left(trainer: Trainer, history: History) -> None:

@@ -17,8 +17,6 @@ from lightning_prune.callbacks.engine.settings import call_of, changed_arguments
 from lightning_prune.callbacks.engine.strategy import Member, Run
 from lightning_prune.reports import Decision, History
 
-__all__ = ["RunLog"]
-
 _COSTS = {
     "prune/params_kept": "of the parameters",
     "prune/flops_kept": "of the FLOPs",

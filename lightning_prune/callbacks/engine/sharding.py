@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.engine.averaging import with_metadata
+from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import (
     is_sharded,
@@ -37,8 +38,8 @@ _METADATA = "meta.pt"  # where Lightning keeps what is no tensor of the model in
 
 
 def is_model_parallel(trainer: Trainer) -> bool:
-    """Compare by name, since ``lightning`` and ``pytorch_lightning`` have classes of their own."""
-    return any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__)
+    """Return whether FSDP2 or tensor parallelism splits the model."""
+    return is_a(trainer.strategy, "ModelParallelStrategy")
 
 
 def refuse_unsplittable(where: str, trainer: Trainer) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -15,6 +14,7 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.averaging import restart_averages_
 from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.guard import guards
+from lightning_prune.callbacks.engine.packages import callbacks_named
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
@@ -81,7 +81,9 @@ class SmallestWeights(WeightChoice):
                 "model is split over processes. Run controls under strategy='ddp' or on one device."
             )
         removing = [member.callback for member in run.members if isinstance(member.strategy, UnitRemoval)]
-        others = [*guards(run.trainer), *removing, *_with_a_schedule(run.trainer)]
+        # Those that average weights, or unfreeze layers, from some epoch on cannot go back.
+        scheduled = callbacks_named(run.trainer, "StochasticWeightAveraging", "BaseFinetuning")
+        others = [*guards(run.trainer), *removing, *scheduled]
         if others:
             raise PruningError(
                 f"{run.where}(rewind_to={self.rewind_to}) and {type(others[0]).__name__} contradict: one "
@@ -159,12 +161,3 @@ class SmallestWeights(WeightChoice):
     def _known_seed(self) -> int:
         assert self._seed is not None  # set when training begins
         return self._seed
-
-
-def _with_a_schedule(trainer: Trainer) -> list[Callback]:
-    """Return the callbacks that average weights or unfreeze layers from some epoch on: these cannot go back."""
-    names, found = {"StochasticWeightAveraging", "BaseFinetuning"}, []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if names & {kind.__name__ for kind in type(callback).__mro__}:  # either package's
-            found.append(callback)
-    return found

@@ -57,7 +57,7 @@ class RunEvents:
         """Look at a loss before it is differentiated."""
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Look at what one backward pass has left."""
+        """Look at the gradients of one backward pass."""
 
     def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients that an optimizer is about to step by, before they are clipped."""

@@ -12,9 +12,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.callbacks.engine.step import copied
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery import Cut, restore_, take_snapshot
@@ -79,7 +79,7 @@ class Calls:
                 return
             if not self._open:
                 self.paths.add(path)
-                self.calls.append(Call(*_copied((args, kwargs))))
+                self.calls.append(Call(*copied((args, kwargs))))
             self._open.append(network)
 
         return torch.compiler.disable(before)
@@ -202,7 +202,3 @@ def _callable_parts(pl_module: LightningModule) -> dict[str, nn.Module]:
         elif any(parameter.requires_grad for parameter in module.parameters()):
             found[path] = module
     return found
-
-
-def _copied(values: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)

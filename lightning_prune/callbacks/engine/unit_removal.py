@@ -311,7 +311,7 @@ class UnitRemoval(Strategy):
         """Remove the layers that lose least if filters make up the rest, and return the filters that are then kept."""
         before = self.traced.prunable(run.module, self.state.refused)
         refuse_not_finite(run.where, run.module, written_with(before))
-        refused = self.state.refused
+        refused = self.state.refused  # what is refused in a try is so without the layers of that try
 
         def plan_cut(twin: nn.Module, rest: float) -> Plan:
             assert isinstance(twin, LightningModule)
@@ -398,7 +398,7 @@ class UnitRemoval(Strategy):
         self.gathering.before_backward(loss)
 
     def after_backward(self, trainer: Trainer) -> None:
-        """Show what one backward pass has left to the criterion."""
+        """Show the gradients of one backward pass to the criterion."""
         self.gathering.after_backward(trainer)
 
     def before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -38,8 +38,6 @@ from lightning_prune.reports import Goal
 from lightning_prune.surgery import PackedMasks, recipe_of
 from lightning_prune.surgery.masks import Masks, unpacked
 
-__all__ = ["WeightMasking"]
-
 
 class WeightMasking(Strategy):
     """The strategy of the callbacks that set weights to zero and keep them there.

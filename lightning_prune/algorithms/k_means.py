@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["share_values"]
-
 _MOST_ROUNDS = 1000  # k-means ends by itself, and far earlier
 
 

@@ -14,8 +14,6 @@ from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, Weight
 from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.obs import Asked, LayerFit, plan_obs, refuse_beyond_reach, write_
 
-__all__ = ["BrainSurgeon"]
-
 _MOST = 5  # weights that a warning names
 
 
