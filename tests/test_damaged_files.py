@@ -30,6 +30,7 @@ from lightning_prune import (
 from lightning_prune.cli import main
 from lightning_prune.model.byte_streams import _LZMA
 from lightning_prune.pruning.sharing import share_weights
+from lightning_prune.surgery import recipe_of
 from lightning_prune.surgery.loading import recipe_json
 from lightning_prune.surgery.masks import masks_on
 from tests.runs import Net as LitNet
@@ -266,6 +267,20 @@ def test_mutated_metadata_loads_or_is_refused(times):
         else:
             refused += 1
     assert times / 10 < refused < times
+
+
+@pytest.mark.parametrize("name", pruned().state_dict())
+def test_what_is_no_tensor_is_refused_by_the_ordinary_way_of_loading_too(name):
+    """Whichever entry it is, and whatever stands there: nothing is loaded, and no other module takes its new shape."""
+    state, model = pruned().state_dict(), Net()
+    recipe_of(model)  # as in a run
+    before = copy.deepcopy(picture(model))
+    for value in VALUES:
+        if not isinstance(value, torch.Tensor):
+            state[name] = value
+            with pytest.raises(PruningError, match="not a tensor"):
+                model.load_state_dict(state)
+            assert picture(model) == before
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])

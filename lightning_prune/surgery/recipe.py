@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import is_tensor_like
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.model.calls import modules_of
@@ -446,7 +447,7 @@ def _possible(change: AttributeChange, largest: int) -> bool:
 
 
 def refuse_unloadable(state_dict: Mapping[Any, Any], names: Container[str]) -> None:
-    """Refuse a state dict with keys that are no names, or with tensors that no parameter can be loaded from.
+    """Refuse a state dict with keys that are no names, or with values that no parameter can be loaded from.
 
     Raises:
         PruningError: If it has any under one of the names.
@@ -454,7 +455,12 @@ def refuse_unloadable(state_dict: Mapping[Any, Any], names: Container[str]) -> N
     for name, saved in state_dict.items():
         if not isinstance(name, str):
             raise PruningError(f"The state dict has the key {name!r}, which is no name. Load an earlier checkpoint.")
-        if name in names and isinstance(saved, Tensor):
+        if name not in names:
+            continue
+        if not is_tensor_like(saved):
+            kind = type(saved).__name__
+            raise PruningError(f"{name} is of type {kind} in the state dict, not a tensor. Load an earlier checkpoint.")
+        if isinstance(saved, Tensor):
             if saved.is_nested:  # it has no shape
                 raise PruningError(f"{name} is a nested tensor in the state dict. Load an earlier checkpoint.")
             refuse_hollow(name, saved)
