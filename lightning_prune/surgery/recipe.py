@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import is_tensor_like
 from torch.nn.parameter import is_lazy
+from torch.overrides import is_tensor_like
 
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
