@@ -470,7 +470,7 @@ def test_refusals():
         prune_experts(net(), X, 1.5)
     with pytest.raises(TypeError, match="amount"):
         prune_experts(net(), X, {"1": 0.5})
-    with pytest.raises(ValueError, match="'reap', 'frequency', 'random'"):
+    with pytest.raises(ValueError, match="'reap', 'frequency', 'magnitude', 'random'"):
         prune_experts(net(), X, criterion="best")
     with pytest.raises(PruningError, match="No mixture of experts can be pruned in Sequential"):
         prune_experts(nn.Sequential(nn.Linear(4, 4)), X)

@@ -14,7 +14,23 @@ from lightning_prune.pruning.layer_plan import LayerBudget, LayerTarget
 from lightning_prune.pruning.layer_scores import LayerCriterion
 from lightning_prune.pruning.layers import check_layer_arguments
 
-__all__ = ["LayerArguments"]
+__all__ = ["LayerArguments", "check_of_run"]
+
+
+def check_of_run(where: str, arguments: Any) -> None:
+    """Refuse what no run could make sense of: what is traced, whether to report, and numbers of training batches.
+
+    Raises:
+        ValueError: If one is out of range or unknown.
+        TypeError: If ``report`` is no bool.
+    """
+    check_traced(where, arguments.trace, arguments.example_inputs)
+    if not isinstance(arguments.report, bool):
+        raise TypeError(f"{where}(report={arguments.report!r}): pass True or False.")
+    for name, least in (("batches", 1), ("recalibrate", 0)):
+        count = getattr(arguments, name)
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise ValueError(f"{where}({name}={count!r}): it is a number of training batches, from {least}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,13 +64,7 @@ class LayerArguments:
         """
         check_layer_arguments(where, self.amount, self.criterion, self.target, self.min_layers, self.ignore)
         check_module(where, self.module, self.target)
-        check_traced(where, self.trace, self.example_inputs)
-        if not isinstance(self.report, bool):
-            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
-        for name, least in (("batches", 1), ("recalibrate", 0)):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{where}({name}={count!r}): it is a number of training batches, from {least}.")
+        check_of_run(where, self)
 
     @property
     def budget(self) -> LayerBudget:
