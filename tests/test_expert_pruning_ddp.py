@@ -38,14 +38,11 @@ SCRIPT = """
     made = trainer(callback, max_epochs=3, accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true")
     torch.manual_seed(1)
     made.fit(module, DataLoader(images(32), 4))
-    if criterion == "frequency":
-        # By hand: the first mixture of the net at epoch 1 cannot be seen here, but sums are those of both processes.
-        found["sum"] = callback.member.strategy.state.left
     (folder / f"rank{made.global_rank}.json").write_text(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("criterion", ["reap", "frequency", "random"])
+@pytest.mark.parametrize("criterion", ["reap", "random"])
 def test_processes_remove_the_same_experts(criterion, tmp_path):
     """Weights are equal after each epoch, and as many experts are left as the schedule asks for."""
     first, second = in_processes.seen_by_both(SCRIPT, tmp_path, criterion)

@@ -15,8 +15,8 @@ from lightning_prune.callbacks.engine.apply_plan import apply_removal_
 from lightning_prune.callbacks.engine.batches import training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of, refuse_steps_without
 from lightning_prune.callbacks.engine.expert_arguments import ExpertArguments
-from lightning_prune.callbacks.engine.processes import recalibrate_
-from lightning_prune.callbacks.engine.refusals import refuse_not_finite
+from lightning_prune.callbacks.engine.processes import recalibrate_, replicated_anew
+from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_other_part
 from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.whole_removal import WholeRemoval
@@ -159,6 +159,7 @@ class ExpertRemoval(WholeRemoval):
             return False
         if self.state.dense is not None and not run.own.clock.unfinished:
             return True
+        refuse_other_part(run.where, *run.own.changes.get("module", (None, None)))
         begins, mixtures = self.state.dense is None, self._mixtures(run.module)
         found = {path: mixture.experts for path, mixture in mixtures.likeliest.items()}
         self.state.left |= found
@@ -184,11 +185,14 @@ class ExpertRemoval(WholeRemoval):
     def rehearse(self, run: Run, batch: Any) -> None:
         """Refuse a model whose rest, or whose steps on a training batch, would not run once all is pruned."""
         cuts, self._rehearsal = self._rehearsal, []
-        if cuts:
+        if not cuts:
+            return
+        # Tensors are exchanged for a while, and with them goes what averages gradients of processes.
+        with replicated_anew(run.where, run.trainer, run.module):
             slim = temporarily_without(run.module, self.inputs, cuts)
             follow = refuse_steps_without(run.where, run.module, batch, slim)
-            # From now on checkpoints and guards save these numbers, so that they come back with the dense model.
-            recipe_of(run.module).note((change.module, change.name) for change in follow)
+        # From now on checkpoints and guards save these numbers, so that they come back with the dense model.
+        recipe_of(run.module).note((change.module, change.name) for change in follow)
 
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove experts up to the share that the schedule asks for at ``progress``."""
