@@ -401,6 +401,27 @@ def test_a_mixture_that_cannot_be_verified_is_kept_and_training_goes_on():
     assert counts(module) == [6, 2] and "something else" in callback.history.dense["mixtures.0"]
 
 
+def test_a_module_that_is_a_mixture_itself():
+    """The router and the experts may be the module's own; it trains on, resumed counts included."""
+
+    class Alone(Net):
+        def __init__(self, lr=0.05, dropout=0.0):
+            super().__init__(lr, dropout)
+            self.router = nn.Linear(72, 6)
+            self.experts = nn.ModuleList(nn.Linear(72, CLASSES) for _ in range(6))
+
+        def forward(self, images):
+            x = images.flatten(1)
+            gates, chosen = self.router(x).softmax(-1).topk(2)
+            outputs = torch.stack([expert(x) for expert in self.experts], 1)
+            return (outputs.gather(1, chosen[..., None].expand(-1, -1, CLASSES)) * gates[..., None]).sum(1)
+
+    module = net(Alone)
+    callback = ExpertPruning(0.5, schedule=Linear(1, 2), example_inputs=IMAGE)
+    fit(module, callback, max_epochs=3)
+    assert len(module.experts) == module.router.out_features == 3 and callback.experts == {"": 3}
+
+
 @pytest.mark.parametrize("trace", ["training_step", "validation_step"])
 def test_steps_are_traced(trace):
     """A module whose forward takes no batch is looked at by its steps."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.whole_removal import WholeRemoval
 from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.calls import run as run_model
+from lightning_prune.model.devices import generators_restored
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.expert_scores import experts_read, score_experts
@@ -41,7 +43,7 @@ from lightning_prune.surgery.experts import ExpertCut, remove_experts_, take_out
 __all__ = ["ExpertRemoval"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DenseExperts:
     """The model when pruning began, which amounts are relative to.
 
@@ -56,6 +58,10 @@ class DenseExperts:
     params: int
     flops: int
     layers: dict[str, LayerCost]
+
+    def __post_init__(self) -> None:
+        """Make costs of lists, which a checkpoint holds."""
+        self.layers = {path: LayerCost(*cost) for path, cost in self.layers.items()}
 
 
 @dataclass
@@ -88,12 +94,9 @@ class ExpertState:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ExpertState:
         """Return a saved state."""
-        dense = plain["dense"]
-        if dense is not None:
-            layers = {path: LayerCost(*cost) for path, cost in dense["layers"].items()}
-            dense = DenseExperts(dict(dense["experts"]), dense["params"], dense["flops"], layers)
-        told = {name: dict(plain[name]) for name in ("left", "refused", "pinned")}
-        return cls(dense=dense, share=float(plain["share"]), config=str(plain["config"]), **told)
+        own = {entry.name: copy.copy(plain[entry.name]) for entry in fields(cls)}
+        dense = own.pop("dense")
+        return cls(None if dense is None else DenseExperts(**dense), **own)
 
 
 class ExpertRemoval(WholeRemoval):
@@ -174,7 +177,7 @@ class ExpertRemoval(WholeRemoval):
         if begins or run.own.asks_for_other_amounts:
             self.state.share = self._share_gone(sum((self.state.left | left).values()))
         ranks = {path: torch.arange(experts) for path, experts in found.items()}
-        cuts, refused = verified_cuts(run.module, mixtures, left, ranks)
+        cuts, refused = self._verified(run, mixtures, left, ranks)
         if begins and not cuts:
             told = in_words(refused | mixtures.others)
             raise PruningError(f"No experts of {type(run.module).__name__} can be removed. {told}")
@@ -204,8 +207,7 @@ class ExpertRemoval(WholeRemoval):
         if not left:
             return
         scores = self._scores(run, {path: mixtures.likeliest[path] for path in left})
-        # Copies with random weights may round otherwise elsewhere: all processes do what the first one found.
-        cuts, refused = run.trainer.strategy.broadcast(verified_cuts(run.module, mixtures, left, scores))
+        cuts, refused = self._verified(run, mixtures, left, scores)
         self._refuse_some(run, refused)
         if cuts:
             self._apply(run, cuts)
@@ -253,11 +255,22 @@ class ExpertRemoval(WholeRemoval):
         def summed(sums: Tensor) -> Tensor:
             return trainer.strategy.reduce(sums.to(module.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
 
-        with training_batches(trainer, module, self.arguments.batches) as batches:  # random scores are drawn in here
-            reads = experts_read(self.arguments.criterion)
-            inputs = inputs_of(module, batches, self.traces) if reads else ()
-            found = score_experts(module, mixtures.values(), self.arguments.criterion, inputs, run_model, summed)
-        return run.trainer.strategy.broadcast(found)
+        criterion, found = self.arguments.criterion, dict[str, Tensor]()
+        if experts_read(criterion):
+            with training_batches(trainer, module, self.arguments.batches) as batches:
+                inputs = inputs_of(module, batches, self.traces)
+                found = score_experts(module, mixtures.values(), criterion, inputs, run_model, summed)
+        else:
+            with generators_restored([]):
+                torch.manual_seed(torch.initial_seed() + trainer.global_step)  # the same when a run is resumed
+                found = score_experts(module, mixtures.values(), criterion, ())
+        return trainer.strategy.broadcast(found)
+
+    def _verified(
+        self, run: Run, mixtures: Mixtures, left: Mapping[str, int], scores: Mapping[str, Tensor]
+    ) -> tuple[list[ExpertCut], dict[str, str]]:
+        """Return what the first process verified: copies with random weights may round otherwise elsewhere."""
+        return run.trainer.strategy.broadcast(verified_cuts(run.module, mixtures, left, scores))
 
     def _apply(self, run: Run, cuts: list[ExpertCut]) -> None:
         """Remove experts; where the rest of the model computes something else without them, keep them."""
