@@ -259,7 +259,8 @@ class ExpertRemoval(WholeRemoval):
         if experts_read(criterion):
             with training_batches(trainer, module, self.arguments.batches) as batches:
                 inputs = inputs_of(module, batches, self.traces)
-                found = score_experts(module, mixtures.values(), criterion, inputs, run_model, summed)
+                over = summed if trainer.world_size > 1 else None  # devices without float64 stay out of it
+                found = score_experts(module, mixtures.values(), criterion, inputs, run_model, over)
         else:
             with generators_restored([]):
                 torch.manual_seed(torch.initial_seed() + trainer.global_step)  # the same when a run is resumed
