@@ -17,7 +17,7 @@ from lightning_prune.model.calls import ExampleInputs, refuse_empty, refuse_shap
 from lightning_prune.model.errors import PruningError, reraise_out_of_memory
 from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.pruning import arguments
-from lightning_prune.pruning.amounts import check_amount, check_single, fraction_of
+from lightning_prune.pruning.amounts import check_amount, check_count, check_single, fraction_of
 from lightning_prune.pruning.expert_scores import ExpertCriterion, score_experts
 from lightning_prune.pruning.left_alone import left_alone
 from lightning_prune.pruning.report import GroupWidth, Report
@@ -129,8 +129,7 @@ def check_expert_arguments(
     arguments.check_choice(where, "criterion", criterion, get_args(ExpertCriterion))
     arguments.check_module(where, module)
     arguments.check_list(where, "ignore", ignore)
-    if isinstance(min_experts, bool) or not isinstance(min_experts, int) or min_experts < 1:
-        raise ValueError(f"{where}(min_experts={min_experts!r}): it is a number of experts that are kept, from 1.")
+    check_count(where, "min_experts", min_experts, 1, "experts that are kept")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.callbacks.engine.layer_arguments import check_of_run
-from lightning_prune.callbacks.engine.step import Traced
-from lightning_prune.pruning.arguments import Parts, listed, plain, told_apart
+from lightning_prune.callbacks.engine.step import Traced, check_traced
+from lightning_prune.pruning.amounts import check_count
+from lightning_prune.pruning.arguments import Parts, as_list, listed, plain, told_apart
 from lightning_prune.pruning.expert_scores import ExpertCriterion
 from lightning_prune.pruning.experts import check_expert_arguments
 
@@ -34,8 +34,7 @@ class ExpertArguments:
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
-        if not isinstance(self.ignore, str):  # one pattern, which ``check`` refuses
-            object.__setattr__(self, "ignore", list(self.ignore))
+        object.__setattr__(self, "ignore", as_list(self.ignore))
 
     def check(self, where: str) -> None:
         """Refuse arguments that no model could make sense of.
@@ -45,7 +44,9 @@ class ExpertArguments:
             TypeError: If an argument is of a wrong kind.
         """
         check_expert_arguments(where, self.amount, self.criterion, self.module, self.ignore, self.min_experts)
-        check_of_run(where, self)
+        check_traced(where, self.trace, self.example_inputs)
+        check_count(where, "batches", self.batches, 1, "training batches")
+        check_count(where, "recalibrate", self.recalibrate, 0, "training batches")
 
     @property
     def named(self) -> list[Any]:

@@ -18,7 +18,6 @@ from lightning_prune.callbacks.engine.example_inputs import inputs_of, refuse_st
 from lightning_prune.callbacks.engine.expert_arguments import ExpertArguments
 from lightning_prune.callbacks.engine.processes import recalibrate_, replicated_anew
 from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_other_part
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.whole_removal import WholeRemoval
 from lightning_prune.model.batch_norm import batch_norms
@@ -106,13 +105,12 @@ class ExpertRemoval(WholeRemoval):
         arguments: What the user asked for.
     """
 
+    arguments: ExpertArguments
     kind = "experts"
+    state_class = ExpertState
     state: ExpertState
-
-    def __init__(self, arguments: ExpertArguments) -> None:
-        super().__init__(arguments, ExpertState())
-        self.arguments: ExpertArguments = arguments
-        self._rehearsal: list[ExpertCut] = []  # all that will be removed, for the first batch
+    splits = False
+    _rehearsal: tuple[ExpertCut, ...] = ()  # all that will be removed, for the first batch
 
     @property
     def dense(self) -> DenseExperts:
@@ -141,15 +139,6 @@ class ExpertRemoval(WholeRemoval):
                 params = sum(parameter.numel() for parameter in modules[home].parameters())
                 found[home] = LayerCost(self.state.left[home], params, flops.by_module.get(home, 0))
         return found
-
-    def refuse(self, run: Run) -> None:
-        """Refuse a run in which no expert can be removed."""
-        super().refuse(run)
-        if is_model_parallel(run.trainer):
-            raise PruningError(
-                f"{run.where}: mixtures are tried on copies with random weights, which no process has under "
-                "ModelParallelStrategy. Prune with strategy='ddp', or by prune_experts before the model is sharded."
-            )
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return whether experts are scored, or BatchNorm is averaged, on training batches."""
@@ -182,12 +171,12 @@ class ExpertRemoval(WholeRemoval):
             told = in_words(refused | mixtures.others)
             raise PruningError(f"No experts of {type(run.module).__name__} can be removed. {told}")
         self._refuse_some(run, refused)
-        self._rehearsal = [cut for cut in cuts if len(cut.kept) < cut.mixture.experts]
+        self._rehearsal = tuple(cut for cut in cuts if len(cut.kept) < cut.mixture.experts)
         return True
 
     def rehearse(self, run: Run, batch: Any) -> None:
         """Refuse a model whose rest, or whose steps on a training batch, would not run once all is pruned."""
-        cuts, self._rehearsal = self._rehearsal, []
+        cuts, self._rehearsal = list(self._rehearsal), ()
         if not cuts:
             return
         # Tensors are exchanged for a while, and with them goes what averages gradients of processes.
@@ -199,7 +188,7 @@ class ExpertRemoval(WholeRemoval):
 
     def prune_to(self, run: Run, progress: float) -> None:
         """Remove experts up to the share that the schedule asks for at ``progress``."""
-        self._rehearsal = []  # of the model before this step
+        self._rehearsal = ()  # of the model before this step
         refuse_not_finite(run.where, run.module, dict(run.module.named_parameters()))
         mixtures = self._mixtures(run.module)
         left = self._left(run, mixtures, progress)

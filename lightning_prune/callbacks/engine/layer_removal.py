@@ -55,13 +55,11 @@ class LayerRemoval(WholeRemoval):
         repairs: What was refitted at the last pruning step.
     """
 
+    arguments: LayerArguments
     kind = "layers"
+    state_class = LayerState
     state: LayerState
-
-    def __init__(self, arguments: LayerArguments) -> None:
-        super().__init__(arguments, LayerState())
-        self.arguments: LayerArguments = arguments
-        self.repairs: tuple[Repair, ...] = ()
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def dense(self) -> DenseLayers:

@@ -14,6 +14,7 @@ from lightning_prune.callbacks.engine.expert_arguments import ExpertArguments
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.refusals import refuse_removal
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.measure.flops import FlopCount
@@ -31,7 +32,6 @@ class WholeRemoval(Strategy):
 
     Args:
         arguments: What the user asked for.
-        state: An empty state.
 
     Attributes:
         state: Everything that changes.
@@ -40,11 +40,15 @@ class WholeRemoval(Strategy):
     arguments: LayerArguments | ExpertArguments
     kind: str
     """What is removed, for messages."""
+    state_class: type[Any]
+    splits: bool = True
+    """Whether a model that FSDP2 has split can be put together for a pruning step."""
 
-    def __init__(self, arguments: LayerArguments | ExpertArguments, state: Any) -> None:
+    def __init__(self, arguments: Any) -> None:
+        self.arguments = arguments
         self.example_inputs = arguments.example_inputs
         self.traces = arguments.trace
-        self.state = state
+        self.state = self.state_class()
         self._alone: dict[str, str] = {}
         self._inputs: ExampleInputs | None = None
         self._flops: FlopCount | None = None  # of the model as it stands, once counted
@@ -89,6 +93,11 @@ class WholeRemoval(Strategy):
         """Refuse a run in which nothing can be removed as a whole."""
         refuse_removal(run.where, run.trainer, run.module)
         refuse_step(run.where, self.arguments.trace, run.module)
+        if not self.splits and is_model_parallel(run.trainer):
+            raise PruningError(
+                f"{run.where}: mixtures are tried on copies with random weights, which no process has under "
+                "ModelParallelStrategy. Prune with strategy='ddp', or by prune_experts before the model is sharded."
+            )
         others = [member for member in run.members if member is not run.own]
         if others:
             raise PruningError(
@@ -117,11 +126,11 @@ class WholeRemoval(Strategy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
-        self.state = type(self.state).from_plain(state)
+        self.state = self.state_class.from_plain(state)
 
     def reset(self) -> None:
         """Start anew, for another model."""
-        self.state = type(self.state)()
+        self.state = self.state_class()
 
     def release(self) -> None:
         """Forget the counts of the model; no hook was set."""
