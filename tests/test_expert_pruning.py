@@ -35,11 +35,11 @@ some_kinds = pytest.mark.parametrize("kind", [CALLBACKS["reap"], CALLBACKS["rand
 class Experts(Net):
     """The network of the runs with two mixtures between its first convolution and its head."""
 
-    def __init__(self, lr=0.05, dropout=0.0, experts=6, styles=("loop", "fused")):
+    def __init__(self, lr=0.05, dropout=0.0, experts=6, styles=("loop", "fused"), gate="softmax"):
         super().__init__(lr, dropout)
         del self.second
         self.hidden = nn.Linear(8, WIDTH)
-        self.mixtures = nn.ModuleList(Mixture(experts, style=style, k=2) for style in styles)
+        self.mixtures = nn.ModuleList(Mixture(experts, style=style, gate=gate, k=2) for style in styles)
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, images):
