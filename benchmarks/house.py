@@ -41,11 +41,11 @@ LIMITS = {
     "ternaries": 22.5,
     "methods of FilterPruning, inherited ones too": 24,
     "classes of FilterPruning": 3,
-    "super() calls in callbacks": 13,
+    "super() calls in callbacks": 14,
     "writes to another object's private attributes": 5,
     "docstrings that begin with Tell, Let, Give, Take, Do": 0,
     "public names": 32,
-    "lines": 41_000,
+    "lines": 41_600,
 }
 AT_LEAST = {"comment lines": 23}
 IMPORT = """

@@ -176,3 +176,8 @@ def slim_twin(model, keep):
             own[name] = source[name][keep]
     twin.load_state_dict(own)
     return twin
+
+
+def kept_of(report, model):
+    """Numbers of the experts that a report says are kept."""
+    return next(iter(next(iter(report.kept.values())).values())).tolist()

@@ -19,8 +19,9 @@ from lightning_prune import (
     TaylorFilterPruning,
     callbacks,
 )
-from lightning_prune.callbacks import DistillFromDense, LearningRateRewinding, WeightSharing
+from lightning_prune.callbacks import DistillFromDense, ExpertPruning, LearningRateRewinding, WeightSharing
 from tests.runs import Net, fit, net
+from tests.test_expert_pruning import Experts
 from tests.test_layer_pruning import Deep
 
 PRUNING = {
@@ -28,6 +29,7 @@ PRUNING = {
     TaylorFilterPruning: {"amount": 0.25, "schedule": Linear(1, 5)},
     FilterPruning: {"amount": 0.25, "criterion": "taylor", "schedule": Linear(1, 5)},
     LayerPruning: {"amount": 0.25},
+    ExpertPruning: {"amount": 0.25},
     IterativeMagnitudePruning: {"amount": 0.25},
     OBSOneShot: {"amount": 0.25, "batches": 1, "epoch": 1},
 }
@@ -45,14 +47,19 @@ OTHERS = {
     "sequential": True, "damping": 0.1, "drop": 8.0, "mode": "max", "patience": 2, "then": "halve", "to": 9,
     "weight": 0.5, "loss": "mse", "temperature": 3.0, "class_dim": 1, "features": ["hidden"], "feature_weight": 2.0,
     "rewind_to": 11, "control": "shuffle", "module": ["first"], "fade_steps": 2, "bits": 4, "layers": True,
+    "min_experts": 3,
 }  # fmt: skip
 FOR_ONE = {
     (LayerPruning, "criterion"): "taylor",
     (LayerPruning, "ignore"): ["blocks.0"],
     (LayerPruning, "module"): ["blocks"],
+    (ExpertPruning, "criterion"): "magnitude",
+    (ExpertPruning, "ignore"): ["mixtures.0"],
+    (ExpertPruning, "module"): ["mixtures"],
     (IterativeMagnitudePruning, "criterion"): "random",
     (IterativeMagnitudePruning, "amount"): {"hidden": 0.5},
 }
+MAKES = {LayerPruning: Deep, ExpertPruning: Experts}
 TOGETHER = {
     "control": {"rewind_to": 0},
     "pattern": {"amount": None},
@@ -108,7 +115,7 @@ def test_a_changed_argument_is_told(kind, name, tmp_path):
     after = with_others(kind, **{**together, name: value})
     was = getattr(before[-1], name)
     assert was != getattr(after[-1], name)
-    make = Deep if kind is LayerPruning or name == "layers" else Scheduled
+    make = Deep if kind is LayerPruning or name == "layers" else MAKES.get(kind, Scheduled)
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(net(make, dropout=0.0), *before, saver, val=True, max_epochs=6, enable_checkpointing=True)
     told = []
@@ -137,7 +144,7 @@ def test_a_changed_argument_is_told(kind, name, tmp_path):
 @pytest.mark.parametrize("kind", [*PRUNING, *BESIDE], ids=lambda kind: kind.__name__)
 def test_equal_arguments_say_nothing(kind, tmp_path):
     """A run that goes on as it began warns of nothing."""
-    make = Deep if kind is LayerPruning else Scheduled
+    make = MAKES.get(kind, Scheduled)
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(net(make, dropout=0.0), *with_others(kind), saver, val=True, max_epochs=6, enable_checkpointing=True)
     with warnings.catch_warnings(record=True) as caught:

@@ -31,6 +31,7 @@ from lightning_prune import (
 )
 from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.analysis.criterion_comparison import compare_criteria
+from lightning_prune.callbacks import ExpertPruning
 from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.exact import prune_exact
@@ -60,7 +61,7 @@ WEIGHTS = [
     OBSOneShot,
 ]
 LAYERS = [prune_layers, LayerPruning]
-EXPERTS = [prune_experts]
+EXPERTS = [prune_experts, ExpertPruning]
 EVERYTHING = [*UNITS, *WEIGHTS, *LAYERS, *EXPERTS]
 KINDS = {"units": UNITS, "weights": WEIGHTS, "layers": LAYERS, "experts": EXPERTS}
 # One small net, pruned to the end: there is no layer by itself, and 1.0 means until a limit is met.
@@ -229,6 +230,7 @@ def every_call(amount):
         lambda: IterativeMagnitudePruning(amount),
         lambda: OBSOneShot(amount),
         lambda: LayerPruning(amount),
+        lambda: ExpertPruning(amount),
     ]
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_prune import PruningError, load_state_dict_
 from lightning_prune.pruning.experts import prune_experts
@@ -109,22 +108,52 @@ def test_half_precision(kind):
     assert model(input_ids=IDS).logits.dtype == torch.bfloat16
 
 
-def test_experts_in_a_dict(tmp_path):
-    """Switch Transformers name experts in a dict; the config cannot follow, a warning says so, state dicts load."""
+def switch(kind="EncoderModel", sparse=1):
+    """A Switch Transformer, whose experts are named in a dict, with random weights."""
     if not hasattr(hf, "SwitchTransformersConfig"):
         pytest.skip("no Switch Transformers here")
     config = hf.SwitchTransformersConfig(
         vocab_size=40, d_model=16, d_kv=4, d_ff=12, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=6,
-        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=4, dropout_rate=0.0,
+        num_sparse_encoder_layers=sparse, num_sparse_decoder_layers=sparse, expert_capacity=64, dropout_rate=0.0,
+        decoder_start_token_id=0,
     )  # fmt: skip
-    model = hf.SwitchTransformersEncoderModel(config).eval()
-    other = hf.SwitchTransformersEncoderModel(config).eval()
-    if not isinstance(model.encoder.block[1].layer[1].mlp.experts, nn.ModuleDict):
-        pytest.skip("experts are held otherwise here")
-    with pytest.warns(UserWarning, match="cannot express this cut"):
-        report = prune_experts(model, {"input_ids": IDS}, 2)
-    assert report.proved and report.groups[0].after == 4
+    torch.manual_seed(0)
+    return getattr(hf, f"SwitchTransformers{kind}")(config).eval()
+
+
+def test_experts_in_a_dict(tmp_path):
+    """The config follows where experts are named in a dict: files and state dicts bring back the same model."""
+    model, other = switch(), switch()
+    report = prune_experts(model, {"input_ids": IDS}, 2)
+    assert report.proved and report.groups[0].after == 4 and report.config == ""
+    assert model.config.num_experts == 4
+    model.save_pretrained(tmp_path)
+    load_state_dict_(other, model.state_dict())
+    assert other.config.num_experts == 4
+    for again in (other, type(model).from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            one, two = model(input_ids=IDS), again(input_ids=IDS)
+        assert torch.equal(one.last_hidden_state, two.last_hidden_state)
+    again = prune_experts(other, {"input_ids": IDS}, 1)  # of what was loaded
+    assert again.config == "" and other.config.num_experts == 3
+
+
+def test_encoder_and_decoder_with_experts_in_dicts(tmp_path):
+    """All mixtures of a model for generation follow one number; where some are kept, a warning says what to do."""
+    model = switch("ForConditionalGeneration")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    report = prune_experts(model, inputs, 0.5)
+    assert report.config == "" and {group.after for group in report.groups} == {3} and len(report.groups) > 1
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, again(**inputs).logits)
+    told = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert torch.equal(model.generate(IDS, **told), again.generate(IDS, **told))
+    model, other = switch("ForConditionalGeneration"), switch("ForConditionalGeneration")
+    with pytest.warns(UserWarning, match="Remove as many experts of every mixture, or save the state dict"):
+        report = prune_experts(model, inputs, 0.5, ignore=["decoder"])
+    assert "cannot express this cut" in report.config and model.config.num_experts == 6
     load_state_dict_(other, model.state_dict())
     with torch.no_grad():
-        one, two = model(input_ids=IDS), other(input_ids=IDS)
-    assert torch.equal(one.last_hidden_state, two.last_hidden_state)
+        torch.testing.assert_close(model(**inputs).logits, other(**inputs).logits)

@@ -29,14 +29,18 @@ def fitted(run: RandomRun, other_weights, callbacks, **arguments):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def resumed_alike(run, seed, callbacks_of, folder):
-    """Whether the run ends from its middle checkpoint where it ended before; None if it has too few checkpoints."""
-    whole = fitted(run, False, callbacks_of(run))
+def resumed_alike(seed, draw, folder, alone=False):
+    """Whether the run ends from its middle checkpoint where it ended before; None if it has too few checkpoints.
+
+    With ``alone``, only Lightning's callbacks take part.
+    """
+    run = draw(seed, folder)
+    whole = fitted(run, False, run.others if alone else run.callbacks)
     paths = sorted(folder.glob("epoch=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
     if len(paths) < 3:
         return None
-    again = draw_run(seed, folder / "again")
-    found = fitted(again, True, callbacks_of(again), ckpt_path=paths[len(paths) // 2])
+    again = draw(seed, folder / "again")
+    found = fitted(again, True, again.others if alone else again.callbacks, ckpt_path=paths[len(paths) // 2])
     return found.keys() == whole.keys() and all(torch.equal(found[name], value) for name, value in whole.items())
 
 
@@ -46,13 +50,13 @@ def test_a_random_run_ends_and_can_be_resumed(seed, tmp_path):
     """What differs, or fails, does so with Lightning's callbacks alone, too."""
     folder = tmp_path / "pruned"
     try:
-        assert resumed_alike(draw_run(seed, folder), seed, lambda run: run.callbacks, folder) in (True, None)
+        assert resumed_alike(seed, draw_run, folder) in (True, None)
     except PruningError:
         return
     except Exception:
         folder = tmp_path / "alone"
         try:
-            alike = resumed_alike(draw_run(seed, folder), seed, lambda run: run.others, folder)
+            alike = resumed_alike(seed, draw_run, folder, alone=True)
         except Exception:
             return
         if alike is not False:

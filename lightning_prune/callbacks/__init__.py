@@ -1,6 +1,7 @@
 """Callbacks for Lightning: thin adapters that say when."""
 
 from lightning_prune.callbacks.distill_from_dense import DistillFromDense
+from lightning_prune.callbacks.expert_pruning import ExpertPruning
 from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
 from lightning_prune.callbacks.filter_pruning import FilterPruning
 from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning
@@ -15,6 +16,7 @@ from lightning_prune.callbacks.weight_sharing import WeightSharing
 
 __all__ = [
     "DistillFromDense",
+    "ExpertPruning",
     "FilterL1Pruning",
     "FilterPruning",
     "IterativeMagnitudePruning",

@@ -58,16 +58,15 @@ def check_amount(where: str, amount: Amount, most: str = "1)") -> None:
         _check_one(f"{where}(amount={{{quoted(key)}: {own!r}}})", own, most)
 
 
-def check_single(where: str, amount: Any) -> None:
-    """Refuse what is no number, where amounts by pattern are none that can be met.
+def check_single(where: str, amount: Any, of: str = "all weights") -> None:
+    """Refuse what is no number, where amounts by pattern are none that can be met; ``of`` what it is a share.
 
     Raises:
         TypeError: Saying so.
     """
     if not is_number(amount):
         raise TypeError(
-            f"{where}(amount={amount!r}): it is a fraction or a whole number of all weights. Keep layers out by "
-            "ignore=."
+            f"{where}(amount={amount!r}): it is a fraction or a whole number of {of}. Keep layers out by ignore=."
         )
 
 

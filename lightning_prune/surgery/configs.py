@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +87,14 @@ def config_fields(model: nn.Module) -> list[ConfigField]:
     return found
 
 
-def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Iterable[str]) -> FollowedConfigs:
+def follow_configs(
+    model: nn.Module,
+    shapes: Shapes,
+    numbers: Numbers,
+    kept: Iterable[str],
+    gone: Collection[str] = (),
+    remedy: str = "Pass uniform=True",
+) -> FollowedConfigs:
     """Work out what the configs of Hugging Face models inside a model become, so that constructors build the slim one.
 
     Args:
@@ -95,26 +102,29 @@ def follow_configs(model: nn.Module, shapes: Shapes, numbers: Numbers, kept: Ite
         shapes: New shape of every tensor that the cut changes, by its first name.
         numbers: ``(module path, attribute)`` -> value after the cut, of all numbers that the trace saw being read.
         kept: Names of the tensors that lose entries.
+        gone: Paths of modules that leave as a whole.
+        remedy: What to do where no config gives the pruned model.
     """
     changes: list[AttributeChange] = []
     told = []
     for path, module in pretrained_models(model):
-        after = _shapes_after(model, path, module, shapes)
+        before = _shapes_after(model, path, module, shapes)
+        after = {name: own for name, own in before.items() if not _lies_in_any(_joined(path, name), gone)}
         inside = {place: value for place, value in numbers.items() if lies_in(place[0], path)}
         dense = twin_of(module, {})
-        if dense is None or shapes_of(dense).keys() != after.keys():
+        if dense is None or shapes_of(dense).keys() != before.keys():
             continue  # wrapped or extended since it was built: its config does not tell all of it
         if shapes_of(dense) == after and _agrees(dense, path, inside):
             continue
         lost = sorted(unsaved(path, module) & set(kept))
         computed = f"{lost[0]} lost entries, and files do not hold it" if lost else ""
         explicit = _made_explicit(module, dense)
-        fields = _fields(path, module, dense, explicit)
+        fields = _fields(path, module, dense, explicit, others=len(after) < len(before))
         values, twin = _solved(path, module, dense, fields, explicit, after, inside)
         constant = "" if twin is None else _constant(module, dense, twin)
         if twin is None or computed or constant:
             reason = computed or constant or _uneven(fields, dense, after, inside)
-            told.append(_refusal(path, module, reason))
+            told.append(_refusal(path, module, reason, remedy))
             continue
         for name, value in values.items():
             if (path, name) not in inside and held_number(module, name) != value:
@@ -175,25 +185,27 @@ def _made_explicit(module: nn.Module, dense: nn.Module) -> dict[str, int]:
     return found
 
 
-def _fields(path: str, module: nn.Module, dense: nn.Module, explicit: Mapping[str, int]) -> list[ConfigField]:
-    """Find what follows each field: change it alone, and compare what is built."""
+def _fields(
+    path: str, module: nn.Module, dense: nn.Module, explicit: Mapping[str, int], others: bool = False
+) -> list[ConfigField]:
+    """Find what follows each field: change it alone, and compare what is built; with ``others``, of other modules."""
     found = []
-    before = shapes_of(dense)
+    before, known = shapes_of(dense), dict(dense.named_modules())
     for name, value in [*_values(module.config), *explicit.items()]:
         for other in (2 * value, 3 * value, value // 2, value + 1):
             twin = twin_of(module, {**explicit, name: other}) if other >= 1 else None
             shapes = {} if twin is None else shapes_of(twin)
-            if twin is None or shapes.keys() != before.keys():
+            if twin is None or (shapes.keys() != before.keys() and not others):
                 continue
             places = {}
             for tensor, shape in shapes.items():
-                for dim, (new, old) in enumerate(zip(shape, before[tensor], strict=False)):
+                for dim, (new, old) in enumerate(zip(shape, before.get(tensor, ()), strict=False)):
                     if new != old:
                         places[_joined(path, tensor), dim] = (new - old) / (other - value)
             numbers = []
             for at, mine in twin.named_modules():
-                for attribute, held in vars(mine).items():
-                    was = vars(dense.get_submodule(at)).get(attribute)
+                for attribute, held in vars(mine).items() if at in known else ():
+                    was = vars(known[at]).get(attribute)
                     if type(held) is int and held == other and was == value:
                         numbers.append((_joined(path, at), attribute))
             if places or numbers:
@@ -276,6 +288,8 @@ def _readings(field: ConfigField, dense: nn.Module, after: Shapes, numbers: Numb
     before = shapes_of(dense)
     for (tensor, dim), slope in field.places.items():
         own = _within(tensor, field.module)
+        if own not in after:
+            continue
         found[field.value + (after[own][dim] - before[own][dim]) / slope].append(tensor)
     if not field.places:
         for at, attribute in field.numbers:
@@ -338,16 +352,20 @@ def _uneven(fields: list[ConfigField], dense: nn.Module, after: Shapes, numbers:
     return "; ".join(told) or "none of its fields gives these widths"
 
 
-def _refusal(path: str, module: nn.Module, reason: str) -> str:
+def _refusal(path: str, module: nn.Module, reason: str, remedy: str) -> str:
     kind = type(module.config).__name__
     return (
         f"{kind} of {path or 'the model'} cannot express this cut ({reason}), so from_pretrained will not load what "
-        "save_pretrained writes. Pass uniform=True, or save the state dict and load it by load_state_dict_."
+        f"save_pretrained writes. {remedy}, or save the state dict and load it by load_state_dict_."
     )
 
 
 def _joined(path: str, leaf: str) -> str:
     return f"{path}.{leaf}" if path and leaf else path or leaf
+
+
+def _lies_in_any(name: str, paths: Iterable[str]) -> bool:
+    return any(lies_in(name, path) for path in paths)
 
 
 def _within(path: str, above: str) -> str:

@@ -8,7 +8,8 @@ that are equal, tiny or never chosen. Then the rest of the model runs behind the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from lightning_prune.surgery.recipe_part import keep_experts_
 from lightning_prune.surgery.resize import all_or_nothing, with_wrapped
 from lightning_prune.surgery.skipped import drop_state_
 
-__all__ = ["ExpertCut", "remove_experts_", "verify_experts"]
+__all__ = ["ExpertCut", "remove_experts_", "take_out_experts_", "temporarily_without", "verify_experts"]
 
 _TRIALS = (3, 24)  # random inputs: at least, and at most until every kept expert was chosen
 _SINGLE = "it returns a single number, such as a balancing loss, that changes otherwise than by a factor"
@@ -69,7 +70,7 @@ def remove_experts_(
     recipe_of(model)  # so that its state is restored, too
     try:
         with all_or_nothing(model, with_wrapped(optimizers)):
-            made = _remove(model, cuts, optimizers)
+            made = take_out_experts_(model, cuts, optimizers)
             found = _run_rest(model, example_inputs, taped, replay=True)
             half = any(tensor.is_floating_point() and tensor.element_size() < 4 for tensor in tensors_in(found))
             reason = _compared(expected, found, cuts[0], 2e-2 if half else 1e-4)
@@ -84,10 +85,17 @@ def remove_experts_(
     return made
 
 
-def _remove(model: nn.Module, cuts: list[ExpertCut], optimizers: Iterable[Optimizer] = ()) -> tuple[Cut, str]:
+def take_out_experts_(
+    model: nn.Module, cuts: Iterable[ExpertCut], optimizers: Iterable[Optimizer] = ()
+) -> tuple[Cut, str]:
+    """Remove experts, and what optimizers hold of them; configs follow. Nothing is run: the cuts are verified.
+
+    Returns:
+        What changed besides containers of experts, and why a config cannot express the pruned model.
+    """
     optimizers, recipe = with_wrapped(optimizers), recipe_of(model)
     own, modules = named_tensors(model), dict(modules_of(model))
-    cut, known = Cut({}, {}, {}, ()), []
+    cut, known, gone = Cut({}, {}, {}, ()), [], set[str]()
     for mixture, kept, numbers, _ in cuts:
         for inner, dim in mixture.tensors.items():
             name = mixture.name(inner)
@@ -96,18 +104,44 @@ def _remove(model: nn.Module, cuts: list[ExpertCut], optimizers: Iterable[Optimi
         for path, name in [(mixture.name(inner), name) for inner, name in numbers]:
             held = attributes.held_number(modules[path], name)
             known.append(attributes.AttributeChange(path, name, held, len(kept)))
+        for path in map(mixture.name, mixture.lists):
+            gone |= {f"{path}.{name}" for name in list(modules[path]._modules)[len(kept) :]}
     changes = attributes.shape_attributes(model, cut.shapes, known)
-    followed = follow_configs(model, cut.shapes, {(one.module, one.name): one.new for one in changes}, cut.kept)
+    told = {(one.module, one.name): one.new for one in changes}
+    followed = follow_configs(model, cut.shapes, told, cut.kept, gone, remedy="Remove as many experts of every mixture")
     cut = Cut({}, cut.kept, cut.shapes, (*changes, *followed.changes))
     with all_or_nothing(model, optimizers):
         before = {id(parameter) for parameter in model.parameters()}
         for mixture, kept, _, _ in cuts:
             for inner in mixture.lists:
                 keep_experts_(modules[mixture.name(inner)], kept.tolist())
-        recipe.note((change.module, change.name) for change in changes)  # what configs become follows
+        # What configs become follows from shapes; but lists of experts have no shape.
+        recipe.note((change.module, change.name) for change in (cut.attributes if gone else changes))
         cut_(model, cut, cut.tensors(model), optimizers)
         drop_state_(optimizers, before - {id(parameter) for parameter in model.parameters()})
     return cut, followed.inexpressible
+
+
+class _UndoneError(Exception):
+    """Ends a block whose removals are taken back."""
+
+
+@contextmanager
+def temporarily_without(
+    model: nn.Module, example_inputs: ExampleInputs, cuts: list[ExpertCut]
+) -> Iterator[tuple[attributes.AttributeChange, ...]]:
+    """Leave experts out inside the block, and yield which attributes of modules follow.
+
+    Raises:
+        PruningError: If the rest of the model computes something else without them.
+    """
+    try:
+        with all_or_nothing(model):
+            made, _ = remove_experts_(model, example_inputs, cuts)
+            yield made.attributes
+            raise _UndoneError
+    except _UndoneError:
+        pass
 
 
 def _run_rest(model: nn.Module, example_inputs: ExampleInputs, taped: Iterable[Any], replay: bool) -> Any:
@@ -155,7 +189,7 @@ def verify_experts(model: nn.Module, candidates: Iterable[Mixture], kept: Tensor
                 cut, missed = ExpertCut(mixture._replace(path=""), kept, numbers), ""
                 try:
                     slim = copy.deepcopy(dense.eval())
-                    _remove(slim, [cut])
+                    take_out_experts_(slim, [cut])
                     reason, missed = _differs(dense, slim, cut, inputs, tolerance)
                     if not reason and _outcome(dense.train(), inputs) and not _outcome(slim.train(), inputs):
                         reason = "without some experts it does not run in train mode"

@@ -169,18 +169,24 @@ def keep_experts_(container: nn.Module, kept: Iterable[int]) -> None:
 
 
 def follow_experts_(model: nn.Module, names: Collection[str], told: Told) -> bool:
-    """Make containers of experts as long as in a state dict with these names; return whether there are any."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    experts = {path: recipe["experts"] for path, recipe in told.items() if "experts" in recipe and path in modules}
-    for path, count in experts.items():
+    """Make containers of experts as long as in a state dict with these names; return whether there are any to follow.
+
+    That is those of which ``told`` speaks, and those that lost experts here: they may have had more when it was saved.
+    """
+    changed, modules = False, dict(model.named_modules(remove_duplicate=False))
+    pruned = [path for path, module in modules.items() if (part := part_of(module)) is not None and part.experts]
+    for path in dict.fromkeys([*(path for path, recipe in told.items() if "experts" in recipe), *pruned]):
+        if not isinstance(modules.get(path), nn.ModuleList | nn.ModuleDict):
+            continue
         prefix, children = joined(path, ""), modules[path]._modules
         there = {name[len(prefix) :].partition(".")[0] for name in names if name.startswith(prefix)}
-        held = isinstance(modules[path], nn.ModuleList | nn.ModuleDict)
-        if held and len(there) == count and children:  # else loading says what is missing
+        count = told.get(path, {}).get("experts", len(there))
+        if len(there) == count and children and there:  # else loading says what is missing
+            changed |= count != len(children)
             for name in sorted(there - children.keys(), key=lambda name: (len(name), name)):
                 children[name] = copy.deepcopy(next(reversed(children.values())))
             keep_experts_(modules[path], range(count))
-    return bool(experts)
+    return changed or any("experts" in recipe for recipe in told.values())
 
 
 def joined(path: str, leaf: str) -> str:

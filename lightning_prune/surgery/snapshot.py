@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_prune.model.shards import is_sharded, split_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import recipe_of, resize_
+from lightning_prune.surgery.recipe_part import follow_experts_
 from lightning_prune.surgery.resize import with_wrapped
 from lightning_prune.surgery.skipped import follow_layers_, groups_of, removed_layers, set_groups_
 
@@ -40,6 +41,7 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
     """
     optimizers = with_wrapped(optimizers)
     brought_back = follow_layers_(model, snapshot["tensors"], snapshot["layers"])
+    brought_back |= follow_experts_(model, snapshot["tensors"], {})
     resize_(model, snapshot["tensors"], snapshot["attributes"])
     for optimizer, groups in zip(optimizers, snapshot["groups"], strict=True) if brought_back else ():
         set_groups_(model, optimizer, groups)

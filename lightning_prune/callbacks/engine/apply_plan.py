@@ -1,19 +1,19 @@
-"""Removes units or layers in a run: from the model, its averages, optimizers and what wraps it in several processes."""
+"""Removes units, layers or experts in a run: from the model, its averages, optimizers and what wraps it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+
+from lightning.pytorch import LightningModule
+from torch import nn
 
 from lightning_prune.callbacks.engine.averaging import averaged_copies, cut_copies_
 from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.processes import replicated_anew
 from lightning_prune.callbacks.engine.strategy import Run
-from lightning_prune.pruning.layer_plan import LayerPlan
-from lightning_prune.pruning.layer_repair import LayerRepair
-from lightning_prune.pruning.layers import apply_layers_
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.surgery import Cut, recipe_of
-from lightning_prune.surgery.depth import remove_layers_
 
 __all__ = ["apply_plan_", "apply_removal_"]
 
@@ -36,12 +36,20 @@ def apply_plan_(run: Run, plan: Plan) -> str:
     return inexpressible
 
 
-def apply_removal_(run: Run, plan: LayerPlan, repair: LayerRepair) -> None:
-    """Remove layers, and write what was refitted."""
+def apply_removal_(
+    run: Run, remove: Callable[[LightningModule], None], remove_of_copy: Callable[[nn.Module], None]
+) -> None:
+    """Remove modules as a whole.
+
+    Args:
+        run: The run.
+        remove: Removes them from the module, and what optimizers hold of them.
+        remove_of_copy: Removes them from a copy that averages weights.
+    """
     run.before_step()
     with replicated_anew(run.where, run.trainer, run.module):
-        apply_layers_(run.module, plan, repair, run.trainer.optimizers)
+        remove(run.module)
         for copy in averaged_copies(run.trainer):
-            remove_layers_(copy, plan.skips)
+            remove_of_copy(copy)
     for companion in companions(run.trainer):
         companion.after_cut(run.trainer, run.module, Cut({}, {}, {}, ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from lightning_prune.structure.tensor_names import exchange_
 from lightning_prune.surgery.attributes import attributes_set
 from lightning_prune.surgery.cut import Cut
 
-__all__ = ["RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of", "refuse_cut_steps"]
+__all__ = [
+    "RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of", "refuse_cut_steps", "refuse_steps_without",
+]  # fmt: skip
 
 _INPUTS = (
     "image", "images", "img", "input", "inputs", "x", "pixel_values", "input_ids", "input_values", "input_features",
@@ -162,6 +165,36 @@ def refuse_cut_steps(where: str, pl_module: LightningModule, batch: Any, cut: Cu
                 f"({failure}), since it uses channels in ways that {traced} does not show. Trace a step that shows "
                 "them, by trace=, or name their layers in ignore."
             )
+
+
+def refuse_steps_without(
+    where: str, pl_module: LightningModule, batch: Any, without: AbstractContextManager[Any]
+) -> Any:
+    """Refuse a module of which a step runs on a training batch now, and would not once parts of it are removed.
+
+    Args:
+        where: The callback, for errors.
+        pl_module: The module.
+        batch: A training batch.
+        without: Leaves these parts out.
+
+    Returns:
+        What entering ``without`` gives.
+
+    Raises:
+        PruningError: With the error that training would end in.
+    """
+    runs = {step: Instead(call_silently, (step, copied(batch))) for step in _steps(pl_module)}
+    before = {step: _failure(pl_module, inputs, step == "training_step") for step, inputs in runs.items()}
+    with without as found:
+        after = {step: _failure(pl_module, inputs, step == "training_step") for step, inputs in runs.items()}
+    for step, failure in after.items():
+        if failure is not None and before[step] is None:
+            raise PruningError(
+                f"{where}: {step} runs on the training batch, but not on the pruned model ({failure}): code outside "
+                "of mixtures goes by the number of experts. Let it read the number from what the model returns."
+            )
+    return found
 
 
 def _failure(

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from lightning_prune.callbacks.engine.step import Traced, check_traced
-from lightning_prune.pruning.arguments import Parts, check_module, listed, plain, told_apart
+from lightning_prune.pruning.amounts import check_count
+from lightning_prune.pruning.arguments import Parts, as_list, check_module, listed, plain, told_apart
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerTarget
 from lightning_prune.pruning.layer_scores import LayerCriterion
 from lightning_prune.pruning.layers import check_layer_arguments
@@ -36,8 +37,7 @@ class LayerArguments:
 
     def __post_init__(self) -> None:
         """Hold sequences as lists, as YAML gives them."""
-        if not isinstance(self.ignore, str):  # one pattern, which ``check`` refuses
-            object.__setattr__(self, "ignore", list(self.ignore))
+        object.__setattr__(self, "ignore", as_list(self.ignore))
 
     def check(self, where: str) -> None:
         """Refuse arguments that no model could make sense of.
@@ -49,12 +49,8 @@ class LayerArguments:
         check_layer_arguments(where, self.amount, self.criterion, self.target, self.min_layers, self.ignore)
         check_module(where, self.module, self.target)
         check_traced(where, self.trace, self.example_inputs)
-        if not isinstance(self.report, bool):
-            raise TypeError(f"{where}(report={self.report!r}): pass True or False.")
-        for name, least in (("batches", 1), ("recalibrate", 0)):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{where}({name}={count!r}): it is a number of training batches, from {least}.")
+        check_count(where, "batches", self.batches, 1, "training batches")
+        check_count(where, "recalibrate", self.recalibrate, 0, "training batches")
 
     @property
     def budget(self) -> LayerBudget:

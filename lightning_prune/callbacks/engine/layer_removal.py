@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,32 +14,26 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_prune.algorithms.schedules import FewUnits, Schedule
 from lightning_prune.callbacks.engine.apply_plan import apply_removal_
 from lightning_prune.callbacks.engine.batches import losses_of, training_batches
-from lightning_prune.callbacks.engine.example_inputs import inputs_of, on_device_of
+from lightning_prune.callbacks.engine.example_inputs import inputs_of
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.layer_state import DenseLayers, LayerState
-from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
-from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_removal
+from lightning_prune.callbacks.engine.refusals import refuse_not_finite
 from lightning_prune.callbacks.engine.sharding import whole_model
-from lightning_prune.callbacks.engine.step import refuse_step
-from lightning_prune.callbacks.engine.strategy import Run, Strategy
-from lightning_prune.measure.flops import FlopCount
-from lightning_prune.measure.footprint import Part, count
-from lightning_prune.model.calls import ExampleInputs, modules_of, run
-from lightning_prune.model.errors import PruningError
+from lightning_prune.callbacks.engine.strategy import Run
+from lightning_prune.callbacks.engine.whole_removal import WholeRemoval
+from lightning_prune.model.calls import modules_of, run
 from lightning_prune.pruning.amounts import fraction_of
-from lightning_prune.pruning.arguments import check_optimizers, part_of
+from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.layer_plan import LayerBudget, LayerCosts, LayerPlan, Skips, plan_layers
 from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LayerData
-from lightning_prune.pruning.layers import ignored_layers, prunable_layers, time_without
+from lightning_prune.pruning.layers import apply_layers_, ignored_layers, prunable_layers, time_without
 from lightning_prune.pruning.layers_and_filters import PlanCut, Split, SplitAsk, choose_split
 from lightning_prune.pruning.repair import DAMPING
 from lightning_prune.pruning.report import Repair
-from lightning_prune.reports import layer_costs
 from lightning_prune.reports.history import Goal
 from lightning_prune.structure.skippable import Depth
 from lightning_prune.surgery.depth import close_gaps_, open_gaps_, remove_layers_
@@ -50,7 +44,7 @@ __all__ = ["LayerRemoval", "copy_in_run"]
 _OF_LOSS = ("taylor", "taylor_second_order", "loss")
 
 
-class LayerRemoval(Strategy):
+class LayerRemoval(WholeRemoval):
     """The strategy of the callback that removes layers; a part of those that remove layers and filters.
 
     Args:
@@ -61,15 +55,11 @@ class LayerRemoval(Strategy):
         repairs: What was refitted at the last pruning step.
     """
 
-    def __init__(self, arguments: LayerArguments) -> None:
-        self.arguments: LayerArguments = arguments
-        self.example_inputs = arguments.example_inputs
-        self.traces = arguments.trace
-        self.state = LayerState()
-        self.repairs: tuple[Repair, ...] = ()
-        self._alone: dict[str, str] = {}
-        self._inputs: ExampleInputs | None = None
-        self._flops: FlopCount | None = None  # of the model as it stands, once counted
+    arguments: LayerArguments
+    kind = "layers"
+    state_class = LayerState
+    state: LayerState
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def dense(self) -> DenseLayers:
@@ -78,36 +68,16 @@ class LayerRemoval(Strategy):
         return self.state.dense
 
     @property
-    def inputs(self) -> ExampleInputs:
-        """What the model is looked at on."""
-        assert self._inputs is not None  # found before anything is looked at
-        return self._inputs
+    def before(self) -> tuple[int, int]:
+        """Parameters and multiply-adds of the dense model."""
+        return self.dense.costs.params, self.dense.costs.flops
 
-    def part(self, pl_module: LightningModule) -> Part:
-        """Return the part of the model that is counted."""
-        return part_of(pl_module, self.arguments.module, self._alone)
-
-    def flops(self, pl_module: LightningModule) -> FlopCount:
-        """Return the multiply-adds of the model as it stands."""
-        if self._flops is None:
-            self._flops = count(pl_module, self.inputs)
-        return self._flops
-
-    def check_schedule(self, where: str, schedule: Schedule) -> None:
-        """Refuse schedules that count filters."""
-        if isinstance(schedule, FewUnits):
-            raise ValueError(f"{where}(schedule={schedule!r}): it counts filters, and layers leave here. Use Linear.")
-
-    def refuse(self, run: Run) -> None:
-        """Refuse a run in which no layer can be removed."""
-        refuse_removal(run.where, run.trainer, run.module)
-        refuse_step(run.where, self.arguments.trace, run.module)
-        others = [member for member in run.members if member is not run.own]
-        if others:
-            raise PruningError(
-                f"{run.where} and {others[0].where}: what removes layers prunes alone in its run. Fit again with the "
-                "other callback, or remove layers and filters by FilterPruning(layers=True)."
-            )
+    def kept(self) -> dict[str, float]:
+        """Return the share of the layers that were removed, and of the latency that is left."""
+        values = {"prune/sparsity": self.dense.costs.share_gone("layers", self.state.removed)}
+        if self.arguments.target == "latency":
+            values["prune/latency_kept"] = self.state.latency
+        return values
 
     def reads_batches(self, pl_module: LightningModule) -> bool:
         """Return that layers are scored on training batches."""
@@ -120,22 +90,17 @@ class LayerRemoval(Strategy):
 
     def prepare(self, run: Run, batch: Any | None) -> bool:
         """Look at the model on known inputs, or on the first batch that holds any; refuse what cannot be reached."""
-        check_optimizers(run.where, run.trainer.optimizers)
         if self.state.dense is not None:
             open_gaps_(run.module)  # so that layers have the names that they had when pruning began
-        inputs = run.inputs.find(run.module, self.traces, [self.example_inputs], batch)
-        if inputs is None:
+        if not self.look(run, batch):
             return False
-        self._alone = networks_left_alone(run, self.arguments.named)
-        self._inputs, self._flops = on_device_of(run.trainer, run.module, inputs), None
         if self.state.dense is not None and not run.own.clock.unfinished:
             return True  # there may be no layer left to remove
         refuse_not_finite(run.where, run.module, dict(run.module.named_parameters()))
         depth = self._depth(run.module)
         if self.state.dense is None:
-            flops = self.flops(run.module)
-            costs = LayerCosts.of(run.module, depth, flops, self.part(run.module))
-            self.state.dense = DenseLayers(costs, layer_costs(run.module, flops))
+            costs = LayerCosts.of(run.module, depth, self.flops(run.module), self.part(run.module))
+            self.state.dense = DenseLayers(costs, self.costs(run.module))
         if run.own.clock.unfinished:
             budget = self._budget(depth, self._amount)
             budget.check_reach(run.where, depth, self.dense.costs, self.state.removed)
@@ -164,10 +129,6 @@ class LayerRemoval(Strategy):
         if plan.short and progress >= 1.0 and not self.state.warned:
             self.state.warned = True
             rank_zero_warn(f"{run.where}: {plan.short}")
-
-    def before_split(self, pl_module: LightningModule) -> None:
-        """Count a model that is whole for a pruning step: one that is split cannot be counted."""
-        self.flops(pl_module)
 
     def remove_some(self, run: Run, amount: float, plan_cut: PlanCut) -> Split:
         """Remove as many layers as lose least if filters make up the rest of an amount, of the model as it is."""
@@ -218,22 +179,6 @@ class LayerRemoval(Strategy):
         self.state = LayerState.from_plain({**self.state.to_plain(), **state})
         self._flops = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the dense model and what was removed."""
-        return self.state.to_plain()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a saved state."""
-        self.state = LayerState.from_plain(state)
-
-    def reset(self) -> None:
-        """Start anew, for another model."""
-        self.state = LayerState()
-
-    def release(self) -> None:
-        """Forget the counts of the model; no hook was set."""
-        self._flops = None
-
     def _depth(self, pl_module: LightningModule) -> Depth:
         part = part_of(pl_module, self.arguments.module)
         depth = prunable_layers(pl_module, self.inputs, part, self.arguments.ignore, self._alone)
@@ -280,7 +225,11 @@ class LayerRemoval(Strategy):
         if self.arguments.repair:
             self.repairs = repair.repairs
         repair = replace(repair, tensors=run.trainer.strategy.broadcast(repair.tensors))
-        apply_removal_(run, plan, repair)
+        apply_removal_(
+            run,
+            lambda model: apply_layers_(model, plan, repair, run.trainer.optimizers),
+            lambda copied: remove_layers_(copied, plan.skips),
+        )
         self.state.removed |= {layer.path: (layer, when) for layer in plan.removed}
         self._flops = None
         recalibrate_(run.trainer, run.module, self.arguments.recalibrate, self.traces)

@@ -10,6 +10,7 @@ from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_masking import WeightMasking
+from lightning_prune.callbacks.engine.whole_removal import WholeRemoval
 from lightning_prune.measure.latency import circumstances
 from lightning_prune.pruning.arguments import part_of
 from lightning_prune.pruning.plan import count_params
@@ -26,8 +27,8 @@ def measure(run: Run) -> dict[str, float]:
         values |= _left_of_weights(run, maskings)
     if removals:
         values |= _left_of_units(run, removals)  # whose sparsity is logged where both are at work
-    for removal in run.strategies(LayerRemoval):
-        values |= _left_of_layers(run, removal)
+    for whole in run.strategies(WholeRemoval):  # type: ignore[type-abstract]
+        values |= _left_of_modules(run, whole)
     return values
 
 
@@ -52,18 +53,14 @@ def describe(run: Run, history: History) -> None:
         history.measured = circumstances(run.module, removal.traced.inputs)
         history.counted = flops.counted
         history.pinned, history.branching = list(removal.state.pinned), list(removal.state.branching)
+    for whole in run.strategies(WholeRemoval):  # type: ignore[type-abstract]
+        now, dense = whole.costs(run.module), whole.state.dense.layers
+        history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
+        history.measured = circumstances(run.module, whole.inputs)
+        history.counted = whole.flops(run.module).counted
+        history.dense = dict(whole.state.pinned)
     for of_layers in run.strategies(LayerRemoval):
-        _describe_layers(run, of_layers, history)
-
-
-def _describe_layers(run: Run, removal: LayerRemoval, history: History) -> None:
-    flops = removal.flops(run.module)
-    now, dense = layer_costs(run.module, flops), removal.dense.layers
-    history.layers = {path: LayerChange(was, now.get(path, LayerCost(0, 0, 0))) for path, was in dense.items()}
-    history.measured = circumstances(run.module, removal.inputs)
-    history.counted = flops.counted
-    history.dense = dict(removal.state.pinned)
-    _describe_depth(removal, history)
+        _describe_depth(of_layers, history)
 
 
 def _describe_depth(removal: LayerRemoval, history: History) -> None:
@@ -71,19 +68,16 @@ def _describe_depth(removal: LayerRemoval, history: History) -> None:
     history.depth = {path: when.get(path, "") for path in removal.dense.costs.by_layer}
 
 
-def _left_of_layers(run: Run, removal: LayerRemoval) -> dict[str, float]:
-    costs, part = removal.dense.costs, removal.part(run.module)
+def _left_of_modules(run: Run, removal: WholeRemoval) -> dict[str, float]:
+    part, (dense_params, dense_flops) = removal.part(run.module), removal.before
     params, flops = part.params(run.module), part.counted(removal.flops(run.module))
-    values = {
+    return {
         "prune/params": float(params),
         "prune/flops": float(flops),
-        "prune/params_kept": params / max(costs.params, 1),
-        "prune/flops_kept": flops / max(costs.flops, 1),
-        "prune/sparsity": costs.share_gone("layers", removal.state.removed),
+        "prune/params_kept": params / max(dense_params, 1),
+        "prune/flops_kept": flops / max(dense_flops, 1),
+        **removal.kept(),
     }
-    if removal.arguments.target == "latency":
-        values["prune/latency_kept"] = removal.state.latency
-    return values
 
 
 def weights_bytes(pl_module: LightningModule) -> int:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import Clock
 from lightning_prune.callbacks.engine.example_inputs import RunInputs
+from lightning_prune.callbacks.engine.expert_arguments import ExpertArguments
 from lightning_prune.callbacks.engine.filter_arguments import FilterArguments
 from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
@@ -28,7 +29,7 @@ __all__ = ["Coming", "Member", "Run", "RunEvents", "Strategy"]
 
 _AMOUNTS = frozenset({
     "amount", "target", "scope", "round_to", "min_width", "max_amount", "uniform", "ignore", "module", "parameters",
-    "pattern", "min_layers", "layers",
+    "pattern", "min_layers", "layers", "min_experts",
 })  # fmt: skip
 """Arguments that say how much of what is pruned in the end."""
 
@@ -81,7 +82,7 @@ class Strategy(RunEvents, ABC):
     A strategy lives as long as its callback. What it knows of one run alone is dropped by :meth:`release`.
     """
 
-    arguments: FilterArguments | LayerArguments | WeightArguments
+    arguments: FilterArguments | LayerArguments | ExpertArguments | WeightArguments
     """What the user asked for."""
     example_inputs: Any = None
     """Inputs of forward that the user gave, if any."""
