@@ -97,11 +97,15 @@ class Ran:
 
 
 class Pass(NamedTuple):
-    """One run of the model in a trace: in train mode or not, on which inputs, with gradients recorded or not."""
+    """One run of the model in a trace: in train mode or not, on which inputs, with gradients recorded or not.
+
+    The model is called twice where its second call may read what the first one left on its modules.
+    """
 
     training: bool
     inputs: Any
     gradients: bool = False
+    calls: int = 1
 
 
 @dataclass(eq=False, slots=True)

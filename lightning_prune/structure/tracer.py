@@ -23,6 +23,7 @@ from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
 from lightning_prune.structure.fused_cells import CellsInSteps
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
+from lightning_prune.structure.next_call import Held, held_tensors, left_for_next_call
 from lightning_prune.structure.rules import Call, Rule, is_pointwise, pointwise_rule, rule_for, tensors_among, tested
 from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
 from lightning_prune.structure.rules.movement import repeat
@@ -53,8 +54,10 @@ def watch(
     ledger: Ledger,
     labels: Mapping[str, Labels],
     ways: Ways | None = None,
-) -> None:
+) -> int:
     """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
+
+    A model that keeps tensors with channels for its next call is called twice.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
@@ -63,6 +66,9 @@ def watch(
         ledger: Where meetings are written down; says whether anything is computed.
         labels: The labels that each parameter and buffer carries, by name; the others carry none.
         ways: What to decide instead of what is computed, if anything.
+
+    Returns:
+        How often the model was called.
 
     Raises:
         NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
@@ -82,20 +88,51 @@ def watch(
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
         stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
-        outputs = run(model, one.inputs)
-    ledger.running = ("", None)
+        held, begin = held_tensors(model), len(ledger.ran)
+        _pin_returned(mode, run(model, one.inputs), first=not ledger.passes)
+        calls = one.calls
+        if calls == 1 and mode.leaves_channels(held, held_tensors(model), begin):
+            calls = _called_again(model, one, mode)
+        elif calls == 2:
+            _pin_returned(mode, run(model, one.inputs), first=False)
     unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
-    first = not ledger.passes
-    ledger.unseen = unseen if first else ledger.unseen & unseen
+    ledger.unseen = ledger.unseen & unseen if ledger.passes else unseen
+    if mode.refusal is not None:  # the model's own code may have caught it
+        raise mode.refusal
+    return calls
+
+
+def _pin_returned(mode: _LabelMode, outputs: Any, first: bool) -> None:
+    """Pin what reaches the outputs of a call; count the costs of the first call in eval mode."""
+    ledger = mode.ledger
+    ledger.running = ("", None)
     returned = list(tensors_in(outputs))
     for tensor in returned:
-        labels_out = mode.labels_of(tensor)
-        for found in (*labels_out.dims.values(), labels_out.positions):
+        labels = mode.labels_of(tensor)
+        for found in (*labels.dims.values(), labels.positions):
             ledger.pin(found, "reaches the model's output")
     if first:
         drop_unneeded_(ledger, map(mode.labels_of, returned))
-    if mode.refusal is not None:  # the model's own code may have caught it
-        raise mode.refusal
+
+
+def _called_again(model: nn.Module, one: Pass, mode: _LabelMode) -> int:
+    """Call the model once more, on what its first call left; return how often it was called with success."""
+    ledger = mode.ledger
+    before, costs = ledger.state(), list(ledger.costs)
+    try:
+        _pin_returned(mode, run(model, one.inputs), first=False)
+    except NumbersNeededError:
+        raise
+    except Exception as error:  # code that has to be reset between calls
+        reraise_out_of_memory(error)
+        ledger.restore_(before)
+        return 1
+    ledger.costs = costs
+    return 2
+
+
+def _same_objects(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 def _told(ledger: Ledger) -> Told:
@@ -407,6 +444,19 @@ class _LabelMode(Watch):
         if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):
             self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
             raise self.refusal
+
+    def leaves_channels(self, before: Held, after: Held, begin: int) -> bool:
+        """Return whether a call, whose operators are ``ran`` from ``begin`` on, left channels for the next call."""
+        if before.keys() == after.keys() and all(map(_same_objects, before.values(), after.values())):
+            return False  # as most often
+        read = {id(tensor) for ran in self.ledger.ran[begin:] for tensor in (ran.foreign or {}).values()}
+        pinned = {id(atoms) for atoms, _ in self.ledger.pins}
+
+        def carries(tensor: Tensor) -> bool:
+            dims = self.labels_of(tensor).dims if id(tensor) not in self._given else {}
+            return any(id(label.atoms) not in pinned for found in dims.values() for label in found)
+
+        return left_for_next_call(before, after, read | self.seen, carries)
 
     def give(self, tensor: Tensor, labels: Labels) -> None:
         """Lay labels on a tensor that is there before the run; it is kept, and nothing is written on it."""

@@ -1,0 +1,56 @@
+"""What a forward pass leaves on its modules for the next one: hidden states, memories, caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune.model.calls import modules_of
+
+__all__ = ["Held", "held_tensors", "left_for_next_call"]
+
+Held = dict[tuple[int, str], list[Tensor]]
+"""``id`` of a module and name of an attribute or buffer -> the tensors that are held there."""
+
+_DEPTH = 4  # of containers within containers
+
+
+def held_tensors(model: nn.Module) -> Held:
+    """Return the tensors that modules hold in buffers and attributes, also those within lists, tuples and dicts."""
+    found: Held = {}
+    for _, module in modules_of(model):
+        for name, value in (*vars(module).items(), *module._buffers.items()):
+            if name not in ("_parameters", "_buffers", "_modules") and (held := list(_within(value, _DEPTH))):
+                found[id(module), name] = held
+    return found
+
+
+def left_for_next_call(before: Held, after: Held, read: Collection[int], carries: Callable[[Tensor], bool]) -> bool:
+    """Return whether a call left tensors with channels that the next call may read.
+
+    The next call replaces what this one replaced without having read it.
+
+    Args:
+        before: What modules held before the call.
+        after: What they hold now.
+        read: ``id`` of each tensor that operators of the call took.
+        carries: Returns whether a tensor carries channels that may be pruned.
+    """
+    for place, tensors in after.items():
+        old = {id(tensor) for tensor in before.get(place, ())}
+        if old and old.isdisjoint(read):
+            continue
+        if any(id(tensor) not in old and carries(tensor) for tensor in tensors):
+            return True
+    return False
+
+
+def _within(value: Any, depth: int) -> Iterator[Tensor]:
+    """Yield the tensors in a value and in containers within it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple) and depth:
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _within(item, depth - 1)
