@@ -119,7 +119,8 @@ def test_buffers_that_were_made_slim_stay():
 
 
 @pytest.mark.parametrize(
-    "entry", [["table", 2, 16, [3, 1]], ["table", 2, 4, [5]], ["table", -1, 16, [1]], [3, 2, 16, [1]], ["table", 2, 16, []]]
+    "entry",
+    [["table", 2, 16, [3, 1]], ["table", 2, 4, [5]], ["table", -1, 16, [1]], [3, 2, 16, [1]], ["table", 2, 16, []]],
 )
 def test_damaged_entries_are_refused(entry):
     """Indices that no cut leaves raise, and the model stays as it is."""

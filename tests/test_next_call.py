@@ -75,7 +75,11 @@ def test_every_call_of_a_slim_model_is_right(name):
 def test_a_model_that_must_be_reset_between_calls_is_traced_on_one():
     """What fails when it is called twice is cut as one call tells."""
     fields = ["self.a, self.o, self.kept = nn.Linear(8, 16), nn.Linear(16, 5), None"]
-    body = ["if self.kept is not None: raise RuntimeError('reset')", "self.kept = self.a(x)", "return self.o(self.kept)"]
+    body = [
+        "if self.kept is not None: raise RuntimeError('reset')",
+        "self.kept = self.a(x)",
+        "return self.o(self.kept)",
+    ]
     model = network(fields, body)()
     prune_filters(model, tokens(), 0.5, progress=False)
     assert model.kept is None

@@ -332,6 +332,10 @@ class Ledger:
         """Write down that a statistic ran over these labels, so that numbers change when some of them leave."""
         self.statistics.extend(label.atoms for label in labels)
 
+    def fresh(self, size: int) -> Label:
+        """Return a label of indices that nothing is known of yet."""
+        return Label(self._hand_out(size))
+
     def held(self, place: Any, size: int) -> Label:
         """Return the label of a number that a module holds, as if it were the length of a tensor of its own."""
         key = (place.module, place.name, place.index)

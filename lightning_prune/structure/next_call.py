@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,15 +15,20 @@ Held = dict[tuple[int, str], list[Tensor]]
 """``id`` of a module and name of an attribute or buffer -> the tensors that are held there."""
 
 _DEPTH = 4  # of containers within containers
+_INTERNAL = frozenset(vars(nn.Module()))
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def held_tensors(model: nn.Module) -> Held:
     """Return the tensors that modules hold in buffers and attributes, also those within lists, tuples and dicts."""
     found: Held = {}
     for _, module in modules_of(model):
-        for name, value in (*vars(module).items(), *module._buffers.items()):
-            if name not in ("_parameters", "_buffers", "_modules") and (held := list(_within(value, _DEPTH))):
+        for name, value in vars(module).items():
+            if type(value) not in _PLAIN and name not in _INTERNAL and (held := _within(value, _DEPTH)):
                 found[id(module), name] = held
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                found[id(module), name] = [buffer]
     return found
 
 
@@ -47,10 +52,15 @@ def left_for_next_call(before: Held, after: Held, read: Collection[int], carries
     return False
 
 
-def _within(value: Any, depth: int) -> Iterator[Tensor]:
-    """Yield the tensors in a value and in containers within it."""
+def _within(value: Any, depth: int) -> list[Tensor]:
+    """Return the tensors in a value and in containers within it."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple) and depth:
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _within(item, depth - 1)
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    found: list[Tensor] = []
+    if isinstance(value, list | tuple) and depth:
+        for item in value:
+            if type(item) not in _PLAIN:
+                found += _within(item, depth - 1)
+    return found

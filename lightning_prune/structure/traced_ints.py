@@ -141,8 +141,10 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Number, f"__r{_name}__", _remembering(_name, swapped=True))
 
 
-# Modules of torch.nn whose numbers reach an operator; those of the others repeat shapes of their own tensors.
-_TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
+# Modules of torch.nn whose numbers reach an operator. Those of the others repeat shapes of their own tensors; only code
+# around them reads these, and of that their widths alone.
+_TELLING = (nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.Unflatten)
+_WIDTHS = ("in_channels", "out_channels", "in_features", "out_features", "num_features", "embedding_dim")
 _HOLDING = (int, tuple, list, torch.Size)
 _INTERNAL = frozenset(vars(nn.Module()))
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # their objects hold no widths
@@ -159,9 +161,12 @@ def remembering(model: nn.Module, told: Told) -> Iterator[None]:
     changes = _Changes(told)
     try:
         for path, module in modules_of(model):
-            if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
-                continue
             own = vars(module)
+            if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
+                for name in _WIDTHS:
+                    if type(own.get(name)) is int:
+                        changes.replace(own, path, name, name, own[name])
+                continue
             changes.look(own, path, "", 0)
             for name, value in _class_numbers(type(module)).items():
                 if name not in own:

@@ -123,6 +123,9 @@ def made_anew(call: Call) -> Dims:
             dims[dim] = found
         elif isinstance(number, Number) and isinstance(number.origin, Held):
             dims[dim] = (call.ledger.held(number.origin, int(number)),)
+        elif isinstance(number, Number) and number > 1:  # worked out from others: what is written there tells
+            dims[dim] = (call.ledger.fresh(int(number)),)
+            follow_number(call, dims[dim], number)
     return dims
 
 
