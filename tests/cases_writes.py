@@ -23,7 +23,7 @@ PIECES = {
         "z[:, :self.b.out_channels] = p\nz[:, self.b.out_channels:] = q",
     ),
     "by weights": (
-        "self.b.weight.shape[0] + len(self.c.bias)",
+        "self.b.weight.shape[0] + self.c.weight.size(0)",
         "n = self.b.weight.shape[0]\nz[:, :n] = p\nz[:, n:] = q",
     ),
     "lengths": ("len(self.b.weight) + len(self.c.weight)", "n = len(self.b.weight)\nz[:, :n] = p\nz[:, n:] = q"),

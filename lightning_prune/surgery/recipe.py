@@ -142,8 +142,9 @@ class Recipe:
         """Note what a cut leaves of buffers that state dicts do not have, before they are cut."""
         firsts = {id(tensor): name for name, tensor in named_tensors(self._model).items()}
         for path, module in modules_of(self._model):
-            part = self._parts.get(path)
-            for leaf in module._non_persistent_buffers_set if part is not None else ():
+            if (part := self._parts.get(path)) is None:
+                continue
+            for leaf in module._non_persistent_buffers_set:
                 buffer = module._buffers.get(leaf)
                 if buffer is not None and (dims := kept.get(firsts[id(buffer)])):
                     note_buffer_(part, leaf, buffer, dims)

@@ -39,9 +39,9 @@ Told = dict[str, dict[str, Any]]
 
 Where a layer was removed there is also ``layer``: what is returned in its place. Where layers were taken out of a list
 there is also ``gaps``: pairs of a position in it and what is returned in its place. Where experts were removed from a
-container there is also ``experts``: how many it holds. Where buffers were cut that state dicts do not have there is also
-``buffers``: the name of one, a dimension, its size before the first cut, and the indices kept. Where the module holds
-hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
+container there is also ``experts``: how many it holds. Where buffers were cut that state dicts do not have there is
+also ``buffers``: the name of one, a dimension, its size before the first cut, and the indices kept. Where the module
+holds hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
 
 
 @dataclass(eq=False)
