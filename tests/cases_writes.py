@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cases import case, image, tokens
+from tests.cases import case, image, rows, tokens
 from tests.cases_written import network
 
 # What makes a tensor of y's batch and positions with {n} channels.
@@ -57,6 +57,28 @@ STATES = {
 }
 
 
+# Distributions of m and s, (B, 12), which check their parameters; r is what the model goes on with.
+DISTRIBUTIONS = {
+    "normal": "d = torch.distributions.Normal(m, s.exp())\nr = d.mean * d.stddev",
+    "log_prob": "d = torch.distributions.Normal(m, s.exp())\nr = d.log_prob(m * 0.5)",
+    "entropy": "d = torch.distributions.Laplace(m, s.exp())\nr = d.entropy() + m",
+    "kl": (
+        "p, q = torch.distributions.Normal(m, s.exp()), torch.distributions.Normal(m * 0, s * 0 + 1)\n"
+        "r = torch.distributions.kl_divergence(p, q) + m"
+    ),
+    "bernoulli": "d = torch.distributions.Bernoulli(logits=m)\nr = d.probs + s",
+    "gamma": "d = torch.distributions.Gamma(m.exp(), s.exp())\nr = d.mean + d.variance.log1p()",
+}
+
+
+def _register_distributions():
+    own = ["self.a, self.m, self.s, self.o = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(16, 12), nn.Linear(12, 4)"]
+    for name, lines in DISTRIBUTIONS.items():
+        body = ["y = self.a(x).tanh()", "m, s = self.m(y), self.s(y)", *lines.split("\n"), "return self.o(r)"]
+        most = {"a.weight": 8, "m.weight": 6}
+        case("writes", rows(), f"distribution {name}", most=most, train=False)(network(own, body))
+
+
 def _register_writes():
     fields = [
         "self.a, self.b, self.c = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(12, 6, 1)",
@@ -91,3 +113,4 @@ def _register_states():
 
 _register_writes()
 _register_states()
+_register_distributions()
