@@ -57,6 +57,39 @@ STATES = {
 }
 
 
+# Unit matrices and diagonals as wide as y, (B, T, 16); those of another order than the channels have must stay.
+UNITS = {
+    "size": "y = y @ (self.w + torch.eye(C, dtype=y.dtype))",
+    "size twice": "y = y @ (self.w + torch.eye(C, C, dtype=y.dtype))",
+    "attribute": "y = y @ (self.w + torch.eye(self.d, dtype=y.dtype))",
+    "weight": "y = y @ (self.w + torch.eye(self.w.shape[0], dtype=y.dtype))",
+    "layer": "y = y @ (self.w + torch.eye(self.a.out_features, dtype=y.dtype))",
+    "twice an attribute": "y = y @ (self.w + torch.eye(2 * self.h, dtype=y.dtype))",
+    "kernel": "y = F.conv1d(y.mT, (self.w + torch.eye(C, dtype=y.dtype))[..., None]).mT",
+    "loss": "y = y * (self.w @ self.w.t() - torch.eye(C, dtype=y.dtype)).square().sum()",
+    "beside the diagonal": "y = y @ (self.w * (1 - torch.eye(C, dtype=y.dtype)))",
+    "diag": "y = y @ torch.diag(self.g)",
+    "diag_embed": "y = (y[..., None, :] @ torch.diag_embed(self.g.expand(B, T, -1)))[..., 0, :]",
+    "literal": "y = y @ (self.w + torch.eye(16, dtype=y.dtype))",
+    "literal columns": "y = y @ (self.w + torch.eye(C, 16, dtype=y.dtype))",
+    "row": "y = y * torch.eye(C, dtype=y.dtype)[3]",
+    "rolled": "y = y @ torch.eye(C, dtype=y.dtype).roll(1, 0)",
+    "summed": "y = y @ torch.eye(C, dtype=y.dtype).cumsum(0)",
+    "offset": "y = y @ torch.diag_embed(self.g[1:], 1)",
+    "positions": "y = y + torch.eye(T, C, dtype=y.dtype)",
+}
+STAY = {"twice an attribute", "literal", "literal columns", "row", "rolled", "summed", "offset", "positions"}
+
+
+def _register_units():
+    own = ["self.a, self.o, self.d, self.h = nn.Linear(8, 16), nn.Linear(16, 5), 16, 8"]
+    own += ["self.w, self.g = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.rand(16))"]
+    for name, line in UNITS.items():
+        body = ["y = self.a(x)", "B, T, C = y.shape", line, "return self.o(y)"]
+        most = {} if name in STAY else {"a.weight": 8}
+        case("writes", tokens(), f"unit matrix, {name}", most=most)(network(own, body))
+
+
 # Distributions of m and s, (B, 12), which check their parameters; r is what the model goes on with.
 DISTRIBUTIONS = {
     "normal": "d = torch.distributions.Normal(m, s.exp())\nr = d.mean * d.stddev",
@@ -113,4 +146,5 @@ def _register_states():
 
 _register_writes()
 _register_states()
+_register_units()
 _register_distributions()

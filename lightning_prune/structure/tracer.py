@@ -25,7 +25,7 @@ from lightning_prune.structure.fused_cells import CellsInSteps
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
 from lightning_prune.structure.next_call import Held, held_tensors, left_for_next_call
 from lightning_prune.structure.rules import Call, Rule, is_pointwise, pointwise_rule, rule_for, tensors_among, tested
-from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
+from lightning_prune.structure.rules.frozen_sizes import compared, eye, made_anew
 from lightning_prune.structure.rules.movement import repeat
 from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.shape_only import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
@@ -39,7 +39,12 @@ _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
-_STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
+_STRETCHING = {
+    made_anew,
+    eye,
+    expand,
+    repeat,
+}  # rules of what makes a tensor as long as others, of one without labels too
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
