@@ -88,7 +88,7 @@ def watch(
     with ExitStack() as stack:
         stack.enter_context(mode_of(model, one.training, one.gradients))
         if ledger.numbers:
-            stack.enter_context(remembering(model, _told(ledger)))
+            stack.enter_context(remembering(model, _told(ledger), labels))
         stack.enter_context(unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
