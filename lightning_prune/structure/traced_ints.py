@@ -210,7 +210,8 @@ class _Changes:
             return
         own = vars(module)
         for name, dim in _WIDTHS.items():
-            if type(width := own.get(name)) is not int:
+            width = own.get(name)
+            if type(width) is not int:
                 continue
             found = weight.at(1 - dim if own.get("transposed") else dim)
             if found and len(found[0].atoms) == width:
