@@ -78,8 +78,10 @@ def _exchanged(value: Any, tensors: Mapping[int, Tensor], depth: int) -> Any:
     """Return a value with tensors, by ``id``, replaced by others, also within lists, tuples and dicts."""
     if type(value) not in _CONTAINERS or not depth:
         return tensors.get(id(value), value)
-    items = list(value.values()) if isinstance(value, dict) else list(value)
-    changed = [_exchanged(item, tensors, depth - 1) for item in items]
-    if all(new is old for new, old in zip(changed, items, strict=True)):
+    if isinstance(value, dict):
+        changed = _exchanged([*value.values()], tensors, depth)
+        return dict(zip(value, changed, strict=True))
+    changed = [_exchanged(item, tensors, depth - 1) for item in value]
+    if all(new is old for new, old in zip(changed, value, strict=True)):
         return value
-    return dict(zip(value, changed, strict=True)) if isinstance(value, dict) else type(value)(changed)
+    return type(value)(changed)

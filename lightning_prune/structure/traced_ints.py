@@ -205,7 +205,7 @@ class _Changes:
                 self.look(below, module, f"{prefix}{key}.", depth + 1)
 
     def look_at_widths(self, module: nn.Module, weight: Labels | None) -> None:
-        """Let the widths of a layer be sizes of its weight."""
+        """Make the widths that a layer holds remember that they are sizes of its weight."""
         if weight is None or not weight.dims:
             return
         own = vars(module)
@@ -213,7 +213,9 @@ class _Changes:
             width = own.get(name)
             if type(width) is not int:
                 continue
-            found = weight.at(1 - dim if own.get("transposed") else dim)
+            if own.get("transposed"):  # these hold their inputs first
+                dim = 1 - dim
+            found = weight.at(dim)
             if found and len(found[0].atoms) == width:
                 self._changed.append((own, name, width))
                 own[name] = Number(width, Size(found), self._told)

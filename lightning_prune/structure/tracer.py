@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -458,8 +459,10 @@ class _LabelMode(Watch):
         pinned = {id(atoms) for atoms, _ in self.ledger.pins}
 
         def carries(tensor: Tensor) -> bool:
-            dims = self.labels_of(tensor).dims if id(tensor) not in self._given else {}
-            return any(id(label.atoms) not in pinned for found in dims.values() for label in found)
+            if id(tensor) in self._given:
+                return False
+            labels = chain.from_iterable(self.labels_of(tensor).dims.values())
+            return any(id(label.atoms) not in pinned for label in labels)
 
         return left_for_next_call(before, after, read | self.seen, carries)
 

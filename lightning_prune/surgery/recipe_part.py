@@ -114,14 +114,16 @@ def take_buffers_(module: nn.Module, told: Iterable[Any]) -> None:
     Those of other sizes than in that model's constructor are left alone.
     """
     part = part_of(module)
+    if part is None:
+        return
     wanted: dict[str, dict[int, list[int]]] = {}
     sizes: dict[str, dict[int, int]] = {}
     for leaf, dim, size, kept in told:
         wanted.setdefault(leaf, {})[dim] = list(kept)
         sizes.setdefault(leaf, {})[dim] = size
-    for leaf in dict.fromkeys([*wanted, *(part.left if part is not None else ())]):
+    for leaf in dict.fromkeys([*wanted, *part.left]):
         own = module._buffers.get(leaf)
-        if part is None or own is None or leaf not in module._non_persistent_buffers_set:
+        if own is None or leaf not in module._non_persistent_buffers_set:
             continue
         dense, left = part.buffers.get(leaf, own), wanted.get(leaf, {})
         same = all(dim < dense.dim() and dense.shape[dim] == size for dim, size in sizes.get(leaf, {}).items())

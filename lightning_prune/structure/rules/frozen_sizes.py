@@ -128,10 +128,10 @@ def made_anew(call: Call) -> Dims:
 @coupling_rule("aten.eye")
 def eye(call: Call) -> Dims:
     """Rows and columns of a square one are the same indices: of those that are left, it is the unit matrix, too."""
-    size = call.asked[0] if call.asked else 0
-    if size < 2 or tuple(call.out.shape) != (size, size):
+    rows, columns = call.out.shape
+    if rows != columns or rows < 2 or call.asked[:1] != (rows,):
         return {}
-    found = _made_by(call, size)
+    found = _made_by(call, call.asked[0])
     return {0: found, 1: found}
 
 
