@@ -78,7 +78,18 @@ UNITS = {
     "offset": "y = y @ torch.diag_embed(self.g[1:], 1)",
     "positions": "y = y + torch.eye(T, C, dtype=y.dtype)",
 }
-STAY = {"twice an attribute", "literal", "literal columns", "row", "rolled", "summed", "offset", "positions"}
+STAY = {
+    "twice an attribute",
+    "diag",
+    "diag_embed",
+    "literal",
+    "literal columns",
+    "row",
+    "rolled",
+    "summed",
+    "offset",
+    "positions",
+}
 
 
 def _register_units():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ __all__ = ["Held", "held_tensors", "left_for_next_call"]
 Held = dict[tuple[int, str], list[Tensor]]
 """``id`` of a module and name of an attribute or buffer -> the tensors that are held there."""
 
-_DEPTH = 4  # of containers within containers
 _INTERNAL = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
@@ -23,33 +22,21 @@ def held_tensors(model: nn.Module) -> Held:
     """Return the tensors that modules hold in buffers and attributes, also those within lists, tuples and dicts."""
     found: Held = {}
     for _, module in modules_of(model):
-        for name, value in vars(module).items():
-            if type(value) not in _PLAIN and name not in _INTERNAL and (held := _within(value, _DEPTH)):
+        for name, value in (*vars(module).items(), *module._buffers.items()):
+            if type(value) not in _PLAIN and name not in _INTERNAL and (held := _within(value, 4)):
                 found[id(module), name] = held
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                found[id(module), name] = [buffer]
     return found
 
 
-def left_for_next_call(before: Held, after: Held, read: Collection[int], carries: Callable[[Tensor], bool]) -> bool:
-    """Return whether a call left tensors with channels that the next call may read.
+def left_for_next_call(before: Held, after: Held, read: Collection[int]) -> Iterator[Tensor]:
+    """Yield the tensors that a call left where the next one may read them; ``read`` are ids of what this one read.
 
     The next call replaces what this one replaced without having read it.
-
-    Args:
-        before: What modules held before the call.
-        after: What they hold now.
-        read: ``id`` of each tensor that operators of the call took.
-        carries: Returns whether a tensor carries channels that may be pruned.
     """
     for place, tensors in after.items():
         old = {id(tensor) for tensor in before.get(place, ())}
-        if old and old.isdisjoint(read):
-            continue
-        if any(id(tensor) not in old and carries(tensor) for tensor in tensors):
-            return True
-    return False
+        if not old or not old.isdisjoint(read):
+            yield from (tensor for tensor in tensors if id(tensor) not in old)
 
 
 def _within(value: Any, depth: int) -> list[Tensor]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -135,10 +134,6 @@ def _called_again(model: nn.Module, one: Pass, mode: _LabelMode) -> int:
         return 1
     ledger.costs = costs
     return 2
-
-
-def _same_objects(some: list[Tensor], others: list[Tensor]) -> bool:
-    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 def _told(ledger: Ledger) -> Told:
@@ -453,18 +448,11 @@ class _LabelMode(Watch):
 
     def leaves_channels(self, before: Held, after: Held, begin: int) -> bool:
         """Return whether a call, whose operators are ``ran`` from ``begin`` on, left channels for the next call."""
-        if before.keys() == after.keys() and all(map(_same_objects, before.values(), after.values())):
-            return False  # as most often
-        read = {id(tensor) for ran in self.ledger.ran[begin:] for tensor in (ran.foreign or {}).values()}
-        pinned = {id(atoms) for atoms, _ in self.ledger.pins}
-
-        def carries(tensor: Tensor) -> bool:
-            if id(tensor) in self._given:
-                return False
-            labels = chain.from_iterable(self.labels_of(tensor).dims.values())
-            return any(id(label.atoms) not in pinned for label in labels)
-
-        return left_for_next_call(before, after, read | self.seen, carries)
+        read = self.seen.union(*(map(id, (ran.foreign or {}).values()) for ran in self.ledger.ran[begin:]))
+        left = [tensor for tensor in left_for_next_call(before, after, read) if id(tensor) not in self._given]
+        labels = [label for tensor in left for found in self.labels_of(tensor).dims.values() for label in found]
+        pinned = {id(atoms) for atoms, _ in self.ledger.pins} if labels else set()
+        return any(id(label.atoms) not in pinned for label in labels)
 
     def give(self, tensor: Tensor, labels: Labels) -> None:
         """Lay labels on a tensor that is there before the run; it is kept, and nothing is written on it."""

@@ -116,23 +116,20 @@ def take_buffers_(module: nn.Module, told: Iterable[Any]) -> None:
     part = part_of(module)
     if part is None:
         return
-    wanted: dict[str, dict[int, list[int]]] = {}
-    sizes: dict[str, dict[int, int]] = {}
+    wanted: dict[str, dict[int, list[int]]] = {leaf: {} for leaf in part.left}
     for leaf, dim, size, kept in told:
-        wanted.setdefault(leaf, {})[dim] = list(kept)
-        sizes.setdefault(leaf, {})[dim] = size
-    for leaf in dict.fromkeys([*wanted, *part.left]):
-        own = module._buffers.get(leaf)
-        if own is None or leaf not in module._non_persistent_buffers_set:
-            continue
-        dense, left = part.buffers.get(leaf, own), wanted.get(leaf, {})
-        same = all(dim < dense.dim() and dense.shape[dim] == size for dim, size in sizes.get(leaf, {}).items())
-        if not same or left == part.left.get(leaf, {}):
-            continue
-        indices = {dim: torch.tensor(kept, dtype=torch.int64) for dim, kept in left.items()}
-        module._buffers[leaf] = narrowed(dense, indices).to(own)
-        part.left = {name: dims for name, dims in (part.left | {leaf: left}).items() if dims}
-        part.buffers = {leaf: dense} | part.buffers
+        own = part.buffers.get(leaf, module._buffers.get(leaf))
+        if own is not None and leaf in module._non_persistent_buffers_set and own.shape[dim : dim + 1] == (size,):
+            wanted.setdefault(leaf, {})[dim] = list(kept)
+    for leaf, left in wanted.items():
+        if left != part.left.get(leaf, {}):
+            own = module._buffers[leaf]
+            assert own is not None
+            dense = part.buffers.get(leaf, own)
+            indices = {dim: torch.tensor(kept, dtype=torch.int64) for dim, kept in left.items()}
+            module._buffers[leaf] = narrowed(dense, indices).to(own)
+            part.left = {name: dims for name, dims in (part.left | {leaf: left}).items() if dims}
+            part.buffers = {leaf: dense} | part.buffers
 
 
 def part_of(module: nn.Module) -> RecipePart | None:

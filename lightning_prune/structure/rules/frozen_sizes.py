@@ -12,16 +12,9 @@ from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 from lightning_prune.structure.traced_ints import Held, Number, Size, aligned
 
 __all__ = [
-    "compared",
-    "counted_by",
-    "eye",
-    "follow",
-    "follow_argument",
-    "follow_number",
-    "hands_on",
-    "made_anew",
+    "compared", "counted_by", "eye", "follow", "follow_argument", "follow_number", "hands_on", "made_anew",
     "random_fill",
-]
+]  # fmt: skip
 
 
 def follow(call: Call, dims: Dims) -> Dims:

@@ -136,19 +136,6 @@ def unmoved(call: Call) -> Dims | list[Dims]:
     return call.each_output(dims)
 
 
-@coupling_rule("aten.diag_embed")
-def diag_embed(call: Call) -> Dims:
-    """The last dimension becomes the rows and the columns of square matrices, which are zero beside their diagonals."""
-    source, out = call.args[0], call.out
-    rows, columns = call.argument("dim1") % out.dim(), call.argument("dim2") % out.dim()
-    if call.argument("offset"):
-        return unknown(call)
-    others = [dim for dim in range(out.dim()) if dim not in (rows, columns)]
-    dims = {new: call.labels(source).at(old) for old, new in enumerate(others)}
-    last = call.labels(source).at(source.dim() - 1)
-    return {**dims, rows: last, columns: last}
-
-
 @coupling_rule("aten.as_strided_")
 def restrided(call: Call) -> Dims:
     """Labels stay where sizes do (pooling changes strides of dimensions of size one); anything else is unknown."""
