@@ -14,11 +14,12 @@ from tests import (  # noqa: F401 - register their cases
     cases_siblings,
     cases_training,
     cases_widths,
+    cases_writes,
     cases_written,
 )
 from tests.cases import CASES, judged
 
-TABLES = {"blind": 8, "constants": 8, "operators": 8, "widths": 8, "numbers": 61}
+TABLES = {"blind": 8, "constants": 8, "operators": 8, "widths": 8, "writes": 8, "numbers": 61}
 """Kinds whose cases differ in one line, of which only one in so many is run by default."""
 FEW = [name for i, (name, chosen) in enumerate(CASES.items()) if i % TABLES.get(chosen.kind, 1) == 0]
 REST = [name for name in CASES if name not in FEW]

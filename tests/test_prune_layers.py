@@ -694,3 +694,41 @@ def test_repair_is_exact_where_it_can_be():
     assert isinstance(model[0], Skipped)
     # Six numbers hold all four inputs, so that any affine function of them can be made of these six.
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+
+
+# A layer that adds to one of its inputs what it makes of the other: its arguments, how it adds, and how it is called.
+STREAMS = {
+    "last": ("mem, x", "x + self.f(mem)", "layer(mem, x)"),
+    "first": ("x, mem", "x + self.f(mem)", "layer(x, mem)"),
+    "by name": ("*, mem, x", "self.f(mem) + x", "layer(mem=mem, x=x)"),
+    "in place": ("mem, x", "x.add_(self.f(mem))", "layer(mem, x)"),
+    "sum of three": ("mem, x", "x + self.f(mem) + self.f(mem * 2)", "layer(mem, x)"),
+    "of a tuple": ("state", "(state[1] + self.f(state[0]), state[0])", "layer((mem, x))[0]"),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_a_layer_adds_to_stands_in_for_it(name):
+    """Whichever of two inputs of one shape a layer adds to, that one is returned once the layer is removed."""
+    arguments, total, called = STREAMS[name]
+    space = {"nn": nn}
+    lines = ["class Layer(nn.Module):", "    def __init__(self):", "        super().__init__()"]
+    lines += ["        self.f = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6))"]
+    lines += [f"    def forward(self, {arguments}):", f"        return {total}"]
+    lines += ["class Net(nn.Module):", "    def __init__(self):", "        super().__init__()"]
+    lines += ["        self.i, self.o = nn.Linear(6, 6), nn.Linear(6, 2)"]
+    lines += ["        self.layers = nn.ModuleList(Layer() for _ in range(4))"]
+    lines += ["    def forward(self, mem):", "        x = self.i(mem)", "        for layer in self.layers:"]
+    lines += [f"            x = {called}", "        return self.o(x)"]
+    exec("\n".join(lines), space)
+    torch.manual_seed(0)
+    model, x = space["Net"]().double(), torch.randn(5, 6, dtype=torch.float64)
+    full = copy.deepcopy(model)
+    report = prune_layers(model, x, 2, ignore=["i"], progress=False)
+    expected = full.i(x)
+    for place, layer in enumerate(full.layers):
+        if f"layers.{place}" not in {one.path for one in report.removed}:
+            expected = expected + layer.f(x) + (layer.f(x * 2) if "2)" in total else 0)
+    assert {one.path.split(".")[0] for one in report.removed} == {"layers"}
+    assert len(report.removed) == 2
+    assert torch.allclose(model(x), full.o(expected), rtol=0, atol=1e-12)

@@ -42,15 +42,8 @@ from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 from lightning_prune.surgery import find_groups, temporarily_cut
 
 __all__ = [
-    "TENTHS",
-    "GroupSensitivity",
-    "Mode",
-    "Sensitivity",
-    "begin",
-    "evaluated",
-    "measure_each",
-    "sensitivity",
-]
+    "TENTHS", "GroupSensitivity", "Mode", "Sensitivity", "begin", "evaluated", "measure_each", "sensitivity",
+]  # fmt: skip
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 

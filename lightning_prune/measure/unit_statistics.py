@@ -19,15 +19,9 @@ from lightning_prune.model.shards import is_sharded, over_processes, own_part
 from lightning_prune.structure import Slot, Structure
 
 __all__ = [
-    "MOMENTS",
-    "Contributions",
-    "UnitMeans",
-    "contributions_of",
-    "moments_of",
-    "over_units",
-    "taylor_over_units",
+    "MOMENTS", "Contributions", "UnitMeans", "contributions_of", "moments_of", "over_units", "taylor_over_units",
     "watch_contributions",
-]
+]  # fmt: skip
 
 MOMENTS = ("total", "squares", "zeros")
 """What is summed of activations: themselves, their squares, how many are zero."""

@@ -49,15 +49,9 @@ from lightning_prune.surgery.resize import all_or_nothing
 from lightning_prune.surgery.skipped import removed_layers, temporarily_skipped, temporarily_whole
 
 __all__ = [
-    "apply_layers_",
-    "check_layer_arguments",
-    "data_of",
-    "ignored_layers",
-    "outputs_within",
-    "prunable_layers",
-    "prune_layers",
-    "time_without",
-]
+    "apply_layers_", "check_layer_arguments", "data_of", "ignored_layers", "outputs_within", "prunable_layers",
+    "prune_layers", "time_without",
+]  # fmt: skip
 
 _IGNORED = "named in ignore="
 

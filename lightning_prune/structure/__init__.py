@@ -7,14 +7,6 @@ from lightning_prune.structure.tensor_names import named_tensors
 from lightning_prune.structure.trace import trace
 
 __all__ = [
-    "Call",
-    "ChannelGroup",
-    "Keep",
-    "Pinned",
-    "Slot",
-    "Structure",
-    "coupling_rule",
-    "find_structure",
-    "named_tensors",
+    "Call", "ChannelGroup", "Keep", "Pinned", "Slot", "Structure", "coupling_rule", "find_structure", "named_tensors",
     "trace",
-]
+]  # fmt: skip

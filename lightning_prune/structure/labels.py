@@ -97,11 +97,15 @@ class Ran:
 
 
 class Pass(NamedTuple):
-    """One run of the model in a trace: in train mode or not, on which inputs, with gradients recorded or not."""
+    """One run of the model in a trace: in train mode or not, on which inputs, with gradients recorded or not.
+
+    The model is called twice where its second call may read what the first one left on its modules.
+    """
 
     training: bool
     inputs: Any
     gradients: bool = False
+    calls: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -327,6 +331,10 @@ class Ledger:
     def mix(self, labels: Iterable[Label]) -> None:
         """Write down that a statistic ran over these labels, so that numbers change when some of them leave."""
         self.statistics.extend(label.atoms for label in labels)
+
+    def fresh(self, size: int) -> Label:
+        """Return a label of indices that nothing is known of yet."""
+        return Label(self._hand_out(size))
 
     def held(self, place: Any, size: int) -> Label:
         """Return the label of a number that a module holds, as if it were the length of a tensor of its own."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -132,6 +132,7 @@ class _Calls:
     count: int = 0
     reason: str = ""
     numbers: list[int] = field(default_factory=list)
+    residual: bool = True  # whether each output was a sum with that input
 
 
 def find_skippable(model: nn.Module, example_inputs: ExampleInputs) -> Depth:
@@ -162,7 +163,8 @@ def find_skippable(model: nn.Module, example_inputs: ExampleInputs) -> Depth:
         elif seen.reason:
             others[path] = seen.reason
         else:
-            added = all(branches.only_added(number) for number in seen.numbers)
+            # Nothing in place of a sum with its input would drop what came in, too.
+            added = not seen.residual and all(branches.only_added(number) for number in seen.numbers)
             fill: Literal["input", "zeros"] = "zeros" if added else "input"
             params = _own_params(model, path)
             layers[path] = SkippableLayer(path, seen.source, fill, seen.form, seen.shape, params, seen.count)
@@ -183,7 +185,9 @@ def _look(seen: _Calls, branches: Branches, module: nn.Module, args: Any, kwargs
         seen.reason = "it returns no floating-point tensor"
         return
     held = places_of(module, args, kwargs)
-    alike = [own.place for own in held if own.tensor.shape == main.shape and own.tensor.dtype == main.dtype]
+    inputs = [own for own in held if own.tensor.shape == main.shape and own.tensor.dtype == main.dtype]
+    inputs.sort(key=lambda own: not branches.is_term(own.tensor, main))  # what the output is a sum with comes first
+    alike = [own.place for own in inputs]
     if not alike:
         seen.reason = f"it returns shape {tuple(main.shape)}, and no input has that shape and dtype"
         return
@@ -194,6 +198,8 @@ def _look(seen: _Calls, branches: Branches, module: nn.Module, args: Any, kwargs
         seen.reason = "its calls take or return different things"
         return
     seen.source, seen.form, seen.shape = alike[0], form, tuple(main.shape)
+    source = next(own.tensor for own in inputs if own.place == seen.source)
+    seen.residual = seen.residual and branches.is_term(source, main)
 
 
 class Branches(TorchDispatchMode):
@@ -209,6 +215,7 @@ class Branches(TorchDispatchMode):
         self._held: list[Tensor] = []  # so that no other tensor takes the identity of one
         self._numbers: dict[int, set[int]] = {}  # id of a tensor -> outputs of which it is zero where they are zero
         self._uses: list[set[str]] = []  # of each output
+        self._terms: dict[int, set[int]] = {}  # id of a sum -> ids of the tensors that it is a sum of
         self._factors: dict[int, set[int]] = {}  # id of a tensor -> outputs that it depends on, only to multiply them
 
     def made(self, output: Tensor | None) -> int:
@@ -223,6 +230,10 @@ class Branches(TorchDispatchMode):
         """Return whether all uses of an output were additions to something that does not depend on it."""
         return self._uses[number] == {"added"}
 
+    def is_term(self, tensor: Tensor, total: Tensor) -> bool:
+        """Return whether ``total`` is a sum of ``tensor`` and more, as a residual block returns one of its input."""
+        return id(tensor) in self._terms.get(id(total), ())
+
     def _note(self, tensor: Tensor, numbers: set[int]) -> None:
         self._held.append(tensor)
         self._numbers.setdefault(id(tensor), set()).update(numbers)
@@ -236,6 +247,8 @@ class Branches(TorchDispatchMode):
             out = func(*args, **(kwargs or {}))
             for term in args[:2]:
                 self._use(self._factors.get(id(term), ()))
+            if self._receive is None:
+                self._sum(args[:2], out)
             self._add(terms, out)
             return out
         out = func(*args, **(kwargs or {}))
@@ -259,6 +272,12 @@ class Branches(TorchDispatchMode):
         if zeros:
             self._note(made, zeros)
         return out
+
+    def _sum(self, terms: Sequence[Tensor], out: Tensor) -> None:
+        self._held += [*terms, out]
+        found = self._terms.setdefault(id(out), set())
+        for term in terms:
+            found |= {id(term)} | self._terms.get(id(term), set())
 
     def _use(self, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.model.calls import modules_with_tensors
+from lightning_prune.model.calls import modules_of, modules_with_tensors
 
 __all__ = ["exchange_", "lies_in", "named_parameters", "named_tensors"]
+
+_CONTAINERS: tuple[type, ...] = (list, tuple, dict)
+_DEPTH = 4  # of containers within containers
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 def lies_in(path: str, above: str) -> bool:
@@ -43,7 +48,10 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Replace parameters and buffers by other tensors, under all their names; ``undisturbed`` undoes this."""
+    """Replace parameters and buffers by other tensors, under all their names; ``undisturbed`` undoes this.
+
+    Parameters are replaced in attributes and containers of modules, too: a cut leaves them the same objects there.
+    """
     if not tensors:
         return
     own = named_tensors(model)
@@ -58,3 +66,22 @@ def exchange_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     held[leaf] = other[id(present)]  # type: ignore[assignment]
         if isinstance(module, nn.RNNBase):  # it reads its weights from a list of its own
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    parameters = {id(own[name]): tensor for name, tensor in tensors.items() if isinstance(own[name], nn.Parameter)}
+    for _, module in modules_of(model):
+        held = vars(module)
+        for leaf, value in held.items():
+            if (type(value) in _CONTAINERS or id(value) in parameters) and leaf not in _INTERNAL:
+                held[leaf] = _exchanged(value, parameters, _DEPTH)
+
+
+def _exchanged(value: Any, tensors: Mapping[int, Tensor], depth: int) -> Any:
+    """Return a value with tensors, by ``id``, replaced by others, also within lists, tuples and dicts."""
+    if type(value) not in _CONTAINERS or not depth:
+        return tensors.get(id(value), value)
+    if isinstance(value, dict):
+        changed = _exchanged([*value.values()], tensors, depth)
+        return dict(zip(value, changed, strict=True))
+    changed = [_exchanged(item, tensors, depth - 1) for item in value]
+    if all(new is old for new, old in zip(changed, value, strict=True)):
+        return value
+    return type(value)(changed)

@@ -209,10 +209,10 @@ def _run_pass(
 ) -> None:
     costs = len(ledger.costs)
     with undisturbed(model, one.inputs, watched=True), same_draws():
-        watch(model, one, {}, ledger, labels, ways)
+        calls = watch(model, one, {}, ledger, labels, ways)
     if ledger.passes:
         del ledger.costs[costs:]  # what a model costs is what one call in eval mode does
-    ledger.passes.append(one)
+    ledger.passes.append(one._replace(calls=calls))
 
 
 def _idle_parameters(model: nn.Module, ledger: Ledger, labels: Mapping[str, Labels]) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.model.calls import modules_of
-from lightning_prune.structure.labels import Label
+from lightning_prune.structure.labels import Label, Labels
 
 __all__ = [
     "Derived", "Held", "Number", "Origin", "Size", "Told", "aligned", "evaluated", "leaves", "numbers_in",
@@ -142,7 +143,11 @@ for _name in ("add", "sub", "mul", "floordiv", "mod"):
 
 
 # Modules of torch.nn whose numbers reach an operator; those of the others repeat shapes of their own tensors.
-_TELLING = (nn.RNNBase, nn.Transformer, nn.Unflatten)
+_TELLING = (nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.Unflatten)
+# The widths among these, which code around them reads: the dimension of the weight that each repeats.
+_WIDTHS = {
+    "out_features": 0, "in_features": 1, "out_channels": 0, "in_channels": 1, "num_features": 0, "embedding_dim": 1,
+}  # fmt: skip
 _HOLDING = (int, tuple, list, torch.Size)
 _INTERNAL = frozenset(vars(nn.Module()))
 _FOREIGN = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy")  # their objects hold no widths
@@ -151,17 +156,19 @@ _MOST = 1000  # entries of a dict to search: a config, not a vocabulary
 
 
 @contextmanager
-def remembering(model: nn.Module, told: Told) -> Iterator[None]:
+def remembering(model: nn.Module, told: Told, labels: Mapping[str, Labels] = MappingProxyType({})) -> Iterator[None]:
     """Replace every integer that a model holds by a :class:`Number` with its origin, inside the block.
 
     These are attributes of modules and of their classes, and the entries of configs (plain objects and dicts) in them.
+    ``labels`` are those of the model's parameters, by name.
     """
     changes = _Changes(told)
     try:
         for path, module in modules_of(model):
-            if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
-                continue
             own = vars(module)
+            if type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TELLING):
+                changes.look_at_widths(module, labels.get(f"{path}.weight" if path else "weight"))
+                continue
             changes.look(own, path, "", 0)
             for name, value in _class_numbers(type(module)).items():
                 if name not in own:
@@ -196,6 +203,22 @@ class _Changes:
             if below is not None and id(below) not in self._seen:  # modules may share a config
                 self._seen.add(id(below))
                 self.look(below, module, f"{prefix}{key}.", depth + 1)
+
+    def look_at_widths(self, module: nn.Module, weight: Labels | None) -> None:
+        """Make the widths that a layer holds remember that they are sizes of its weight."""
+        if weight is None or not weight.dims:
+            return
+        own = vars(module)
+        for name, dim in _WIDTHS.items():
+            width = own.get(name)
+            if type(width) is not int:
+                continue
+            if own.get("transposed"):  # these hold their inputs first
+                dim = 1 - dim
+            found = weight.at(dim)
+            if found and len(found[0].atoms) == width:
+                self._changed.append((own, name, width))
+                own[name] = Number(width, Size(found), self._told)
 
     def take_back(self) -> None:
         for holder, key, before in reversed(self._changed):  # an entry changed twice ends with its first value

@@ -23,8 +23,9 @@ from lightning_prune.structure.costs import CostRule, cost_rule, drop_unneeded_
 from lightning_prune.structure.decisions import Ways, decided_by, drawn_by, explore_, impose_
 from lightning_prune.structure.fused_cells import CellsInSteps
 from lightning_prune.structure.labels import Equation, Label, Labels, Ledger, Pass, Ran
+from lightning_prune.structure.next_call import Held, held_tensors, left_for_next_call
 from lightning_prune.structure.rules import Call, Rule, is_pointwise, pointwise_rule, rule_for, tensors_among, tested
-from lightning_prune.structure.rules.frozen_sizes import compared, made_anew
+from lightning_prune.structure.rules.frozen_sizes import compared, eye, made_anew
 from lightning_prune.structure.rules.movement import repeat
 from lightning_prune.structure.rules.views import expand
 from lightning_prune.structure.shape_only import NumbersNeededError, Shaped, reads, refuse_reading, shaper, writes
@@ -38,7 +39,12 @@ _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
-_STRETCHING = {made_anew, expand, repeat}  # rules of what makes a tensor as long as others, of one without labels too
+_STRETCHING = {
+    made_anew,
+    eye,
+    expand,
+    repeat,
+}  # rules of what makes a tensor as long as others, of one without labels too
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
@@ -53,8 +59,10 @@ def watch(
     ledger: Ledger,
     labels: Mapping[str, Labels],
     ways: Ways | None = None,
-) -> None:
+) -> int:
     """Run the model with labels, inside :func:`undisturbed`, and pin what reaches its outputs.
+
+    A model that keeps tensors with channels for its next call is called twice.
 
     Args:
         model: The model; parameters and buffers named in ``replaced`` are exchanged for the run.
@@ -63,6 +71,9 @@ def watch(
         ledger: Where meetings are written down; says whether anything is computed.
         labels: The labels that each parameter and buffer carries, by name; the others carry none.
         ways: What to decide instead of what is computed, if anything.
+
+    Returns:
+        How often the model was called.
 
     Raises:
         NumbersNeededError: If nothing is to be computed, and the model's code asks for numbers.
@@ -77,25 +88,52 @@ def watch(
     with ExitStack() as stack:
         stack.enter_context(mode_of(model, one.training, one.gradients))
         if ledger.numbers:
-            stack.enter_context(remembering(model, _told(ledger)))
+            stack.enter_context(remembering(model, _told(ledger), labels))
         stack.enter_context(unfused())
         stack.enter_context(mode.knows_modules(model))
         stack.enter_context(mode)
         stack.enter_context(_NumberMode(mode) if ledger.numbers else _StepMode())
-        outputs = run(model, one.inputs)
-    ledger.running = ("", None)
+        held, begin = held_tensors(model), len(ledger.ran)
+        _pin_returned(mode, run(model, one.inputs), first=not ledger.passes)
+        calls = one.calls
+        if calls == 1 and mode.leaves_channels(held, held_tensors(model), begin):
+            calls = _called_again(model, one, mode)
+        elif calls == 2:
+            _pin_returned(mode, run(model, one.inputs), first=False)
     unseen = {name for name, tensor in own.items() if id(replaced.get(name, tensor)) not in mode.seen}
-    first = not ledger.passes
-    ledger.unseen = unseen if first else ledger.unseen & unseen
+    ledger.unseen = ledger.unseen & unseen if ledger.passes else unseen
+    if mode.refusal is not None:  # the model's own code may have caught it
+        raise mode.refusal
+    return calls
+
+
+def _pin_returned(mode: _LabelMode, outputs: Any, first: bool) -> None:
+    """Pin what reaches the outputs of a call; count the costs of the first call in eval mode."""
+    ledger = mode.ledger
+    ledger.running = ("", None)
     returned = list(tensors_in(outputs))
     for tensor in returned:
-        labels_out = mode.labels_of(tensor)
-        for found in (*labels_out.dims.values(), labels_out.positions):
+        labels = mode.labels_of(tensor)
+        for found in (*labels.dims.values(), labels.positions):
             ledger.pin(found, "reaches the model's output")
     if first:
         drop_unneeded_(ledger, map(mode.labels_of, returned))
-    if mode.refusal is not None:  # the model's own code may have caught it
-        raise mode.refusal
+
+
+def _called_again(model: nn.Module, one: Pass, mode: _LabelMode) -> int:
+    """Call the model once more, on what its first call left; return how often it was called with success."""
+    ledger = mode.ledger
+    before, costs = ledger.state(), list(ledger.costs)
+    try:
+        _pin_returned(mode, run(model, one.inputs), first=False)
+    except NumbersNeededError:
+        raise
+    except Exception as error:  # code that has to be reset between calls
+        reraise_out_of_memory(error)
+        ledger.restore_(before)
+        return 1
+    ledger.costs = costs
+    return 2
 
 
 def _told(ledger: Ledger) -> Told:
@@ -407,6 +445,14 @@ class _LabelMode(Watch):
         if any(labels.hollow or self._written_into(tensor) for tensor, labels in read):
             self.refusal = NumbersNeededError(f"{func.__name__} reads numbers that were not computed")
             raise self.refusal
+
+    def leaves_channels(self, before: Held, after: Held, begin: int) -> bool:
+        """Return whether a call, whose operators are ``ran`` from ``begin`` on, left channels for the next call."""
+        read = self.seen.union(*(map(id, (ran.foreign or {}).values()) for ran in self.ledger.ran[begin:]))
+        left = [tensor for tensor in left_for_next_call(before, after, read) if id(tensor) not in self._given]
+        labels = [label for tensor in left for found in self.labels_of(tensor).dims.values() for label in found]
+        pinned = {id(atoms) for atoms, _ in self.ledger.pins} if labels else set()
+        return any(id(label.atoms) not in pinned for label in labels)
 
     def give(self, tensor: Tensor, labels: Labels) -> None:
         """Lay labels on a tensor that is there before the run; it is kept, and nothing is written on it."""

@@ -114,6 +114,7 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
     with all_or_nothing(model, optimizers):
         for state, slim in states:
             state.update(slim)
+        recipe.note_buffers_(cut.kept)
         replace_tensors_(model, tensors)
         for parameter, gradient in gradients:
             parameter.grad = gradient

@@ -50,9 +50,11 @@ from lightning_prune.surgery.recipe_part import (
     followed_mask,
     is_whole,
     joined,
+    note_buffer_,
     part_of,
     recipes_in,
     refuse_hollow,
+    take_buffers_,
 )
 from lightning_prune.surgery.resize import Kept, all_or_nothing, replace_tensors_
 from lightning_prune.surgery.skipped import bring_back_, follow_layers_, has_all_layers, removed_layers
@@ -136,6 +138,22 @@ class Recipe:
         """Return what the masks become after a cut that removes entries of the parameters themselves."""
         masks = {name: mask for name, mask in self.masks.items() if name in kept}
         return {name: followed_mask(mask, kept[name]) for name, mask in masks.items()}
+
+    def note_buffers_(self, kept: Kept) -> None:
+        """Note what a cut leaves of buffers that state dicts do not have, before they are cut."""
+        firsts = {id(tensor): name for name, tensor in named_tensors(self._model).items()}
+        for path, module in modules_of(self._model):
+            if (part := self._parts.get(path)) is None:
+                continue
+            for leaf in module._non_persistent_buffers_set:
+                buffer = module._buffers.get(leaf)
+                if buffer is not None and (dims := kept.get(firsts[id(buffer)])):
+                    note_buffer_(part, leaf, buffer, dims)
+
+    @property
+    def buffers(self) -> dict[str, list[Any]]:
+        """What is left of buffers that state dicts do not have, by module path, as a recipe tells it."""
+        return {path: part.buffers_left() for path, part in self._parts.items() if part.left}
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -342,6 +360,7 @@ def _take_shapes(module: nn.Module, state_dict: Mapping[str, Any], told: Told) -
         for path, own in masks.items():
             if (part := part_of(modules[path])) is not None:
                 part.masks = own
+            take_buffers_(modules[path], told[path].get("buffers", []))
     return changed
 
 

@@ -22,7 +22,7 @@ from lightning_prune.surgery.resize import narrowed
 
 __all__ = [
     "RECIPE", "PackedMasks", "RecipePart", "Told", "are_whole", "checked", "fits", "follow_experts_", "followed_mask",
-    "is_whole", "joined", "keep_experts_", "part_of", "recipes_in", "refuse_hollow",
+    "is_whole", "joined", "keep_experts_", "note_buffer_", "part_of", "recipes_in", "refuse_hollow", "take_buffers_",
 ]  # fmt: skip
 
 RECIPE = "lightning_prune"
@@ -39,8 +39,9 @@ Told = dict[str, dict[str, Any]]
 
 Where a layer was removed there is also ``layer``: what is returned in its place. Where layers were taken out of a list
 there is also ``gaps``: pairs of a position in it and what is returned in its place. Where experts were removed from a
-container there is also ``experts``: how many it holds. Where the module holds
-hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
+container there is also ``experts``: how many it holds. Where buffers were cut that state dicts do not have there is
+also ``buffers``: the name of one, a dimension, its size before the first cut, and the indices kept. Where the module
+holds hyperparameters that cuts change there is also ``built_with``: what its constructor was called with, by name."""
 
 
 @dataclass(eq=False)
@@ -52,12 +53,16 @@ class RecipePart:
         masks: The masks of the module's own parameters.
         needed: Whether the model was pruned, so that the hook stays after a run.
         experts: Whether experts were removed from the module, a container.
+        buffers: Buffers that state dicts do not have, and that were cut, as they were before the first cut.
+        left: What is left of these: name -> dimension -> indices kept.
     """
 
     attributes: list[str] = field(default_factory=list)
     masks: PackedMasks = field(default_factory=dict)
     needed: bool = False
     experts: bool = False
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    left: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
         """Write plain numbers, lists and tensors, and never fail: state dicts are saved by code that is not ours."""
@@ -69,6 +74,8 @@ class RecipePart:
             local_metadata[RECIPE]["gaps"] = [[position, copy.deepcopy(skip)] for position, skip in module.gone.items()]
         if self.experts:
             local_metadata[RECIPE]["experts"] = len(module._modules)
+        if self.left:
+            local_metadata[RECIPE]["buffers"] = self.buffers_left()
         if built_with := constructor_numbers(module, self.attributes):
             local_metadata[RECIPE]["built_with"] = built_with
 
@@ -77,10 +84,52 @@ class RecipePart:
         held = {name: _plain(held_number(module, name)) for name in self.attributes}
         return {name: value for name, value in held.items() if is_whole(value) or are_whole(value)}
 
+    def buffers_left(self) -> list[list[Any]]:
+        """Return the name, a dimension, its first size and the indices kept, of each buffer that state dicts lack."""
+        return [
+            [leaf, dim, self.buffers[leaf].shape[dim], list(kept)]
+            for leaf, dims in self.left.items()
+            for dim, kept in dims.items()
+        ]
+
     def masks_on(self, module: nn.Module) -> PackedMasks:
         """Return the masks that still hold. Weights that were written to since have ended theirs."""
         own = module._parameters
         return {leaf: m for leaf, m in self.masks.items() if own.get(leaf) is not None and _holds(m, own[leaf])}
+
+
+def note_buffer_(part: RecipePart, leaf: str, buffer: Tensor, kept: Mapping[int, Tensor]) -> None:
+    """Note what a cut leaves of a buffer that state dicts do not have, before it is cut."""
+    left = dict(part.left.get(leaf, {}))
+    for dim, indices in kept.items():
+        before = left.get(dim, range(buffer.shape[dim]))
+        left[dim] = [before[index] for index in indices.tolist()]
+    part.left = part.left | {leaf: left}
+    part.buffers = {leaf: buffer} | part.buffers  # the first one stays
+
+
+def take_buffers_(module: nn.Module, told: Iterable[Any]) -> None:
+    """Cut the buffers that state dicts do not have as they were in another model, or give back what was cut of them.
+
+    Those of other sizes than in that model's constructor are left alone.
+    """
+    part = part_of(module)
+    if part is None:
+        return
+    wanted: dict[str, dict[int, list[int]]] = {leaf: {} for leaf in part.left}
+    for leaf, dim, size, kept in told:
+        own = part.buffers.get(leaf, module._buffers.get(leaf))
+        if own is not None and leaf in module._non_persistent_buffers_set and own.shape[dim : dim + 1] == (size,):
+            wanted.setdefault(leaf, {})[dim] = list(kept)
+    for leaf, left in wanted.items():
+        if left != part.left.get(leaf, {}):
+            own = module._buffers[leaf]
+            assert own is not None
+            dense = part.buffers.get(leaf, own)
+            indices = {dim: torch.tensor(kept, dtype=torch.int64) for dim, kept in left.items()}
+            module._buffers[leaf] = narrowed(dense, indices).to(own)
+            part.left = {name: dims for name, dims in (part.left | {leaf: left}).items() if dims}
+            part.buffers = {leaf: dense} | part.buffers
 
 
 def part_of(module: nn.Module) -> RecipePart | None:
@@ -132,6 +181,10 @@ def _refuse_unreadable(path: Any, recipe: Any) -> None:
             check_skip(skip)
         if not is_whole(recipe.get("experts", 1)) or recipe.get("experts", 1) < 1:
             raise TypeError(f"{recipe['experts']!r} experts")
+        for leaf, dim, size, kept in recipe.get("buffers", []):
+            possible = isinstance(leaf, str) and are_whole([dim, size, *kept]) and dim >= 0 and len(kept) > 0
+            if not possible or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < size:
+                raise TypeError(f"{leaf!r}: {kept!r} of {size!r}")
         for name, value in recipe.get("built_with", {}).items():
             if not isinstance(name, str) or not (is_whole(value) or are_whole(value)):
                 raise TypeError(f"{name!r}: {value!r}")

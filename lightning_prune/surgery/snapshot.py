@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from lightning_prune.model.calls import modules_of
 from lightning_prune.model.shards import is_sharded, split_like
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import recipe_of, resize_
-from lightning_prune.surgery.recipe_part import follow_experts_
+from lightning_prune.surgery.recipe_part import follow_experts_, take_buffers_
 from lightning_prune.surgery.resize import with_wrapped
 from lightning_prune.surgery.skipped import follow_layers_, groups_of, removed_layers, set_groups_
 
@@ -28,6 +29,7 @@ def take_snapshot(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()},
         "attributes": recipe_of(model).values(),
+        "buffers": recipe_of(model).buffers,
         "layers": copy.deepcopy(removed_layers(model)),
         "groups": [groups_of(model, optimizer) for optimizer in optimizers],
         "optimizers": [copy.deepcopy(optimizer.state_dict()["state"]) for optimizer in optimizers],
@@ -42,6 +44,8 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
     optimizers = with_wrapped(optimizers)
     brought_back = follow_layers_(model, snapshot["tensors"], snapshot["layers"])
     brought_back |= follow_experts_(model, snapshot["tensors"], {})
+    for path, module in modules_of(model) if "buffers" in snapshot else ():
+        take_buffers_(module, snapshot["buffers"].get(path, ()))
     resize_(model, snapshot["tensors"], snapshot["attributes"])
     for optimizer, groups in zip(optimizers, snapshot["groups"], strict=True) if brought_back else ():
         set_groups_(model, optimizer, groups)

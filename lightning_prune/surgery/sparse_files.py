@@ -27,6 +27,7 @@ __all__ = ["SparseReport", "StoredTensor", "load_sparse", "load_sparse_", "save_
 
 
 _VERSION = 2
+_OWN = frozenset({"version", "attributes", "masks"})  # of a recipe, what the file has in a place of its own
 _MOST_VALUES, _SAMPLE = 256, 4096  # values that a byte tells apart; entries that are looked at first
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an entry -> integers of that size
 _LEAST, _MOST_TIMES = 64 * 2**20, 1024  # bytes that a file may stand for: some, and so many times its own
@@ -161,6 +162,8 @@ def _write(state: Mapping[str, Tensor], recipes: Told, path: Path) -> list[Store
         stored.append(StoredTensor(name, form, entries, values, value.nbytes, _size(found[form])))
     attributes = {path: recipe["attributes"] for path, recipe in recipes.items()}
     header = {"version": _VERSION, "tensors": told, "attributes": attributes}
+    others = {path: {key: of[key] for key in of.keys() - _OWN} for path, of in recipes.items()}
+    header["others"] = {path: of for path, of in others.items() if of}
     save_file(arrays, path, metadata={RECIPE: json.dumps(header)})
     return stored
 
@@ -223,7 +226,8 @@ def _decoded(header: dict[str, Any], arrays: Mapping[str, Tensor], size: int) ->
             masks.setdefault(path, {})[leaf] = [pack_bits(left), list(state[name].shape)]
     metadata: dict[str, Any] = {"": {"version": 1}}
     for path, attributes in header["attributes"].items():
-        recipe = {"version": 1, "attributes": attributes, "masks": masks.get(path, {})}
+        others = header.get("others", {}).get(path, {})
+        recipe = {**others, "version": 1, "attributes": attributes, "masks": masks.get(path, {})}
         metadata[path] = {"version": 1, RECIPE: recipe}
     checked({path: of[RECIPE] for path, of in metadata.items() if RECIPE in of})
     state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ model, whose reducing operators (products, norms, statistics) were given only wh
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -373,12 +374,9 @@ def _run_all(
             mode.share(tensors_in(inputs))
         with undisturbed(model, inputs, watched=mode is not None), same_draws(), attributes_set(model, attributes):
             exchange_(model, exchanged)
-            with mode_of(model, one.training, one.gradients), taken_apart(in_steps):
-                if mode is None:
+            with mode_of(model, one.training, one.gradients), taken_apart(in_steps), mode or nullcontext():
+                for _ in range(one.calls):
                     outputs.extend(tensors_in(run(model, inputs)))
-                else:
-                    with mode:
-                        outputs.extend(tensors_in(run(model, inputs)))
     if mode is not None:
         if mode.failure is not None:  # the model's own code caught it
             raise mode.failure

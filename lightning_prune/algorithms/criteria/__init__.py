@@ -7,13 +7,6 @@ from lightning_prune.algorithms.criteria.single_weights import magnitude
 from lightning_prune.algorithms.criteria.taylor import taylor_activations
 
 __all__ = [
-    "activation_mean",
-    "activation_std",
-    "apoz",
-    "batch_norm_scale",
-    "filter_l1",
-    "filter_l2",
-    "magnitude",
-    "obd",
+    "activation_mean", "activation_std", "apoz", "batch_norm_scale", "filter_l1", "filter_l2", "magnitude", "obd",
     "taylor_activations",
-]
+]  # fmt: skip

@@ -107,8 +107,8 @@ def _take_shapes_of(
     if loaded is None:
         return
     told = recipes_in(nn.Module.state_dict(loaded))
-    other_modules = any(recipe.keys() & {"layer", "gaps", "experts"} for recipe in told.values())
-    if other_modules or removed_layers(copy):
+    beside_shapes = any(recipe.keys() & {"layer", "gaps", "experts", "buffers"} for recipe in told.values())
+    if beside_shapes or removed_layers(copy):
         take_told_(copy, own, told)
     else:
         resize_(copy, own, recipe_of(loaded).values())

@@ -21,14 +21,9 @@ from lightning_prune.callbacks.engine.reporting import guarded
 from lightning_prune.pruning.arguments import listed, plain, shown
 
 __all__ = [
-    "call_of",
-    "changed_arguments",
-    "compared_arguments",
-    "facts_of_run",
-    "log_settings",
-    "settings_of",
+    "call_of", "changed_arguments", "compared_arguments", "facts_of_run", "log_settings", "settings_of",
     "warn_of_changes",
-]
+]  # fmt: skip
 
 _NOT_SETTINGS = ("example_inputs", "report")
 

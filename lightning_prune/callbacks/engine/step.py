@@ -20,15 +20,8 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import check_choice
 
 __all__ = [
-    "Traced",
-    "call_silently",
-    "call_step",
-    "copied",
-    "check_traced",
-    "instead_of_forward",
-    "refuse_step",
-    "silent",
-]
+    "Traced", "call_silently", "call_step", "copied", "check_traced", "instead_of_forward", "refuse_step", "silent",
+]  # fmt: skip
 
 Traced = Literal["forward", "training_step", "validation_step"]
 """What of a module is traced, counted and verified."""

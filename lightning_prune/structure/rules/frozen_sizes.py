@@ -12,15 +12,9 @@ from lightning_prune.structure.rules.table import Call, Dims, coupling_rule
 from lightning_prune.structure.traced_ints import Held, Number, Size, aligned
 
 __all__ = [
-    "compared",
-    "counted_by",
-    "follow",
-    "follow_argument",
-    "follow_number",
-    "hands_on",
-    "made_anew",
+    "compared", "counted_by", "eye", "follow", "follow_argument", "follow_number", "hands_on", "made_anew",
     "random_fill",
-]
+]  # fmt: skip
 
 
 def follow(call: Call, dims: Dims) -> Dims:
@@ -119,11 +113,34 @@ def made_anew(call: Call) -> Dims:
         if [*like.shape[:2]] == [*call.out.shape[:2]]:  # a padded copy: batch and channels are as before
             dims = {dim: found for dim, found in call.labels(like).dims.items() if dim < 2}
     for dim, number in aligned(call.asked, call.out.shape):
-        if found := counted_by(number):
+        if found := _made_by(call, number):
             dims[dim] = found
-        elif isinstance(number, Number) and isinstance(number.origin, Held):
-            dims[dim] = (call.ledger.held(number.origin, int(number)),)
     return dims
+
+
+@coupling_rule("aten.eye")
+def eye(call: Call) -> Dims:
+    """Rows and columns of a square one are the same indices: of those that are left, it is the unit matrix, too."""
+    rows, columns = call.out.shape
+    if rows != columns or rows < 2 or call.asked[:1] != (rows,):
+        return {}
+    found = _made_by(call, call.asked[0])
+    return {0: found, 1: found}
+
+
+def _made_by(call: Call, number: int) -> tuple[Label, ...]:
+    """Return the labels of a new dimension of as many indices as a number says; none for a number in the code."""
+    if found := counted_by(number):
+        return found
+    if not isinstance(number, Number):
+        return ()
+    if isinstance(number.origin, Held):
+        return (call.ledger.held(number.origin, int(number)),)
+    if number < 2:
+        return ()
+    found = (call.ledger.fresh(int(number)),)  # worked out from others: what is written there tells
+    follow_number(call, found, number)
+    return found
 
 
 def counted_by(number: int) -> tuple[Label, ...]:

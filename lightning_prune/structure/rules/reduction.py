@@ -29,7 +29,7 @@ def along_one_dimension(call: Call) -> Dims | list[Dims]:
     "aten.mean", "aten.sum", "aten.amax", "aten.amin", "aten.var", "aten.std", "aten.linalg_vector_norm", "aten.norm",
     "aten.prod",
     "aten.logsumexp", "aten.any", "aten.all", "aten.var_mean", "aten.std_mean", "aten.nansum", "aten.count_nonzero",
-    "aten.aminmax",
+    "aten.aminmax", "aten._is_all_true", "aten._is_any_true",
     reduces=True,
 )  # fmt: skip
 def reduction(call: Call) -> Dims | list[Dims]:
