@@ -23,7 +23,8 @@ from lightning_prune.surgery.recipe_part import Told, checked, recipes_in
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = [
-    "Prunable", "load_state_dict_", "load_told_", "recipe_json", "shapes_first", "slim_loading", "take_recorded_shapes_",
+    "Prunable", "load_state_dict_", "load_told_", "recipe_json", "shapes_first", "slim_loading",
+    "take_recorded_shapes_",
 ]  # fmt: skip
 
 _OF_THE_FILE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # what bad contents raise

@@ -247,9 +247,9 @@ def refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, A
             dense = f" If it is of {kind} as it was before pruning, build a {kind} anew and load it there."
         raise PruningError(
             f"{where}: size mismatch for {name}: {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
-            f"{kind}, and the state dict has no pruning metadata: another model was saved, or a copy into a plain dict, a "
-            f"file of safetensors or a load_state_dict of one's own lost it.{dense} If it is of a pruned {kind}, save "
-            "model.state_dict() as it is by torch.save and load it by load_state_dict_, use save_sparse and "
+            f"{kind}, and the state dict has no pruning metadata: another model was saved, or a copy into a plain "
+            f"dict, a file of safetensors or a load_state_dict of one's own lost it.{dense} If it is of a pruned "
+            f"{kind}, save model.state_dict() as it is by torch.save and load it by load_state_dict_, use save_sparse and "
             "load_sparse_, or keep recipe_json(model) and pass it as recipe= to load_state_dict_ or slim_loading."
         )
 
@@ -411,7 +411,7 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
 
 
 def _begun(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros of another shape, with the entries that a tensor has there: code may load a part and keep the rest."""
+    """Return zeros of another shape, with the entries that a tensor has there: not all may be loaded next."""
     new = tensor.new_zeros(shape)
     if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized:
         common = tuple(slice(min(sizes)) for sizes in zip(shape, tensor.shape, strict=True))
