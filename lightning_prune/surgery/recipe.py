@@ -249,8 +249,8 @@ def refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, A
             f"{where}: size mismatch for {name}: {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
             f"{kind}, and the state dict has no pruning metadata: another model was saved, or a copy into a plain "
             f"dict, a file of safetensors or a load_state_dict of one's own lost it.{dense} If it is of a pruned "
-            f"{kind}, save model.state_dict() as it is by torch.save and load it by load_state_dict_, use save_sparse and "
-            "load_sparse_, or keep recipe_json(model) and pass it as recipe= to load_state_dict_ or slim_loading."
+            f"{kind}, save model.state_dict() as it is by torch.save and load it by load_state_dict_, use save_sparse "
+            "and load_sparse_, or keep recipe_json(model) and pass it as recipe= to load_state_dict_ or slim_loading."
         )
 
 
