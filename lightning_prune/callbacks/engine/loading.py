@@ -59,7 +59,8 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
 def _shapes_first(module_class: type[LightningModule]) -> Iterator[None]:
     """Have modules of a class take the shapes of a checkpoint before their own ``on_load_checkpoint`` reads it."""
     own = vars(module_class).get("on_load_checkpoint")
-    module_class.on_load_checkpoint = shapes_first(module_class.on_load_checkpoint)  # type: ignore[method-assign]
+    first: Any = shapes_first(module_class.on_load_checkpoint)
+    module_class.on_load_checkpoint = first  # type: ignore[method-assign]
     try:
         yield
     finally:
