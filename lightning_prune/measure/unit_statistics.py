@@ -324,8 +324,11 @@ class Contributions:
         groups = {True: set[str](), False: set[str]()}
         for operator in seen:
             groups[operator.without_gradient].update(place.group for place in operator.read.places)
-        hidden = unseen.hidden | (groups[True] & groups[False])  # seen in part
-        return unseen._replace(hidden=hidden, veiled=(unseen.veiled | groups[True]) - hidden)
+        # constants have no gradient, either, such as the first state of a recurrent layer
+        frozen = {name for name, parameter in self.reads.model.named_parameters() if not parameter.requires_grad}
+        dark = {group for group in groups[True] if self.reads.own[group] & frozen}
+        hidden = unseen.hidden | (dark & groups[False])  # seen in part
+        return unseen._replace(hidden=hidden, veiled=(unseen.veiled | dark) - hidden)
 
     def detach(self) -> None:
         """Watch nothing any longer, and forget what was found."""

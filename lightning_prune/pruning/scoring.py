@@ -100,6 +100,11 @@ def score_units(
         raise ValueError(f"criterion={criterion!r} looks at data: pass {accumulator.needs}.")
     if "loss" in accumulator.needs and loss is None:
         raise ValueError(f"criterion={criterion!r} looks at gradients: pass loss=, a function of model and batch.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PruningError(
+            f"{type(model).__name__} has parameters on the meta device, which hold no values to score. Load its "
+            "weights first, as by model.to_empty(device='cpu') and load_state_dict."
+        )
     scores = accumulate(accumulator, model, structure, batches or (), loss or call_on)
     return {name: accumulator.normalise(score) for name, score in scores.items()}
 
