@@ -5,8 +5,17 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from torch.utils.data import DataLoader
 
-from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot, load_from_checkpoint
+from lightning_prune import (
+    FilterL1Pruning,
+    IterativeMagnitudePruning,
+    Linear,
+    MetricGuard,
+    OneShot,
+    load_from_checkpoint,
+)
+from lightning_prune.pruning import experts
 from lightning_prune.surgery import take_shapes_
+from tests import mixtures
 from tests.newer_lightning import EMAWeightAveraging
 from tests.runs import (
     Depthwise,
@@ -101,6 +110,41 @@ def test_checkpoints_hold_the_slim_average(module_kind, order, tmp_path):
     trainer(FilterL1Pruning(0.5)).test(tested, batches(), ckpt_path=saver.best_model_path, verbose=False)
     assert_same_weights(tested, average)
     assert_agrees_with_shapes(tested)
+
+
+class Mixed(Net):
+    """A mixture of six experts; before training, half of them may be removed."""
+
+    def __init__(self, style="loop"):
+        super().__init__(dropout=0.0)
+        self.hidden = mixtures.net(style=style)
+
+    def forward(self, images):
+        return self.hidden(images.mean(dim=(2, 3)).repeat(1, 2))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["averaging first", "pruning first"])
+@pytest.mark.parametrize("style", ["loop", "fused"])
+def test_the_average_loses_removed_experts_when_a_run_is_resumed(style, order, tmp_path):
+    """Of a run of a model with fewer experts a full-size one takes over experts, weights and average."""
+
+    def run(module, *more, ckpt_path=None):
+        averaging = AVERAGING["ema"]()
+        pruning = IterativeMagnitudePruning(0.5, schedule=OneShot(1), report=False)
+        two = [averaging, pruning][::order]
+        fit(module, *two, *more, ckpt_path=ckpt_path, max_epochs=3, enable_checkpointing=bool(more))
+        return weights(module), weights(copy_of(averaging))
+
+    slim = net(Mixed, style=style)
+    experts.prune_experts(slim.hidden, torch.randn(40, 4), 0.5)
+    expected, average = run(slim, ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1))
+    assert sum(map(torch.numel, expected.values())) < sum(map(torch.numel, weights(net(Mixed, style=style)).values()))
+    for epoch in range(2):
+        resumed = net(Mixed, seed=5, style=style)
+        found = run(resumed, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        for one, other in zip(found, (expected, average), strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_guard_gives_the_average_its_units_back():

@@ -196,6 +196,14 @@ def test_optimizers_of_another_kind_or_model_are_refused(prune):
         prune(model, *inputs, amount=0.5, optimizer=torch.optim.SGD(other.parameters(), 0.1))
 
 
+def test_models_without_values_are_refused():
+    """On the meta device there is nothing to score."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    with pytest.raises(PruningError, match="has parameters on the meta device"):
+        prune_filters(model, torch.randn(1, 4, device="meta"), amount=0.5)
+
+
 @pytest.mark.parametrize("model", [nn.Linear, torch.zeros(2)], ids=["class", "tensor"])
 def test_models_of_other_types_are_refused(model):
     """A class is no model."""

@@ -10,6 +10,7 @@ from lightning_prune import IterativeMagnitudePruning, OneShot, cli
 from tests.runs import Net, fit, net
 
 MODELS = """
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
@@ -43,6 +44,15 @@ def number():
     return 3
 
 
+class Blind(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
 instance = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 """
 IMAGE = "--input-shape 1,3,8,8"
@@ -54,6 +64,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "clumsy_models.py").write_text(MODELS)
     (tmp_path / "bad.yaml").write_text("a: [1")
     (tmp_path / "no_class.yaml").write_text("model:\n  class_path: clumsy_models.Missing\n")
+    (tmp_path / "blind.yaml").write_text("model: {class_path: clumsy_models.Blind}\ntrainer: {accelerator: cpu}\n")
     (tmp_path / "notes.txt").write_text("no checkpoint")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.json").write_text("{}")
@@ -118,6 +129,9 @@ REFUSED = {
     "inspect --config missing.yaml": "missing.yaml does not exist",
     "sensitivity --config no_class.yaml --metric acc --out found": "module 'clumsy_models' has no attribute 'Missing'",
     "sensitivity --config no_class.yaml --metric acc --out notes.txt": "notes.txt is a file; name a folder",
+    "inspect --config blind.yaml": "--data_class names its class",
+    "sensitivity --config blind.yaml --metric acc --out found": "Blind cannot be validated",
+    "report other.pt --metric acc": "--metric compares several runs",
     "report missing": "missing does not exist",
     "report s3://bucket/run": "s3://bucket/run is not on this machine",
     "report empty": "holds neither pruning.json nor a checkpoint",
@@ -128,6 +142,8 @@ REFUSED = {
     "report other.pt --batch-sizes 0": "must be a whole number from 1",
     "export --ckpt-path missing --out x.safetensors": "missing does not exist",
     "export --ckpt-path other.pt --out no/where/x.safetensors": "there is no folder no/where",
+    "export --ckpt-path other.pt --out /": "--out / is a folder; name a file in it",
+    "export --ckpt-path other.pt --onnx empty": "--onnx empty is a folder; name a file in it",
     "bogus": "invalid choice: 'bogus'",
     "": "the following arguments are required: command",
 }

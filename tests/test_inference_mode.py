@@ -1,4 +1,4 @@
-"""Models, data and calls inside ``torch.inference_mode``: what is pruned there can be trained afterwards."""
+"""Calls inside ``torch.inference_mode`` and autocast do what they do outside, and what is pruned can be trained."""
 
 import contextlib
 
@@ -72,6 +72,37 @@ def test_what_is_pruned_in_inference_mode_trains(call):
     loss(found[1].train(), X).backward()
     optimizer.step()
     assert not torch.equal(found[1][0].weight, before)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"statistics"}))
+def test_autocast_changes_nothing(name):
+    """The call does the same inside autocast as outside, and no cast of a weight from before it is used behind it."""
+    torch.manual_seed(0)
+    plain, cast = mlp(), mlp()
+    cast.load_state_dict(plain.state_dict())
+    torch.manual_seed(1)
+    CALLS[name](plain.eval(), X)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.eval()(X)  # which remembers casts of the weights
+        CALLS[name](cast, X)
+        assert torch.is_autocast_enabled("cpu")
+        inside = cast(X)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in cast.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(X), inside)
+
+
+def test_statistics_are_those_of_autocast():
+    """BatchNorm is recalibrated by the numbers that it will see."""
+    torch.manual_seed(0)
+    plain, cast = mlp(), mlp()
+    cast.load_state_dict(plain.state_dict())
+    lp.recalibrate_batch_norm(plain, [X])
+    with torch.autocast("cpu", torch.bfloat16):
+        lp.recalibrate_batch_norm(cast, [X])
+    assert not torch.equal(plain[1].running_mean, cast[1].running_mean)
+    assert torch.allclose(plain[1].running_mean, cast[1].running_mean, atol=0.02)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

@@ -117,6 +117,109 @@ def test_factored_state_follows():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+class Nested(optim.Optimizer):
+    """Momentum in a list, a dict and a tuple."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if not state:
+                state["list"], state["dict"], state["tuple"] = (
+                    [0, parameter * 0],
+                    {"m": parameter * 0},
+                    (parameter * 0,),
+                )
+            for momentum in (state["list"][1], state["dict"]["m"], state["tuple"][0]):
+                momentum.mul_(0.9).add_(parameter.grad)
+                parameter.sub_(momentum, alpha=0.05)
+
+
+class Factored(optim.Optimizer):
+    """Means of squares over rows and columns, in as many dimensions fewer, as Adafactor of transformers keeps them."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            state, square = self.state[parameter], parameter.grad.square() + 1e-8
+            if parameter.dim() < 2:
+                state["exp_avg_sq"] = square
+                continue
+            state["exp_avg_sq_row"], state["exp_avg_sq_col"] = square.mean(-1), square.mean(-2)
+            row, column = state["exp_avg_sq_row"].unsqueeze(-1), state["exp_avg_sq_col"].unsqueeze(-2)
+            parameter.sub_(parameter.grad / (row * column).sqrt().sqrt(), alpha=0.01)
+
+
+def test_nested_state_is_that_of_a_slim_twin():
+    """Tensors in lists, dicts and tuples are cut like the parameter, and training goes on."""
+    model, optimizer = trained(Nested)
+    full, before = copy.deepcopy((model, optimizer))
+    kept = prune_filters(model, IMAGES, 0.5, optimizer=optimizer).kept
+    for layer in ("0", "3", "6"):
+        name = f"{layer}.weight"
+        old, new = before.state[full.get_parameter(name)], optimizer.state[model.get_parameter(name)]
+        assert torch.equal(new["list"][1], chosen(old["list"][1], kept[name])) and new["list"][0] == 0
+        assert torch.equal(new["dict"]["m"], chosen(old["dict"]["m"], kept[name]))
+        assert torch.equal(new["tuple"][0], chosen(old["tuple"][0], kept[name]))
+    step_(model, optimizer)
+
+
+def test_means_with_a_dimension_less_follow():
+    """What is left of a mean over the last dimension, or the one before it, is cut along the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 32), nn.Linear(32, 2))
+    model.double()
+    optimizer = Factored(model.parameters())
+    step_(model, optimizer)
+    full, before = copy.deepcopy((model, optimizer))
+    kept = prune_filters(model, IMAGES, 0.5, optimizer=optimizer).kept
+    for layer in ("0", "1", "3"):
+        name = f"{layer}.weight"
+        old, new = before.state[full.get_parameter(name)], optimizer.state[model.get_parameter(name)]
+        last = full.get_parameter(name).dim() - 1
+        rows = {dim: index for dim, index in kept[name].items() if dim != last}
+        columns = {min(dim, last - 1): index for dim, index in kept[name].items() if dim != last - 1}
+        assert torch.equal(new["exp_avg_sq_row"], chosen(old["exp_avg_sq_row"], rows))
+        assert torch.equal(new["exp_avg_sq_col"], chosen(old["exp_avg_sq_col"], columns))
+    step_(model, optimizer)
+
+
+class InGroups(optim.SGD):
+    """Keeps momenta in the group, a list beside its parameters."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["mine"] = [parameter.grad.clone() for parameter in group["params"]]
+        return super().step(closure)
+
+
+class ByNumber(optim.SGD):
+    """Keeps momenta in a dict of its own, by the id of a parameter or by the parameter itself."""
+
+    key = id
+
+    def step(self, closure=None):
+        self.mine = {type(self).key(p): p.grad.clone() for group in self.param_groups for p in group["params"]}
+        return super().step(closure)
+
+
+class ByParameter(ByNumber):
+    key = staticmethod(lambda parameter: parameter)
+
+
+@pytest.mark.parametrize("kind", [InGroups, ByNumber, ByParameter])
+def test_tensors_beside_the_state_are_refused(kind):
+    """They would keep the old shapes, and the step after the cut would fail."""
+    model, optimizer = trained(lambda parameters: kind(parameters, 0.05))
+    assert_refused(model, optimizer, f"{kind.__name__} keeps tensors for its parameters in 'mine'")
+
+
 def test_sparse_gradients_follow():
     """SparseAdam on an embedding: gradients that wait are cut with the table, and steps are those of a slim twin."""
     tokens = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(0))

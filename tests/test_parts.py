@@ -404,6 +404,42 @@ def test_loading_passes_keywords_on():
     assert third[0].out_features == 8
 
 
+class One(nn.Sequential):
+    """Takes no ``strict``."""
+
+    def load_state_dict(self, state_dict):
+        return super().load_state_dict(state_dict)
+
+
+class Named(nn.Sequential):
+    """Takes its arguments by name, and copies the state dict, which loses the metadata."""
+
+    def load_state_dict(self, state_dict, *, strict=True, assign=False):
+        return super().load_state_dict(state_dict.copy(), strict=strict, assign=assign)
+
+
+class Silent(nn.Sequential):
+    """Drops what does not fit, and returns nothing."""
+
+    def load_state_dict(self, saved, strict=False):
+        own = self.state_dict()
+        super().load_state_dict({key: v for key, v in saved.items() if v.shape == own[key].shape}, strict=False)
+
+
+@pytest.mark.parametrize("kind", [One, Named, Silent])
+def test_whatever_the_arguments_of_their_own_loader(kind):
+    """Functions of ours call it by what it takes; where it loses the metadata, other code needs the recipe."""
+    pruned, other, third = (kind(*net()) for _ in range(3))
+    slim(pruned)
+    load_state_dict_(other, pruned.state_dict())
+    with slim_loading(recipe=recipe_json(pruned)) if kind is Named else slim_loading():
+        if kind is not Silent:  # which drops it before anything of ours is called
+            third.load_state_dict(pruned.state_dict())
+    loaded = [other] if kind is Silent else [other, third]
+    for module in loaded:
+        assert all(torch.equal(value, pruned.state_dict()[name]) for name, value in module.state_dict().items())
+
+
 def to_sparse(layer):
     layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
 

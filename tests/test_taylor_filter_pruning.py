@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_prune import Cubic, Linear, OneShot, PruningError, TaylorFilterPruning
+from lightning_prune import Cubic, Linear, OneShot, TaylorFilterPruning
 from lightning_prune.measure.footprint import measure
 from lightning_prune.structure import find_structure, trace
 from tests.runs import (
@@ -170,12 +170,13 @@ class Frozen(Watched):
         Net.optimizer_step(self, *args, **kwargs)
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("form", FORMS)
-def test_layers_without_gradients_are_named(form):
-    """Where no gradient reaches a layer, the cut says which, and how to go on; with it ignored, the rest is cut."""
-    with pytest.raises(PruningError, match=r"first: nothing was gathered.*frozen.*ignore=\['first'\]"):
-        fit(net(Frozen), TaylorFilterPruning(0.4, form=form, scope="global"))
+def test_layers_without_gradients_are_scored_on_batches_of_their_own(form):
+    """Where no gradient of the training reaches a layer, losses are taken when the cut is due, and it stays frozen."""
+    module = net(Frozen)
+    fit(module, TaylorFilterPruning(0.4, form=form, scope="layer"))
+    assert widths(module) == {"first": 4, "second": 3, "hidden": 6}
+    assert not module.first.weight.requires_grad
     module = net(Frozen)
     fit(module, TaylorFilterPruning(0.4, form=form, scope="layer", ignore=["first"]))
     assert widths(module) == {"first": 8, "second": 3, "hidden": 6}

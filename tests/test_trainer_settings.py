@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 
 from lightning_prune import FilterL1Pruning, Linear
-from tests.runs import Known, Net, assert_agrees_with_shapes, fit, net, weights, widths
+from tests.runs import WIDTHS, Known, Net, assert_agrees_with_shapes, batches, fit, net, trainer, weights, widths
 
 SETTINGS = {
     "accumulate": {"accumulate_grad_batches": 3},
@@ -110,3 +111,13 @@ def test_beside_the_learning_rate_finder(tmp_path, monkeypatch):
     module = net()
     fit(module, FilterL1Pruning(amount=0.5, schedule=Linear(0, 1)), LearningRateFinder(num_training_steps=3))
     assert widths(module)["first"] == 4
+
+
+def test_a_tuner_that_only_tries_settings_is_no_run_without_batches(tmp_path, monkeypatch, recwarn):
+    """It trains nothing that is kept, prunes nothing, and nobody is warned of that."""
+    monkeypatch.chdir(tmp_path)
+    module = net()
+    made = trainer(FilterL1Pruning(amount=0.5, schedule=Linear(0, 1)))
+    Tuner(made).lr_find(module, batches(), num_training=3)
+    assert widths(module) == WIDTHS
+    assert not any("trained no batch" in str(warning.message) for warning in recwarn)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,8 @@ from lightning_prune.pruning.arguments import (
     part_of,
 )
 from lightning_prune.pruning.left_alone import left_alone, prunable_groups
-from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for
-from lightning_prune.structure import ChannelGroup, Structure, named_tensors
+from lightning_prune.pruning.scoring import CRITERIA, accumulate, accumulator_for, silenced
+from lightning_prune.structure import Structure
 from lightning_prune.surgery import find_groups
 
 __all__ = ["Correlation", "compare_criteria", "correlate", "oracle"]
@@ -79,7 +78,7 @@ def oracle(
         whole = _mean_loss(model, batches, loss)
         losses: dict[str, list[Tensor]] = {name: [] for name in structure.groups}
         for group, unit in track(units, "oracle", disable=not (progress and seen()), transient=True):
-            with _silenced(model, group, unit):
+            with silenced(model, group, unit):
                 losses[group.name].append(_mean_loss(model, batches, loss))
         for name, found in losses.items():
             changes[name] = (torch.stack(found) - whole).abs()
@@ -180,21 +179,3 @@ def _mean_loss(model: nn.Module, batches: list[Any], loss: Loss) -> Tensor:
 
 def _spearman(a: Tensor, b: Tensor) -> float:
     return float(spearman_corrcoef(a.cpu().double(), b.cpu().double()).nan_to_num())  # nan where all scores tie
-
-
-@contextmanager
-def _silenced(model: nn.Module, group: ChannelGroup, unit: int) -> Iterator[None]:
-    """Zero what sums over a unit, or what makes it where nothing does, inside the block."""
-    own = named_tensors(model)
-    slots = [slot for slot in group.slots if slot.role == "consumer"] or group.slots
-    saved = []
-    try:
-        for slot in slots:
-            tensor = own[slot.tensor].data
-            indices = torch.from_numpy((slot.units == unit).nonzero()[0]).to(tensor.device)
-            saved.append((tensor, slot.dim, indices, tensor.index_select(slot.dim, indices)))
-            tensor.index_fill_(slot.dim, indices, 0)
-        yield
-    finally:
-        for tensor, dim, indices, values in reversed(saved):
-            tensor.index_copy_(dim, indices, values)

@@ -151,7 +151,7 @@ def trainer_weight_sensitivity(
 
 def _by_validation(trainer: Trainer, data: Any, metric: str) -> Callable[[nn.Module], float]:
     def evaluate(module: nn.Module) -> float:
-        trainer.validate(module, dataloaders=data, verbose=False)  # type: ignore[arg-type]  # called on the module alone
+        _validate(trainer, module, data)  # type: ignore[arg-type]  # called on the module alone
         return _logged(trainer, metric)
 
     return evaluate
@@ -164,13 +164,36 @@ def inputs_from_validation(
     seen, callbacks = _FirstBatch(), _callbacks(trainer)
     callbacks.append(seen)
     try:
-        trainer.validate(model, dataloaders=data, verbose=False)
+        _validate(trainer, model, data)
     finally:
         callbacks.remove(seen)
     own: ExampleInputs | None = model.example_input_array
+    if own is None and seen.batch is None:
+        raise PruningError(
+            f"validation of {type(model).__name__} had no batch to take inputs from. Give it data, and "
+            "limit_val_batches above 0."
+        )
     if own is None:
         _, own = batch_as_inputs(model, on_device_of(trainer, model, seen.batch))
     return on_device_of(trainer, model, own)
+
+
+def _validate(trainer: Trainer, model: LightningModule, data: Any) -> None:
+    """Validate without a table of the metrics.
+
+    Raises:
+        PruningError: If there is nothing to validate with.
+    """
+    try:
+        trainer.validate(model, dataloaders=data, verbose=False)
+    except Exception as error:
+        # by name, since lightning and pytorch_lightning have classes of their own
+        if type(error).__name__ != "MisconfigurationException":
+            raise
+        raise PruningError(
+            f"{type(model).__name__} cannot be validated: {error}. Give it validation_step and val_dataloader, or a "
+            "datamodule that has one; on the command line, --data_class names its class."
+        ) from error
 
 
 _RESTING = ("ProgressBar", "Checkpoint", "ModelSummary")

@@ -64,6 +64,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     for name, path in (("out", options.out), ("onnx", options.onnx)):
         if path is not None and not path.parent.is_dir():
             raise PruningError(f"--{name} {path}: there is no folder {path.parent}. Create it first.")
+        if path is not None and path.is_dir():
+            raise PruningError(f"--{name} {path} is a folder; name a file in it.")
     if rest and options.onnx is None:
         raise PruningError(f"unknown arguments: {' '.join(rest)}.")
     console = Console()

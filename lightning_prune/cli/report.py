@@ -91,6 +91,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
             raise PruningError("--latency measures one run. Give one RUN, or leave --latency out.")
         compare(options.run_paths, options.out, options.metric, console)
         return
+    if options.metric is not None:
+        raise PruningError("--metric compares several runs. Give more than one RUN, or leave --metric out.")
     options.run_path = options.run_paths[0]
     history = _history(options.run_path)
     for line in headline(history):

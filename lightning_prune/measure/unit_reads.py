@@ -122,6 +122,11 @@ class Seen:
     added: Tensor | None  # a bias that is added behind the product
 
     @property
+    def without_gradient(self) -> bool:
+        """Whether what it reads has no gradient, as everything is frozen that it is made of."""
+        return not self.read.made and self.node.next_functions[self.side.data][0] is None
+
+    @property
     def readable(self) -> bool:
         """Whether :meth:`values` can be called now: FSDP2 frees weights from a forward pass to the backward pass."""
         return not self.read.made or bool(self._saved(self.side.weight).untyped_storage().size())
@@ -178,7 +183,8 @@ class Unseen(NamedTuple):
 
     Attributes:
         hidden: Groups that take part, such as those that a fused kernel reads.
-        veiled: Groups all of whose readers are frozen in this pass. Another may show them, where optimizers take turns.
+        veiled: Groups all of whose readers, or all of whose weights, are frozen in this pass, or whose activations have
+            no gradient, as what makes them is frozen. Another may show them, where optimizers take turns.
         absent: Groups that could have been differentiated and do not take part.
     """
 
@@ -246,6 +252,7 @@ class Reads:
                 hidden |= groups
             elif read.parameters <= frozen:
                 veiled |= {group for group in groups if self.own[group] & reached}
+        veiled |= {group for group, own in self.own.items() if own <= frozen and group not in taking_part}
         hidden |= veiled & taking_part  # seen in part
         absent = {group for group in self.own.keys() - taking_part - hidden - veiled if self.own[group] - frozen}
         return Unseen(hidden, veiled - hidden, absent)

@@ -97,24 +97,38 @@ class UnitMeans(Metric):
         Raises:
             PruningError: If a group was never seen, or what reads it was hidden.
         """
-        for name, unseen in zip(self.names, self.unseen.tolist(), strict=True):
-            if unseen:
+        groups = [name.partition("/")[0] for name in self.names]
+        for name, unseen, hidden in zip(groups, self.unseen.tolist(), self.hidden.tolist(), strict=True):
+            if unseen and hidden:
                 raise PruningError(
                     f"{name}: an operator that reads its channels ran where autograd does not show it, in a fused "
                     "kernel, compiled code, a reentrant checkpoint or a function with a backward pass of its own, so "
                     f"its activations cannot be watched. Name ignore=[{name!r}], or use a criterion of weights."
                 )
+            if unseen:
+                raise PruningError(
+                    f"{name}: the layers that read its channels, or all that make them, are frozen, so no backward "
+                    f"pass shows them. Unfreeze them, name ignore=[{name!r}], or use a criterion of weights."
+                )
         parts = self.total.split(self.widths)
         means = {}
         for name, part, count, absent in zip(self.names, parts, self.count, self.absent.tolist(), strict=True):
             if not count and not absent:
+                group = name.partition("/")[0]
                 raise PruningError(
-                    f"{name}: nothing was gathered for its channels: no batch came, or no finite gradient of them was "
+                    f"{group}: nothing was gathered for its channels: no batch came, or no finite gradient of them was "
                     "seen. If the layers that read these channels are frozen or unused, unfreeze them or name "
-                    f"ignore=[{name!r}]."
+                    f"ignore=[{group!r}]."
                 )
             means[name] = part / count.clamp_min(1)
         return means
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """The groups that could take part in passes, and that no pass has shown."""
+        absent = ((self.absent > 0) & (self.count == 0)).tolist()
+        names = [name.partition("/")[0] for name, missing in zip(self.names, absent, strict=True) if missing]
+        return list(dict.fromkeys(names))
 
     @property
     def has_seen(self) -> bool:
@@ -301,7 +315,14 @@ class Contributions:
             values: list[Tensor] = []
             self._handles.append(operator.node.register_prehook(partial(self._keep, operator, values)))
             self._handles.append(operator.node.register_hook(partial(self._add, operator, values)))
-        return unseen
+        groups = {True: set[str](), False: set[str]()}
+        for operator in seen:
+            groups[operator.without_gradient].update(place.group for place in operator.read.places)
+        # constants have no gradient, either, such as the first state of a recurrent layer
+        frozen = {name for name, parameter in self.reads.model.named_parameters() if not parameter.requires_grad}
+        dark = {group for group in groups[True] if self.reads.own[group] & frozen}
+        hidden = unseen.hidden | (dark & groups[False])  # seen in part
+        return unseen._replace(hidden=hidden, veiled=(unseen.veiled | dark) - hidden)
 
     def detach(self) -> None:
         """Watch nothing any longer, and forget what was found."""

@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.inference_mode import trainable_afterwards
 from lightning_prune.model.sandbox import unchanged, undisturbed
 
 __all__ = ["batch_norms", "recalibrate_batch_norm"]
 
 
-@changes_model
+@trainable_afterwards
 def recalibrate_batch_norm(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> tuple[str, ...]:

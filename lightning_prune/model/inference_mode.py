@@ -1,8 +1,9 @@
-"""Tensors made in ``torch.inference_mode``, which can be neither trained nor changed outside of it."""
+"""Modes of torch that a call may come in: ``torch.inference_mode``, whose tensors cannot be trained, and autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,13 +15,37 @@ from torch.utils import _pytree as pytree
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 
-__all__ = ["changes_model", "ordinary", "refuse_inference_tensors"]
+__all__ = ["changes_model", "ordinary", "refuse_inference_tensors", "trainable_afterwards"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 
 def changes_model(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function that traces and changes its first argument, the model.
+
+    As :func:`trainable_afterwards`, and inside ``torch.autocast`` the function runs as if outside, too: the casts there
+    hide parameters from a trace, and are less exact than what is verified.
+    """
+
+    @wraps(function)
+    def outside(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        model = args[0] if args else kwargs.get("model")
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        kinds = {"cpu", *(parameter.device.type for parameter in parameters)} - {"meta"}
+        casting = [kind for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+        if not casting:
+            return function(*args, **kwargs)
+        with ExitStack() as modes:
+            for kind in casting:
+                modes.enter_context(torch.autocast(kind, enabled=False))
+            modes.callback(torch.clear_autocast_cache)  # it holds casts of the weights as they were
+            return function(*args, **kwargs)
+
+    return trainable_afterwards(outside)
+
+
+def trainable_afterwards(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Decorate a function that changes its first argument, the model, so that the model remains trainable.
 
     Inside ``torch.inference_mode``, the function runs as if outside. A model made in inference mode is refused before

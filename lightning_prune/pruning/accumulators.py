@@ -270,12 +270,15 @@ class TaylorOfWeights(Accumulator):
         missing = [group for name, group in self.structure.groups.items() if name not in found]
         if found and missing:
             trained = {name for name in gradients if parameters[name].requires_grad}
-            absent = []
+            absent, frozen = [], []
             for group in missing:
                 own = {slot.tensor for slot in group.slots}
-                if own & trained and not own.intersection(elsewhere):
+                if not any(parameters[name].requires_grad for name in own & parameters.keys()):
+                    frozen.append(group.name)
+                elif own & trained and not own.intersection(elsewhere):
                     absent.append(group.name)
             self.means.note("absent", absent)
+            self.means.note("veiled", frozen)
 
 
 class TaylorOfActivations(Accumulator):

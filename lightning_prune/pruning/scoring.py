@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_prune.algorithms import criteria
 from lightning_prune.measure.expansions import loss_change, output_change
 from lightning_prune.measure.gradients import Loss, differentiable, hutchinson, squared_gradients
-from lightning_prune.model.calls import call_on
+from lightning_prune.model.calls import call_on, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.model.shards import is_sharded
 from lightning_prune.pruning.accumulators import (
     Accumulator,
     Compensation,
@@ -28,9 +29,11 @@ from lightning_prune.pruning.accumulators import (
     TaylorOfWeights,
     Weights,
 )
-from lightning_prune.structure import Structure
+from lightning_prune.structure import ChannelGroup, Structure, named_tensors
 
-__all__ = ["CRITERIA", "Criterion", "accumulate", "accumulator_for", "adds_up", "score_units"]
+__all__ = [
+    "CRITERIA", "Criterion", "accumulate", "accumulator_for", "adds_up", "refuse_blocked", "score_units", "silenced",
+]  # fmt: skip
 
 Criterion = str | Callable[[Tensor], Tensor] | type[Accumulator]
 """A name, a function from a weight ``(out, ...)`` to one score per filter ``(out,)``, or a class of accumulators."""
@@ -97,6 +100,11 @@ def score_units(
         raise ValueError(f"criterion={criterion!r} looks at data: pass {accumulator.needs}.")
     if "loss" in accumulator.needs and loss is None:
         raise ValueError(f"criterion={criterion!r} looks at gradients: pass loss=, a function of model and batch.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PruningError(
+            f"{type(model).__name__} has parameters on the meta device, which hold no values to score. Load its "
+            "weights first, as by model.to_empty(device='cpu') and load_state_dict."
+        )
     scores = accumulate(accumulator, model, structure, batches or (), loss or call_on)
     return {name: accumulator.normalise(score) for name, score in scores.items()}
 
@@ -121,6 +129,61 @@ def _update(accumulator: Accumulator, model: nn.Module, batches: Iterable[Any], 
             count += 1
     if not count:
         raise PruningError("There is nothing to score by: no batch came. Pass batches that can be read.")
+    refuse_blocked(model, accumulator.structure, accumulator.means.without_gradient, batch, loss)
+
+
+def refuse_blocked(
+    model: nn.Module, structure: Structure, names: Iterable[str], batch: Any, loss: Loss | None = None
+) -> None:
+    """Refuse to score groups as worth nothing because no gradient reached them, where the loss depends on them.
+
+    Args:
+        model: The model, left as found.
+        structure: Its channel groups.
+        names: Groups that no backward pass has shown.
+        batch: A batch of data.
+        loss: From model and batch to the loss; without one, outputs are looked at.
+
+    Raises:
+        PruningError: Naming the first of them.
+    """
+
+    def found() -> list[Tensor]:
+        with unchanged(batch), undisturbed(model):
+            return [tensor.detach().clone() for tensor in tensors_in((loss or call_on)(model, batch))]
+
+    names = [name for name in names if name in structure.groups]
+    if not names or any(map(is_sharded, model.parameters())):
+        return
+    before = found()
+    for name in names:
+        with silenced(model, structure.groups[name]):
+            after = found()
+        if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(before, after, strict=True)):
+            raise PruningError(
+                f"{name}: no gradient reaches its channels, and what the model computes depends on them: it runs them "
+                "in torch.no_grad, or detaches them. A criterion that follows autograd would take them for useless. "
+                f"Name ignore=[{name!r}], or use a criterion of weights, such as 'l1'."
+            )
+
+
+@contextmanager
+def silenced(model: nn.Module, group: ChannelGroup, unit: int | None = None) -> Iterator[None]:
+    """Zero what sums over a unit, or over all of a group, or what makes it where nothing does, inside the block."""
+    own = named_tensors(model)
+    slots = [slot for slot in group.slots if slot.role == "consumer"] or group.slots
+    saved = []
+    try:
+        for slot in slots:
+            tensor = own[slot.tensor].data
+            chosen = slot.units >= 0 if unit is None else slot.units == unit
+            indices = torch.from_numpy(chosen.nonzero()[0]).to(tensor.device)
+            saved.append((tensor, slot.dim, indices, tensor.index_select(slot.dim, indices)))
+            tensor.index_fill_(slot.dim, indices, 0)
+        yield
+    finally:
+        for tensor, dim, indices, values in reversed(saved):
+            tensor.index_copy_(dim, indices, values)
 
 
 @contextmanager

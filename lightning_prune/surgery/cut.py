@@ -16,7 +16,15 @@ from lightning_prune.structure.solve_ints import place_of
 from lightning_prune.structure.width_ties import Counts
 from lightning_prune.surgery.attributes import AttributeChange, held_number, set_attributes_, shape_attributes
 from lightning_prune.surgery.recipe import recipe_of
-from lightning_prune.surgery.resize import Kept, all_or_nothing, followed, narrowed, replace_tensors_, with_wrapped
+from lightning_prune.surgery.resize import (
+    Kept,
+    all_or_nothing,
+    followed,
+    narrowed,
+    refuse_state_aside,
+    replace_tensors_,
+    with_wrapped,
+)
 
 __all__ = ["Cut", "SlimValues", "cut_", "draft"]
 
@@ -101,6 +109,8 @@ def cut_(model: nn.Module, cut: Cut, tensors: dict[str, Tensor], optimizers: Ite
         PruningError: If an optimizer's state does not fit its parameters. Nothing is written then.
     """
     own, optimizers = named_tensors(model), with_wrapped(optimizers)
+    for optimizer in optimizers:
+        refuse_state_aside(optimizer)
     parameters = [(tensor, kept) for name, kept in cut.kept.items() if isinstance(tensor := own[name], nn.Parameter)]
     states = [
         (optimizer.state[parameter], followed(optimizer, parameter, kept))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ from lightning_prune.surgery.recipe import refuse_other_shapes, refuse_unloadabl
 from lightning_prune.surgery.recipe_part import Told, checked, recipes_in
 from lightning_prune.surgery.resize import all_or_nothing
 
-__all__ = ["Prunable", "load_state_dict_", "load_told_", "recipe_json", "slim_loading"]
+__all__ = [
+    "Prunable", "load_state_dict_", "load_told_", "recipe_json", "shapes_first", "slim_loading",
+    "take_recorded_shapes_",
+]  # fmt: skip
 
 _OF_THE_FILE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)  # what bad contents raise
 
@@ -59,6 +63,9 @@ class Prunable:
                 f"class {cls.__name__}: Prunable stands behind a module, whose load_state_dict is used. Name it first: "
                 f"class {cls.__name__}(Prunable, LightningModule)."
             )
+        own = getattr(cls, "on_load_checkpoint", None)
+        if own is not None and ("on_load_checkpoint" in vars(cls) or Prunable in cls.__bases__):
+            cls.on_load_checkpoint = shapes_first(own)  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Apply the shapes of the state dict, and whatever else it records of its model, and load it."""
@@ -69,6 +76,30 @@ class Prunable:
         with all_or_nothing(self):  # type: ignore[arg-type]
             take_told_(self, state_dict, told)  # type: ignore[arg-type]
             return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+
+
+def take_recorded_shapes_(model: nn.Module, checkpoint: Any) -> None:
+    """Apply the shapes and masks that a checkpoint records, before the model's own code reads the checkpoint.
+
+    That code may drop what does not fit the model, or copy the state dict, which loses its metadata.
+
+    Raises:
+        PruningError: If what is recorded cannot be, or is not for this model. The model is as it was.
+    """
+    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
+    if isinstance(state_dict, Mapping) and (told := recipes_in(state_dict)):
+        take_told_(model, state_dict, told)
+
+
+def shapes_first(on_load_checkpoint: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return the method ``on_load_checkpoint`` of a module class, called after :func:`take_recorded_shapes_`."""
+
+    @wraps(on_load_checkpoint)
+    def take_shapes_and_call(self: nn.Module, checkpoint: Any) -> Any:
+        take_recorded_shapes_(self, checkpoint)
+        return on_load_checkpoint(self, checkpoint)
+
+    return take_shapes_and_call
 
 
 @changes_model
@@ -120,7 +151,11 @@ def load_told_(where: str, model: nn.Module, state_dict: Mapping[str, Any], told
     if not isinstance(state_dict, Mapping):
         raise PruningError(f"{where}: a state dict was expected, not {type(state_dict).__name__}. Pass state_dict().")
     refuse_unloadable(state_dict, named_tensors(model))
-    return _load_whole(where, model, state_dict, told, partial(model.load_state_dict, state_dict, strict=strict))
+    known = inspect.signature(model.load_state_dict).parameters.values()
+    # a class may have a load_state_dict of its own that knows no such argument
+    takes_strict = any(each.name == "strict" or each.kind is each.VAR_KEYWORD for each in known)
+    arguments = {"strict": strict} if takes_strict or not strict else {}
+    return _load_whole(where, model, state_dict, told, partial(model.load_state_dict, state_dict, **arguments))
 
 
 def _load_whole(

@@ -266,10 +266,10 @@ def refuse_other_shapes(where: str, model: nn.Module, state_dict: Mapping[str, A
             dense = f" If it is of {kind} as it was before pruning, build a {kind} anew and load it there."
         raise PruningError(
             f"{where}: size mismatch for {name}: {tuple(saved.shape)} in the state dict and {tuple(tensor.shape)} in "
-            f"{kind}, and the state dict has no pruning metadata: another model was saved, or a copy into a plain dict "
-            f"or a file of safetensors lost it.{dense} If it is of a pruned {kind}, save model.state_dict() as it is "
-            "by torch.save, use save_sparse and load_sparse_, or keep recipe_json(model) and pass it as recipe= to "
-            "load_state_dict_."
+            f"{kind}, and the state dict has no pruning metadata: another model was saved, or a copy into a plain "
+            f"dict, a file of safetensors or a load_state_dict of one's own lost it.{dense} If it is of a pruned "
+            f"{kind}, save model.state_dict() as it is by torch.save and load it by load_state_dict_, use save_sparse "
+            "and load_sparse_, or keep recipe_json(model) and pass it as recipe= to load_state_dict_ or slim_loading."
         )
 
 
@@ -383,6 +383,8 @@ def _warn_of_other_numbers(module: nn.Module, built_with: Mapping[str, Any]) -> 
 def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iterable[list[Any]]) -> set[str]:
     """Resize parameters and buffers to the shapes of a state dict; their values are to be loaded next.
 
+    Until then they keep the entries that both shapes have.
+
     Parameters stay the same objects. Tensors of another rank, or that one of the two does not have, are left alone.
 
     Args:
@@ -418,7 +420,7 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
     told = {(change.module, change.name): change.new for change in known}
     if shapes:
         changes += [*follow_configs(model, shapes, told, ()).changes, *follow_timm(model, shapes, told)]
-    new = {name: own[name].new_zeros(shape) for name, shape in shapes.items()}
+    new = {name: _begun(own[name], shape) for name, shape in shapes.items()}
     recipe = recipe_of(model)
     with all_or_nothing(model):
         set_attributes_(model, changes)
@@ -426,6 +428,15 @@ def resize_(model: nn.Module, state_dict: Mapping[str, Tensor], attributes: Iter
         recipe.note((change.module, change.name) for change in known)
         recipe.needed = True
     return set(shapes)
+
+
+def _begun(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return zeros of another shape, with the entries that a tensor has there: not all may be loaded next."""
+    new = tensor.new_zeros(shape)
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_quantized:
+        common = tuple(slice(min(sizes)) for sizes in zip(shape, tensor.shape, strict=True))
+        new[common] = tensor.detach()[common]
+    return new
 
 
 def _alike(old: Any, value: Any) -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.model.calls import modules_of
 from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tensor_names import named_parameters
 
-__all__ = ["Kept", "all_or_nothing", "followed", "narrowed", "replace_tensors_", "taken", "with_wrapped"]
+__all__ = [
+    "Kept", "all_or_nothing", "followed", "narrowed", "refuse_state_aside", "replace_tensors_", "taken", "with_wrapped",
+]  # fmt: skip
 
 Kept = dict[str, dict[int, Tensor]]
 """Name of a parameter or buffer -> dimension -> indices kept, ascending, ``(size,)`` int64."""
@@ -126,27 +130,60 @@ class all_or_nothing:  # noqa: N801, it is used like a function
             tensor.copy_(value)
 
 
-def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
+def followed(optimizer: Optimizer, parameter: nn.Parameter, kept: Mapping[int, Tensor]) -> dict[str, Any]:
     """Return what an optimizer's state of a parameter becomes once the parameter is cut; nothing is written.
 
     A tensor of the parameter's own rank follows along each dimension in which it has the parameter's size; this covers
-    factored state, such as Adafactor's, too. Single numbers stay.
+    factored state, such as Adafactor's, too. Lists, tuples and dicts follow tensor by tensor. Single numbers stay.
 
     Raises:
         PruningError: If the state cannot belong to the parameter.
     """
-    slim: dict[str, Tensor] = {}
+    slim: dict[str, Any] = {}
     for key, value in optimizer.state[parameter].items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
+        if not any(isinstance(leaf, Tensor) and leaf.numel() != 1 for leaf in tree_leaves(value)):
             continue
-        fits = value.dim() == parameter.dim() and all(value.shape[dim] in (1, parameter.shape[dim]) for dim in kept)
-        if not fits:
-            raise PruningError(
-                f"{type(optimizer).__name__}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter "
-                f"of shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
-            )
-        slim[key] = narrowed(value, {dim: indices for dim, indices in kept.items() if value.shape[dim] > 1})
+        slim[key] = tree_map_only(Tensor, partial(_followed, type(optimizer).__name__, key, parameter, kept), value)
     return slim
+
+
+def _followed(optimizer: str, key: str, parameter: nn.Parameter, kept: Mapping[int, Tensor], value: Tensor) -> Tensor:
+    """Return one tensor of a parameter's state as it is after a cut."""
+    if value.numel() == 1:
+        return value
+    dims = list(range(parameter.dim()))  # of the parameter, that the tensor has
+    # means over the last dimension, or the one before it, without a dimension of size 1 in its place
+    if value.dim() == parameter.dim() - 1 and str(key).endswith(("_row", "_col")):
+        dims.remove(parameter.dim() - (1 if str(key).endswith("_row") else 2))
+    if len(dims) != value.dim() or any(value.shape[i] not in (1, parameter.shape[d]) for i, d in enumerate(dims)):
+        raise PruningError(
+            f"{optimizer}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter "
+            f"of shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
+        )
+    return narrowed(value, {i: kept[d] for i, d in enumerate(dims) if d in kept and value.shape[i] > 1})
+
+
+def refuse_state_aside(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps tensors for its parameters elsewhere than in ``state``, where they cannot follow.
+
+    Raises:
+        PruningError: Naming the place.
+    """
+    own = {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+    for group in optimizer.param_groups:
+        shapes = {id(parameter): parameter.shape for parameter in group["params"] if parameter.numel() > 1}
+        for name, value in (own | {key: value for key, value in group.items() if key != "params"}).items():
+            if isinstance(value, dict):
+                pairs = [(key if isinstance(key, int) else id(key), tensor) for key, tensor in value.items()]
+            elif isinstance(value, list | tuple) and len(value) == len(group["params"]):
+                pairs = list(zip(map(id, group["params"]), value, strict=True))
+            else:
+                continue
+            if any(isinstance(t, Tensor) and id(t) not in shapes and shapes.get(key) == t.shape for key, t in pairs):
+                raise PruningError(
+                    f"{type(optimizer).__name__} keeps tensors for its parameters in {name!r}, where they cannot be "
+                    "cut. Keep them in optimizer.state[parameter], or prune before the optimizer is made."
+                )
 
 
 def _set_data(parameter: nn.Parameter, new: Tensor) -> None:

@@ -95,8 +95,10 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> Sp
         _refuse_unstorable(name, value)
     recipes = recipes_in(state)
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.parent / f"{path.name}.unfinished"
     try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         stored = _write(state, recipes, unfinished)
         found = load_sparse(unfinished)

@@ -85,8 +85,7 @@ class Engine:
         own.start_run(pl_module)
         recipe_of(pl_module)
         if own is self.members[0]:
-            if is_model_parallel(trainer):
-                take_shapes_before_loading_(run.where, trainer, pl_module)
+            take_shapes_before_loading_(run.where, trainer, pl_module)
             keep_metadata_when_saved_(trainer.strategy)
             self.log.start_run()
             if stage == "fit":

@@ -17,7 +17,7 @@ from lightning_prune.callbacks.engine.step import copied
 from lightning_prune.model.calls import run
 from lightning_prune.pruning.accumulators import Accumulator
 from lightning_prune.pruning.budget import Scores
-from lightning_prune.pruning.scoring import Criterion, accumulator_for, score_units
+from lightning_prune.pruning.scoring import Criterion, accumulator_for, refuse_blocked, score_units
 from lightning_prune.structure import Structure
 
 __all__ = ["gathering_for"]
@@ -77,6 +77,11 @@ class OverTheRun(Gathering):
             self.rest()
             self.otherwise.traces = self.traces
             return self.otherwise.scores(trainer, pl_module, structure)
+        blocked = accumulator.means.without_gradient
+        if blocked and pl_module.automatic_optimization:
+            with training_batches(trainer, pl_module, 1) as batches, losses_of(pl_module) as loss:
+                for batch in batches:
+                    refuse_blocked(pl_module, structure, blocked, batch, loss)
         found = accumulator.compute()
         return {name: accumulator.normalise(found[name]) for name in structure.groups}
 

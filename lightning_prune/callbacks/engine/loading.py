@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_prune.model.errors import PruningError
 from lightning_prune.surgery.attributes import set_number_
-from lightning_prune.surgery.loading import slim_loading
+from lightning_prune.surgery.loading import shapes_first, slim_loading
 from lightning_prune.surgery.recipe_part import recipes_in
 
 __all__ = ["load_from_checkpoint"]
@@ -38,7 +39,7 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
     """
     built_with = _built_with(Path(checkpoint_path), trusted=kwargs.get("weights_only") is False)
     try:
-        with slim_loading():
+        with _shapes_first(module_class), slim_loading():
             return module_class.load_from_checkpoint(checkpoint_path, **{**built_with, **kwargs})
     except PruningError as error:
         raise PruningError(f"load_from_checkpoint: {checkpoint_path}: {error}") from error
@@ -52,6 +53,21 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
         if isinstance(error, pickle.UnpicklingError):
             raise PruningError(f"load_from_checkpoint: {checkpoint_path} cannot be read. {error}") from error
         raise
+
+
+@contextmanager
+def _shapes_first(module_class: type[LightningModule]) -> Iterator[None]:
+    """Have modules of a class take the shapes of a checkpoint before their own ``on_load_checkpoint`` reads it."""
+    own = vars(module_class).get("on_load_checkpoint")
+    first: Any = shapes_first(module_class.on_load_checkpoint)
+    module_class.on_load_checkpoint = first  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module_class.on_load_checkpoint
+        else:
+            module_class.on_load_checkpoint = own  # type: ignore[method-assign]
 
 
 def _built_with(path: Path, trusted: bool) -> dict[str, Any]:

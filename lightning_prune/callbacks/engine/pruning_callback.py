@@ -123,7 +123,7 @@ class PruningCallback(AnyCallback, ABC):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove hooks; warn if nothing was trained."""
         if stage == "fit":
-            self.engine.log.warn_untrained(self.member)
+            self.engine.log.warn_untrained(self.member, trainer)
         self.engine.teardown(self.member, trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -115,9 +115,10 @@ class RunLog:
                 "back what came after."
             )
 
-    def warn_untrained(self, own: Member) -> None:
-        """Warn if something was to be pruned and Lightning trained nothing."""
-        if not own.prepared and (own.clock.unfinished or own.asks_for_other_amounts):
+    def warn_untrained(self, own: Member, trainer: Trainer) -> None:
+        """Warn if something was to be pruned and Lightning trained nothing, unless a Tuner only tries settings."""
+        tries = any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if not tries and not own.prepared and (own.clock.unfinished or own.asks_for_other_amounts):
             rank_zero_warn(
                 f"{own.where}: this run trained no batch, so it pruned nothing. Look at max_epochs (those that a "
                 "checkpoint has had count), max_steps, limit_train_batches and the training data."

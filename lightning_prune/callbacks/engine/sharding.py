@@ -26,6 +26,7 @@ from lightning_prune.model.shards import (
     whole,
 )
 from lightning_prune.surgery import RECIPE, checked, take_told_
+from lightning_prune.surgery.loading import take_recorded_shapes_
 from lightning_prune.surgery.skipped import drop_state_
 
 __all__ = [
@@ -105,9 +106,10 @@ def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None
 
 
 def take_shapes_before_loading_(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
-    """Have the model take the shapes of any checkpoint before the strategy loads it into the shards.
+    """Have the model take the shapes of any checkpoint as soon as its strategy reads it.
 
-    A hook for ``load_state_dict`` comes too late: the strategy loads into the shards as they are.
+    A hook for ``load_state_dict`` comes too late for shards, which are loaded as they are, and for code in the module's
+    ``on_load_checkpoint`` or ``load_state_dict`` that drops what does not fit, or loses the metadata.
     """
     strategy: Any = trainer.strategy
     if not isinstance(strategy.load_checkpoint, _ShapesFirst):
@@ -133,6 +135,10 @@ class _ShapesFirst:
         self._where, self._trainer, self._module = where, trainer, pl_module
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_model_parallel(self._trainer):
+            checkpoint = self._load(checkpoint_path, *args, **kwargs)
+            take_recorded_shapes_(self._module, checkpoint)
+            return checkpoint
         told = _told_by(Path(self._trainer.strategy.broadcast(checkpoint_path)))
         if told is not None:
             with whole_model(self._where, self._trainer, self._module):
