@@ -152,8 +152,9 @@ def test_what_replaced_the_loading_of_a_strategy_stays():
      {"shapes": {"net.0.weight": [-1, 8]}, "recipe": {}}, {"shapes": {"net.0.weight": [10**9, 10**9]}, "recipe": {}}],
     ids=str,
 )  # fmt: skip
-def test_damaged_shapes_are_refused(tmp_path, told):
+def test_damaged_shapes_are_refused(tmp_path, told, monkeypatch):
     """Before anything of their size is made, with what to do."""
+    monkeypatch.setattr("lightning_prune.callbacks.engine.sharding.is_model_parallel", lambda trainer: True)
     run = trainer("layer", devices=1)
     torch.save({"lightning_prune": told}, tmp_path / "damaged.ckpt")
     take_shapes_before_loading_("here", run, Lit())
