@@ -153,7 +153,7 @@ def test_callbacks_are_one_level_above_their_base():
     """Every callback that prunes derives from the one base, and overrides none of its hooks."""
     kinds = PruningCallback.__subclasses__()
     assert {kind.__name__ for kind in kinds if kind.__module__.startswith("lightning_prune")} == {
-        "FilterL1Pruning", "FilterPruning", "IterativeMagnitudePruning", "LayerPruning", "OBSOneShot",
+        "ExpertPruning", "FilterL1Pruning", "FilterPruning", "IterativeMagnitudePruning", "LayerPruning", "OBSOneShot",
         "TaylorFilterPruning",
     }  # fmt: skip
     functions = {name for name, value in vars(PruningCallback).items() if callable(value)} - {"__init__"}

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_prune
 from lightning_prune.callbacks.validation import trainer_sensitivity
+from tests.mixtures import WIDTH, Mixture
 from tests.newer_lightning import has_averaging
 
 PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
@@ -116,6 +117,19 @@ MASKS = {"IterativeMagnitudePruning": {}, "OBSOneShot": {}}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("name", ["LayerPruning", "ExpertPruning"])
+def test_layers_and_experts_leave_in_either_package(package, name):
+    """Half of the layers, or of the experts, are gone after a run."""
+    pl = importlib.import_module(package)
+    model = net_of(pl)
+    blocks = [Mixture(experts=4) for _ in range(4)]
+    model.net = nn.Sequential(nn.Linear(8, WIDTH), *blocks, nn.Linear(WIDTH, 1))
+    trainer_of(pl, getattr(lightning_prune.callbacks, name)(0.5)).fit(model, data())
+    left = [block for block in model.net if isinstance(block, Mixture)]
+    assert (len(left), len(left[0].experts)) == ((2, 4) if name == "LayerPruning" else (4, 2))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("name", lightning_prune.callbacks.__all__)
 def test_every_callback_in_either_package(package, name, tmp_path):
     """Every exported callback is one of the Trainer's own, passed alone or in a list, and prunes half of the model."""
@@ -134,8 +148,8 @@ def test_every_callback_in_either_package(package, name, tmp_path):
         model.configure_optimizers = lambda: ([optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)])
     elif name == "WeightSharing":
         callbacks = [lightning_prune.FilterL1Pruning(0.5), kind(bits=4, epoch=1)]
-    elif name == "LayerPruning":
-        pytest.skip("the model here has no layer that can be left out; test_layer_pruning runs it")
+    elif name in ("LayerPruning", "ExpertPruning"):
+        pytest.skip("the model here has no layers or experts that can leave; the next test removes both")
     else:
         callbacks = kind(amount=0.5, **{**CUTS, **MASKS}[name])
         assert isinstance(callbacks, pl.Callback)

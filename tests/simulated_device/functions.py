@@ -73,8 +73,8 @@ def functions_of(package: Any, chosen: Callable[[str, Any], bool]) -> set[str]:
     found = set()
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         own = import_module(module.name)
-        for name in getattr(own, "__all__", ()):
-            if inspect.isfunction(getattr(own, name)) and chosen(name, getattr(own, name)):
+        for name, function in inspect.getmembers(own, inspect.isfunction):
+            if function.__module__ == module.name and not name.startswith("_") and chosen(name, function):
                 found.add(name)
     return found
 

@@ -80,14 +80,14 @@ def _built_with(path: Path, trusted: bool) -> dict[str, Any]:
         return {}
     try:
         found = torch.load(path, map_location="meta", weights_only=not trusted)
-        built_with = recipes_in(found["state_dict"]).get("", {}).get("built_with", {})
+        changed = recipes_in(found["state_dict"]).get("", {}).get("built_with", {})
         saved = found.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
     except MemoryError:
         raise
     except Exception:  # what loads the module says what is wrong
         return {}
-    built_with = {}
-    for name, value in built_with.items():
+    built_with: dict[str, Any] = {}
+    for name, value in changed.items():
         key, *inner = name.split(".")
         if not inner:
             built_with[key] = value
