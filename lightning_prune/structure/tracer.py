@@ -39,12 +39,8 @@ _ACTIVATION = Labels(weight=False)
 _RIDING = "_lightning_prune_labels"
 _SHAPE_READERS = {Tensor.shape.__get__, Tensor.size}  # type: ignore[attr-defined]
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr}
-_STRETCHING = {
-    made_anew,
-    eye,
-    expand,
-    repeat,
-}  # rules of what makes a tensor as long as others, of one without labels too
+# Rules of what makes a tensor as long as others, of one without labels too.
+_STRETCHING = {made_anew, eye, expand, repeat}
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell}
 _PIECES = {torch.ops.aten.slice, torch.ops.aten.split, torch.ops.aten.split_with_sizes}
 _RESHAPES = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten._reshape_alias}
