@@ -124,7 +124,7 @@ def images(count: int = 32, seed: int = 7) -> TensorDataset:
 
 def batches(count: int = 32, batch_size: int = 8, seed: int = 7) -> DataLoader:
     """Batches in a fixed order, so that runs can be compared."""
-    # by name: after an error in a hook for loaders, Lightning 2.5 hands what is given by place on twice
+    # by name: after an error in a hook for loaders, Lightning hands what is given by place on twice
     return DataLoader(images(count, seed), batch_size=batch_size)
 
 
