@@ -44,7 +44,7 @@ LIMITS = {
     "super() calls in callbacks": 14,
     "writes to another object's private attributes": 5,
     "docstrings that begin with Tell, Let, Give, Take, Do": 0,
-    "public names": 32,
+    "public names": 30,
     "lines": 42_000,
 }
 AT_LEAST = {"comment lines": 23}

@@ -21,7 +21,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import Cubic, MetricGuard, TaylorFilterPruning, compare_latency
+from lightning_prune import Cubic, MetricGuard, TaylorFilterPruning
+from lightning_prune.analysis.latency_comparison import compare_latency
 
 ONE_IMAGE = torch.zeros(1, 3, 32, 32)
 MEAN, STD = torch.tensor([0.491, 0.482, 0.447]).view(3, 1, 1), torch.tensor([0.247, 0.243, 0.262]).view(3, 1, 1)

@@ -27,7 +27,6 @@ __all__ = [
     "PruningError",
     "TaylorFilterPruning",
     "apply_masks_",
-    "compare_latency",
     "count_flops",
     "coupling_rule",
     "hold_masks",
@@ -43,7 +42,6 @@ __all__ = [
     "save_sparse",
     "sensitivity",
     "slim_loading",
-    "weight_sensitivity",
 ]
 
 __version__ = "0.1.0"
@@ -51,9 +49,7 @@ __version__ = "0.1.0"
 # Each module and its public names; a test compares it with the imports that type checkers and editors read.
 _HOMES = {
     "algorithms.schedules": ("Cubic", "Geometric", "Linear", "OneCycle", "OneShot"),
-    "analysis.latency_comparison": ("compare_latency",),
     "analysis.layer_sensitivity": ("sensitivity",),
-    "analysis.weight_sensitivity": ("weight_sensitivity",),
     "callbacks.engine.loading": ("load_from_checkpoint",),
     "callbacks.filter_l1": ("FilterL1Pruning",),
     "callbacks.filter_pruning": ("FilterPruning",),
@@ -77,9 +73,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from lightning_prune.algorithms.schedules import Cubic, Geometric, Linear, OneCycle, OneShot
-    from lightning_prune.analysis.latency_comparison import compare_latency
     from lightning_prune.analysis.layer_sensitivity import sensitivity
-    from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
     from lightning_prune.callbacks.engine.loading import load_from_checkpoint
     from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
     from lightning_prune.callbacks.filter_pruning import FilterPruning

@@ -27,10 +27,10 @@ from lightning_prune import (
     prune_obs,
     prune_weights,
     sensitivity,
-    weight_sensitivity,
 )
 from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.analysis.criterion_comparison import compare_criteria
+from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks import ExpertPruning
 from lightning_prune.callbacks.validation import trainer_sensitivity, trainer_weight_sensitivity
 from lightning_prune.model.errors import PruningError

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from lightning_prune import PruningError, compare_latency, prune_filters, prune_obs, sensitivity
+from lightning_prune import PruningError, prune_filters, prune_obs, sensitivity
+from lightning_prune.analysis.latency_comparison import compare_latency
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.pruning import plan
 from lightning_prune.pruning.exact import prune_exact

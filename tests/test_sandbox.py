@@ -21,7 +21,6 @@ from lightning_prune import (
     FilterL1Pruning,
     OneShot,
     PruningError,
-    compare_latency,
     count_flops,
     prune_filters,
     prune_obs,
@@ -29,6 +28,7 @@ from lightning_prune import (
     sensitivity,
 )
 from lightning_prune.analysis.criterion_comparison import compare_criteria
+from lightning_prune.analysis.latency_comparison import compare_latency
 from lightning_prune.measure.gradients import batch_gradients
 from lightning_prune.model.sandbox import remembered_once, unchanged, undisturbed
 from lightning_prune.pruning.fisher import prune_fisher

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import PruningError, compare_latency
+from lightning_prune import PruningError
+from lightning_prune.analysis.latency_comparison import compare_latency
 from lightning_prune.reports import latency_advice, latency_table
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import IterativeMagnitudePruning, PruningError, prune_weights, weight_sensitivity
+from lightning_prune import IterativeMagnitudePruning, PruningError, prune_weights
 from lightning_prune.analysis.sensitivity_findings import Sensitivity
+from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.callbacks.validation import trainer_weight_sensitivity
 from tests.runs import batches, fit, net, trainer
 

@@ -104,7 +104,7 @@ def trainer_weight_sensitivity(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Run :func:`~lightning_prune.weight_sensitivity` with a metric of ``trainer.validate``.
+    """Run ``weight_sensitivity`` with a metric of ``trainer.validate``.
 
     The trainer's loggers, progress bar, checkpoints and pruning callbacks rest meanwhile.
 
@@ -127,7 +127,7 @@ def trainer_weight_sensitivity(
         progress: Whether to show progress bars.
 
     Raises:
-        PruningError: If validation logs no such metric, or as :func:`~lightning_prune.weight_sensitivity` does.
+        PruningError: If validation logs no such metric, or as ``weight_sensitivity`` does.
     """
     mode = mode_by_name(metric) if mode is None else mode
     with _quiet(trainer):

@@ -18,6 +18,7 @@ from lightning_prune import analysis, pruning
 from lightning_prune.algorithms.solvers import SOLVERS
 from lightning_prune.analysis.criterion_comparison import compare_criteria, oracle
 from lightning_prune.analysis.latency_comparison import compare_latency
+from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
 from lightning_prune.pruning import exact, experts, filters, fisher, weights
 from lightning_prune.pruning.layer_scores import LAYER_CRITERIA
 from lightning_prune.pruning.scoring import CRITERIA
@@ -250,7 +251,7 @@ def _sensitivity(device: str) -> Any:
 
 def _weight_sensitivity(device: str) -> Any:
     model, _, _ = made("conv", device)
-    return _values(lightning_prune.weight_sensitivity(model, _evaluated, shares=[0.5], progress=False).groups)
+    return _values(weight_sensitivity(model, _evaluated, shares=[0.5], progress=False).groups)
 
 
 def _latency(device: str) -> Any:
@@ -295,7 +296,6 @@ def _pruned_twice(device: str) -> Any:
 
 PUBLIC: dict[str, Entry] = {
     "apply_masks_": _masked,
-    "compare_latency": _latency,
     "count_flops": _counted,
     "hold_masks": partial(_weights, amount=0.5),
     "load_sparse": partial(_weights, amount=0.7),
@@ -309,7 +309,6 @@ PUBLIC: dict[str, Entry] = {
     "save_sparse": partial(_weights, amount=0.1),
     "sensitivity": _sensitivity,
     "slim_loading": _slim_loaded,
-    "weight_sensitivity": _weight_sensitivity,
 }
 """The package's functions. Those of Lightning's are in another file, and ``coupling_rule`` touches no tensor."""
 
