@@ -30,8 +30,8 @@ from benchmarks.zoos import ZOOS, Inputs
 from lightning_prune.model.calls import run, tensors_in
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.structure.skippable import find_skippable
-from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.pass_through import passed, skip_of
+from lightning_prune.surgery.remove_layers import remove_layers_
 from lightning_prune.surgery.verify_skips import verify_skips
 
 HERE = Path(__file__).parent

@@ -50,7 +50,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "algorithms.schedules": ("Cubic", "Geometric", "Linear", "OneCycle", "OneShot"),
     "analysis.layer_sensitivity": ("sensitivity",),
-    "callbacks.engine.loading": ("load_from_checkpoint",),
+    "callbacks.engine.load_checkpoint": ("load_from_checkpoint",),
     "callbacks.filter_l1": ("FilterL1Pruning",),
     "callbacks.filter_pruning": ("FilterPruning",),
     "callbacks.iterative_magnitude": ("IterativeMagnitudePruning",),
@@ -74,7 +74,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from lightning_prune.algorithms.schedules import Cubic, Geometric, Linear, OneCycle, OneShot
     from lightning_prune.analysis.layer_sensitivity import sensitivity
-    from lightning_prune.callbacks.engine.loading import load_from_checkpoint
+    from lightning_prune.callbacks.engine.load_checkpoint import load_from_checkpoint
     from lightning_prune.callbacks.filter_l1 import FilterL1Pruning
     from lightning_prune.callbacks.filter_pruning import FilterPruning
     from lightning_prune.callbacks.iterative_magnitude import IterativeMagnitudePruning

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def test_every_room_has_a_floor():
     assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(FLOORS)
     assert list(FLOORS.values()) == list(range(len(FLOORS)))[::-1]
     assert all((ROOT / name / "__init__.py").exists() for name in FLOORS)
+
+
+def test_no_two_files_have_one_name():
+    """A name says which file is meant; each package has an ``__init__.py``."""
+    named = Counter(path.name for path in FILES if path.name != "__init__.py")
+    assert [name for name, times in named.items() if times > 1] == []
 
 
 def test_recipes_name_files_that_exist():

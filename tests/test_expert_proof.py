@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_prune import PruningError
 from lightning_prune.pruning.experts import prune_experts
-from lightning_prune.surgery import experts as surgery
+from lightning_prune.surgery import remove_experts as surgery
 from tests.mixtures import WIDTH, Mixture, net
 
 X = torch.randn(40, 4)

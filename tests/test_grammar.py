@@ -37,7 +37,7 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.exact import prune_exact
 from lightning_prune.pruning.experts import prune_experts
 from lightning_prune.pruning.fisher import prune_fisher
-from lightning_prune.pruning.report import Report, WeightReport
+from lightning_prune.pruning.report_types import Report, WeightReport
 from tests.runs import IMAGE, Known, assert_same_weights, fit, net, weights
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "arguments.md"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from lightning_prune import load_state_dict_, prune_layers
 from lightning_prune.model.output_forms import main_output
 from lightning_prune.structure.skippable import find_skippable
-from lightning_prune.surgery.depth import close_gaps_, remove_layers_
 from lightning_prune.surgery.pass_through import Skipped, passed, skip_of
+from lightning_prune.surgery.remove_layers import close_gaps_, remove_layers_
 from lightning_prune.surgery.verify_skips import verify_skips
 
 hf = pytest.importorskip("transformers")

@@ -13,10 +13,10 @@ from torch import nn
 
 from lightning_prune import LayerPruning, PruningError, load_state_dict_, prune_filters, prune_layers
 from lightning_prune.structure.skippable import find_skippable
-from lightning_prune.surgery.depth import close_gaps_, open_gaps_, remove_layers_
 from lightning_prune.surgery.layer_lists import ClosedList, moved_back, moved_up
 from lightning_prune.surgery.loading import recipe_json
 from lightning_prune.surgery.pass_through import skip_of
+from lightning_prune.surgery.remove_layers import close_gaps_, open_gaps_, remove_layers_
 from tests.runs import trainer
 from tests.test_interruption import broken_points
 

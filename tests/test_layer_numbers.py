@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_prune import load_state_dict_, prune_layers
 from lightning_prune.structure.skippable import find_skippable
-from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.layer_numbers import numbered_layers
 from lightning_prune.surgery.pass_through import Skipped, skip_of
+from lightning_prune.surgery.remove_layers import remove_layers_
 from lightning_prune.surgery.skipped import temporarily_skipped, temporarily_whole
 from lightning_prune.surgery.verify_skips import verify_skips
 

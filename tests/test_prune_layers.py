@@ -15,9 +15,9 @@ from torch import nn
 from lightning_prune import PruningError, load_state_dict_, prune_layers, slim_loading
 from lightning_prune.algorithms.criteria.depth import block_influence
 from lightning_prune.structure.skippable import find_skippable
-from lightning_prune.surgery.depth import remove_layers_
 from lightning_prune.surgery.loading import recipe_json
 from lightning_prune.surgery.pass_through import Skipped, skip_of
+from lightning_prune.surgery.remove_layers import remove_layers_
 from lightning_prune.surgery.verify_skips import verify_skips
 from tests.test_interruption import broken_points
 

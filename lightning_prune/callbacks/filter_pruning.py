@@ -20,7 +20,7 @@ from lightning_prune.model.calls import ExampleInputs, run
 from lightning_prune.pruning.amounts import check_count
 from lightning_prune.pruning.arguments import Parts
 from lightning_prune.pruning.consumers import only_read
-from lightning_prune.pruning.report import Repair
+from lightning_prune.pruning.report_types import Repair
 from lightning_prune.pruning.scoring import CRITERIA
 from lightning_prune.structure import Structure
 

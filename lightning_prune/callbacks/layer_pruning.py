@@ -12,7 +12,7 @@ from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.layer_removal import LayerRemoval
 from lightning_prune.callbacks.engine.pruning_callback import PruningCallback
 from lightning_prune.pruning.arguments import Parts
-from lightning_prune.pruning.report import RemovedLayer, Repair
+from lightning_prune.pruning.report_types import RemovedLayer, Repair
 
 
 class LayerPruning(PruningCallback):

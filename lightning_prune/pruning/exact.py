@@ -31,7 +31,7 @@ from lightning_prune.pruning.arguments import (
     part_of,
 )
 from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
-from lightning_prune.pruning.report import WeightReport
+from lightning_prune.pruning.report_types import WeightReport
 from lightning_prune.pruning.weights import count_unmasked, weight_report
 from lightning_prune.surgery.masks import apply_masks_, masks_on
 

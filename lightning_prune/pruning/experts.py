@@ -20,10 +20,10 @@ from lightning_prune.pruning import arguments
 from lightning_prune.pruning.amounts import check_amount, check_count, check_single, fraction_of
 from lightning_prune.pruning.expert_scores import ExpertCriterion, score_experts
 from lightning_prune.pruning.left_alone import left_alone
-from lightning_prune.pruning.report import GroupWidth, Report
+from lightning_prune.pruning.report_types import GroupWidth, Report
 from lightning_prune.structure import Pinned
 from lightning_prune.structure.mixtures import Mixture, find_mixtures
-from lightning_prune.surgery.experts import ExpertCut, remove_experts_, verify_experts
+from lightning_prune.surgery.remove_experts import ExpertCut, remove_experts_, verify_experts
 
 __all__ = [
     "ExpertBudget", "Mixtures", "check_expert_arguments", "in_words", "prunable_mixtures", "prune_experts",

@@ -53,7 +53,7 @@ from lightning_prune.pruning.left_alone import left_alone, prunable_groups
 from lightning_prune.pruning.outcome import Outcome
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
-from lightning_prune.pruning.report import Report
+from lightning_prune.pruning.report_types import Report
 from lightning_prune.pruning.scoring import Criterion, adds_up, score_units
 from lightning_prune.pruning.uniform import with_one_width
 from lightning_prune.structure import Structure, find_structure, trace

@@ -14,7 +14,7 @@ from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, score_layers
-from lightning_prune.pruning.report import RemovedLayer
+from lightning_prune.pruning.report_types import RemovedLayer
 from lightning_prune.structure.skippable import Depth, is_inside, outermost_of, parts_of
 from lightning_prune.surgery.layer_numbers import numbered_layers
 from lightning_prune.surgery.pass_through import skip_of

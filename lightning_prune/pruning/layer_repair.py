@@ -19,7 +19,7 @@ from lightning_prune.model.devices import widened, widest_float
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.layerwise import naming_weight
-from lightning_prune.pruning.report import Repair
+from lightning_prune.pruning.report_types import Repair
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tensor_names import exchange_
 from lightning_prune.surgery.masks import masks_on

@@ -41,10 +41,10 @@ from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LAYER_CRITERIA, LayerCriterion, LayerData
 from lightning_prune.pruning.left_alone import left_alone, network_of
 from lightning_prune.pruning.repair import DAMPING
-from lightning_prune.pruning.report import LayerReport
+from lightning_prune.pruning.report_types import LayerReport
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import Depth, find_skippable, is_inside, outermost_of
-from lightning_prune.surgery.depth import close_gaps_, remove_layers_
+from lightning_prune.surgery.remove_layers import close_gaps_, remove_layers_
 from lightning_prune.surgery.resize import all_or_nothing
 from lightning_prune.surgery.skipped import removed_layers, temporarily_skipped, temporarily_whole
 

@@ -22,11 +22,11 @@ from lightning_prune.pruning.layer_repair import LayerRepair, repaired_layers
 from lightning_prune.pruning.layer_scores import LayerCriterion, LayerData, compared_outputs
 from lightning_prune.pruning.layers import apply_layers_, prunable_layers
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.report import Report, TriedSplit
+from lightning_prune.pruning.report_types import Report, TriedSplit
 from lightning_prune.structure import named_tensors
 from lightning_prune.structure.skippable import Depth
-from lightning_prune.surgery.depth import close_gaps_
 from lightning_prune.surgery.pass_through import skip_of
+from lightning_prune.surgery.remove_layers import close_gaps_
 from lightning_prune.surgery.resize import all_or_nothing
 
 __all__ = ["PlanCut", "Split", "SplitAsk", "apply_split_", "check_with_layers", "choose_split"]

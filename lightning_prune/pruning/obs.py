@@ -43,7 +43,7 @@ from lightning_prune.pruning.layerwise import (
     one_by_one,
 )
 from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
-from lightning_prune.pruning.report import WeightReport
+from lightning_prune.pruning.report_types import WeightReport
 from lightning_prune.pruning.weights import check_weight_arguments, count_unmasked, weight_report
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.masks import apply_masks_, carried_masks

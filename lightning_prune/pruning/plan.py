@@ -20,7 +20,7 @@ from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.at_fault import groups_at_fault
 from lightning_prune.pruning.budget import Budget, Dense, Scores, per_saving, select_units
 from lightning_prune.pruning.outcome import Outcome, kept_whole_by, outcome_of, reasons_in_words, reasons_of
-from lightning_prune.pruning.report import GroupWidth, Repair, Report
+from lightning_prune.pruning.report_types import GroupWidth, Repair, Report
 from lightning_prune.structure import Keep, Structure
 from lightning_prune.surgery import (
     AttributeChange,

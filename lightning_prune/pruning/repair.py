@@ -16,7 +16,7 @@ from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.progress_bars import each
 from lightning_prune.pruning.layerwise import naming_weight
 from lightning_prune.pruning.plan import Plan
-from lightning_prune.pruning.report import Repair
+from lightning_prune.pruning.report_types import Repair
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery import Cut, temporarily_cut
 from lightning_prune.surgery.masks import masks_on

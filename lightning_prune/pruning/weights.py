@@ -42,7 +42,7 @@ from lightning_prune.pruning.arguments import (
 )
 from lightning_prune.pruning.find_weights import Weight, amount_by_weight, find_weights, warning_of
 from lightning_prune.pruning.left_alone import left_alone, weights_left_alone
-from lightning_prune.pruning.report import GroupWidth, WeightReport
+from lightning_prune.pruning.report_types import GroupWidth, WeightReport
 from lightning_prune.structure import Pinned
 from lightning_prune.surgery.masks import Masks, carried_masks
 

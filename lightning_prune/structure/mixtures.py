@@ -1,4 +1,4 @@
-"""Finds what may be mixtures of experts, by shapes and products; ``surgery/experts.py`` verifies what is removed."""
+"""Finds what may be mixtures of experts, by shapes and products; ``surgery/remove_experts.py`` verifies removals."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.measure.products import find_products
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.pruning.repair import repaired
-from lightning_prune.pruning.report import Repair
+from lightning_prune.pruning.report_types import Repair
 
 
 class ConsumerRepair:

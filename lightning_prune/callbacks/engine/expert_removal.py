@@ -37,7 +37,7 @@ from lightning_prune.pruning.experts import (
 from lightning_prune.reports import Goal, LayerCost, layer_costs
 from lightning_prune.structure.tensor_names import lies_in
 from lightning_prune.surgery import recipe_of
-from lightning_prune.surgery.experts import ExpertCut, remove_experts_, take_out_experts_, temporarily_without
+from lightning_prune.surgery.remove_experts import ExpertCut, remove_experts_, take_out_experts_, temporarily_without
 
 __all__ = ["ExpertRemoval"]
 

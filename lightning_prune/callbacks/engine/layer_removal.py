@@ -33,11 +33,11 @@ from lightning_prune.pruning.layer_scores import LayerData
 from lightning_prune.pruning.layers import apply_layers_, ignored_layers, prunable_layers, time_without
 from lightning_prune.pruning.layers_and_filters import PlanCut, Split, SplitAsk, choose_split
 from lightning_prune.pruning.repair import DAMPING
-from lightning_prune.pruning.report import Repair
+from lightning_prune.pruning.report_types import Repair
 from lightning_prune.reports.history import Goal
 from lightning_prune.structure.skippable import Depth
-from lightning_prune.surgery.depth import close_gaps_, open_gaps_, remove_layers_
 from lightning_prune.surgery.pass_through import skip_of
+from lightning_prune.surgery.remove_layers import close_gaps_, open_gaps_, remove_layers_
 
 __all__ = ["LayerRemoval", "copy_in_run"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_prune.pruning.layer_plan import LayerCosts
-from lightning_prune.pruning.report import RemovedLayer
+from lightning_prune.pruning.report_types import RemovedLayer
 from lightning_prune.reports import LayerCost
 
 __all__ = ["DenseLayers", "LayerState"]
