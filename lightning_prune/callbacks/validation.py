@@ -187,8 +187,7 @@ def _validate(trainer: Trainer, model: LightningModule, data: Any) -> None:
     try:
         trainer.validate(model, dataloaders=data, verbose=False)
     except Exception as error:
-        # by name, since lightning and pytorch_lightning have classes of their own
-        if type(error).__name__ != "MisconfigurationException":
+        if not is_a(error, "MisconfigurationException"):
             raise
         raise PruningError(
             f"{type(model).__name__} cannot be validated: {error}. Give it validation_step and val_dataloader, or a "

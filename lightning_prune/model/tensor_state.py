@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -263,9 +263,13 @@ def _lies_plainly(tensor: Tensor) -> bool:
 
 
 def _equal(alias: Tensor, copied: Tensor) -> bool:
-    """Return whether values are the same where that is cheap to say; elsewhere the version counter counts."""
-    if alias.is_cpu and alias.layout == torch.strided and not alias.is_quantized:
-        return torch.equal(_without_repeats(alias), copied)
+    """Return whether values are the same; the version counter does not say it, since BatchNorm's kernels do not count.
+
+    Of what cannot be compared, the counter is all there is.
+    """
+    if alias.layout == torch.strided and not alias.is_quantized:
+        with suppress(RuntimeError, NotImplementedError):
+            return torch.equal(_without_repeats(alias), copied.to(alias.device))
     return not alias.is_inference()
 
 

@@ -44,7 +44,7 @@ def restore_(model: nn.Module, optimizers: Iterable[Optimizer], snapshot: dict[s
     optimizers = with_wrapped(optimizers)
     brought_back = follow_layers_(model, snapshot["tensors"], snapshot["layers"])
     brought_back |= follow_experts_(model, snapshot["tensors"], {})
-    for path, module in modules_of(model) if "buffers" in snapshot else ():
+    for path, module in modules_of(model):
         take_buffers_(module, snapshot["buffers"].get(path, ()))
     resize_(model, snapshot["tensors"], snapshot["attributes"])
     for optimizer, groups in zip(optimizers, snapshot["groups"], strict=True) if brought_back else ():

@@ -19,6 +19,8 @@ from lightning_prune.algorithms.solvers import SOLVERS
 from lightning_prune.analysis.criterion_comparison import compare_criteria, oracle
 from lightning_prune.analysis.latency_comparison import compare_latency
 from lightning_prune.analysis.weight_sensitivity import weight_sensitivity
+from lightning_prune.model.calls import mode_of
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning import exact, experts, filters, fisher, weights
 from lightning_prune.pruning.layer_scores import LAYER_CRITERIA
 from lightning_prune.pruning.scoring import CRITERIA
@@ -39,6 +41,8 @@ def entries() -> dict[str, Entry]:
     for target in get_args(filters.Target):
         for scope in get_args(filters.Scope):
             found[f"target {target}, scope {scope}"] = partial(_filters, "conv", target=target, scope=scope)
+    for name in NETS:
+        found[f"sandbox on {name}"] = partial(_changed_in_the_sandbox, name)
     found["criterion of one's own"] = partial(_filters, "conv", criterion=lambda weight: weight.abs().flatten(1).sum(1))
     found["repair"] = partial(_filters, "conv", repair=True)
     found["example on the CPU"] = _example_on_cpu
@@ -103,6 +107,15 @@ def looks_of(model: nn.Module) -> dict[str, list[Any]]:
             value = tensor.cpu().double()
             looks[name] = [list(value.shape), int((value.abs() < 1e-6).sum()), float(value.abs().sum())]
     return looks
+
+
+def _changed_in_the_sandbox(net: str, device: str) -> list[str]:
+    """Name what a run in train mode, as a trace makes it, leaves changed of a model; no device has reason for any."""
+    model, _, batches = made(net, device)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with undisturbed(model, batches), mode_of(model, training=True):
+        model(batches[0][0])
+    return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
 
 
 def _filters(net: str, device: str, **how: Any) -> Any:

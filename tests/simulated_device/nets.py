@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests import runs
+from tests.mixtures import WIDTH, Mixture
 
 CLASSES = 5
 
@@ -135,6 +136,40 @@ class Net(runs.Net):
         super().validation_step(batch, batch_idx)
         images, labels = batch
         self.log("val_acc", (self(images).argmax(1) == labels).float().mean())
+
+
+class Rich(Net):
+    """The same with what some callbacks ask for: mixtures that can be left out, and a schedule of the learning rate."""
+
+    def __init__(self, lr: float = 0.05):
+        super().__init__(lr)
+        self.hidden = nn.Linear(6, WIDTH)
+        self.mixtures = nn.ModuleList(Mixture(4, style=style) for style in ("loop", "fused"))
+        self.head = nn.Linear(WIDTH, runs.CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.norm(self.first(images))))).mean((2, 3))
+        x = self.hidden(x)
+        for mixture in self.mixtures:
+            x = x + mixture(x)
+        return self.head(x)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+class Normed(Net):
+    """The same with a norm behind each convolution, and no hidden layer without one."""
+
+    def __init__(self, lr: float = 0.05):
+        super().__init__(lr)
+        del self.hidden
+        self.norm2, self.head = nn.BatchNorm2d(6), nn.Linear(6, runs.CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm2(self.second(F.relu(self.norm(self.first(images))))))
+        return self.head(x.mean((2, 3)))
 
 
 class Data(pl.LightningDataModule):

@@ -23,6 +23,9 @@ PRODUCTS_OF_ALL_STEPS = ("lstm", "gru")
 NEARLY_EQUAL_UNITS = ("callback FilterPruning(obs)",)
 """Where losses of two units lie so near each other that another precision chooses the other one."""
 
+SEARCHES = ("solver admm on attention", "solver admm, amount")
+"""Solvers of many steps, which rounding leads to other masks with the same error of the outputs."""
+
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
@@ -42,7 +45,7 @@ def assert_same_as_on_the_cpu(process, name: str, float64: bool) -> None:
     if by_example and "examples cannot be told apart" in str(expected.found):
         assert found.found[0]
         return
-    other_choice = not float64 and name in NEARLY_EQUAL_UNITS
+    other_choice = name in SEARCHES or (not float64 and name in NEARLY_EQUAL_UNITS)
     assert walk.same(expected.found, found.found, numbers=not (found.drew or by_example or other_choice))
     assert not found.moved, "the random generator of the device is not as it was"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_prune.callbacks.engine.apply_plan import apply_removal_
 from lightning_prune.callbacks.engine.batches import training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of, refuse_steps_without
 from lightning_prune.callbacks.engine.expert_arguments import ExpertArguments
-from lightning_prune.callbacks.engine.processes import recalibrate_, replicated_anew
+from lightning_prune.callbacks.engine.processes import over_processes, recalibrate_, replicated_anew
 from lightning_prune.callbacks.engine.refusals import refuse_not_finite, refuse_other_part
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.whole_removal import WholeRemoval
@@ -59,7 +60,7 @@ class DenseExperts:
     layers: dict[str, LayerCost]
 
     def __post_init__(self) -> None:
-        """Make costs of lists, which a checkpoint holds."""
+        """Turn lists, as a checkpoint holds them, into costs."""
         self.layers = {path: LayerCost(*cost) for path, cost in self.layers.items()}
 
 
@@ -109,7 +110,10 @@ class ExpertRemoval(WholeRemoval):
     kind = "experts"
     state_class = ExpertState
     state: ExpertState
-    splits = False
+    refused_split = (
+        "mixtures are tried on copies with random weights, which no process has under ModelParallelStrategy. Prune "
+        "with strategy='ddp', or by prune_experts before the model is sharded."
+    )
     _rehearsal: tuple[ExpertCut, ...] = ()  # all that will be removed, for the first batch
 
     @property
@@ -240,16 +244,12 @@ class ExpertRemoval(WholeRemoval):
     def _scores(self, run: Run, mixtures: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return scores from training batches of all processes, the same on each."""
         trainer, module = run.trainer, run.module
-
-        def summed(sums: Tensor) -> Tensor:
-            return trainer.strategy.reduce(sums.to(module.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
-
         criterion, found = self.arguments.criterion, dict[str, Tensor]()
         if experts_read(criterion):
             with training_batches(trainer, module, self.arguments.batches) as batches:
                 inputs = inputs_of(module, batches, self.traces)
-                over = summed if trainer.world_size > 1 else None  # devices without float64 stay out of it
-                found = score_experts(module, mixtures.values(), criterion, inputs, run_model, over)
+                summed = partial(over_processes, trainer, module, "sum")
+                found = score_experts(module, mixtures.values(), criterion, inputs, run_model, summed)
         else:
             with generators_restored([]):
                 torch.manual_seed(torch.initial_seed() + trainer.global_step)  # the same when a run is resumed

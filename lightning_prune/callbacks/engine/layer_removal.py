@@ -19,7 +19,7 @@ from lightning_prune.callbacks.engine.batches import losses_of, training_batches
 from lightning_prune.callbacks.engine.example_inputs import inputs_of
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.layer_state import DenseLayers, LayerState
-from lightning_prune.callbacks.engine.processes import calibration_of, recalibrate_
+from lightning_prune.callbacks.engine.processes import calibration_of, over_processes, recalibrate_
 from lightning_prune.callbacks.engine.refusals import refuse_not_finite
 from lightning_prune.callbacks.engine.sharding import whole_model
 from lightning_prune.callbacks.engine.strategy import Run
@@ -57,6 +57,7 @@ class LayerRemoval(WholeRemoval):
 
     arguments: LayerArguments
     kind = "layers"
+    or_together = ", or remove layers and filters by FilterPruning(layers=True)"
     state_class = LayerState
     state: LayerState
     repairs: tuple[Repair, ...] = ()
@@ -201,9 +202,7 @@ class LayerRemoval(WholeRemoval):
         """Yield training batches of each process, and what runs the model on them; scores are means over processes."""
         trainer, module = run_.trainer, run_.module
 
-        def mean(score: Tensor) -> Tensor:
-            return trainer.strategy.reduce(score.to(module.device), reduce_op="mean")  # type: ignore[return-value]
-
+        mean = partial(over_processes, trainer, module, "mean")
         with training_batches(trainer, module, self.arguments.batches) as batches:
             if of_loss:
                 with losses_of(module) as loss:

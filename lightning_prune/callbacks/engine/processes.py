@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,8 +25,8 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.structure import Keep, Structure
 
 __all__ = [
-    "calibration_of", "latency_of_first", "recalibrate_", "refuse_apart", "refuse_early_end", "refuse_uneven",
-    "replicated_anew",
+    "calibration_of", "latency_of_first", "over_processes", "recalibrate_", "refuse_apart", "refuse_early_end",
+    "refuse_uneven", "replicated_anew",
 ]  # fmt: skip
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,6 +37,17 @@ _EVEN_OUT = (
     "They would come to a cut at different times, and each wait for steps that the others never take. Give all of them "
     "as many: let Lightning distribute the sampler, or set limit_train_batches to the smallest number."
 )
+
+
+def over_processes(trainer: Trainer, pl_module: LightningModule, how: Literal["mean", "sum"], own: Tensor) -> Tensor:
+    """Return the mean or sum of a tensor of the CPU over processes; one process alone sends nothing to its device.
+
+    Scores are of double precision, which not every device has.
+    """
+    if trainer.world_size == 1:
+        return own
+    found: Any = trainer.strategy.reduce(own.to(pl_module.device), reduce_op=how)
+    return found.cpu()
 
 
 def latency_of_first(

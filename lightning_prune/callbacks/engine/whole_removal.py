@@ -41,8 +41,10 @@ class WholeRemoval(Strategy):
     kind: str
     """What is removed, for messages."""
     state_class: type[Any]
-    splits: bool = True
-    """Whether a model that FSDP2 has split can be put together for a pruning step."""
+    or_together: str = ""
+    """What else can be done in place of two callbacks in one run, for messages."""
+    refused_split: str = ""
+    """Why a model that FSDP2 splits is refused, and what to do; empty if it can be put together for a pruning step."""
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
@@ -93,16 +95,13 @@ class WholeRemoval(Strategy):
         """Refuse a run in which nothing can be removed as a whole."""
         refuse_removal(run.where, run.trainer, run.module)
         refuse_step(run.where, self.arguments.trace, run.module)
-        if not self.splits and is_model_parallel(run.trainer):
-            raise PruningError(
-                f"{run.where}: mixtures are tried on copies with random weights, which no process has under "
-                "ModelParallelStrategy. Prune with strategy='ddp', or by prune_experts before the model is sharded."
-            )
+        if self.refused_split and is_model_parallel(run.trainer):
+            raise PruningError(f"{run.where}: {self.refused_split}")
         others = [member for member in run.members if member is not run.own]
         if others:
             raise PruningError(
                 f"{run.where} and {others[0].where}: what removes {self.kind} prunes alone in its run. Fit again with "
-                "the other callback, or remove layers and filters by FilterPruning(layers=True)."
+                f"the other callback{self.or_together}."
             )
 
     def look(self, run: Run, batch: Any | None) -> bool:
