@@ -128,3 +128,113 @@ def test_looking_changes_nothing(callback, monkeypatch):
     fit(plain, callback())
     assert_same_weights(rehearsed, weights(plain))
     assert (rehearsed.calls, rehearsed.seen) == (plain.calls, plain.seen) and plain.calls == 12
+
+
+class ByHand(Counting):
+    """The same, optimized by hand: two optimizers, each with its schedule, in one of the ways that people step them."""
+
+    def __init__(self, way="plainly"):
+        super().__init__()
+        self.automatic_optimization = False
+        self.way = way
+
+    def configure_optimizers(self):
+        early = [*self.first.parameters(), *self.norm.parameters(), *self.second.parameters()]
+        late = [*self.hidden.parameters(), *self.head.parameters()]
+        optimizers = [torch.optim.SGD(early, 0.05, momentum=0.9), torch.optim.Adam(late, 0.01)]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(optimizer, 3) for optimizer in optimizers]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        getattr(self, self.way)(loss, batch, batch_idx)
+        for schedule in self.lr_schedulers():
+            schedule.step()
+
+    def plainly(self, loss, batch, batch_idx):
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def gathered(self, loss, batch, batch_idx):
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def in_turns(self, loss, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            self.clip_gradients(optimizer, 1.0, "norm")
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def by_closures(self, loss, batch, batch_idx):
+        def closure():
+            optimizer.zero_grad()
+            found = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(found)
+            return found
+
+        for optimizer in self.optimizers():
+            optimizer.step(closure)
+
+    def without_lightning(self, loss, batch, batch_idx):
+        loss.backward()
+        for optimizer in self.optimizers(use_pl_optimizer=False):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+WAYS = ("plainly", "gathered", "in_turns", "by_closures", "without_lightning")
+
+
+def state_of_optimizers(module):
+    return [
+        [optimizer.state_dict() for optimizer in module.trainer.optimizers],
+        [config.scheduler.state_dict() for config in module.trainer.lr_scheduler_configs],
+        module.trainer.global_step,
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_looking_trains_nothing_by_hand(way, monkeypatch):
+    """What steps, schedules and optimizers do by hand is the same, to the bit, whether steps are rehearsed or not."""
+    rehearsed = net(lambda: ByHand(way))
+    fit(rehearsed, pruning())
+    monkeypatch.setattr(unit_removal, "refuse_cut_steps", lambda *args: None)
+    plain = net(lambda: ByHand(way))
+    fit(plain, pruning())
+    assert_same_weights(rehearsed, weights(plain))
+    torch.testing.assert_close(state_of_optimizers(rehearsed), state_of_optimizers(plain), rtol=0, atol=0)
+    assert (rehearsed.calls, rehearsed.seen) == (plain.calls, plain.seen) and plain.calls == 12
+
+
+@pytest.mark.filterwarnings("ignore:.*never ran")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_steps_by_hand_use_is_refused_before_training(name, way):
+    """Nothing was trained when the refusal comes, in closures of optimizers, too."""
+    add, setup = BESIDE[name]
+
+    class Own(ByHand):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.manual_backward(0.01 * add(self, batch[0]))
+
+    def made():
+        module = Own(way)
+        if setup is not None:
+            setup(module)
+        return module
+
+    module = net(made)
+    before = weights(module)
+    with pytest.raises(PruningError, match=r"FilterL1Pruning\(trace='forward'\): training_step runs on .*RuntimeError"):
+        fit(module, pruning())
+    assert_same_weights(module, before)
+    assert module.trainer.global_step == 0
+    assert not any(optimizer.state for optimizer in module.trainer.optimizers)

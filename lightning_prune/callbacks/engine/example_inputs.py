@@ -221,17 +221,14 @@ def _ways(pl_module: LightningModule, batch: Any, traced: Traced) -> Iterator[tu
         for expression, inputs in (*_whole(parameters, batch, "batch"), *_single(batch, "batch")):
             yield f"forward of {expression}", inputs
     for step in _steps(pl_module):
-        yield step, instead_of_forward(step, batch)
+        if step != "training_step" or pl_module.automatic_optimization:  # others return no loss
+            yield step, instead_of_forward(step, batch)
 
 
 def _steps(pl_module: LightningModule) -> list[Traced]:
-    """Return the steps that a module has and that do not train it when they run."""
-    found: list[Traced] = []
-    if overrides(pl_module, "training_step") and pl_module.automatic_optimization:
-        found.append("training_step")
-    if overrides(pl_module, "validation_step"):
-        found.append("validation_step")
-    return found
+    """Return the steps that a module has."""
+    steps: tuple[Traced, ...] = ("training_step", "validation_step")
+    return [step for step in steps if overrides(pl_module, step)]
 
 
 def _whole(parameters: _Parameters, batch: Any, expression: str) -> Iterator[tuple[str, ExampleInputs]]:

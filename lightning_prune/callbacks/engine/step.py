@@ -1,16 +1,18 @@
-"""Lets a step of a module run where nothing may come of it: no logs, no metrics; knows no structure."""
+"""Lets a step of a module run where nothing may come of it: no logs, no metrics, no training; knows no structure."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
@@ -83,8 +85,8 @@ def validation_step(pl_module: LightningModule, batch: Any) -> Any:
 
 
 def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
-    """Call a step, silently, on containers that it may change."""
-    with silent(pl_module):
+    """Call a step, silently, on containers that it may change; what optimizes manually trains nothing."""
+    with silent(pl_module), _standing_still(pl_module):
         return call_step(pl_module, name, pytree.tree_map(lambda value: value, batch))
 
 
@@ -116,27 +118,64 @@ def silent(pl_module: LightningModule) -> Iterator[None]:
     metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
     states = [{name: getattr(metric, name) for name in metric._defaults} for metric in metrics]
     counts = [(metric._update_count, metric._computed) for metric in metrics]
-    logs = {name: vars(pl_module).get(name) for name in ("log", "log_dict")}
     trainer = pl_module._trainer
     loggers = [] if trainer is None else trainer.loggers
     try:
         for metric, state in zip(metrics, states, strict=True):  # which hash by them: its own come back at the end
             for name, value in state.items():
                 setattr(metric, name, copy.deepcopy(value))
-        vars(pl_module).update(dict.fromkeys(logs, _say_nothing))
         if trainer is not None:
             trainer.loggers = [DummyLogger() for _ in loggers]
-        yield
+        with _instead(pl_module, log=_do_nothing, log_dict=_do_nothing):
+            yield
     finally:
         if trainer is not None:
             trainer.loggers = loggers
-        for name, value in logs.items():
-            vars(pl_module).pop(name) if value is None else vars(pl_module).update({name: value})
         for metric, state, (updates, computed) in zip(metrics, states, counts, strict=True):
             for name, value in state.items():
                 setattr(metric, name, value)
             metric._update_count, metric._computed = updates, computed
 
 
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for ``log``."""
+@contextmanager
+def _standing_still(pl_module: LightningModule) -> Iterator[None]:
+    """Let optimizers and schedules of a run stand still while the body calls a step that optimizes manually.
+
+    What steps are given as a closure runs, so that all their code does.
+    """
+    trainer = pl_module._trainer
+    if trainer is None or pl_module.automatic_optimization:
+        yield
+        return
+    # to optimizers lead two ways: Lightning's own, by the strategy, and theirs
+    strategy: Any = trainer.strategy
+    with ExitStack() as stack:
+        stack.enter_context(_instead(strategy, backward=_do_nothing, optimizer_step=_run_closure))
+        for optimizer in trainer.optimizers:
+            stack.enter_context(_instead(optimizer, step=partial(_run_closure, optimizer)))
+        for config in trainer.lr_scheduler_configs:
+            stack.enter_context(_instead(config.scheduler, step=_do_nothing))
+        yield
+
+
+@contextmanager
+def _instead(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Put others in place of attributes of an object for the length of the body."""
+    own = vars(owner)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes.keys() - before.keys():
+            del own[name]
+        own.update(before)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``log``, and for what trains."""
+
+
+def _run_closure(optimizer: Optimizer, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Stand in for a step of an optimizer."""
+    return None if closure is None else closure()
