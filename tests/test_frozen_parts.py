@@ -118,8 +118,31 @@ def test_runs_refuse_it_too(form):
         def forward(self, images):
             return self.top(self.backbone(images.mean(dim=(2, 3))).detach())
 
-    with pytest.raises(PruningError, match=r"backbone\.0: no gradient reaches"):
-        fit(net(Blind), TaylorFilterPruning(0.4, form=form, scope="global", report=False), max_epochs=2)
+    pruning = TaylorFilterPruning(0.4, form=form, scope="global", report=False)
+    with (
+        pytest.warns(UserWarning, match=r"On the first training batch: backbone\.0: no gradient reaches"),
+        pytest.raises(PruningError, match=r"backbone\.0: no gradient reaches"),
+    ):
+        fit(net(Blind), pruning, max_epochs=2)
+
+
+@pytest.mark.parametrize("form", ["weights", "activations"])
+def test_a_backbone_that_thaws_in_time_is_pruned_with_a_warning(form):
+    """Gradients that later epochs show count; that the first batch had none is said."""
+
+    class Thawing(Tuned):
+        frozen = ()
+
+        def forward(self, images):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.current_epoch > 0):
+                read = self.backbone(images.mean(dim=(2, 3)))
+            return self.top(read)
+
+    module = net(Thawing)
+    pruning = TaylorFilterPruning(0.4, form=form, scope="global", schedule=OneShot(2), report=False)
+    with pytest.warns(UserWarning, match=r"On the first training batch: backbone\.0: no gradient reaches"):
+        fit(module, pruning, max_epochs=3)
+    assert sum(module.wide()) < sum(net(Thawing).wide())
 
 
 def test_units_that_the_loss_does_not_need_are_worth_nothing():

@@ -5,11 +5,15 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["OutOfReachError", "PruningError", "failures_suppressed", "reraise_out_of_memory"]
+__all__ = ["NoGradientError", "OutOfReachError", "PruningError", "failures_suppressed", "reraise_out_of_memory"]
 
 
 class PruningError(RuntimeError):
     """The model, the data or the run cannot be pruned as requested; the model is unchanged."""
+
+
+class NoGradientError(PruningError):
+    """A criterion follows autograd, which does not reach what it should score."""
 
 
 class OutOfReachError(PruningError):

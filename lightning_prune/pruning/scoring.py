@@ -14,7 +14,7 @@ from lightning_prune.algorithms import criteria
 from lightning_prune.measure.expansions import loss_change, output_change
 from lightning_prune.measure.gradients import Loss, differentiable, hutchinson, squared_gradients
 from lightning_prune.model.calls import call_on, tensors_in
-from lightning_prune.model.errors import PruningError
+from lightning_prune.model.errors import NoGradientError, PruningError
 from lightning_prune.model.sandbox import unchanged, undisturbed
 from lightning_prune.model.shards import is_sharded
 from lightning_prune.pruning.accumulators import (
@@ -145,7 +145,7 @@ def refuse_blocked(
         loss: From model and batch to the loss; without one, outputs are looked at.
 
     Raises:
-        PruningError: Naming the first of them.
+        NoGradientError: Naming the first of them.
     """
 
     def found() -> list[Tensor]:
@@ -160,7 +160,7 @@ def refuse_blocked(
         with silenced(model, structure.groups[name]):
             after = found()
         if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(before, after, strict=True)):
-            raise PruningError(
+            raise NoGradientError(
                 f"{name}: no gradient reaches its channels, and what the model computes depends on them: it runs them "
                 "in torch.no_grad, or detaches them. A criterion that follows autograd would take them for useless. "
                 f"Name ignore=[{name!r}], or use a criterion of weights, such as 'l1'."

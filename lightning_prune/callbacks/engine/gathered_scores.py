@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,6 +16,7 @@ from lightning_prune.callbacks.engine.example_inputs import inputs_of
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.step import copied
 from lightning_prune.model.calls import run
+from lightning_prune.model.errors import NoGradientError, failures_suppressed
 from lightning_prune.pruning.accumulators import Accumulator
 from lightning_prune.pruning.budget import Scores
 from lightning_prune.pruning.scoring import Criterion, accumulator_for, refuse_blocked, score_units
@@ -84,6 +86,20 @@ class OverTheRun(Gathering):
                     refuse_blocked(pl_module, structure, blocked, batch, loss)
         found = accumulator.compute()
         return {name: accumulator.normalise(found[name]) for name in structure.groups}
+
+    def rehearse(self, pl_module: LightningModule, structure: Structure, batch: Any) -> None:
+        """Warn of what no gradient reaches on one batch: other steps may show it, or the pruning step refuses it."""
+        if not pl_module.automatic_optimization:
+            return
+        self.otherwise.traces = self.traces
+        with failures_suppressed():  # of a way of scoring that may not be taken
+            try:
+                self.otherwise.rehearse(pl_module, structure, batch)
+            except NoGradientError as error:
+                rank_zero_warn(
+                    f"On the first training batch: {error} The pruning step will be refused unless a later batch shows "
+                    "them to it."
+                )
 
     def watch(self, pl_module: LightningModule, structure: Structure) -> None:
         """Start from nothing, or from what a checkpoint brought."""

@@ -215,12 +215,11 @@ class UnitRemoval(Strategy):
         if rehearsal is None or is_model_parallel(run.trainer):
             return
         structure, cut = rehearsal
-        self.gathering.rehearse(run.module, structure, batch)
-        if cut is None:
-            return
         gathered = self.gathering.gathered()
         self.gathering.rest()  # it is not to look at this
-        refuse_cut_steps(run.where, run.module, batch, cut, self.traces)
+        self.gathering.rehearse(run.module, structure, batch)
+        if cut is not None:
+            refuse_cut_steps(run.where, run.module, batch, cut, self.traces)
         if gathered is not None:
             self.gathering.take_up(gathered)
             self._watch_on(run.module)
