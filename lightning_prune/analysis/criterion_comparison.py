@@ -15,9 +15,9 @@ from torchmetrics.functional import spearman_corrcoef
 from lightning_prune.measure.gradients import Loss
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import seen
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.pruning.accumulators import by_l2
 from lightning_prune.pruning.arguments import (
     Modules,

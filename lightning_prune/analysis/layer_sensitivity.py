@@ -22,9 +22,9 @@ from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Mode
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.model.calls import ExampleInputs
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.progress_bars import bar_of
 from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.pruning.arguments import (
     Modules,
     Parts,

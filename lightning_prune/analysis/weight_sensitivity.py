@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.algorithms.selection import keep_best_of_all, number_to_prune
 from lightning_prune.analysis.layer_sensitivity import TENTHS, begin, evaluated, measure_each
 from lightning_prune.analysis.sensitivity_findings import GroupSensitivity, Mode, Sensitivity
-from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.pruning.arguments import Parameters, Parts, check_module, listed, part_of
 from lightning_prune.pruning.find_weights import find_weights
 from lightning_prune.pruning.left_alone import left_alone

@@ -136,6 +136,9 @@ def watch_inputs(
         yield
 
 
+_CAST = "its code casts it to another type, which hides its products: leave autocast to the Trainer's precision"
+
+
 class _ProductMode(TorchDispatchMode):
     """Looks at every operator that runs for a weight it is to watch."""
 
@@ -164,7 +167,7 @@ class _ProductMode(TorchDispatchMode):
                 made = name
                 self.receive(name, reading, inputs)
             elif not func.is_view and func.overloadpacket is not aten.detach:
-                self.otherwise[name] = f"{func.overloadpacket} reads it too"
+                self.otherwise[name] = _CAST if func is aten._to_copy.default else f"{func.overloadpacket} reads it too"
         out = func(*args, **kwargs)
         if self.uses is not None:
             for arg in args:

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import trainable_afterwards
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.model.torch_modes import trainable_afterwards
 
 __all__ = ["batch_norms", "recalibrate_batch_norm"]
 

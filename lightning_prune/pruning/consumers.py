@@ -40,8 +40,13 @@ def readers_of(model: nn.Module, group: ChannelGroup, products: Products) -> lis
 
 def only_read(model: nn.Module, structure: Structure, products: Products) -> Structure:
     """Leave out the groups of which no reader's inputs can be seen."""
-    unseen = [name for name, group in structure.groups.items() if not readers_of(model, group, products)]
-    return structure.without(unseen, "what reads these channels cannot be seen, so it cannot make up for them")
+    unseen = {}
+    for name, group in structure.groups.items():
+        if not readers_of(model, group, products):
+            told = {products.otherwise[slot.tensor] for slot in group.slots if slot.tensor in products.otherwise}
+            reason = "what reads these channels cannot be seen, so it cannot make up for them"
+            unseen[name] = f"{reason} ({', '.join(sorted(told))})" if told else reason
+    return structure.without_each(unseen)
 
 
 def score_by_readers(

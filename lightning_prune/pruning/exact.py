@@ -16,9 +16,9 @@ from lightning_prune.measure.curvature import OutputLoss, outer_product_rows
 from lightning_prune.measure.footprint import Part
 from lightning_prune.model.devices import widened
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import counted
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.model.torch_modes import changes_model, ordinary
 from lightning_prune.pruning.amounts import check_amount, check_single, fraction_of
 from lightning_prune.pruning.arguments import (
     Parameters,

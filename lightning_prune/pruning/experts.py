@@ -15,7 +15,7 @@ from lightning_prune.algorithms.selection import keep_highest, number_to_prune
 from lightning_prune.measure.footprint import Part, count
 from lightning_prune.model.calls import ExampleInputs, refuse_empty, refuse_shapeless
 from lightning_prune.model.errors import PruningError, reraise_out_of_memory
-from lightning_prune.model.inference_mode import changes_model, ordinary
+from lightning_prune.model.torch_modes import changes_model, ordinary
 from lightning_prune.pruning import arguments
 from lightning_prune.pruning.amounts import check_amount, check_count, check_single, fraction_of
 from lightning_prune.pruning.expert_scores import ExpertCriterion, score_experts

@@ -24,9 +24,9 @@ from lightning_prune.model.calls import (
     walked_once,
 )
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import remembered_once
+from lightning_prune.model.torch_modes import changes_model, ordinary
 from lightning_prune.pruning.amounts import Amount, in_fractions
 from lightning_prune.pruning.arguments import (
     MaxAmount,

@@ -13,9 +13,9 @@ from lightning_prune.algorithms.solvers import Paths, best_on_support, greedy_pa
 from lightning_prune.measure.gradients import Loss, example_gradients
 from lightning_prune.model.devices import supported
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.progress_bars import each
 from lightning_prune.model.sandbox import unchanged, undisturbed
+from lightning_prune.model.torch_modes import changes_model, ordinary
 from lightning_prune.pruning.amounts import check_amount, check_count, check_single, fraction_of
 from lightning_prune.pruning.arguments import (
     Parameters,

@@ -19,8 +19,8 @@ from lightning_prune.measure.gradients import Loss
 from lightning_prune.measure.latency import Turn, circumstances, rounds
 from lightning_prune.model.calls import ExampleInputs, call_on, modules_of, refuse_empty, refuse_shapeless, run
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.sandbox import undisturbed
+from lightning_prune.model.torch_modes import changes_model, ordinary
 from lightning_prune.pruning.amounts import check_amount, check_count, fraction_of, is_count
 from lightning_prune.pruning.arguments import (
     Modules,

@@ -17,8 +17,8 @@ from lightning_prune.measure.products import Products, find_products
 from lightning_prune.measure.unrolled import Reading
 from lightning_prune.model.calls import call_on
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model, ordinary
 from lightning_prune.model.spool import Spool
+from lightning_prune.model.torch_modes import changes_model, ordinary
 from lightning_prune.pruning.amounts import Amount, in_fractions
 from lightning_prune.pruning.arguments import (
     Parameters,

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_prune.algorithms.k_means import share_values
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.shards import is_sharded
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.pruning.arguments import Parameters, Parts, by_path, check_list, check_module, listed, part_of
 from lightning_prune.pruning.find_weights import amount_by_weight, find_weights
 from lightning_prune.pruning.left_alone import left_alone

@@ -24,9 +24,9 @@ from lightning_prune.algorithms.selection import (
 )
 from lightning_prune.measure.footprint import WHOLE, Part
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
 from lightning_prune.model.shards import whole
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.pruning.amounts import Amount, check_amount, in_fractions
 from lightning_prune.pruning.arguments import (
     Parameters,

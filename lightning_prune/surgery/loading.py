@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.structure import named_tensors
 from lightning_prune.surgery.recipe import refuse_other_shapes, refuse_unloadable, take_told_, take_untold_
 from lightning_prune.surgery.recipe_part import Told, checked, recipes_in

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
 from lightning_prune.model.lazy import Lazily
 from lightning_prune.model.shards import own_part, part_like, settle_
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.surgery import Kept, PackedMasks, Recipe, narrowed, recipe_of
 from lightning_prune.surgery.resize import with_wrapped
 

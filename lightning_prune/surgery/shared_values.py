@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.surgery.masks import unwrapped
 from lightning_prune.surgery.resize import with_wrapped
 

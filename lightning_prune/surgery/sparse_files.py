@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_prune.model.bits import pack_bits, unpack_bits
 from lightning_prune.model.byte_streams import compress, decompress, distances, places
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.inference_mode import changes_model
+from lightning_prune.model.torch_modes import changes_model
 from lightning_prune.surgery import RECIPE, PackedMasks, Told, checked, recipes_in
 from lightning_prune.surgery.loading import load_told_
 

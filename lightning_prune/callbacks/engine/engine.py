@@ -30,7 +30,7 @@ from lightning_prune.callbacks.engine.sharding import (
     whole_model,
 )
 from lightning_prune.callbacks.engine.strategy import Member, Run
-from lightning_prune.model.inference_mode import refuse_inference_tensors
+from lightning_prune.model.torch_modes import refuse_inference_tensors
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
 
 

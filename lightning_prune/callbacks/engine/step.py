@@ -139,7 +139,7 @@ def silent(pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def _standing_still(pl_module: LightningModule) -> Iterator[None]:
-    """Let optimizers and schedules of a run stand still while the body calls a step that optimizes manually.
+    """Hold optimizers and schedules of a run still while the body calls a step that optimizes manually.
 
     What steps are given as a closure runs, so that all their code does.
     """

@@ -129,3 +129,23 @@ def test_runs_of_models_made_in_inference_mode_are_refused(callback):
         model = net()
     with pytest.raises(lp.PruningError, match=r"made inside torch\.inference_mode"):
         fit(model, callback, max_epochs=2)
+
+
+@pytest.mark.parametrize("prune", [
+    lambda model, batches: lp.prune_obs(model, 0.5, batches=batches),
+    lambda model, batches: lp.prune_filters(model, batches[0], 0.5, criterion="obs", batches=batches),
+], ids=["weights", "filters"])  # fmt: skip
+def test_a_forward_in_autocast_is_refused_with_what_to_do(prune):
+    """The casts hide products from what looks at a layer's inputs; criteria that need none of them work."""
+
+    class Casting(nn.Sequential):
+        def forward(self, images):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(images)
+
+    model = Casting(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [torch.randn(16, 8) for _ in range(2)]
+    with pytest.raises(lp.PruningError, match="casts it to another type.*leave autocast to the Trainer's precision"):
+        prune(model, batches)
+    lp.prune_filters(model, batches[0], 0.5)
+    assert model[0].out_features == 8
