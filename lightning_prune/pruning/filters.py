@@ -49,7 +49,7 @@ from lightning_prune.pruning.budget import Budget, Scope, Target
 from lightning_prune.pruning.consumers import only_read, score_by_readers
 from lightning_prune.pruning.layers import data_of, outputs_within, time_without
 from lightning_prune.pruning.layers_and_filters import SplitAsk, apply_split_, check_with_layers, choose_split
-from lightning_prune.pruning.left_alone import left_alone, prunable_groups
+from lightning_prune.pruning.left_alone import left_alone, prunable_groups, without_written
 from lightning_prune.pruning.outcome import Outcome
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.repair import DAMPING, repaired
@@ -227,7 +227,7 @@ def _planned(
     part = part_of(model, asked.module)
     traced = find_structure(trace(model, example_inputs))
     named = [*(amount if isinstance(amount, Mapping) else ()), *listed(asked.module)]
-    alone = left_alone(model, named)
+    alone = without_written(model, example_inputs, left_alone(model, named))
     calibration = None
     if asked.repair or by_obs:
         assert batches is not None  # refused before

@@ -7,16 +7,21 @@ from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.measure.footprint import Part
-from lightning_prune.model.calls import modules_of
+from lightning_prune.model.calls import ExampleInputs, mode_of, modules_of, run
+from lightning_prune.model.errors import failures_suppressed
+from lightning_prune.model.sandbox import undisturbed
 from lightning_prune.pruning.arguments import Modules, path_of, with_ignored, within_part
 from lightning_prune.structure import Structure
 from lightning_prune.structure.tensor_names import named_parameters
 
-__all__ = ["left_alone", "network_of", "prunable_groups", "weights_left_alone"]
+__all__ = ["left_alone", "network_of", "prunable_groups", "weights_left_alone", "without_written"]
+
+_FROZEN, _UNTRAINED = "it is frozen (requires_grad=False)", "no optimizer trains it"
 
 
 def left_alone(
@@ -52,6 +57,35 @@ def left_alone(
         if reason and own and all(name.startswith(f"{path}.") for name in own):  # what is shared is trained elsewhere
             found[path] = reason
     return _without_named(model, found, named) if found else found
+
+
+def without_written(model: nn.Module, example_inputs: ExampleInputs, alone: Mapping[str, str]) -> dict[str, str]:
+    """Return the networks left alone without those that the model writes when it trains, as it does moving averages.
+
+    What has other weights than training would ever give it shows that, where a first average equals what is averaged.
+
+    Args:
+        model: The model.
+        example_inputs: What to run it on, in train mode.
+        alone: Paths of networks that are left alone, and why.
+    """
+    frozen = {path: why for path, why in alone.items() if why in (_FROZEN, _UNTRAINED)}
+    if not frozen:
+        return dict(alone)
+    written: set[str] = set()
+    with undisturbed(model, example_inputs), mode_of(model, training=True):
+        weights = {path: list(model.get_submodule(path).parameters()) for path in frozen}
+        before = {path: [weight.detach() + 1 for weight in own] for path, own in weights.items()}
+        for path, own in weights.items():
+            for weight, moved in zip(own, before[path], strict=True):
+                weight.copy_(moved)
+        with failures_suppressed():
+            run(model, example_inputs)
+            for path, moved in before.items():
+                pairs = zip(model.get_submodule(path).parameters(), moved, strict=True)
+                if not all(torch.equal(weight, other) for weight, other in pairs):
+                    written.add(path)
+    return {path: why for path, why in alone.items() if path not in written}
 
 
 def _without_named(model: nn.Module, found: dict[str, str], named: Iterable[Any]) -> dict[str, str]:
@@ -116,9 +150,9 @@ def _reason(module: nn.Module, frozen: bool, trained: Collection[int]) -> str:
     if not frozen or len(weights) < 2:
         return ""
     if not any(parameter.requires_grad for parameter in parameters):
-        return "it is frozen (requires_grad=False)"
+        return _FROZEN
     if trained and not any(id(parameter) in trained for parameter in parameters):
-        return "no optimizer trains it"
+        return _UNTRAINED
     return ""
 
 

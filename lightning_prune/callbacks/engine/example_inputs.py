@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_prune.callbacks.engine.packages import overrides
-from lightning_prune.callbacks.engine.step import Traced, call_silently, copied, instead_of_forward
+from lightning_prune.callbacks.engine.step import (
+    Traced,
+    call_silently,
+    call_with_hooks,
+    copied,
+    has_hooks,
+    instead_of_forward,
+)
 from lightning_prune.model.calls import ExampleInputs, Instead, hold_nothing, mode_of, refuse_shapeless, run, tensors_in
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.sandbox import undisturbed
@@ -156,12 +163,17 @@ def refuse_cut_steps(where: str, pl_module: LightningModule, batch: Any, cut: Cu
     Raises:
         PruningError: With the error that training would end in.
     """
-    for step in _steps(pl_module):
-        inputs = Instead(call_silently, (step, copied(batch)))
+    runs = {step: (step, Instead(call_silently, (step, copied(batch)))) for step in _steps(pl_module)}
+    if "training_step" in runs and has_hooks(pl_module):
+        told = "training_step, with the hooks of the module around it,"
+        runs[told] = "training_step", Instead(call_with_hooks, (copied(batch),))
+    for told, (step, inputs) in runs.items():
         failure = _failure(pl_module, inputs, step == "training_step", cut)
-        if failure is not None and _failure(pl_module, inputs, step == "training_step") is None:
+        before = None if failure is None else _failure(pl_module, inputs, step == "training_step")
+        # Hooks may fail here in any case, as those that read what a step logged do, but then in the same way.
+        if failure != before and (before is None or told != step):
             raise PruningError(
-                f"{where}(trace={traced!r}): {step} runs on the training batch, but not on the pruned model "
+                f"{where}(trace={traced!r}): {told} runs on the training batch, but not on the pruned model "
                 f"({failure}), since it uses channels in ways that {traced} does not show. Trace a step that shows "
                 "them, by trace=, or name their layers in ignore."
             )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,11 +22,13 @@ from lightning_prune.model.errors import PruningError
 from lightning_prune.pruning.arguments import check_choice
 
 __all__ = [
-    "Traced", "call_silently", "call_step", "copied", "check_traced", "instead_of_forward", "refuse_step", "silent",
+    "Traced", "call_silently", "call_step", "call_with_hooks", "copied", "check_traced", "has_hooks",
+    "instead_of_forward", "refuse_step", "silent",
 ]  # fmt: skip
 
 Traced = Literal["forward", "training_step", "validation_step"]
 """What of a module is traced, counted and verified."""
+_HOOKS = ("on_train_batch_start", "on_before_zero_grad", "on_train_batch_end")
 
 
 def check_traced(where: str, traced: str, example_inputs: Any) -> None:
@@ -90,13 +92,48 @@ def call_silently(pl_module: LightningModule, name: str, batch: Any) -> Any:
         return call_step(pl_module, name, pytree.tree_map(lambda value: value, batch))
 
 
+def call_with_hooks(pl_module: LightningModule, batch: Any, strict: bool = True) -> Any:
+    """Call the training step, silently, between the hooks of the module that may write its parameters.
+
+    Args:
+        pl_module: The module.
+        batch: A training batch.
+        strict: Whether to raise what hooks raise, such as those that read what was logged.
+    """
+    batch = pytree.tree_map(lambda value: value, batch)
+    with silent(pl_module), _standing_still(pl_module):
+        _call_hook(pl_module, strict, "on_train_batch_start", batch, 0)
+        found = call_step(pl_module, "training_step", batch)
+        for optimizer in pl_module.trainer.optimizers if pl_module.automatic_optimization else ():
+            _call_hook(pl_module, strict, "on_before_zero_grad", optimizer)
+        outputs = {"loss": found} if isinstance(found, Tensor) else dict(found or {})
+        if isinstance(outputs.get("loss"), Tensor):
+            outputs["loss"] = outputs["loss"].detach()  # as Lightning hands it on
+        _call_hook(pl_module, strict, "on_train_batch_end", outputs, batch, 0)
+        return found
+
+
+def has_hooks(pl_module: LightningModule) -> bool:
+    """Return whether a module has hooks of its own around a training step, which may write its parameters."""
+    return any(overrides(pl_module, name) for name in _HOOKS)
+
+
+def _call_hook(pl_module: LightningModule, strict: bool, name: str, *args: Any) -> None:
+    if overrides(pl_module, name):
+        with nullcontext() if strict else suppress(Exception):
+            getattr(pl_module, name)(*args)
+
+
 def _output_of_step(pl_module: LightningModule, name: str, batch: Any) -> Any:
     """Return what a step returns, silently.
 
     Raises:
         PruningError: If that holds no tensor, so that a trace would end nowhere.
     """
-    found = call_silently(pl_module, name, batch)
+    if name == "training_step" and has_hooks(pl_module):
+        found = call_with_hooks(pl_module, batch, strict=False)
+    else:
+        found = call_silently(pl_module, name, batch)
     if next(tensors_in(found), None) is None:
         raise PruningError(
             f"{type(pl_module).__name__}.{name} returned {found!r}; what it computes is found by what it returns. "
@@ -139,12 +176,12 @@ def silent(pl_module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def _standing_still(pl_module: LightningModule) -> Iterator[None]:
-    """Hold optimizers and schedules of a run still while the body calls a step that optimizes manually.
+    """Hold optimizers and schedules of a run still while the body calls a step, or hooks, that may step them.
 
     What steps are given as a closure runs, so that all their code does.
     """
     trainer = pl_module._trainer
-    if trainer is None or pl_module.automatic_optimization:
+    if trainer is None:
         yield
         return
     # to optimizers lead two ways: Lightning's own, by the strategy, and theirs
