@@ -21,6 +21,7 @@ from lightning_prune.structure.tensor_names import named_parameters
 
 __all__ = ["left_alone", "network_of", "prunable_groups", "weights_left_alone", "without_written"]
 
+_AVERAGED = "it is an averaged copy"
 _FROZEN, _UNTRAINED = "it is frozen (requires_grad=False)", "no optimizer trains it"
 
 
@@ -69,7 +70,7 @@ def without_written(model: nn.Module, example_inputs: ExampleInputs, alone: Mapp
         example_inputs: What to run it on, in train mode.
         alone: Paths of networks that are left alone, and why.
     """
-    frozen = {path: why for path, why in alone.items() if why in (_FROZEN, _UNTRAINED)}
+    frozen = {path for path, why in alone.items() if why in (_FROZEN, _UNTRAINED, _AVERAGED)}
     if not frozen:
         return dict(alone)
     written: set[str] = set()
@@ -138,7 +139,7 @@ def _reason_of_kind(kind: type) -> str:
     kinds = {(base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__}
     if ("torchmetrics", "Metric") in kinds:
         return "it belongs to a metric"
-    return "it is an averaged copy" if ("torch", "AveragedModel") in kinds else ""
+    return _AVERAGED if ("torch", "AveragedModel") in kinds else ""
 
 
 def _reason(module: nn.Module, frozen: bool, trained: Collection[int]) -> str:

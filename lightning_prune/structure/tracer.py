@@ -542,17 +542,23 @@ class _StepMode(TorchFunctionMode):
         return _in_steps(func, args, kwargs or {})
 
 
+_FOR_EACH = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("_foreach_"))
+"""Operators on lists of tensors."""
+
+
 def _needs_steps(func: Any, args: Any) -> bool:
     """Return whether a function would run other operators by itself than :func:`_in_steps` has it run."""
     if func is F.linear:
         return not (args and isinstance(args[0], Tensor) and args[0].is_contiguous())
-    return func in _RECURRENT
+    return func in _RECURRENT or func in _FOR_EACH
 
 
 def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
     if func is F.linear and args:  # torch chooses other operators for an input that does not lie in one piece
         return func(args[0].contiguous(), *args[1:], **kwargs)
+    if func in _FOR_EACH:
+        return _one_by_one(func.__name__.removeprefix("_foreach_"), args, kwargs)
     if func not in _RECURRENT:
         return func(*args, **kwargs)
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
@@ -563,6 +569,15 @@ def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
     finally:
         for library, before in zip(libraries, enabled, strict=True):
             library.set_flags(_enabled=before)
+
+
+def _one_by_one(name: str, args: Any, kwargs: Any) -> list[Any] | None:
+    """Run what is written for lists of tensors, such as averages of weights, on one tensor after the other."""
+    method, found = getattr(Tensor, name), []
+    for at in range(len(args[0])):
+        own = [value[at] if isinstance(value, list | tuple) else value for value in args]
+        found.append(method(*own, **kwargs))
+    return None if name.endswith("_") else found
 
 
 @contextmanager
