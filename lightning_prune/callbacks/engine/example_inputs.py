@@ -172,10 +172,12 @@ def refuse_cut_steps(where: str, pl_module: LightningModule, batch: Any, cut: Cu
         before = None if failure is None else _failure(pl_module, inputs, step == "training_step")
         # Hooks may fail here in any case, as those that read what a step logged do, but then in the same way.
         if failure != before and (before is None or told != step):
+            traceable = step != traced and (step == "validation_step" or pl_module.automatic_optimization)
+            way = f"Use trace={step!r}, which shows" if traceable else "Trace a step that shows"
             raise PruningError(
                 f"{where}(trace={traced!r}): {told} runs on the training batch, but not on the pruned model "
-                f"({failure}), since it uses channels in ways that {traced} does not show. Trace a step that shows "
-                "them, by trace=, or name their layers in ignore."
+                f"({failure}), since it uses channels in ways that {traced} does not show. {way} them, or name their "
+                "layers in ignore."
             )
 
 

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.engine.packages import callbacks_named
 from lightning_prune.callbacks.engine.strategy import Run
-from lightning_prune.pruning.left_alone import left_alone
+from lightning_prune.model.calls import ExampleInputs
+from lightning_prune.pruning.left_alone import left_alone, without_written
 
 __all__ = ["networks_left_alone", "not_saved"]
 
 
-def networks_left_alone(run: Run, named: Iterable[Any]) -> dict[str, str]:
+def networks_left_alone(run: Run, named: Iterable[Any], inputs: ExampleInputs | None = None) -> dict[str, str]:
     """Return the path of every network that is not pruned in this run, and why.
 
-    What a callback such as ``BackboneFinetuning`` froze is trained later, so it is pruned.
+    What a callback such as ``BackboneFinetuning`` froze is trained later, so it is pruned; so is what the module writes
+    when it runs on ``inputs``.
     """
     unfreezes = bool(callbacks_named(run.trainer, "BaseFinetuning"))
     trained = set()
@@ -28,6 +30,8 @@ def networks_left_alone(run: Run, named: Iterable[Any]) -> dict[str, str]:
     own = set(map(id, run.module.parameters()))
     # Some strategies give optimizers other tensors than the module's, which say nothing of these.
     found = left_alone(run.module, named, not unfreezes, trained if trained <= own else ())
+    if inputs is not None:
+        found = without_written(run.module, inputs, found)
     for path, reason in found.items():
         rank_zero_info(f"{run.where}: {path} is left alone: {reason}. Name it to prune it.")
     return found

@@ -44,7 +44,6 @@ from lightning_prune.model.batch_norm import batch_norms
 from lightning_prune.model.errors import OutOfReachError, PruningError
 from lightning_prune.pruning.arguments import check_optimizers, check_prunable
 from lightning_prune.pruning.budget import Scores
-from lightning_prune.pruning.left_alone import without_written
 from lightning_prune.pruning.outcome import outcome_of
 from lightning_prune.pruning.plan import Plan, plan_filters
 from lightning_prune.pruning.scoring import score_units
@@ -173,12 +172,11 @@ class UnitRemoval(Strategy):
         inputs = run.inputs.find(run.module, self.traces, given, batch)
         if inputs is None:
             return False
-        self.traced.alone = networks_left_alone(run, self.arguments.named)
-        if not is_model_parallel(run.trainer):
-            self.traced.alone |= not_saved(run.module)
         inputs = on_device_of(run.trainer, run.module, inputs)
-        if not is_model_parallel(run.trainer):
-            self.traced.alone = without_written(run.module, inputs, self.traced.alone)
+        whole = not is_model_parallel(run.trainer)
+        self.traced.alone = networks_left_alone(run, self.arguments.named, inputs if whole else None)
+        if whole:
+            self.traced.alone |= not_saved(run.module)
         self.traced.trace_on(inputs)
         structure = self.traced.groups(run.module)
         self.traced.count(run.module, structure)
