@@ -126,7 +126,7 @@ def test_averages_lose_the_units_of_what_they_average(write, where, used):
 def test_hooks_that_would_fail_are_refused_before_training(kind, where):
     """What forward does not show, a hook of the module does, though it also reads what no step has logged yet."""
     module = averaging(in_place, where)
-    with pytest.raises(PruningError, match=r"hooks of the module .* runs on .*RuntimeError.* Use trace='training_step'"):
+    with pytest.raises(PruningError, match=r"hooks of the module .*RuntimeError.* Use trace='training_step'"):
         fit(module, kind())
     assert module.trainer.global_step == 0
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_prune.measure.footprint import Part
@@ -75,15 +75,16 @@ def without_written(model: nn.Module, example_inputs: ExampleInputs, alone: Mapp
         return dict(alone)
     written: set[str] = set()
     with undisturbed(model, example_inputs), mode_of(model, training=True):
-        weights = {path: list(model.get_submodule(path).parameters()) for path in frozen}
-        before = {path: [weight.detach() + 1 for weight in own] for path, own in weights.items()}
-        for path, own in weights.items():
-            for weight, moved in zip(own, before[path], strict=True):
-                weight.copy_(moved)
+        moved: dict[str, list[Tensor]] = {}
         with failures_suppressed():
+            for path in frozen:
+                weights = list(model.get_submodule(path).parameters())
+                moved[path] = [weight + 1 for weight in weights]
+                for weight, other in zip(weights, moved[path], strict=True):
+                    weight.copy_(other)
             run(model, example_inputs)
-            for path, moved in before.items():
-                pairs = zip(model.get_submodule(path).parameters(), moved, strict=True)
+            for path, others in moved.items():
+                pairs = zip(model.get_submodule(path).parameters(), others, strict=True)
                 if not all(torch.equal(weight, other) for weight, other in pairs):
                     written.add(path)
     return {path: why for path, why in alone.items() if path not in written}

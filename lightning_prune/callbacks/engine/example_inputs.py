@@ -163,11 +163,13 @@ def refuse_cut_steps(where: str, pl_module: LightningModule, batch: Any, cut: Cu
     Raises:
         PruningError: With the error that training would end in.
     """
-    runs = {step: (step, Instead(call_silently, (step, copied(batch)))) for step in _steps(pl_module)}
-    if "training_step" in runs and has_hooks(pl_module):
-        told = "training_step, with the hooks of the module around it,"
-        runs[told] = "training_step", Instead(call_with_hooks, (copied(batch),))
-    for told, (step, inputs) in runs.items():
+    runs: list[tuple[Traced, str, ExampleInputs]] = []
+    for step in _steps(pl_module):
+        runs.append((step, step, Instead(call_silently, (step, copied(batch)))))
+        if step == "training_step" and has_hooks(pl_module):
+            told = "training_step, with the hooks of the module around it,"
+            runs.append((step, told, Instead(call_with_hooks, (copied(batch),))))
+    for step, told, inputs in runs:
         failure = _failure(pl_module, inputs, step == "training_step", cut)
         before = None if failure is None else _failure(pl_module, inputs, step == "training_step")
         # Hooks may fail here in any case, as those that read what a step logged do, but then in the same way.
