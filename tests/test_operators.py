@@ -1,5 +1,6 @@
 """Operators in the middle of a network: what leaves is what the operator, on the channels that stay, says by hand."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune import PruningError, prune_filters
+from lightning_prune.structure import tracer
 from tests.silencing import assert_equal_to_rounding
 
 CHANNELS = 12
@@ -280,3 +282,22 @@ def test_places_that_are_returned_stay():
     torch.manual_seed(0)
     with pytest.raises(PruningError, match="a.weight: reaches the model's output"):
         prune_filters(Largest(lambda y: y), torch.randn(2, 3, 8, 8), amount=0.5)
+
+
+@pytest.mark.parametrize("operator", tracer._FOR_EACH, ids=lambda operator: operator.__name__)
+def test_lists_of_tensors_are_written_one_by_one(operator):
+    """What a trace runs in place of an operator on lists does the same to each tensor, and returns the same."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = ([torch.rand(3, 3, generator=generator) + 1 for _ in range(2)] for _ in range(2))
+    tried = 0
+    with_numbers = ((first, 2), (first, 0.5), (first, [0.5, 0.2]), (first, second, 0.5))
+    for args in ((first,), (first, second), (first, second, second), *with_numbers):
+        own, other = copy.deepcopy(args), copy.deepcopy(args)
+        try:
+            expected = operator(*own)
+        except (RuntimeError, TypeError):  # it does not take these
+            continue
+        found = tracer._one_by_one(tracer._FOR_EACH[operator], other, {})
+        torch.testing.assert_close((found, other), (list(expected or found), own), equal_nan=True)
+        tried += 1
+    assert tried

@@ -542,8 +542,12 @@ class _StepMode(TorchFunctionMode):
         return _in_steps(func, args, kwargs or {})
 
 
-_FOR_EACH = frozenset(getattr(torch, name) for name in dir(torch) if name.startswith("_foreach_"))
-"""Operators on lists of tensors."""
+_FOR_EACH = {
+    getattr(torch, f"_foreach_{name}"): getattr(Tensor, name)
+    for name in dir(Tensor)
+    if hasattr(torch, f"_foreach_{name}") and name not in ("maximum", "minimum")  # which take no numbers
+}
+"""Operators on lists of tensors, and what they do to each."""
 
 
 def _needs_steps(func: Any, args: Any) -> bool:
@@ -557,8 +561,8 @@ def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function; run recurrent layers step by step, since those of oneDNN and cuDNN cannot be looked into."""
     if func is F.linear and args:  # torch chooses other operators for an input that does not lie in one piece
         return func(args[0].contiguous(), *args[1:], **kwargs)
-    if func in _FOR_EACH:
-        return _one_by_one(func.__name__.removeprefix("_foreach_"), args, kwargs)
+    if func in _FOR_EACH and args and isinstance(args[0], list | tuple):
+        return _one_by_one(_FOR_EACH[func], args, kwargs)
     if func not in _RECURRENT:
         return func(*args, **kwargs)
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
@@ -571,13 +575,13 @@ def _in_steps(func: Any, args: Any, kwargs: Any) -> Any:
             library.set_flags(_enabled=before)
 
 
-def _one_by_one(name: str, args: Any, kwargs: Any) -> list[Any] | None:
+def _one_by_one(method: Any, args: Any, kwargs: Any) -> list[Any]:
     """Run what is written for lists of tensors, such as averages of weights, on one tensor after the other."""
-    method, found = getattr(Tensor, name), []
+    found = []
     for at in range(len(args[0])):
         own = [value[at] if isinstance(value, list | tuple) else value for value in args]
         found.append(method(*own, **kwargs))
-    return None if name.endswith("_") else found
+    return found
 
 
 @contextmanager
