@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn, optim
 
-from lightning_prune import PruningError, prune_filters
+from lightning_prune import FilterL1Pruning, Linear, PruningError, prune_filters
 from lightning_prune.surgery import restore_, take_snapshot
+from tests.runs import Net, fit, net
 
 IMAGES = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -386,3 +387,32 @@ def test_state_of_no_parameter_is_brought_back():
     assert float(optimizer.state["all"]["steps"]) == 1
     assert torch.equal(model.weight, weight)
     assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], momentum)
+
+
+class Quantized(optim.SGD):
+    """Keeps its momentum as a flat tensor of bytes, as optimizers of 8 bits do."""
+
+    def step(self, closure=None):
+        found = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["bytes"] = torch.zeros(parameter.numel(), dtype=torch.uint8)
+        return found
+
+
+class Aside(optim.SGD):
+    """Keeps its momenta in a dict of its own."""
+
+    def step(self, closure=None):
+        self.momenta = {id(parameter): torch.zeros_like(parameter) for parameter in self.param_groups[0]["params"]}
+        self.state["steps"] = 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Quantized, "'bytes' of shape .* AdamW"), (Aside, "in 'momenta'")])
+def test_state_that_cannot_follow_is_refused_at_the_first_step(kind, told):
+    """In a run, not an epoch later when the first cut falls due."""
+    module = net(Net)
+    module.configure_optimizers = lambda: kind(module.parameters(), 0.05, momentum=0.9)
+    with pytest.raises(PruningError, match=told):
+        fit(module, FilterL1Pruning(0.5, schedule=Linear(1, 2), report=False))
+    assert module.trainer.global_step == 1 and module.first.out_channels == 8

@@ -175,7 +175,11 @@ def check_prunable(model: nn.Module, structure: Structure) -> None:
     if not structure.groups:
         ran = [pin for pin in structure.pinned if pin.tensor not in structure.ledger.idle]
         why = "; ".join(f"{pin.tensor}: {pin.reason}" for pin in (ran or structure.pinned)[:5])
-        raise PruningError(f"Nothing is left to prune in {type(model).__name__}: every channel stays ({why}).")
+        told = f"Nothing is left to prune in {type(model).__name__}: every channel stays ({why})."
+        if ran and structure.ledger.idle:
+            idle = ", ".join(structure.ledger.idle[:3])
+            told += f" {idle} never ran: pass example_inputs that run them or, in a run, trace a step that does."
+        raise PruningError(told)
 
 
 # From what the user names to paths of modules

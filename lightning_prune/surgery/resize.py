@@ -17,7 +17,8 @@ from lightning_prune.structure import named_tensors
 from lightning_prune.structure.tensor_names import named_parameters
 
 __all__ = [
-    "Kept", "all_or_nothing", "followed", "narrowed", "refuse_state_aside", "replace_tensors_", "taken", "with_wrapped",
+    "Kept", "all_or_nothing", "followed", "narrowed", "refuse_state_aside", "refuse_unfitting",
+    "replace_tensors_", "taken", "with_wrapped",
 ]  # fmt: skip
 
 Kept = dict[str, dict[int, Tensor]]
@@ -158,9 +159,24 @@ def _followed(optimizer: str, key: str, parameter: nn.Parameter, kept: Mapping[i
     if len(dims) != value.dim() or any(value.shape[i] not in (1, parameter.shape[d]) for i, d in enumerate(dims)):
         raise PruningError(
             f"{optimizer}: state {key!r} of shape {tuple(value.shape)} does not fit its parameter "
-            f"of shape {tuple(parameter.shape)}. Prune before loading a state that belongs to another model."
+            f"of shape {tuple(parameter.shape)}, so it cannot be cut like it. Train with an optimizer whose state has "
+            "the shapes of its parameters, such as AdamW; or, if it was loaded, load that of this model."
         )
     return narrowed(value, {i: kept[d] for i, d in enumerate(dims) if d in kept and value.shape[i] > 1})
+
+
+def refuse_unfitting(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse optimizers whose state of these parameters, as far as they have any, cannot be cut; nothing is written.
+
+    Raises:
+        PruningError: Naming the state.
+    """
+    parameters = list(parameters)
+    for optimizer in with_wrapped(optimizers):
+        refuse_state_aside(optimizer)
+        for parameter in parameters:
+            if parameter in optimizer.state:
+                followed(optimizer, parameter, {})
 
 
 def refuse_state_aside(optimizer: Optimizer) -> None:

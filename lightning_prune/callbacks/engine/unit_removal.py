@@ -51,6 +51,7 @@ from lightning_prune.reports import Goal
 from lightning_prune.structure import Keep, Structure, named_tensors
 from lightning_prune.surgery import recipe_of
 from lightning_prune.surgery.cut import Cut
+from lightning_prune.surgery.resize import refuse_unfitting
 
 __all__ = ["UnitRemoval"]
 
@@ -90,6 +91,7 @@ class UnitRemoval(Strategy):
         self._repair, self._adjust = repair, adjust
         self._rehearsal: tuple[Structure, Cut | None] | None = None  # the groups, and all that will be removed
         self._batches = 0  # of training, in this run
+        self._unchecked: list[str] = []  # tensors that will be cut, until optimizers have state of them
         self._out_of_reach: float | None = None  # the pruning step that was left out last
         self._reads_consumers = repair is not None or narrow is not None or arguments.layers
         given = arguments.of_layers(batches, repair is not None)
@@ -222,6 +224,7 @@ class UnitRemoval(Strategy):
         self.gathering.rehearse(run.module, structure, batch)
         if cut is not None:
             refuse_cut_steps(run.where, run.module, batch, cut, self.traces)
+            self._unchecked = list(cut.kept)
         if gathered is not None:
             self.gathering.take_up(gathered)
             self._watch_on(run.module)
@@ -262,8 +265,12 @@ class UnitRemoval(Strategy):
         self.state.fade = Fade.of(plan, coming)
 
     def after_batch(self, run: Run) -> None:
-        """Drive the units that fade nearer to zero, if an optimizer stepped; refuse scores that will not come."""
+        """Drive the units that fade nearer to zero, if an optimizer stepped; refuse what will not do later."""
         self._batches += 1
+        if self._unchecked and any(optimizer.state for optimizer in run.trainer.optimizers):
+            own = dict(run.module.named_parameters())
+            refuse_unfitting(run.trainer.optimizers, [own[name] for name in self._unchecked if name in own])
+            self._unchecked = []
         if self._batches == _ENOUGH:
             refuse_unseen(run.where, self.gathering, run.module)
         fade = self.state.fade
