@@ -12,6 +12,7 @@ from lightning_prune.callbacks.engine.averaging import averaged_copies, cut_copi
 from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.processes import replicated_anew
 from lightning_prune.callbacks.engine.strategy import Run
+from lightning_prune.callbacks.engine.user_averages import cut_tables_
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.surgery import Cut, recipe_of
 
@@ -27,8 +28,10 @@ def apply_plan_(run: Run, plan: Plan) -> str:
     recipe_of(run.module).needed = True  # before guards save what state dicts say
     run.before_step()
     with replicated_anew(run.where, run.trainer, run.module):
+        averages = run.averages.moving(run.trainer, run.module)
         _, inexpressible = plan.write_(run.trainer.optimizers)
         cut_copies_(run.trainer, run.module, plan.cut)
+        cut_tables_(averages, plan.cut)
     for member in run.members:
         member.strategy.after_cut(replace(run, own=member), plan)
     for companion in companions(run.trainer):

@@ -30,6 +30,7 @@ from lightning_prune.callbacks.engine.sharding import (
     whole_model,
 )
 from lightning_prune.callbacks.engine.strategy import Member, Run
+from lightning_prune.callbacks.engine.user_averages import UserAverages
 from lightning_prune.model.torch_modes import refuse_inference_tensors
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
 
@@ -60,6 +61,7 @@ class Engine:
         self._module = None if pl_module is None else weakref.ref(pl_module)
         self._hooks: list[Any] = []
         self._copy_hooks: list[Any] = []  # on averaged copies of the module
+        self._averages = UserAverages()
 
     @property
     def module(self) -> LightningModule | None:
@@ -169,6 +171,8 @@ class Engine:
         The count of steps moves after an optimizer's step alone, so nothing falls into a window of accumulation.
         """
         run, clock = self._run(own, trainer, pl_module), own.clock
+        if own is self.members[0]:
+            self._averages.look(trainer, pl_module, trainer.fit_loop.batch_idx)
         if not own.prepared:
             self._prepare(run, batch)
         if own.prepared:
@@ -326,7 +330,7 @@ class Engine:
                 member.strategy.after_split()
 
     def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
-        return Run(trainer, pl_module, self.members, own, self.inputs)
+        return Run(trainer, pl_module, self.members, own, self.inputs, self._averages)
 
     def _is_last(self, own: Member) -> bool:
         """Return whether a callback is the last that could prepare: it reports for all."""

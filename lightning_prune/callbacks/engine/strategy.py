@@ -21,6 +21,7 @@ from lightning_prune.callbacks.engine.guard import companions
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.settings import compared_arguments
 from lightning_prune.callbacks.engine.step import Traced
+from lightning_prune.callbacks.engine.user_averages import UserAverages
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
 from lightning_prune.pruning.plan import Plan
 from lightning_prune.reports import Goal
@@ -266,6 +267,7 @@ class Run:
         members: All pruning callbacks, in their order.
         own: The one whose strategy is called.
         inputs: The run's example inputs.
+        averages: The averages of weights that code of users keeps.
     """
 
     trainer: Trainer
@@ -273,6 +275,7 @@ class Run:
     members: tuple[Member, ...]
     own: Member
     inputs: RunInputs
+    averages: UserAverages
 
     @property
     def where(self) -> str:
