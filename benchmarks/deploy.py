@@ -1,7 +1,8 @@
 """Takes a dense, a pruned and a masked network to several runtimes, in 32 and in 8 bits: bytes, latency, accuracy.
 
     python -m benchmarks.deploy            # trains on scikit-learn's digits; writes deploy.json and prints its table
-    python -m benchmarks.deploy --show     # prints the table of deploy.json
+    python -m benchmarks.deploy --widths   # instead: latency of convolutions against their width
+    python -m benchmarks.deploy --show     # prints the tables of deploy.json
 
 Runtimes that are not installed are left out. One thread each. All forms of a network take turns while they are timed:
 other programs disturb all of them alike. The figure is the lower quartile, since these only add time.
@@ -36,6 +37,8 @@ from lightning_prune import Cubic, FilterL1Pruning, IterativeMagnitudePruning
 RESULTS = Path(__file__).with_suffix(".json")
 PATCHES, PIXELS = 16, 4  # of 8x8 pixels
 ROUNDS = 60
+WIDTHS = (64, 61, 48, 45, 40, 37, 32, 29)
+COMPILED = ("ONNX Runtime", "int8: ONNX Runtime, calibrated", "OpenVINO", "int8: the same file in OpenVINO")
 Predict = Callable[[Tensor], Tensor]
 Datasets = tuple[TensorDataset, TensorDataset]
 
@@ -148,6 +151,8 @@ def forms(net: nn.Module, calibration: Tensor, folder: Path) -> Iterator[tuple[s
     exported = torch.export.export(net, (calibration[:2].clone(),), dynamic_shapes={names[0]: batch["images"]})
     torch.export.save(exported, folder / "net.pt2")
     yield "torch.export", Form(_size(folder / "net.pt2"), exported.module())
+    if _installed("executorch"):
+        yield "ExecuTorch", _executorch(net, names[0], calibration, folder / "net.pte")
     traced = torch.jit.freeze(torch.jit.trace(net, calibration[:2]))
     traced.save(folder / "net.ts")
     yield "TorchScript", Form(_size(folder / "net.ts"), traced)
@@ -201,6 +206,23 @@ def _openvino(net: Any, path: Path, **more: Any) -> Form:
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
     size = _size(path) + _size(path.with_suffix(".bin"))
     return Form(size, lambda images: torch.from_numpy(compiled(images.numpy())[0]))
+
+
+def _executorch(net: nn.Module, name: str, largest: Tensor, path: Path) -> Form:
+    exir, runtime = importlib.import_module("executorch.exir"), importlib.import_module("executorch.runtime")
+    partitioner = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    # Memory is planned ahead: the example is the largest batch that the file shall take.
+    batch = torch.export.Dim("batch", max=len(largest))
+    exported = torch.export.export(net, (largest,), dynamic_shapes={name: {0: batch}})
+    lowered = exir.to_edge_transform_and_lower(exported, partitioner=[partitioner.XnnpackPartitioner()])
+    path.write_bytes(lowered.to_executorch().buffer)
+    importlib.import_module("executorch.extension.pybindings.portable_lib")._unsafe_reset_threadpool(1)
+    method = runtime.Runtime.get().load_program(path).load_method("forward")
+
+    def predict(images: Tensor) -> Tensor:
+        return torch.cat([method.execute([part])[0] for part in images.split(len(largest))])
+
+    return Form(_size(path), predict)
 
 
 def _torchao(net: nn.Module, path: Path) -> Form:
@@ -269,6 +291,43 @@ def compared(name: str, epochs: int) -> list[dict[str, Any]]:
     return rows
 
 
+def tower(width: int) -> nn.Module:
+    """Return four convolutions with as many channels each, and a classifier."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
+    for _ in range(3):
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+@torch.no_grad()
+def of_widths() -> list[dict[str, Any]]:
+    """Return the latency of 32 images of 14x14 pixels in the runtimes that compile, for every width."""
+    images = torch.randn(64, 3, 14, 14)
+    found: dict[tuple[int, str], Form] = {}
+    with TemporaryDirectory() as scratch:
+        for width in WIDTHS:
+            folder = Path(scratch) / str(width)
+            folder.mkdir()
+            for form, made in forms(tower(width).eval(), images, folder):
+                if form in COMPILED:
+                    found[width, form] = made
+        times = latencies({f"{width}|{form}": made.predict for (width, form), made in found.items()}, images[:32])
+    return [
+        {"width": width, "form": form, "bytes": made.size, "ms_32": times[f"{width}|{form}"]}
+        for (width, form), made in found.items()
+    ]
+
+
+def table_of_widths(rows: list[dict[str, Any]]) -> str:
+    """Return milliseconds for 32 images as a table of Markdown, a line for each runtime."""
+    lines = ["| channels of each layer | " + " | ".join(str(width) for width in WIDTHS) + " |"]
+    lines.append("| --- |" + " --- |" * len(WIDTHS))
+    for form in dict.fromkeys(row["form"] for row in rows):
+        cells = [f"{row['ms_32']:.1f}" for row in rows if row["form"] == form]
+        lines.append(f"| {form} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as tables of Markdown: kilobytes, milliseconds for one and for 32 images, accuracy."""
     lines = []
@@ -293,21 +352,38 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", action="store_true", help="print the table of what was measured before")
+    parser.add_argument("--widths", action="store_true", help="measure widths of convolutions, and nothing else")
+    parser.add_argument("--show", action="store_true", help="print the tables of what was measured before")
     options = parser.parse_args()
-    if options.show:
-        print(table(json.loads(options.out.read_text())["rows"]))
-        return
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    rows = []
-    for name in options.networks:
-        rows += compared(name, options.epochs)
-    packages = ("torch", "onnxruntime", "openvino", "torchao")
+    stored = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if not options.show:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        stored |= _measured_widths() if options.widths else _measured(options.networks, options.epochs)
+        options.out.write_text(json.dumps(stored, indent=1) + "\n")
+    print(table(stored.get("rows", [])))
+    print(table_of_widths(stored.get("widths", [])))
+
+
+def _measured(networks: list[str], epochs: int) -> dict[str, Any]:
+    rows, load = [], [os.getloadavg()[0]]
+    for name in networks:
+        rows += compared(name, epochs)
+        load.append(os.getloadavg()[0])
+    return {"machine": {**_machine(), "load": load}, "rows": rows}
+
+
+def _measured_widths() -> dict[str, Any]:
+    load = [os.getloadavg()[0]]
+    rows = of_widths()
+    return {"machine_of_widths": {**_machine(), "load": [*load, os.getloadavg()[0]]}, "widths": rows}
+
+
+def _machine() -> dict[str, Any]:
+    """Return the processor, the cores and the versions; the load is how many programs want a core."""
+    packages = ("torch", "executorch", "onnxruntime", "openvino", "torchao")
     versions = {name: importlib.metadata.version(name) for name in packages if _installed(name)}
-    machine = {"cpu": _cpu(), "threads": 1, "python": platform.python_version(), **versions}
-    options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    print(table(rows))
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "threads": 1, "python": platform.python_version(), **versions}
 
 
 def _cpu() -> str:

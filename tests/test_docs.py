@@ -13,6 +13,11 @@ from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONAL = {
+    "executorch",
+    "openvino",
+    "torchao",
+}  # runtimes that no extra installs; whoever has them, tests their blocks
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
@@ -24,7 +29,12 @@ BLOCKS = [
 def test_every_block_of_code_runs(block, tmp_path, monkeypatch):
     """Each block runs by itself, as a reader would paste it."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "block", "exec"), {"__name__": "block"})
+    try:
+        exec(compile(block, "block", "exec"), {"__name__": "block"})
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in OPTIONAL:
+            raise
+        pytest.skip(f"{error.name} is not installed here")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -32,6 +42,25 @@ def test_files_that_it_names_exist(page):
     """Links to files of the project lead somewhere."""
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def anchors(page):
+    """The anchors of a page's headings, as mkdocs makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        words = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading)
+        made = re.search(r"\{ *#([\w-]+) *\}", words)
+        found.add(made[1] if made else re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", words).strip().lower()))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_headings_that_it_names_exist(page):
+    """Links to a heading, of this page or of another, lead to one."""
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        other = page.parent / target if target else page
+        assert anchor in anchors(other), (target, anchor)
 
 
 def test_every_page_is_in_the_navigation():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from PIL import Image
 from rich.console import Console
 
 from lightning_prune import (
@@ -108,6 +109,24 @@ def test_the_picture_shows_what_the_history_says():
     heights = [bar.get_height() for bar in axes["", "width"].patches]
     changes = history.layers.values()
     assert heights == [change.before.width for change in changes] + [change.now.width for change in changes]
+
+
+def test_points_of_the_picture_tell_their_values(tmp_path):
+    """Where the page puts the values of a validation, the picture has a dark point; the words are the history's."""
+    callback = FilterL1Pruning(0.5, schedule=Linear(1, 2))
+    fit(net(), callback, val=True, logger=logged(tmp_path))
+    page = (tmp_path / "run" / "version_0" / "pruning.html").read_text()
+    points = re.findall(r'<i style="left:([\d.]+)%;top:([\d.]+)%" title="(.*?)"></i>', page)
+    seen = [moment for moment in callback.history.moments if moment.metrics]
+    with Image.open(tmp_path / "run" / "version_0" / "pruning.png") as file:
+        picture = file.convert("L")
+    for (left, top, words), moment in zip(points, seen, strict=True):
+        kept = f"{moment.left['prune/flops_kept']:.1%} of the FLOPs"
+        assert f"epoch {moment.epoch}, step {moment.step}: val_loss {moment.metrics['val_loss']:.4g}" in words
+        assert kept in words
+        x, y = round(float(left) / 100 * picture.width), round(float(top) / 100 * picture.height)
+        around = picture.crop((x - 1, y - 1, x + 2, y + 2)).getextrema()
+        assert around[0] < 100  # of 255: the point is dark, the background white
 
 
 @pytest.mark.parametrize("error, raised", [(KeyboardInterrupt, SystemExit), (MemoryError, MemoryError)])
@@ -412,6 +431,11 @@ def test_what_a_guard_decided_is_in_the_history(tmp_path):
     assert found == [(2, True), (3, False)]
     assert callback.history.decisions[1].why == "score 0, more than 0.5 behind the best, 1"
     assert callback.history.decisions[1].why in (tmp_path / "run" / "version_0" / "pruning.html").read_text()
+    values = {moment.step: moment.metrics["score"] for moment in callback.history.moments if moment.metrics}
+    marked = {line.get_label(): line.get_xydata().tolist() for line in draw_run(callback.history).axes[0].lines}
+    for kept, label in ((True, "guard: step kept"), (False, "guard: rolled back")):
+        steps = [decision.step for decision in callback.history.decisions if decision.kept == kept]
+        assert marked[label] == [[step, values[step]] for step in steps]
 
 
 class Falling(runs.Net):

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_prune.reports.history import History
-from lightning_prune.reports.run_picture import picture_of
+from lightning_prune.reports.run_picture import Picture, picture_of
 from lightning_prune.reports.run_summary import headline, stages
 from lightning_prune.reports.run_tables import run_tables, stages_as_csv, stages_as_latex
 
@@ -37,7 +37,10 @@ ul {{ padding-left: 1.2em; }}
 dl {{ display: flex; flex-wrap: wrap; gap: .2em 1.6em; color: var(--faint); font-size: 14px; }}
 dl div {{ display: flex; gap: .4em; }}
 dd {{ margin: 0; color: var(--text); }}
-img {{ max-width: 1000px; width: 100%; background: #ffffff; border-radius: 6px; }}
+img {{ display: block; width: 100%; background: #ffffff; border-radius: 6px; }}
+.picture {{ position: relative; max-width: 1000px; }}
+.picture i {{ position: absolute; width: 14px; height: 14px; margin: -7px; border-radius: 50%; }}
+.picture i:hover {{ background: #d1495b66; }}
 @media (max-width: 600px) {{ body {{ margin: 1em auto; padding: 0 .7em; }} pre {{ font-size: 11px; }} }}
 @media print {{ body {{ max-width: none; margin: 0; }} pre {{ overflow: visible; font-size: 8px; border: 0; }}
   img {{ break-inside: avoid; }} }}
@@ -65,7 +68,7 @@ def files_of_run(history: History) -> dict[str, bytes]:
         picture = None
     files = {HISTORY_FILE: history.to_text().encode(), "pruning.html": run_page(history, picture).encode()}
     if picture is not None:
-        files["pruning.png"] = picture
+        files["pruning.png"] = picture.png
     if len(stages(history)) > 1:
         files["pruning.csv"] = stages_as_csv(history).encode()
         files["pruning.tex"] = stages_as_latex(history).encode()
@@ -88,17 +91,20 @@ def write_run(history: History, folder: str | Path) -> list[Path]:
     return written
 
 
-def run_page(history: History, picture: bytes | None) -> str:
+def run_page(history: History, picture: Picture | None) -> str:
     """Return an HTML page that needs no other file: the tables of the terminal, unabridged, and the picture.
 
     Args:
         history: The history of the run.
-        picture: The picture as a PNG, or None if it could not be drawn.
+        picture: The picture, or None if it could not be drawn. A point shows its values under the mouse.
     """
     shown = "<p>For pictures install matplotlib: <code>pip install 'lightning-prune[plots]'</code>.</p>"
     if picture is not None:
-        data = base64.b64encode(picture).decode()
+        data = base64.b64encode(picture.png).decode()
         shown = f'<img alt="What was kept and validation metrics, over time" src="data:image/png;base64,{data}">'
+        for left, top, words in picture.points:
+            shown += f'\n<i style="left:{left:.2%};top:{top:.2%}" title="{escape(words)}"></i>'
+        shown = f'<div class="picture">{shown}</div>'
     return _PAGE.format(
         title=escape(f"Pruning of {history.model or 'a model'}"),
         headline="".join(f"<li>{escape(line)}</li>" for line in headline(history)),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_prune.analysis.sensitivity_figure import import_matplotlib, literal
-from lightning_prune.reports.history import History
+from lightning_prune.reports.history import History, Moment
 from lightning_prune.reports.run_summary import headline, main_metric, shares, stages, still_learning
 
-__all__ = ["draw_run", "picture_of"]
+__all__ = ["Picture", "draw_run", "picture_of"]
 
 _COLOURS = {
     "prune/flops_kept": "#d1495b",
@@ -19,19 +19,55 @@ _COLOURS = {
     "prune/nonzero_kept": "#3a7d44",
 }
 _PREFERRED = ("prune/flops_kept", "prune/nonzero_kept")  # costs to draw a metric against
+_METRIC = "metric over time"  # marks the line whose points the page explains
 _NAMED = 60  # more bars have no room for names
 _MOST_LINES = 40  # more pruning steps are not marked
 
 
-def picture_of(history: History) -> bytes:
-    """Return the picture as a PNG.
+class Picture(NamedTuple):
+    """A PNG, and the values behind its points.
+
+    Attributes:
+        png: The file.
+        points: For every validation, how far from the left and from the top its point is (fractions of the
+            picture), and its values in words.
+    """
+
+    png: bytes
+    points: list[tuple[float, float, str]]
+
+
+def picture_of(history: History) -> Picture:
+    """Return the picture, and where the points of its metric are.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    file = io.BytesIO()
-    draw_run(history).savefig(file, format="png", dpi=130)
-    return file.getvalue()
+    file, figure = io.BytesIO(), draw_run(history)
+    figure.savefig(file, format="png", dpi=130)
+    lines = figure.findobj(lambda artist: artist.get_gid() == _METRIC)
+    if not lines:
+        return Picture(file.getvalue(), [])
+    width, height = figure.bbox.size
+    places = lines[0].axes.transData.transform(lines[0].get_xydata())
+    points = [
+        (float(x / width), 1 - float(y / height), _in_words(history, moment))
+        for (x, y), moment in zip(places, _validations(history), strict=True)
+    ]
+    return Picture(file.getvalue(), points)
+
+
+def _validations(history: History) -> list[Moment]:
+    """Return the moments at which the metric of the picture was measured."""
+    metric = main_metric(history)
+    return [moment for moment in history.moments if metric in moment.metrics]
+
+
+def _in_words(history: History, moment: Moment) -> str:
+    """Return the metrics of a validation, and what was kept of the model then."""
+    metrics = [f"{name} {value:.4g}" for name, value in moment.metrics.items()]
+    kept = [f"{moment.left[key]:.1%} of the {name}" for key, name in shares(history).items() if key in moment.left]
+    return f"epoch {moment.epoch}, step {moment.step}: {', '.join(metrics)}; kept: {', '.join(kept)}"
 
 
 def draw_run(history: History) -> Any:
@@ -66,15 +102,26 @@ def _draw_over_time(figure: Any, history: History) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.set_title("over time (vertical lines: pruning steps)", fontsize=10)
     _draw_kept(lower, history)
-    seen = [moment for moment in history.moments if metric in moment.metrics]
-    values = [moment.metrics[metric] for moment in seen]
-    upper.plot([moment.step for moment in seen], values, color="0.25", marker=".", markersize=4, linewidth=1)
+    seen = _validations(history)
+    steps, values = [moment.step for moment in seen], [moment.metrics[metric] for moment in seen]
+    upper.plot(steps, values, color="0.25", marker=".", markersize=4, linewidth=1, gid=_METRIC)
     upper.set(ylabel=literal(metric))
+    _draw_decisions(upper, history, dict(zip(steps, values, strict=True)))
     pruned = [stage.step for stage in stages(history)[1:]]
     if len(pruned) <= _MOST_LINES:
         for step in pruned:
             upper.axvline(step, color="0.85", linewidth=0.8, zorder=0)
             lower.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+
+
+def _draw_decisions(axes: Any, history: History, values: Mapping[int, float]) -> None:
+    """Mark on the curve where a guard kept a pruning step, and where it rolled one back."""
+    for kept, marker, colour, label in ((True, "^", "#3a7d44", "step kept"), (False, "x", "#d1495b", "rolled back")):
+        steps = [decision.step for decision in history.decisions if decision.kept == kept and decision.step in values]
+        if steps:
+            heights = [values[step] for step in steps]
+            axes.plot(steps, heights, marker, color=colour, markersize=7, label=f"guard: {label}")
+            axes.legend(loc="lower right", fontsize=8, frameon=False)
 
 
 def _draw_kept(axes: Any, history: History) -> None:
