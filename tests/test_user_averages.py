@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_prune import FilterL1Pruning, Linear
+from lightning_prune import FilterL1Pruning, Linear, MetricGuard, OneShot
 from tests.runs import Depthwise, Net, fit, net
 
 HALF = 0.5  # of the weights is what every average begins at, so that it moves though nothing learns
@@ -107,3 +107,27 @@ def test_what_does_not_move_stays(kept):
     full = [average.shape for average in keeping.tensors_of(keeping.make(module))]
     fit(module, keeping, pruning())
     assert [average.shape for average in keeping.tensors_of(keeping.kept)] == full
+
+
+class Scripted(Net):
+    """Validates to a number that falls after the first pruning step."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("score", 0.9 if self.current_epoch < 2 else 0.5)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_they_are_whole_again_when_a_cut_is_taken_back(kept):
+    """A guarded run whose only cut was taken back ends with the averages of a run that has pruned nothing."""
+    found = []
+    for amount in (0.5, 0.0):
+        module, averaging = net(lambda: Scripted(lr=0.0)), Averaging(kept)
+        pruning = FilterL1Pruning(amount, schedule=OneShot(2), report=False)
+        fit(module, averaging, pruning, MetricGuard("score", 0.1), val=True, max_epochs=4)
+        parameters = {parameter.data_ptr() for parameter in module.parameters()}
+        assert module.second.out_channels == 6
+        found.append([average.detach() for average, own in averaging.pairs(module) if own.data_ptr() in parameters])
+    # the batches of the epoch that was taken back are not averaged again
+    shares = [1 - HALF * 0.9 ** (4 * epochs) for epochs in (3, 4)]
+    for back, whole in zip(*found, strict=True):
+        torch.testing.assert_close(back / shares[0], whole / shares[1], rtol=1e-4, atol=1e-6)

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.callbacks.engine.processes import replicated_anew
 from lightning_prune.callbacks.engine.pruning_callback import engine_of, pruning_callbacks
 from lightning_prune.callbacks.engine.settings import compared_arguments, warn_of_changes
+from lightning_prune.callbacks.engine.user_averages import bring_back_, remembered
 from lightning_prune.model.errors import PruningError
 from lightning_prune.reports.metric_mode import Mode, mode_by_name
 from lightning_prune.surgery import restore_, take_snapshot
@@ -121,11 +122,13 @@ class MetricGuard(Guard):
         if self._state.before is not None:
             self._state.before["step"] = trainer.global_step
             return
+        engine = engine_of(trainer)
         self._state.before = {
             **take_snapshot(pl_module, trainer.optimizers),
             "copies": [take_snapshot(copy, ()) for copy in averaged_copies(trainer)],
+            "averages": remembered(engine.averages.moving(trainer, pl_module)),
             "step": trainer.global_step,
-            "pruning": engine_of(trainer).rollback_states(trainer),
+            "pruning": engine.rollback_states(trainer),
         }
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,7 +206,9 @@ class MetricGuard(Guard):
         engine = engine_of(trainer)
         with engine.whole("MetricGuard", trainer, pl_module):
             with replicated_anew("MetricGuard", trainer, pl_module):
+                averages = engine.averages.moving(trainer, pl_module)
                 restore_(pl_module, trainer.optimizers, before)
+                bring_back_(averages, before["averages"])
                 for copy, own in zip(averaged_copies(trainer), before["copies"], strict=True):
                     restore_(copy, (), own)
             engine.rollback(trainer, pl_module, before["pruning"], halve=self.then == "halve")

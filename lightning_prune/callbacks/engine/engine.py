@@ -61,7 +61,7 @@ class Engine:
         self._module = None if pl_module is None else weakref.ref(pl_module)
         self._hooks: list[Any] = []
         self._copy_hooks: list[Any] = []  # on averaged copies of the module
-        self._averages = UserAverages()
+        self.averages = UserAverages()
 
     @property
     def module(self) -> LightningModule | None:
@@ -172,7 +172,7 @@ class Engine:
         """
         run, clock = self._run(own, trainer, pl_module), own.clock
         if own is self.members[0]:
-            self._averages.look(trainer, pl_module, trainer.fit_loop.batch_idx)
+            self.averages.look(trainer, pl_module, trainer.fit_loop.batch_idx)
         if not own.prepared:
             self._prepare(run, batch)
         if own.prepared:
@@ -330,7 +330,7 @@ class Engine:
                 member.strategy.after_split()
 
     def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
-        return Run(trainer, pl_module, self.members, own, self.inputs, self._averages)
+        return Run(trainer, pl_module, self.members, own, self.inputs, self.averages)
 
     def _is_last(self, own: Member) -> bool:
         """Return whether a callback is the last that could prepare: it reports for all."""

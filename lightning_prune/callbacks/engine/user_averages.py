@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_prune.structure import named_tensors
-from lightning_prune.surgery import Cut, cut_, narrowed, recipe_of
+from lightning_prune.surgery import Cut, cut_, narrowed, recipe_of, restore_, take_snapshot
+
+__all__ = ["UserAverages", "bring_back_", "cut_tables_", "remembered"]
 
 _BATCHES = 3  # of each epoch, between which averages are seen to move
-_Place = tuple[int, str]
+_Place = tuple[str, str]  # the position and class of its owner, and the attribute
 _Table = tuple[str, Any, dict[str, Tensor]]  # path of the part of the model, what holds its tensors, and these by name
 
 
@@ -39,17 +42,40 @@ class UserAverages:
             if batch_idx and self._sums[place] != before.get(place, self._sums[place]):
                 self._moving.add(place)
 
-    def moving(self, trainer: Trainer, pl_module: LightningModule) -> list[_Table]:
-        """Return the copies that move, as they stand before the model is cut."""
+    def moving(self, trainer: Trainer, pl_module: LightningModule) -> dict[_Place, _Table]:
+        """Return the copies that move, as they stand before the model is cut, or a cut is taken back."""
         found = _copies(trainer, pl_module) if self._moving else ()
-        tables = {id(table[1]): table for place, table in found if place in self._moving}  # found twice, cut once
-        return list(tables.values())
+        tables = {id(table[1]): (place, table) for place, table in found if place in self._moving}
+        return dict(tables.values())  # found twice, cut once
+
+
+def remembered(tables: Mapping[_Place, _Table]) -> dict[_Place, Any]:
+    """Return what copies hold, so that a cut can be taken back."""
+    return {
+        place: take_snapshot(holder, ())
+        if isinstance(holder, nn.Module)
+        else {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        for place, (_, holder, tensors) in tables.items()
+    }
 
 
 @torch.no_grad()
-def cut_tables_(tables: Iterable[_Table], cut: Cut) -> None:
+def bring_back_(tables: Mapping[_Place, _Table], before: Mapping[_Place, Any]) -> None:
+    """Give copies what they held before a cut."""
+    for place, (_, holder, tensors) in tables.items():
+        held = before.get(place)  # none of a copy that moves only since
+        if held is not None and isinstance(holder, nn.Module):
+            restore_(holder, (), held)
+        elif held is not None:
+            for name, tensor in tensors.items():
+                tensor.data = held[name].to(tensor.device)
+
+
+@torch.no_grad()
+def cut_tables_(tables: Mapping[_Place, _Table], cut: Cut) -> None:
     """Make in copies the cut that was made in the model."""
-    for path, holder, tensors in tables:
+    for (owner, name), (path, holder, tensors) in tables.items():
+        rank_zero_info(f"The average of weights in {name} of {owner.partition(':')[2]} loses the same units.")
         if isinstance(holder, nn.Module):
             part = _part_of(cut, path)
             recipe_of(holder).needed = True
@@ -63,14 +89,16 @@ def cut_tables_(tables: Iterable[_Table], cut: Cut) -> None:
 def _copies(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[_Place, _Table]]:
     """Yield copies of the model's tensors, and where they were found."""
     own = named_tensors(pl_module)
-    owners = [callback for callback in trainer.callbacks if not _is_known(callback)]  # type: ignore[attr-defined]
-    for owner in (pl_module, *owners):
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for place, owner in enumerate((pl_module, *callbacks)):
+        if owner is not pl_module and _is_known(owner):
+            continue
         for name, value in list(vars(owner).items()):
             inner = [] if isinstance(value, nn.Module) or _is_known(value) else getattr(value, "__dict__", {}).items()
             for key, held in ((name, value), *[(f"{name}.{key}", held) for key, held in inner]):
                 table = _table(held, own)
                 if table is not None:
-                    yield (id(owner), key), table
+                    yield (f"{place}:{type(owner).__name__}", key), table
 
 
 def _table(held: Any, own: Mapping[str, Tensor]) -> _Table | None:
