@@ -61,7 +61,7 @@ def remembered(tables: Mapping[_Place, _Table]) -> dict[_Place, Any]:
 
 @torch.no_grad()
 def bring_back_(tables: Mapping[_Place, _Table], before: Mapping[_Place, Any]) -> None:
-    """Give copies what they held before a cut."""
+    """Restore what copies held before a cut."""
     for place, (_, holder, tensors) in tables.items():
         held = before.get(place)  # none of a copy that moves only since
         if held is not None and isinstance(holder, nn.Module):
