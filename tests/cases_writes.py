@@ -155,6 +155,22 @@ def _register_states():
         case("writes", image(), f"ConvLSTM, {number}", most={"c.weight": 24})(network(own, body))
 
 
+def _register_cached():
+    """Tables that functions make when they are first called, and keep for the calls of all models."""
+    cached = "self.made = __import__('functools').lru_cache(None)({made})"
+    table = "lambda n, d: torch.linspace(0, 1, n * d).view(n, d)"
+    own = ["self.a, self.b, self.e = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 5)", cached.format(made=table)]
+    body = ["y = self.a(x)", "y = y + self.made(*y.shape[1:]).to(y.dtype)", "return self.e(self.b(y).relu())"]
+    case("writes", tokens(), "cached positions", most={"b.weight": 6})(network(own, body))
+    kernel = "lambda c: torch.linspace(0, 1, 9).view(1, 1, 3, 3).repeat(c, 1, 1, 1)"
+    own = ["self.a, self.b, self.e = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1)"]
+    body = ["y = self.a(x)", "c = y.shape[1]", "y = F.conv2d(y, self.made(c).to(y.dtype), groups=c)"]
+    body += ["return self.e(self.b(y).relu())"]
+    most = {"a.weight": 4, "b.weight": 3}
+    case("writes", image(), "cached kernel", most=most)(network([*own, cached.format(made=kernel)], body))
+
+
+_register_cached()
 _register_writes()
 _register_states()
 _register_units()

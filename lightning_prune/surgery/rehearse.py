@@ -69,6 +69,9 @@ def _rehearsed(model: nn.Module, example_inputs: ExampleInputs, structure: Struc
             break
         literals |= found.literals
         structure = find_structure(trace(model, example_inputs, literals))
+    if found.stuck and not _runs(model, structure, {}):  # its code, run once, keeps results, such as in a lru_cache
+        structure = find_structure(trace(model, example_inputs, literals))
+        found = _try_widths(model, structure)
     while found.stuck:
         structure = structure.without_each(found.stuck)
         found = _try_widths(model, structure)
