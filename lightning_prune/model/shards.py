@@ -1,7 +1,7 @@
 """Parameters that are split over processes: this process's part, and the whole; knows no strategy.
 
-The only file that uses private names of FSDP2: nothing public undoes ``fully_shard``, or says which parameter a tensor
-is that it has gathered.
+The only file that uses private names of FSDP2 and of tensor parallelism: nothing public undoes ``fully_shard`` or
+``parallelize_module``, or says which parameter a tensor is that FSDP2 has gathered.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "as_sharded", "gathered_names", "is_sharded", "missing_of_torch", "own_part", "over_processes", "part_like",
-    "settle_", "split_like", "undo_fully_shard_", "whole",
+    "as_sharded", "gathered_names", "hook_counts", "is_sharded", "missing_of_torch", "own_part", "over_processes", "part_like",
+    "settle_", "split_like", "undo_fully_shard_", "undo_parallelize_module_", "whole",
+    "whole_numbers",
 ]  # fmt: skip
 
 
@@ -150,6 +151,46 @@ def undo_fully_shard_(model: nn.Module) -> None:
         _module_state_mapping.pop(module, None)
         for key in (STATE_KEY, REGISTRY_KEY):
             vars(module).pop(key, None)
+
+
+def undo_parallelize_module_(model: nn.Module) -> None:
+    """Take off every module the hooks by which torch splits and gathers activations; buffers are whole afterwards.
+
+    These hooks are functions of torch's own files, also where a ``ParallelStyle`` of a user sets them.
+    """
+    for module in model.modules():
+        vars(module).pop("_distribute_module_applied", None)  # which refuses a second call
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = whole(buffer)
+        for hooks, *flags in _hooks_of(module):
+            for key in [key for key, hook in hooks.items() if _splits_activations(hook)]:
+                for told in (hooks, *flags):
+                    told.pop(key, None)
+
+
+def whole_numbers(model: nn.Module) -> dict[tuple[str, str], int]:
+    """Return the whole numbers that modules hold as attributes, by path and name."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) is int
+    }
+
+
+def hook_counts(model: nn.Module) -> dict[int, int]:
+    """Return how many hooks run around the forward pass of every module, by its ``id``."""
+    return {id(module): sum(len(hooks) for hooks, *_ in _hooks_of(module)) for module in model.modules()}
+
+
+def _hooks_of(module: nn.Module) -> Iterator[tuple[dict[int, Any], ...]]:
+    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
+    yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+
+
+def _splits_activations(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor.")
 
 
 def gathered_names(model: nn.Module) -> dict[int, str]:

@@ -41,6 +41,7 @@ class Budget:
         min_width: Channels that stay at least: of every group, or by group name.
         max_amount: Largest fraction, in [0, 1], of a group's channels that may leave: of every group, or by group name.
         part: What of the model is counted.
+        parts: Processes that tensor parallelism splits layers over; numbers of units are multiples of this.
     """
 
     target: Target = "filters"
@@ -49,6 +50,7 @@ class Budget:
     min_width: int | Mapping[str, int] = 1
     max_amount: float | Mapping[str, float] = 1.0
     part: Part = WHOLE
+    parts: int = 1
 
     def least(self, structure: Structure, dense: Dense) -> dict[str, Least]:
         """Return the smallest width that every group may have, and what says so."""
@@ -56,8 +58,8 @@ class Budget:
 
     def blocks_and_least(self, structure: Structure, dense: Dense) -> tuple[list[Block], dict[str, Least]]:
         """Return what shrinks together, with all widths that it may have; and the smallest width of every group."""
-        alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to)
-        blocks = blocks_of(structure, alone, self.round_to)
+        alone = least_widths(structure, dense.widths, self.min_width, self.max_amount, self.round_to, self.parts)
+        blocks = blocks_of(structure, alone, self.round_to, self.parts)
         found = dict(alone)
         for block in blocks:
             narrowest = block.at(-1)
@@ -297,7 +299,7 @@ def _units_allowed(structure: Structure, dense: Dense, at_most: int) -> int:
 
 
 def _beyond(amount: float, budget: Budget, most: float, rooms: str) -> OutOfReachError:
-    free = (budget.min_width, budget.max_amount, budget.round_to) == (1, 1.0, 1)
+    free = (budget.min_width, budget.max_amount, budget.round_to, budget.parts) == (1, 1.0, 1, 1)
     stay = "one unit left in" if free else "no more than min_width, max_amount and round_to keep of"
     return OutOfReachError(
         f"amount={amount:g} of the {budget.target} cannot go: with {stay} every group that can be cut, "

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_prune.structure import ChannelGroup, Structure
 
-__all__ = ["Block", "Least", "Room", "blocks_of", "least_widths", "rooms_in_words", "step_of"]
+__all__ = ["Block", "Least", "Room", "blocks_of", "least_widths", "rooms_in_words", "rounding_in_words", "step_of"]
 
 _ROUNDING = 1e-9  # 0.07 * 100 must count as 7
 
@@ -84,6 +84,7 @@ def least_widths(
     min_width: int | Mapping[str, int] = 1,
     max_amount: float | Mapping[str, float] = 1.0,
     round_to: int = 1,
+    parts: int = 1,
 ) -> dict[str, Least]:
     """Return the smallest width, in units, that every group may have by itself.
 
@@ -93,6 +94,7 @@ def least_widths(
         min_width: Channels that stay at least: of every group, or by group name.
         max_amount: Largest fraction, in [0, 1], of a group's channels that may leave: of every group, or by group name.
         round_to: Numbers of channels are multiples of this, rounded up, or what they are now.
+        parts: Numbers of units are multiples of this, likewise.
 
     Examples:
         >>> from lightning_prune.structure import find_structure, trace
@@ -111,15 +113,15 @@ def least_widths(
             Least(widths[name] - math.floor(share * widths[name] + _ROUNDING), f"max_amount={share:g}"),
             key=lambda limit: limit.width,
         )
-        step = step_of(group, round_to)
+        step = step_of(group, round_to, parts)
         rounded = math.ceil(least.width / step) * step
         if rounded > least.width:
-            least = Least(rounded, f"round_to={round_to}")
+            least = Least(rounded, rounding_in_words(round_to, parts))
         found[name] = least if least.width < group.width else Least(group.width, least.why)
     return found
 
 
-def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 1) -> list[Block]:
+def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 1, parts: int = 1) -> list[Block]:
     """Return what shrinks together, with all widths from those that groups have down to the least.
 
     Groups that are linked keep the same share, so their widths are the whole ones of such shares.
@@ -128,6 +130,7 @@ def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 
         structure: The channel groups as they stand.
         least: The smallest width that every group may have by itself.
         round_to: Numbers of channels are multiples of this, or what they are now.
+        parts: Numbers of units are multiples of this, likewise.
     """
     linked = {name: link for link in structure.links for name in link}
     found = []
@@ -135,24 +138,32 @@ def blocks_of(structure: Structure, least: Mapping[str, Least], round_to: int = 
         link = linked.get(name, (name,))
         if name != link[0]:
             continue
-        if len(link) == 1 and step_of(group, round_to) == 1:  # as most often
+        if len(link) == 1 and step_of(group, round_to, parts) == 1:  # as most often
             widths = np.arange(group.width, min(least[name].width, group.width) - 1, -1)[:, None]
             found.append(Block(tuple(link), widths, coarse=group.channels > 1))
             continue
         whole = np.array([structure.groups[member].width for member in link])
-        steps = np.array([step_of(structure.groups[member], round_to) for member in link])
+        steps = np.array([step_of(structure.groups[member], round_to, parts) for member in link])
         fewest = np.array([least[member].width for member in link])
-        parts = int(np.gcd.reduce(whole))
-        shares = np.arange(parts - 1, 0, -1)[:, None] * (whole // parts)
+        finest = int(np.gcd.reduce(whole))
+        shares = np.arange(finest - 1, 0, -1)[:, None] * (whole // finest)
         fits = ((shares >= fewest) & (shares % steps == 0)).all(axis=1)
         widths = np.concatenate([whole[None], shares[fits]])
         found.append(Block(tuple(link), widths, coarse=len(link) > 1 or group.channels > 1))
     return found
 
 
-def step_of(group: ChannelGroup, round_to: int) -> int:
-    """Return the fewest units whose channels are a multiple of ``round_to``."""
-    return round_to // math.gcd(round_to, group.channels)
+def step_of(group: ChannelGroup, round_to: int, parts: int = 1) -> int:
+    """Return the fewest units that make up equal ``parts``, and whose channels are a multiple of ``round_to``."""
+    return math.lcm(round_to // math.gcd(round_to, group.channels), parts)
+
+
+def rounding_in_words(round_to: int, parts: int) -> str:
+    """Say what widths are rounded to."""
+    split = f"tensor_parallel_size={parts}"
+    if round_to == 1:
+        return split
+    return f"round_to={round_to}" if parts == 1 else f"round_to={round_to} and {split}"
 
 
 def rooms_in_words(rooms: list[Room], most: int = 8) -> str:

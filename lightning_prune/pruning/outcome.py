@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lightning_prune.measure.footprint import Footprint
 from lightning_prune.pruning.amounts import Amount
 from lightning_prune.pruning.budget import NEAR, Budget, Dense, Target
+from lightning_prune.pruning.limits import rounding_in_words
 from lightning_prune.structure import Structure
 
 __all__ = ["Outcome", "kept_whole_by", "outcome_of", "reasons_of", "reasons_in_words"]
@@ -119,8 +120,8 @@ def kept_whole_by(structure: Structure, budget: Budget, dense: Dense, widths: Ma
     for name, limit in budget.least(structure, dense).items():
         if widths.get(name, 0) <= limit.width:
             found[name] = limit.why
-        elif budget.round_to > 1:
-            found[name] = f"round_to={budget.round_to}"
+        elif budget.round_to > 1 or budget.parts > 1:
+            found[name] = rounding_in_words(budget.round_to, budget.parts)
     return found
 
 

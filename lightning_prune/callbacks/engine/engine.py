@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +31,7 @@ from lightning_prune.callbacks.engine.sharding import (
     whole_model,
 )
 from lightning_prune.callbacks.engine.strategy import Member, Run
+from lightning_prune.callbacks.engine.tensor_parallel import Agreement
 from lightning_prune.callbacks.engine.user_averages import UserAverages
 from lightning_prune.model.torch_modes import refuse_inference_tensors
 from lightning_prune.surgery import drop_unused_recipe_, recipe_of, take_shapes_
@@ -59,6 +61,7 @@ class Engine:
             self.log.history = copy.deepcopy(earlier.log.history)
             self.inputs.example = earlier.inputs.example
         self._module = None if pl_module is None else weakref.ref(pl_module)
+        self._agreement = Agreement()
         self._hooks: list[Any] = []
         self._copy_hooks: list[Any] = []  # on averaged copies of the module
         self.averages = UserAverages()
@@ -90,6 +93,7 @@ class Engine:
             take_shapes_before_loading_(run.where, trainer, pl_module)
             keep_metadata_when_saved_(trainer.strategy)
             self.log.start_run()
+            self._agreement.note_numbers(trainer, pl_module)
             if stage == "fit":
                 callbacks = [*(member.callback for member in self.members), *guards(trainer)]
                 log_settings(trainer, pl_module, callbacks)
@@ -177,7 +181,7 @@ class Engine:
             self._prepare(run, batch)
         if own.prepared:
             if not own.inputs_verified and clock.unfinished:
-                with self._whole_if_needed(run):
+                with self._whole_if_needed(run, batch):
                     if own.strategy.reads_batches(pl_module):  # refuses what does not run before steps are spent
                         next(inputs_of(pl_module, [batch], own.strategy.traces))
                     if own.strategy.reads_losses:
@@ -205,7 +209,9 @@ class Engine:
         if own.asks_for_other_amounts:
             # amounts are relative to the dense model, so the schedule can be followed anew: nothing is pruned twice
             own.clock.progress = 0.0
-        with self._whole_if_needed(run):
+        if own.strategy.needs_whole_model:
+            self._agreement.refuse_local_numbers(run.where, run.trainer, run.module)
+        with self._whole_if_needed(run, batch):
             own.prepared = own.strategy.prepare(run, batch)
         if own.prepared:
             self.log.warn_changes(run)
@@ -305,29 +311,39 @@ class Engine:
             self._copy_hooks = let_copies_follow(trainer, pl_module)
 
     @contextmanager
-    def _whole_if_needed(self, run: Run) -> Iterator[None]:
-        """Show the body a plain model, where FSDP2 has split it and the strategy must look at all of it."""
+    def _whole_if_needed(self, run: Run, batch: Any | None = None) -> Iterator[None]:
+        """Show the body a plain model, where it is split and the strategy must look at all of it."""
         if not run.own.strategy.needs_whole_model:
             yield
             return
-        with self.whole(run.where, run.trainer, run.module):
+        with self.whole(run.where, run.trainer, run.module, batch):
             yield
 
     @contextmanager
-    def whole(self, where: str, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """Show the body a plain model, where FSDP2 has split it; all callbacks find its parameters anew afterwards."""
+    def whole(
+        self, where: str, trainer: Trainer, pl_module: LightningModule, batch: Any | None = None
+    ) -> Iterator[None]:
+        """Show the body a plain model, where it is split; all callbacks find its parameters anew afterwards.
+
+        Where tensor parallelism has split it, its outputs are compared with those of the whole model.
+        """
         if not is_model_parallel(trainer):
             yield
             return
         try:
             with whole_model(where, trainer, pl_module):
+                given = [member.strategy.example_inputs for member in self.members]
+                find = partial(self.inputs.find, pl_module, self.members[0].strategy.traces, given, batch)
+                self._agreement.look(where, trainer, pl_module, find)
                 yield
+                expected = self._agreement.outputs(pl_module)
                 for member in self.members:
                     if member.prepared:
                         member.strategy.before_split(pl_module)
         finally:
             for member in self.members:
                 member.strategy.after_split()
+        self._agreement.refuse_others(where, pl_module, expected)
 
     def _run(self, own: Member, trainer: Trainer, pl_module: LightningModule) -> Run:
         return Run(trainer, pl_module, self.members, own, self.inputs, self.averages)
@@ -343,4 +359,4 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model and the other callbacks, which another run brings."""
-        return {**self.__dict__, "members": (), "_module": None, "_hooks": [], "_copy_hooks": []}
+        return {**self.__dict__, "members": (), "_module": None, "_agreement": Agreement(), "_hooks": [], "_copy_hooks": []}

@@ -14,7 +14,7 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
-from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
+from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
 from lightning_prune.structure import named_tensors
@@ -33,9 +33,7 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
     Raises:
         PruningError: Saying what to use instead.
     """
-    if is_model_parallel(trainer):
-        refuse_unsplittable(where, trainer)
-    else:
+    if not is_model_parallel(trainer):
         _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
     _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
     _refuse_model_pruning(where, trainer, "cuts")

@@ -1,4 +1,4 @@
-"""Makes a model that FSDP2 has split whole for the length of a pruning step, and splits it again."""
+"""Makes a model whole that FSDP2 or tensor parallelism has split, for a pruning step, and splits it again."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ from lightning_prune.callbacks.engine.averaging import with_metadata
 from lightning_prune.callbacks.engine.packages import is_a
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import (
+    hook_counts,
     is_sharded,
     missing_of_torch,
+    own_part,
+    part_like,
     settle_,
     split_like,
     undo_fully_shard_,
+    undo_parallelize_module_,
     whole,
+    whole_numbers,
 )
 from lightning_prune.surgery import RECIPE, checked, take_told_
 from lightning_prune.surgery.loading import take_recorded_shapes_
 from lightning_prune.surgery.skipped import drop_state_
 
 __all__ = [
-    "is_model_parallel", "load_as_before_", "note_shapes_", "refuse_old_torch", "refuse_unsplittable",
-    "take_shapes_before_loading_", "whole_model",
+    "is_model_parallel", "load_as_before_", "note_shapes_", "refuse_changed_numbers", "refuse_old_torch",
+    "refuse_tensor_parallel", "take_shapes_before_loading_", "tensor_parallel_size", "whole_model",
 ]  # fmt: skip
 
 _LARGER = 2  # how much larger than the largest tensor of the model one of a checkpoint may be
@@ -43,16 +48,45 @@ def is_model_parallel(trainer: Trainer) -> bool:
     return is_a(trainer.strategy, "ModelParallelStrategy")
 
 
-def refuse_unsplittable(where: str, trainer: Trainer) -> None:
-    """Refuse ways of splitting that cannot be undone for a pruning step.
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """Return over how many processes tensor parallelism splits layers."""
+    if not is_model_parallel(trainer):
+        return 1
+    size: int = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
+    return size
+
+
+def refuse_tensor_parallel(where: str, trainer: Trainer, why: str) -> None:
+    """Refuse tensor parallelism where something else would have to be split anew.
 
     Raises:
-        PruningError: For tensor parallelism.
+        PruningError: Saying why, and what to use instead.
     """
-    if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
+    if tensor_parallel_size(trainer) > 1:
         raise PruningError(
-            f"{where}: tensor parallelism splits channels over processes, from which no unit can be cut. Prune under "
-            "FSDP2 alone (tensor_parallel_size=1), or before the model is split."
+            f"{where}: under tensor parallelism {why}. Prune under FSDP2 alone (tensor_parallel_size=1), or before the "
+            "model is split."
+        )
+
+
+def refuse_changed_numbers(where: str, pl_module: LightningModule, changed: Mapping[tuple[str, str], int]) -> None:
+    """Refuse a ``configure_model`` that leaves numbers of one process's part on modules.
+
+    Args:
+        where: The callback, for errors.
+        pl_module: The module.
+        changed: Path and name of attributes that it changed, and what they were.
+
+    Raises:
+        PruningError: Naming the first of them.
+    """
+    for (path, name), was in changed.items():
+        now = getattr(pl_module.get_submodule(path), name, None)
+        raise PruningError(
+            f"{where}: configure_model of {type(pl_module).__name__} changes {path or 'its module'}.{name} from {was} "
+            f"to {now}. A pruning step puts the model together, where it needs the number of all processes, and calls "
+            f"configure_model again. Leave {name} as it is, and let forward take the number from shapes, as in "
+            "view(..., -1, head_dim)."
         )
 
 
@@ -87,12 +121,16 @@ def whole_model(where: str, trainer: Trainer, pl_module: LightningModule) -> Ite
         return
     gathered = {name: _plain(parameter) for name, parameter in pl_module.named_parameters()}
     was_split = {id(parameter): name in split for name, parameter in gathered.items()}
+    hooks = hook_counts(pl_module)
     undo_fully_shard_(pl_module)
+    undo_parallelize_module_(pl_module)
     _exchange_(pl_module, trainer.optimizers, gathered)
     try:
         yield
     finally:
         _split_again(where, trainer, pl_module, was_split)
+    if tensor_parallel_size(trainer) > 1:
+        _refuse_other_hooks(where, pl_module, hooks)
 
 
 def note_shapes_(pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -219,7 +257,7 @@ def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, was_s
     Raises:
         PruningError: If it does not split what it split before.
     """
-    before = dict(pl_module.named_parameters())
+    before, numbers = dict(pl_module.named_parameters()), whole_numbers(pl_module)
     with (
         trainer.strategy.tensor_init_context(),
         trainer.strategy.model_sharded_context(),
@@ -237,5 +275,43 @@ def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, was_s
             "early, and build the model in __init__."
         )
     by_id = {id(before[name]): parameter for name, parameter in after.items()}
-
     _hand_over(trainer.optimizers, by_id, split_like)
+    if tensor_parallel_size(trainer) > 1:
+        now = whole_numbers(pl_module)
+        refuse_changed_numbers(where, pl_module, {at: was for at, was in numbers.items() if now.get(at) != was})
+        _refuse_other_parts(where, pl_module, before, after)
+
+
+def _refuse_other_parts(
+    where: str, pl_module: LightningModule, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Refuse parts that are not those into which optimizer state and masks are split.
+
+    Raises:
+        PruningError: Naming the first parameter.
+    """
+    for name, parameter in after.items():
+        expected = part_like(before[name].detach(), parameter)
+        if not torch.allclose(own_part(parameter), expected, rtol=0, atol=0, equal_nan=True):
+            raise PruningError(
+                f"{where}: configure_model of {type(pl_module).__name__} makes other values of {name} than it finds, or "
+                "splits it in another way than its placements say. Let it split parameters by parallelize_module and "
+                "fully_shard alone."
+            )
+
+
+def _refuse_other_hooks(where: str, pl_module: LightningModule, before: Mapping[int, int]) -> None:
+    """Refuse hooks that ``configure_model`` sets each time it is called.
+
+    Raises:
+        PruningError: Naming the first module.
+    """
+    after = hook_counts(pl_module)
+    for path, module in pl_module.named_modules():
+        count = before.get(id(module), after[id(module)])
+        if after[id(module)] != count:
+            raise PruningError(
+                f"{where}: {path or type(pl_module).__name__} had {count} forward hooks, and {after[id(module)]} once "
+                "configure_model was called again for a pruning step. Set hooks in __init__, and there let "
+                "parallelize_module set its own."
+            )

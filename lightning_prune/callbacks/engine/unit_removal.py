@@ -35,7 +35,7 @@ from lightning_prune.callbacks.engine.refusals import (
     refuse_unseen,
 )
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
+from lightning_prune.callbacks.engine.sharding import is_model_parallel, tensor_parallel_size
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Coming, Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
@@ -493,6 +493,7 @@ class UnitRemoval(Strategy):
         start, schedule = start or self.start, run.own.schedule
         asked = self.arguments  # limits are those of the dense model's layers
         budget = replace(start.budget, target=asked.target, scope=asked.scope, round_to=asked.round_to)
+        budget = replace(budget, parts=tensor_parallel_size(run.trainer))
         measured = partial(latency_of_first, run.trainer, run.module, self.traced.inputs, start.shapes)
         plan = plan_filters(
             run.module, self.traced.inputs, structure, scores, share_due(start.amount, schedule, progress), budget,

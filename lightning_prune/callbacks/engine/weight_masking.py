@@ -23,7 +23,6 @@ from lightning_prune.callbacks.engine.refusals import (
     refuse_shared,
     refuse_unmaskable,
 )
-from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_unsplittable
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_arguments import WeightArguments
@@ -71,8 +70,6 @@ class WeightMasking(Strategy):
     def refuse(self, run: Run) -> None:
         """Refuse a run in which masks cannot hold."""
         refuse_masks(run.where, run.trainer, run.module)
-        if is_model_parallel(run.trainer) and self.needs_whole_model:
-            refuse_unsplittable(run.where, run.trainer)
         removing = [member for member in run.members if isinstance(member.strategy, UnitRemoval)]
         if self.arguments.pattern is not None and removing:
             raise PruningError(
