@@ -96,12 +96,88 @@ class Deep(Lit):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
+class Attention(nn.Module):
+    """Attention that reads from shapes how many heads it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.norm_1, self.norm_2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm_1(x))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class Decoder(Lit):
+    """A transformer whose activations tensor parallelism splits along the sequence, outside of its products."""
+
+    def __init__(self, how="one"):
+        super().__init__(how)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Embedding(11, 16), Block(), Block(), nn.LayerNorm(16), nn.Linear(16, 11))
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel,
+            PrepareModuleInput,
+            RowwiseParallel,
+            SequenceParallel,
+            parallelize_module,
+        )
+
+        if "tp" in self.how:
+            cut = {"input_layouts": Shard(1), "desired_input_layouts": Replicate()}
+            plan = {
+                "0": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+                "3": SequenceParallel(),
+                "4": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+            }
+            for block in "12":
+                plan |= {f"{block}.{name}": SequenceParallel() for name in ("norm_1", "norm_2")}
+                plan |= {f"{block}.attention": PrepareModuleInput(**cut), f"{block}.up": ColwiseParallel(input_layouts=Shard(1))}
+                plan |= {f"{block}.attention.{name}": ColwiseParallel() for name in "qkv"}
+                plan |= {
+                    f"{block}.{name}": RowwiseParallel(output_layouts=Shard(1)) for name in ("attention.o", "down")
+                }
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        if "fsdp" in self.how:
+            for layer in (*self.net, self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def forward(self, tokens):
+        return self.net(tokens)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten())
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
+
+
 def network(case, how="one"):
-    return (Deep if case.startswith("layers") else Lit)(how)
+    kinds = {"layers": Deep, "tokens": Decoder}
+    return kinds.get(case.partition("-")[0], Lit)(how)
 
 
-def data():
+def data(case=""):
     generator = torch.Generator().manual_seed(1)
+    if case.startswith("tokens"):
+        return TensorDataset(torch.randint(0, 11, (32, 9), generator=generator))
     return TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 3, (32,), generator=generator))
 
 
@@ -132,6 +208,11 @@ CASES = {
     "layers-by-taylor": partial(LayerPruning, 0.5, criterion="taylor", target="flops", batches=2, schedule=OneShot(2)),
     "layers-repaired": partial(LayerPruning, 2, batches=2, schedule=OneShot(2), repair=True),
     "layers-guarded": partial(LayerPruning, 2, batches=2, schedule=OneShot(2)),
+    "tokens": partial(FilterL1Pruning, 0.4, schedule=STEPS),
+    "tokens-taylor": partial(TaylorFilterPruning, 0.4, target="params", scope="global", schedule=STEPS),
+    "tokens-repaired": partial(FilterPruning, 0.4, criterion="obs", batches=2, schedule=OneShot(2), repair=True),
+    "tokens-one-shot": partial(OBSOneShot, 0.5, batches=2, epoch=2),
+    "tokens-weights": partial(IterativeMagnitudePruning, 0.6, scope="global", schedule=STEPS),
     "repaired": partial(FilterPruning, 0.4, criterion="obs", batches=2, schedule=OneShot(2)),
 }
 
@@ -158,14 +239,14 @@ def trainer(case, folder=None, **options):
 
 
 def strategy(how, folders):
-    sizes = (2, 1) if how == "fsdp" else (1, 2)
+    sizes = {"fsdp": (2, 1), "tp": (1, 2), "fsdp+tp": (2, 2)}[how]
     return ModelParallelStrategy(*sizes, save_distributed_checkpoint=folders, process_group_backend="gloo")
 
 
 def run(name, case, how, folder=None, folders=False, ckpt_path=None):
-    run = trainer(case, folder, devices=2, strategy=strategy(how, folders))
+    run = trainer(case, folder, devices=4 if how == "fsdp+tp" else 2, strategy=strategy(how, folders))
     module = network(case, how)
-    loader = DataLoader(data(), 16 if how == "fsdp" else 32)
+    loader = DataLoader(data(case), 16 if "fsdp" in how else 32)
     run.fit(module, loader, loader, ckpt_path=ckpt_path)
     whole = {key: getattr(value, "full_tensor", value.clone)() for key, value in module.state_dict().items()}
     if run.is_global_zero:

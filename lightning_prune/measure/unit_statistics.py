@@ -15,7 +15,7 @@ from lightning_prune.measure.unit_reads import Place, Reads, Seen, Unseen, find_
 from lightning_prune.model.calls import tensors_in
 from lightning_prune.model.devices import widest_float
 from lightning_prune.model.errors import PruningError
-from lightning_prune.model.shards import is_sharded, over_processes, own_part
+from lightning_prune.model.shards import gradient_part, is_sharded, over_processes, own_part
 from lightning_prune.structure import Slot, Structure
 
 __all__ = [
@@ -278,7 +278,7 @@ def _sums_by_name(
     for name, own in dims.items():
         gradient = gradients[name]
         assert gradient is not None
-        sums[name] = _product_sums(own_part(parameters[name]), own_part(gradient), own)
+        sums[name] = _product_sums(own_part(parameters[name]), gradient_part(gradient, parameters[name]), own)
     split = [(name, dim) for name, own in sums.items() for dim in own if is_sharded(parameters[name])]
     if split:
         parts = [sums[name][dim] for name, dim in split]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "as_sharded", "gathered_names", "hook_counts", "is_sharded", "missing_of_torch", "own_part", "over_processes", "part_like",
+    "as_sharded", "gathered_names", "gradient_part", "hook_counts", "is_sharded", "missing_of_torch", "own_part", "over_processes", "part_like",
     "settle_", "split_like", "undo_fully_shard_", "undo_parallelize_module_", "whole",
     "whole_numbers",
 ]  # fmt: skip
@@ -59,6 +59,18 @@ def as_sharded(value: Tensor, tensor: Tensor) -> Tensor:
 
     split: Any = tensor
     return distribute_tensor(value.to(split.device), split.device_mesh, split.placements, src_data_rank=None)
+
+
+def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a gradient that belongs to this process's part of its parameter.
+
+    Under sequence parallelism the gradient of a parameter that every process holds is a sum that is still to be taken.
+    All processes must call this together.
+    """
+    if not (is_sharded(gradient) and is_sharded(parameter)):
+        return own_part(gradient)
+    split, like = gradient.detach(), parameter
+    return own_part(split.redistribute(like.device_mesh, like.placements))  # type: ignore[attr-defined]
 
 
 def split_like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -107,10 +119,12 @@ def _laid_out(rows: Tensor, tensor: Any, dim: int) -> Tensor:
     everywhere = rows.new_zeros(tensor.shape[dim])
     own = torch.arange(tensor.shape[dim], device=rows.device)
     mesh = tensor.device_mesh
-    for at, placement, size in zip(mesh.get_coordinate(), tensor.placements, mesh.shape, strict=True):
+    splits = list(zip(mesh.get_coordinate(), tensor.placements, mesh.shape, strict=True))
+    splits.sort(key=lambda split: hasattr(split[1], "split_factor"))  # FSDP2 splits what tensor parallelism has split
+    for at, placement, size in splits:
         if placement.is_replicate() and at > 0:
             return everywhere  # the first of those that hold the same counts it
-        if placement.is_shard(dim):
+        if getattr(placement, "dim", None) == dim:
             chunks = own.chunk(size)
             own = chunks[at] if at < len(chunks) else own[:0]
     return everywhere.index_copy(0, own, rows)

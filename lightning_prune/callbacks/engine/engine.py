@@ -6,7 +6,6 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -332,9 +331,7 @@ class Engine:
             return
         try:
             with whole_model(where, trainer, pl_module):
-                given = [member.strategy.example_inputs for member in self.members]
-                find = partial(self.inputs.find, pl_module, self.members[0].strategy.traces, given, batch)
-                self._agreement.look(where, trainer, pl_module, find)
+                self._agreement.look(where, trainer, pl_module, batch)
                 yield
                 expected = self._agreement.outputs(pl_module)
                 for member in self.members:

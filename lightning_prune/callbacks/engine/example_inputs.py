@@ -32,6 +32,7 @@ from lightning_prune.surgery.cut import Cut
 
 __all__ = [
     "RunInputs", "batch_as_inputs", "inputs_of", "is_plain", "on_device_of", "refuse_cut_steps", "refuse_steps_without",
+    "step_on",
 ]  # fmt: skip
 
 _INPUTS = (
@@ -47,6 +48,11 @@ def on_device_of(trainer: Trainer, pl_module: LightningModule, inputs: ExampleIn
     inputs = trainer.strategy.broadcast(move_data_to_device(inputs, torch.device("cpu")))  # all decide on the same
     inputs = move_data_to_device(inputs, pl_module.device)
     return trainer.precision_plugin.convert_input(inputs)  # type: ignore[no-any-return]
+
+
+def step_on(pl_module: LightningModule, batch: Any) -> ExampleInputs | None:
+    """Return what runs a step of the module on a batch as it is, as training does; None if there is no such step."""
+    return next((instead_of_forward(step, batch) for step in _steps(pl_module)), None)
 
 
 def batch_as_inputs(pl_module: LightningModule, batch: Any, traced: Traced = "forward") -> tuple[str, ExampleInputs]:
