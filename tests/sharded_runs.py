@@ -149,7 +149,10 @@ class Decoder(Lit):
             }
             for block in "12":
                 plan |= {f"{block}.{name}": SequenceParallel() for name in ("norm_1", "norm_2")}
-                plan |= {f"{block}.attention": PrepareModuleInput(**cut), f"{block}.up": ColwiseParallel(input_layouts=Shard(1))}
+                plan |= {
+                    f"{block}.attention": PrepareModuleInput(**cut),
+                    f"{block}.up": ColwiseParallel(input_layouts=Shard(1)),
+                }
                 plan |= {f"{block}.attention.{name}": ColwiseParallel() for name in "qkv"}
                 plan |= {
                     f"{block}.{name}": RowwiseParallel(output_layouts=Shard(1)) for name in ("attention.o", "down")
@@ -199,11 +202,16 @@ CASES = {
         TaylorFilterPruning({"net.0": 0.5}, schedule=OneShot(2)),
         FilterL1Pruning({"net.4": 0.5}, schedule=OneShot(1)),
     ),
+    "masked-and-cut": lambda: (
+        IterativeMagnitudePruning(0.5, schedule=Linear(2, 3)),
+        FilterL1Pruning(0.5, schedule=OneShot(1)),
+    ),
     "taylor-by-flops": partial(TaylorFilterPruning, 0.4, target="flops", scope="global", schedule=STEPS),
     "taylor-activations": partial(TaylorFilterPruning, 0.5, form="activations", schedule=STEPS),
     "activations": partial(FilterPruning, 0.5, criterion="activation_std", schedule=STEPS),
     "rewinding": partial(IterativeMagnitudePruning, 0.7, schedule=STEPS, rewind_to=1),
     "shuffled": partial(IterativeMagnitudePruning, 0.5, schedule=OneShot(2), rewind_to=0, control="shuffle"),
+    "drawn": partial(IterativeMagnitudePruning, 0.5, schedule=OneShot(2), rewind_to=0, control="reinitialize"),
     "layers": partial(LayerPruning, 3, batches=2, schedule=STEPS),
     "layers-by-taylor": partial(LayerPruning, 0.5, criterion="taylor", target="flops", batches=2, schedule=OneShot(2)),
     "layers-repaired": partial(LayerPruning, 2, batches=2, schedule=OneShot(2), repair=True),

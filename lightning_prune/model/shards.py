@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "as_sharded", "gathered_names", "gradient_part", "hook_counts", "is_sharded", "missing_of_torch", "own_part", "over_processes", "part_like",
-    "settle_", "split_like", "undo_fully_shard_", "undo_parallelize_module_", "whole",
+    "as_sharded", "gathered_names", "gradient_part", "hook_counts", "is_sharded", "missing_of_torch", "own_part",
+    "over_processes", "part_like", "settle_", "split_like", "undo_fully_shard_", "undo_parallelize_module_", "whole",
     "whole_numbers",
 ]  # fmt: skip
+
+Hooks = OrderedDict[int, Any]
+"""Hooks of a module, by their key."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -167,20 +171,30 @@ def undo_fully_shard_(model: nn.Module) -> None:
             vars(module).pop(key, None)
 
 
-def undo_parallelize_module_(model: nn.Module) -> None:
+def undo_parallelize_module_(model: nn.Module) -> list[tuple[Hooks, int]]:
     """Take off every module the hooks by which torch splits and gathers activations; buffers are whole afterwards.
 
-    These hooks are functions of torch's own files, also where a ``ParallelStyle`` of a user sets them.
+    These hooks are functions of torch's own files, also where ``distribute_module`` sets them for others.
+
+    Returns:
+        The other hooks that ran after one of them, as ``(dict, key)``: move them to the end once they are set again.
     """
+    later: list[tuple[Hooks, int]] = []
     for module in model.modules():
         vars(module).pop("_distribute_module_applied", None)  # which refuses a second call
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = whole(buffer)
         for hooks, *flags in _hooks_of(module):
-            for key in [key for key, hook in hooks.items() if _splits_activations(hook)]:
-                for told in (hooks, *flags):
-                    told.pop(key, None)
+            behind = False
+            for key, hook in list(hooks.items()):
+                if _splits_activations(hook):
+                    behind = True
+                    for told in (hooks, *flags):
+                        told.pop(key, None)
+                elif behind:
+                    later.append((hooks, key))
+    return later
 
 
 def whole_numbers(model: nn.Module) -> dict[tuple[str, str], int]:
@@ -198,9 +212,11 @@ def hook_counts(model: nn.Module) -> dict[int, int]:
     return {id(module): sum(len(hooks) for hooks, *_ in _hooks_of(module)) for module in model.modules()}
 
 
-def _hooks_of(module: nn.Module) -> Iterator[tuple[dict[int, Any], ...]]:
-    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-    yield module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+def _hooks_of(module: nn.Module) -> Iterator[tuple[Hooks, ...]]:
+    """Yield the hooks before and behind the forward pass, each followed by what else is noted of them, by their key."""
+    known: Any = module
+    yield known._forward_pre_hooks, known._forward_pre_hooks_with_kwargs
+    yield known._forward_hooks, known._forward_hooks_with_kwargs, known._forward_hooks_always_called
 
 
 def _splits_activations(hook: Any) -> bool:

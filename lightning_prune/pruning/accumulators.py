@@ -67,6 +67,7 @@ class Accumulator:
         looks_at: What of the training it sees: ``"gradients"``, ``"activations"``, or ``""`` for nothing.
         calls_forward: Whether, in a run, it gets the inputs of ``forward`` instead of whole training batches.
         adds_up: Whether scores are losses, so that those of several units add up.
+        reads_parts: Whether it can look at the training of a model that tensor parallelism splits.
         means: The sums of what was seen since :meth:`watch`.
     """
 
@@ -74,6 +75,7 @@ class Accumulator:
     looks_at: str = ""
     calls_forward: bool = False
     adds_up: bool = False
+    reads_parts: bool = False
     model: nn.Module
     structure: Structure
     means: UnitMeans
@@ -261,6 +263,7 @@ class TaylorOfWeights(Accumulator):
 
     looks_at = "gradients"
     adds_up = True
+    reads_parts = True
 
     def before_step(self, gradients: Mapping[str, Tensor | None], elsewhere: Collection[str] = ()) -> None:
         """Add what gradients say; without any, a group that could have them is worth nothing to this loss."""

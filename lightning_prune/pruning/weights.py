@@ -199,6 +199,12 @@ class ToPrune(NamedTuple):
     stay: dict[str, str]
     others: dict[str, str]
 
+    def found_anew(self, model: nn.Module) -> ToPrune:
+        """Return the same with the parameters that a model has now: whole for a pruning step they are other objects."""
+        own = dict(model.named_parameters())
+        weights = {name: weight._replace(parameter=own[name]) for name, weight in self.weights.items() if name in own}
+        return self._replace(weights=weights)
+
 
 def weights_to_prune(
     model: nn.Module,

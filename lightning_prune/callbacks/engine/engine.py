@@ -356,4 +356,11 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the model and the other callbacks, which another run brings."""
-        return {**self.__dict__, "members": (), "_module": None, "_agreement": Agreement(), "_hooks": [], "_copy_hooks": []}
+        return {
+            **self.__dict__,
+            "members": (),
+            "_module": None,
+            "_agreement": Agreement(),
+            "_hooks": [],
+            "_copy_hooks": [],
+        }

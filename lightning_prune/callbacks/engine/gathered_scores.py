@@ -65,6 +65,7 @@ class OverTheRun(Gathering):
         self.criterion = criterion
         self.otherwise = AtTheCut(criterion, batches)
         self.looks_at_training = accumulator_for(criterion).looks_at
+        self.reads_parts = accumulator_for(criterion).reads_parts
         self._accumulator: Accumulator | None = None
         self._hooks = ExitStack()
         self._brought: dict[str, list[Any]] | None = None  # by a checkpoint, until the model is traced

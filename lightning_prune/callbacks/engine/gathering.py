@@ -19,11 +19,13 @@ class Gathering:
 
     Attributes:
         looks_at_training: What of the training must be seen before a pruning step, if anything.
+        reads_parts: Whether it can be seen of a model that tensor parallelism splits.
         adding_up: Whether scores are losses, so that those of several units add up.
         traces: What of the module runs on training batches.
     """
 
     looks_at_training: str = ""
+    reads_parts: bool = True
     adding_up: bool = False
     traces: Traced = "forward"
 

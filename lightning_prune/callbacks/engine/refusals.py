@@ -14,7 +14,7 @@ from lightning_prune.algorithms.schedules import Schedule
 from lightning_prune.callbacks.engine.clock import first_moment
 from lightning_prune.callbacks.engine.gathering import Gathering
 from lightning_prune.callbacks.engine.packages import callbacks_named, is_a
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
+from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_tensor_parallel
 from lightning_prune.model.errors import PruningError
 from lightning_prune.model.shards import whole
 from lightning_prune.structure import named_tensors
@@ -26,6 +26,8 @@ __all__ = [
     "refuse_unmaskable", "refuse_unseen", "steps_in_epoch",
 ]  # fmt: skip
 
+_COPYING = "WeightAveraging", "StochasticWeightAveraging", "DistillFromDense"
+
 
 def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse strategies and other callbacks beside which no unit can leave.
@@ -35,6 +37,8 @@ def refuse_removal(where: str, trainer: Trainer, pl_module: LightningModule) -> 
     """
     if not is_model_parallel(trainer):
         _refuse_shards(where, trainer, "from which no unit can be cut", ", then shard the slim model")
+    for copying in callbacks_named(trainer, *_COPYING):
+        refuse_tensor_parallel(where, trainer, f"{type(copying).__name__} keeps a copy that no cut follows")
     _refuse_spawned(where, trainer, pl_module, "a model that was cut there does not fit into the one that waits here")
     _refuse_model_pruning(where, trainer, "cuts")
     if is_a(trainer.strategy.checkpoint_io, "AsyncCheckpointIO"):

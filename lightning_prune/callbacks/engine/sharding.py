@@ -56,16 +56,16 @@ def tensor_parallel_size(trainer: Trainer) -> int:
     return size
 
 
-def refuse_tensor_parallel(where: str, trainer: Trainer, why: str) -> None:
-    """Refuse tensor parallelism where something else would have to be split anew.
+def refuse_tensor_parallel(where: str, trainer: Trainer, why: str, instead: str = "Prune") -> None:
+    """Refuse tensor parallelism where units cannot be pruned beside it.
 
     Raises:
         PruningError: Saying why, and what to use instead.
     """
     if tensor_parallel_size(trainer) > 1:
         raise PruningError(
-            f"{where}: under tensor parallelism {why}. Prune under FSDP2 alone (tensor_parallel_size=1), or before the "
-            "model is split."
+            f"{where}: under tensor parallelism {why}. {instead} under FSDP2 alone (tensor_parallel_size=1), or before "
+            "the model is split."
         )
 
 
@@ -123,12 +123,15 @@ def whole_model(where: str, trainer: Trainer, pl_module: LightningModule) -> Ite
     was_split = {id(parameter): name in split for name, parameter in gathered.items()}
     hooks = hook_counts(pl_module)
     undo_fully_shard_(pl_module)
-    undo_parallelize_module_(pl_module)
+    later = undo_parallelize_module_(pl_module)
     _exchange_(pl_module, trainer.optimizers, gathered)
     try:
         yield
     finally:
         _split_again(where, trainer, pl_module, was_split)
+    for own, key in later:
+        if key in own:
+            own.move_to_end(key)
     if tensor_parallel_size(trainer) > 1:
         _refuse_other_hooks(where, pl_module, hooks)
 
@@ -277,8 +280,8 @@ def _split_again(where: str, trainer: Trainer, pl_module: LightningModule, was_s
     by_id = {id(before[name]): parameter for name, parameter in after.items()}
     _hand_over(trainer.optimizers, by_id, split_like)
     if tensor_parallel_size(trainer) > 1:
-        now = whole_numbers(pl_module)
-        refuse_changed_numbers(where, pl_module, {at: was for at, was in numbers.items() if now.get(at) != was})
+        left = whole_numbers(pl_module)
+        refuse_changed_numbers(where, pl_module, {at: was for at, was in numbers.items() if left.get(at) != was})
         _refuse_other_parts(where, pl_module, before, after)
 
 
@@ -294,9 +297,9 @@ def _refuse_other_parts(
         expected = part_like(before[name].detach(), parameter)
         if not torch.allclose(own_part(parameter), expected, rtol=0, atol=0, equal_nan=True):
             raise PruningError(
-                f"{where}: configure_model of {type(pl_module).__name__} makes other values of {name} than it finds, or "
-                "splits it in another way than its placements say. Let it split parameters by parallelize_module and "
-                "fully_shard alone."
+                f"{where}: configure_model of {type(pl_module).__name__} changes values of {name}, or splits it in "
+                "another way than its placements say. Let it split parameters by parallelize_module and fully_shard "
+                "alone."
             )
 
 

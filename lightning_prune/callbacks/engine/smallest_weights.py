@@ -17,7 +17,6 @@ from lightning_prune.callbacks.engine.guard import guards
 from lightning_prune.callbacks.engine.packages import callbacks_named
 from lightning_prune.callbacks.engine.refusals import first_pruning_step
 from lightning_prune.callbacks.engine.rewind import draw_anew_, remember, rewind_
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
 from lightning_prune.callbacks.engine.strategy import Run
 from lightning_prune.callbacks.engine.unit_removal import UnitRemoval
 from lightning_prune.callbacks.engine.weight_choice import MaskedWeights, WeightChoice
@@ -71,15 +70,15 @@ class SmallestWeights(WeightChoice):
                 f"{first_moment(schedule)}, comes before the step that it rewinds to. Rewind to an earlier one."
             )
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether whole weights are drawn anew, as one process would draw them."""
+        return self.control == "reinitialize"
+
     def refuse(self, run: Run) -> None:
         """Refuse a run that cannot go back."""
         if self.rewind_to is None:
             return
-        if is_model_parallel(run.trainer) and self.control is not None:
-            raise PruningError(
-                f"{run.where}(control={self.control!r}): controls draw random numbers for whole weights, and this "
-                "model is split over processes. Run controls under strategy='ddp' or on one device."
-            )
         removing = [member.callback for member in run.members if isinstance(member.strategy, UnitRemoval)]
         # Those that average weights, or unfreeze layers, from some epoch on cannot go back.
         scheduled = callbacks_named(run.trainer, "StochasticWeightAveraging", "BaseFinetuning")
@@ -127,7 +126,8 @@ class SmallestWeights(WeightChoice):
         """Go back to where the round began."""
         if self._early is None:
             return
-        rewind_(run.trainer, run.module, self._early)
+        early = tree_map_only(Tensor, whole, self._early) if self.needs_whole_model else self._early
+        rewind_(run.trainer, run.module, early)
         if self.control == "reinitialize" and progress >= 1.0:
             draw_anew_(run.module, self._known_seed)
         for masking in run.strategies(WeightMasking):

@@ -49,11 +49,11 @@ class Agreement:
     def refuse_local_numbers(self, where: str, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse modules whose numbers are those of one process's part, with which no whole model runs."""
         size = tensor_parallel_size(trainer)
-        if size > 1 and self._numbers is not None:
-            now = whole_numbers(pl_module)
-            divided = {at: was for at, was in self._numbers.items() if now.get(at) not in (None, was)}
-            divided = {at: was for at, was in divided.items() if now[at] * size == was}
-            refuse_changed_numbers(where, pl_module, divided)
+        if size == 1 or self._numbers is None or trainer.ckpt_path is not None:  # whose numbers may be of a slim model
+            return
+        now = whole_numbers(pl_module)
+        divided = {at: was for at, was in self._numbers.items() if was and now.get(at, 0) * size == was}
+        refuse_changed_numbers(where, pl_module, divided)
 
     def look(self, where: str, trainer: Trainer, pl_module: LightningModule, batch: Any | None) -> None:
         """Remember a training batch to compare on, while the model is whole.
@@ -69,9 +69,8 @@ class Agreement:
         try:
             _outputs(pl_module, inputs)
         except Exception as error:
-            raise PruningError(
-                f"{where}: {type(pl_module).__name__} does not run as a whole ({type(error).__name__}: {error}). {_SAME}"
-            ) from error
+            failed = f"{type(pl_module).__name__} does not run as a whole ({type(error).__name__}: {error})"
+            raise PruningError(f"{where}: {failed}. {_SAME}") from error
         self._inputs = inputs
 
     def outputs(self, pl_module: LightningModule) -> _Outputs | None:

@@ -35,7 +35,11 @@ from lightning_prune.callbacks.engine.refusals import (
     refuse_unseen,
 )
 from lightning_prune.callbacks.engine.removal_state import RemovalState, Start
-from lightning_prune.callbacks.engine.sharding import is_model_parallel, tensor_parallel_size
+from lightning_prune.callbacks.engine.sharding import (
+    is_model_parallel,
+    refuse_tensor_parallel,
+    tensor_parallel_size,
+)
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Coming, Run, Strategy
 from lightning_prune.callbacks.engine.traced_model import Narrow, TracedModel, written_with
@@ -150,6 +154,14 @@ class UnitRemoval(Strategy):
                 )
         refuse_removal(run.where, run.trainer, run.module)
         refuse_step(run.where, self.arguments.trace, run.module)
+        if not self.gathering.reads_parts:
+            unseen = f"no process sees all {self.gathering.looks_at_training} of a unit in training steps"
+            refuse_tensor_parallel(
+                run.where,
+                run.trainer,
+                unseen,
+                "Score by weights, as TaylorFilterPruning(form='weights') does, or prune",
+            )
         if self.fade_steps and is_model_parallel(run.trainer):
             raise PruningError(
                 f"{run.where}(fade_steps={self.fade_steps}): no process has the whole weights to fade under "
@@ -183,6 +195,11 @@ class UnitRemoval(Strategy):
         structure = self.traced.groups(run.module)
         self.traced.count(run.module, structure)
         self._refuse_overlap(run, structure)
+        if (size := tensor_parallel_size(run.trainer)) > 1:
+            rank_zero_info(
+                f"{run.where}: tensor parallelism splits layers over {size} processes, so each keeps a multiple of "
+                f"{size} units, or stays as it is."
+            )
         structure = self.traced.prunable(run.module, self.state.refused, structure)
         self.state.pinned, self.state.branching = structure.pinned, list(structure.branching)
         if self.state.start is None:

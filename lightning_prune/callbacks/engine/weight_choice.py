@@ -40,6 +40,11 @@ class WeightChoice(RunEvents, ABC):
     reads_batches: bool = False
     """Whether the model will be run on training batches beside the training."""
 
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether it looks at, or draws, all of a model that is split over processes."""
+        return self.reads_batches
+
     def refuse(self, run: Run) -> None:
         """Refuse a run in which this choice cannot work."""
 

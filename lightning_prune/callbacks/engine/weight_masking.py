@@ -81,8 +81,8 @@ class WeightMasking(Strategy):
 
     @property
     def needs_whole_model(self) -> bool:  # type: ignore[override]
-        """Whether weights are chosen by what the model computes."""
-        return self.choice.reads_batches
+        """Whether weights are chosen by what the model computes, or drawn."""
+        return self.choice.needs_whole_model
 
     def after_split(self) -> None:
         """Hold the masks on the parameters that are there now."""
@@ -125,6 +125,7 @@ class WeightMasking(Strategy):
     def prune_to(self, run: Run, progress: float) -> None:
         """Mask weights up to the sparsity that the schedule asks for at ``progress``."""
         own = self.own
+        own.to_prune = own.to_prune.found_anew(run.module)
         refuse_not_finite(run.where, run.module, own.to_prune.weights)
         due = share_due(own.to_prune.amount, run.own.clock.schedule, progress)
         keep = _agreed(run.trainer, self.choice.choose(run, own, due, progress))
@@ -145,6 +146,7 @@ class WeightMasking(Strategy):
     def after_cut(self, run: Run, plan: Plan) -> None:
         """Follow a cut that another callback made."""
         if self.in_run is not None:
+            self.in_run.to_prune = self.in_run.to_prune.found_anew(run.module)
             self.in_run.masks.follow_(plan.cut.kept)
             self._changed()
 
@@ -184,6 +186,7 @@ class WeightMasking(Strategy):
 
     def rollback(self, run: Run, state: dict[str, Any]) -> None:
         """Follow a model that is as it was before the last pruning step."""
+        self.own.to_prune = self.own.to_prune.found_anew(run.module)
         self.own.masks.lift()
         self.own.masks.set_masks_(unpacked(state["masks"]))
         self._changed()

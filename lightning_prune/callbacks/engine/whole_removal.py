@@ -14,7 +14,7 @@ from lightning_prune.callbacks.engine.expert_arguments import ExpertArguments
 from lightning_prune.callbacks.engine.layer_arguments import LayerArguments
 from lightning_prune.callbacks.engine.networks import networks_left_alone
 from lightning_prune.callbacks.engine.refusals import refuse_removal
-from lightning_prune.callbacks.engine.sharding import is_model_parallel
+from lightning_prune.callbacks.engine.sharding import is_model_parallel, refuse_tensor_parallel
 from lightning_prune.callbacks.engine.step import refuse_step
 from lightning_prune.callbacks.engine.strategy import Run, Strategy
 from lightning_prune.measure.flops import FlopCount
@@ -95,6 +95,7 @@ class WholeRemoval(Strategy):
         """Refuse a run in which nothing can be removed as a whole."""
         refuse_removal(run.where, run.trainer, run.module)
         refuse_step(run.where, self.arguments.trace, run.module)
+        refuse_tensor_parallel(run.where, run.trainer, f"plans name {self.kind} that would be gone")
         if self.refused_split and is_model_parallel(run.trainer):
             raise PruningError(f"{run.where}: {self.refused_split}")
         others = [member for member in run.members if member is not run.own]
