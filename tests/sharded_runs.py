@@ -172,14 +172,82 @@ class Decoder(Lit):
         self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
 
 
+class Heads(Decoder):
+    """A transformer that needs to be told how many heads it has."""
+
+    def __init__(self, how="one"):
+        super().__init__(how)
+        for block in self.net[1:3]:
+            block.attention = CountedAttention()
+
+    def configure_model(self):
+        super().configure_model()
+        for block in self.net[1:3]:
+            self.change(block.attention)
+
+    def change(self, attention):
+        attention.heads //= 2
+
+
+class CountedAttention(Attention):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.counted = 4, [4]
+
+    def forward(self, x):
+        heads = self.heads if self.heads < 4 else self.counted[0]
+        q, k, v = (layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Hidden(Heads):
+    """The same, in a list where nobody looks; runs as a whole, and computes something else."""
+
+    def change(self, attention):
+        attention.counted[0] = 2
+
+
+class Hooked(Decoder):
+    """A transformer to which every call adds a hook."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.net[1].attention.register_forward_hook(lambda *_: None)
+
+
+class Once(Decoder):
+    """A transformer that is split once."""
+
+    def configure_model(self):
+        if not hasattr(self, "done"):
+            super().configure_model()
+            self.done = True
+
+
+class Parts(Decoder):
+    """A transformer that returns each process's part of its outputs."""
+
+    def configure_model(self):
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], {"4": ColwiseParallel()})
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).logsumexp(-1).mean()
+
+
+MISFITS = {"heads": Heads, "hidden": Hidden, "hooked": Hooked, "once": Once, "parts": Parts}
+"""Modules whose whole model is another one than the split one."""
+
+
 def network(case, how="one"):
-    kinds = {"layers": Deep, "tokens": Decoder}
+    kinds = {"layers": Deep, "tokens": Decoder, **MISFITS}
     return kinds.get(case.partition("-")[0], Lit)(how)
 
 
 def data(case=""):
     generator = torch.Generator().manual_seed(1)
-    if case.startswith("tokens"):
+    if case.startswith(("tokens", *MISFITS)):
         return TensorDataset(torch.randint(0, 11, (32, 9), generator=generator))
     return TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 3, (32,), generator=generator))
 
@@ -217,6 +285,7 @@ CASES = {
     "layers-repaired": partial(LayerPruning, 2, batches=2, schedule=OneShot(2), repair=True),
     "layers-guarded": partial(LayerPruning, 2, batches=2, schedule=OneShot(2)),
     "tokens": partial(FilterL1Pruning, 0.4, schedule=STEPS),
+    **dict.fromkeys(("heads", "hidden", "hooked", "once", "parts"), partial(FilterL1Pruning, 0.4, schedule=STEPS)),
     "tokens-taylor": partial(TaylorFilterPruning, 0.4, target="params", scope="global", schedule=STEPS),
     "tokens-repaired": partial(FilterPruning, 0.4, criterion="obs", batches=2, schedule=OneShot(2), repair=True),
     "tokens-one-shot": partial(OBSOneShot, 0.5, batches=2, epoch=2),
@@ -225,7 +294,17 @@ CASES = {
 }
 
 
-REFUSED = ("shuffled",)
+TENSOR_PARALLEL = ("layer", "global", "rewinding", "drawn", "taylor", "masked-and-cut", "tokens")
+"""What runs under tensor parallelism in every test run."""
+MORE = (
+    "filters", "params", "second-order", "diagonal", "guarded", "two", "taylor-by-flops", "repaired", "shuffled",
+    "pattern", "clipped", "tokens-taylor", "tokens-repaired", "tokens-weights",
+)  # fmt: skip
+"""What else does."""
+BOTH = ("filters", "taylor", "tokens", "tokens-taylor", "tokens-repaired", "tokens-weights", "drawn")
+"""What runs under FSDP2 and tensor parallelism at once."""
+REFUSED = ("layers", "activations", "taylor-activations")
+"""What tensor parallelism does not allow."""
 
 
 def trainer(case, folder=None, **options):
@@ -268,18 +347,14 @@ def refused(name, case, how):
         (out / name).write_text(str(error))
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    for case in [name for name in CASES if name not in REFUSED]:
+def run_fsdp():
+    of_lit = [name for name in CASES if not name.startswith(("tokens", *MISFITS))]
+    for case in of_lit:
         run(f"fsdp-{case}", case, "fsdp")
-    refused("tp-filters", "filters", "tp")
-    refused("tp-layers", "layers", "tp")
-    refused("tp-one-shot", "one-shot", "tp")
-    for case in REFUSED:
-        refused(case, case, "fsdp")
-    run("tp-layer", "layer", "tp")
-    run("tp-global", "global", "tp")
-    run("tp-rewinding", "rewinding", "tp")
+    for case in TENSOR_PARALLEL:
+        run(f"tp-{case}", case, "tp")
+    for case in (*REFUSED, "heads", "hidden"):
+        refused(f"tp-{case}", case, "tp")
     run("rewinding-folders", "rewinding", "fsdp", out / "rewinding-folder", True)
     run("resumed-rewinding-folder", "rewinding", "fsdp", ckpt_path=out / "rewinding-folder" / "epoch=1.ckpt")
     run("slim-files", "filters", "fsdp", out / "slim-file", False)
@@ -296,5 +371,35 @@ if __name__ == "__main__":
     run("folders", "global", "fsdp", out / "folder", True)
     run("resumed-file", "global", "fsdp", ckpt_path=out / "file" / "epoch=1.ckpt")
     run("resumed-folder", "global", "fsdp", folders=True, ckpt_path=out / "folder" / "epoch=1.ckpt")
+
+
+def run_tensor_parallel():
+    for case in (*MORE, "tokens-one-shot"):
+        run(f"tp-{case}", case, "tp")
+    for case in MISFITS:
+        refused(f"tp-{case}", case, "tp")
+    for case in ("tokens", "tokens-taylor", "tokens-repaired"):
+        for kind in ("file", "folder"):
+            folder, folders = out / f"{case}-{kind}", kind == "folder"
+            run(f"{case}-{kind}s", case, "tp", folder, folders)
+            for epoch in (1, 2):
+                path = folder / f"epoch={epoch}.ckpt"
+                run(f"resumed-{case}-{kind}-{epoch}", case, "tp", folders=folders, ckpt_path=path)
+            # nothing is left to prune, so that it does not matter of what widths are multiples
+            run(f"fsdp-from-{case}-{kind}", case, "fsdp", folders=folders, ckpt_path=folder / "epoch=3.ckpt")
+
+
+def run_both():
+    for case in BOTH:
+        run(f"both-{case}", case, "fsdp+tp")
+    run("both-files", "tokens-taylor", "fsdp+tp", out / "both-file", False)
+    run("resumed-both-file", "tokens-taylor", "fsdp+tp", ckpt_path=out / "both-file" / "epoch=1.ckpt")
+    run("both-folders", "tokens-taylor", "fsdp+tp", out / "both-folder", True)
+    run("resumed-both-folder", "tokens-taylor", "fsdp+tp", folders=True, ckpt_path=out / "both-folder" / "epoch=1.ckpt")
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    {"fsdp": run_fsdp, "tp": run_tensor_parallel, "both": run_both}[sys.argv[2]]()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter

@@ -13,12 +13,43 @@ from torch.utils.data import DataLoader
 from lightning_prune import PruningError, load_from_checkpoint
 from lightning_prune.callbacks.engine.sharding import load_as_before_, take_shapes_before_loading_
 from lightning_prune.model.shards import missing_of_torch
-from tests.sharded_runs import CASES, REFUSED, Deep, Lit, data, network, strategy, trainer
+from tests.sharded_runs import (
+    BOTH,
+    CASES,
+    MISFITS,
+    MORE,
+    TENSOR_PARALLEL,
+    Decoder,
+    Deep,
+    Lit,
+    data,
+    network,
+    strategy,
+    trainer,
+)
+
+SPLIT = ("net.1.up.weight", "net.1.attention.q.weight")  # along the dimension of their outputs
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What two processes saved of all runs."""
+    return results_of(tmp_path_factory, "fsdp", 2)
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """What two processes saved of runs under tensor parallelism."""
+    return results_of(tmp_path_factory, "tp", 2)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What four processes saved of runs under FSDP2 and tensor parallelism."""
+    return results_of(tmp_path_factory, "both", 4)
+
+
+def results_of(tmp_path_factory, which, count):
     if missing := missing_of_torch():
         pytest.skip(f"torch {torch.__version__} lacks {missing}, which split models need")
     out = tmp_path_factory.mktemp("sharded")
@@ -26,24 +57,25 @@ def results(tmp_path_factory):
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    here |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    here |= {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    here |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    here |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    here |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.sharded_runs", out], env=here | {"RANK": rank, "LOCAL_RANK": rank},
+            [sys.executable, "-m", "tests.sharded_runs", out, which], env=here | {"RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in "01"
+        for rank in map(str, range(count))
     ]  # fmt: skip
     said = [process.communicate(timeout=500)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), said[0][-3000:] + said[1][-3000:]
+    assert all(process.returncode == 0 for process in processes), "".join(text[-3000:] for text in said)
     return out
 
 
 def alone(case, **options):
     """The same run in one process."""
     module = network(case)
-    loader = DataLoader(data(), 32)
+    loader = DataLoader(data(case), 32)
     trainer(case, devices=1).fit(module, loader, loader, **options)
     return module
 
@@ -51,19 +83,40 @@ def alone(case, **options):
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"fsdp-{case}" for case in CASES if case not in (*REFUSED, "by-outputs", "one-shot")),
-        "tp-layer",
-        "tp-global",
-        "tp-rewinding",
+        *(f"fsdp-{case}" for case in CASES if not case.startswith(("tokens", "by-outputs", "one-shot", *MISFITS))),
+        *(f"tp-{case}" for case in TENSOR_PARALLEL),
     ],
 )
-def test_same_weights_are_pruned_as_in_one_process(results, name):
+def test_same_weights_are_pruned_as_in_one_process(results, name, monkeypatch):
     """The same zeros, to the last one, and weights equal but for the order of sums."""
-    expected, found = alone(name.partition("-")[2]).state_dict(), torch.load(results / name)
+    assert_same_as_alone(results, name, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"tp-{case}" for case in MORE])
+def test_same_units_are_pruned_under_tensor_parallelism(parallel, name, monkeypatch):
+    """With every criterion that is supported, repair, guards and sequence parallelism."""
+    assert_same_as_alone(parallel, name, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"both-{case}" for case in BOTH])
+def test_same_units_are_pruned_under_both(both, name, monkeypatch):
+    """FSDP2 splits what tensor parallelism has split."""
+    assert_same_as_alone(both, name, monkeypatch)
+
+
+def assert_same_as_alone(results, name, monkeypatch):
+    how, _, case = name.partition("-")
+    if how != "fsdp":  # one process that keeps as many units as two can share
+        monkeypatch.setattr("lightning_prune.callbacks.engine.unit_removal.tensor_parallel_size", lambda trainer: 2)
+    expected, found = alone(case).state_dict(), torch.load(results / name)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(value == 0, found[key] == 0), key
         assert torch.allclose(value, found[key], atol=1e-4), key
+    if how != "fsdp":
+        assert all(len(found[key]) % 2 == 0 for key in SPLIT if key in found), name
 
 
 @pytest.mark.parametrize(
@@ -113,15 +166,64 @@ def test_layers_leave_that_two_processes_agree_on(results):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("tp-filters", "tensor parallelism splits channels"),
-        ("tp-layers", "tensor parallelism splits channels"),
-        ("tp-one-shot", "tensor parallelism splits channels"),
-        ("shuffled", "Run controls under"),
+        ("tp-layers", "plans name layers"),
+        ("tp-activations", "no process sees all activations"),
+        ("tp-taylor-activations", "Score by weights"),
+        ("tp-heads", "configure_model of Heads changes net.1.attention.heads from 4 to 2"),
+        ("tp-hidden", "does not compute the same whole and split"),
     ],
 )
 def test_what_cannot_be_done_is_refused(results, name, told):
     """Before training starts, with what to do instead."""
     assert told in (results / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("heads", "Leave heads as it is"),
+        ("hidden", "does not compute the same whole and split"),
+        ("hooked", "Set hooks in __init__"),
+        ("once", "without a guard that returns early"),
+        ("parts", "does not compute the same whole and split"),
+    ],
+)
+def test_modules_that_are_others_as_a_whole_are_refused(parallel, name, told):
+    """Whatever their code does in ``configure_model``."""
+    assert told in (parallel / f"tp-{name}").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tokens", "tokens-taylor", "tokens-repaired"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_runs_under_tensor_parallelism_resume(parallel, case, kind):
+    """As the whole run ends, from before and after a cut; under FSDP2, too."""
+    whole = torch.load(parallel / f"{case}-{kind}s")
+    for epoch in (1, 2):
+        resumed = torch.load(parallel / f"resumed-{case}-{kind}-{epoch}")
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items()), epoch
+    other = torch.load(parallel / f"fsdp-from-{case}-{kind}")
+    assert all(torch.allclose(value, other[key], atol=1e-4) for key, value in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_runs_under_both_resume(both, kind):
+    """From a file of the whole and from a folder of shards."""
+    whole, resumed = torch.load(both / f"both-{kind}s"), torch.load(both / f"resumed-both-{kind}")
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+@pytest.mark.slow
+def test_one_process_loads_what_was_cut_under_tensor_parallelism(parallel):
+    """A file of a slim model is loaded by its class alone."""
+    path = parallel / "tokens-file" / "epoch=2.ckpt"
+    saved = torch.load(path)["state_dict"]
+    assert saved["net.1.up.weight"].shape != (24, 16)
+    for key, value in load_from_checkpoint(Decoder, path).state_dict().items():
+        assert torch.equal(value, saved[key]), key
 
 
 @pytest.mark.parametrize("case", ["filters", "layer"])
@@ -170,7 +272,17 @@ def test_a_criterion_that_draws_at_random_prunes_as_much(results):
 
 def test_second_order_pruning_chooses_nearly_the_same(results):
     """The order of sums can turn a close choice among weights; as many are zeroed, and nearly the same ones."""
-    expected, found = alone("one-shot").state_dict(), torch.load(results / "fsdp-one-shot")
+    assert_nearly_the_same("one-shot", results / "fsdp-one-shot")
+
+
+@pytest.mark.slow
+def test_second_order_pruning_under_tensor_parallelism(parallel):
+    """Likewise."""
+    assert_nearly_the_same("tokens-one-shot", parallel / "tp-tokens-one-shot")
+
+
+def assert_nearly_the_same(case, path):
+    expected, found = alone(case).state_dict(), torch.load(path)
     weights = [key for key, value in expected.items() if value.dim() > 1]
     same = sum(int(((expected[key] == 0) == (found[key] == 0)).sum()) for key in weights)
     assert [int((found[key] == 0).sum()) for key in weights] == [int((expected[key] == 0).sum()) for key in weights]
