@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from torch.utils.data import DataLoader
 
 from lightning_prune import PruningError, load_from_checkpoint
 from lightning_prune.callbacks.engine.sharding import load_as_before_, take_shapes_before_loading_
-from lightning_prune.model.shards import missing_of_torch
+from lightning_prune.measure.footprint import Footprint
+from lightning_prune.model.shards import missing_of_torch, undo_parallelize_module_
+from lightning_prune.pruning.budget import Budget, Dense
+from lightning_prune.surgery import find_groups
 from tests.sharded_runs import (
     BOTH,
     CASES,
@@ -287,3 +291,47 @@ def assert_nearly_the_same(case, path):
     same = sum(int(((expected[key] == 0) == (found[key] == 0)).sum()) for key in weights)
     assert [int((found[key] == 0).sum()) for key in weights] == [int((expected[key] == 0).sum()) for key in weights]
     assert same >= 0.95 * sum(expected[key].numel() for key in weights)
+
+
+@pytest.mark.parametrize(("round_to", "parts"), [(1, 2), (4, 3), (3, 2), (8, 4)])
+def test_units_are_shared_evenly_by_processes(round_to, parts):
+    """Numbers of units are multiples of the processes, also of heads; numbers of channels are those of ``round_to``."""
+    net = network("tokens")
+    structure = find_groups(net, torch.zeros(1, 5, dtype=torch.long))
+    dense = Dense({name: group.width for name, group in structure.groups.items()}, Footprint(1, 1))
+    blocks, least = Budget(round_to=round_to, parts=parts).blocks_and_least(structure, dense)
+    assert {structure.groups[name].channels for name in least} == {1, 4}  # heads among them
+    for block in blocks:
+        for name, widths in zip(block.members, block.widths.T, strict=True):
+            group = structure.groups[name]
+            fewer = widths[widths < group.width]
+            assert (fewer % parts == 0).all()
+            assert (fewer * group.channels % round_to == 0).all()
+
+
+def test_hooks_of_tensor_parallelism_alone_are_taken_off():
+    """Others stay, and are named where they ran behind one of these, so that they can go there again."""
+    from torch.distributed.tensor import distribute_module
+
+    with one_process() as mesh:
+        net = torch.nn.Linear(2, 2)
+        first = net.register_forward_hook(lambda *_: None)
+        between = {"input_fn": lambda module, inputs, mesh: inputs, "output_fn": lambda module, outputs, mesh: outputs}
+        distribute_module(net, mesh, **between)
+        last = net.register_forward_hook(lambda *_: None, always_call=True)
+        later = undo_parallelize_module_(net)
+        assert list(net._forward_hooks) == [first.id, last.id]
+        assert not net._forward_pre_hooks
+        assert [key for _, key in later] == [last.id]
+        distribute_module(net, mesh)  # torch refuses a second call on what it knows
+
+
+@contextmanager
+def one_process():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
