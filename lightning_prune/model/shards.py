@@ -71,10 +71,11 @@ def gradient_part(gradient: Tensor, parameter: Tensor) -> Tensor:
     Under sequence parallelism the gradient of a parameter that every process holds is a sum that is still to be taken.
     All processes must call this together.
     """
-    if not (is_sharded(gradient) and is_sharded(parameter)):
-        return own_part(gradient)
-    split, like = gradient.detach(), parameter
-    return own_part(split.redistribute(like.device_mesh, like.placements))  # type: ignore[attr-defined]
+    split: Any = gradient.detach()
+    like: Any = parameter
+    if not is_sharded(split) or not is_sharded(like) or split.placements == like.placements:
+        return own_part(split)
+    return own_part(split.redistribute(like.device_mesh, like.placements))
 
 
 def split_like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def undo_fully_shard_(model: nn.Module) -> None:
 
 
 def undo_parallelize_module_(model: nn.Module) -> list[tuple[Hooks, int]]:
-    """Take off every module the hooks by which torch splits and gathers activations; buffers are whole afterwards.
+    """Remove from every module the hooks by which torch splits and gathers activations; make buffers whole.
 
     These hooks are functions of torch's own files, also where ``distribute_module`` sets them for others.
 

@@ -70,12 +70,7 @@ def refuse_tensor_parallel(where: str, trainer: Trainer, why: str, instead: str 
 
 
 def refuse_changed_numbers(where: str, pl_module: LightningModule, changed: Mapping[tuple[str, str], int]) -> None:
-    """Refuse a ``configure_model`` that leaves numbers of one process's part on modules.
-
-    Args:
-        where: The callback, for errors.
-        pl_module: The module.
-        changed: Path and name of attributes that it changed, and what they were.
+    """Refuse a ``configure_model`` that changed attributes, given by path and name with what they were.
 
     Raises:
         PruningError: Naming the first of them.
