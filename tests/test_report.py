@@ -24,7 +24,7 @@ from lightning_prune import (
 )
 from lightning_prune.algorithms.schedules import FewUnits
 from lightning_prune.callbacks.engine import reporting
-from lightning_prune.reports import History, LayerChange, LayerCost, draw_run, headline, run_tables
+from lightning_prune.reports import Decision, History, LayerChange, LayerCost, draw_run, headline, run_tables
 from lightning_prune.reports.run_files import run_page
 from lightning_prune.reports.run_summary import main_metric, stages, staying, still_learning
 from tests import runs
@@ -421,6 +421,18 @@ def test_the_headline_says_what_the_dense_model_scored():
     taken_back.note_metrics(0, 2, {"acc": 0.85})
     for nothing_pruned, value in [(history(0.9), 0.9), (taken_back, 0.85)]:
         assert headline(nothing_pruned) == [f"acc: {value}; nothing of the model is pruned."]
+
+
+def test_a_step_rolled_back_at_the_end_leaves_the_metric_of_before():
+    """The weights are those that were validated before the step, so the headline tells their metric."""
+    history = History()
+    for step, (kept, value) in enumerate([(1.0, 0.9), (0.6, 0.85), (0.4, 0.3), (0.6, None)]):
+        history.note_left(0, step, {"prune/flops_kept": kept})
+        if value is not None:
+            history.note_metrics(0, step, {"acc": value})
+    assert headline(history) == []  # whatever else made it larger again was not validated
+    history.decisions.append(Decision(0, 3, False, "acc 0.3"))
+    assert headline(history) == ["acc: 0.9 dense, 0.85 pruned, difference -0.05."]
 
 
 def test_what_a_guard_decided_is_in_the_history(tmp_path):

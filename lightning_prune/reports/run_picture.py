@@ -121,7 +121,7 @@ def _draw_decisions(axes: Any, history: History, values: Mapping[int, float]) ->
         if steps:
             heights = [values[step] for step in steps]
             axes.plot(steps, heights, marker, color=colour, markersize=7, label=f"guard: {label}")
-            axes.legend(loc="lower right", fontsize=8, frameon=False)
+            axes.legend(loc="best", fontsize=8, frameon=False)
 
 
 def _draw_kept(axes: Any, history: History) -> None:

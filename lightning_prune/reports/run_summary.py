@@ -92,6 +92,11 @@ def metric_of_dense_and_pruned(history: History) -> str:
     if name is None:
         return ""
     values = [stage.last.get(name) for stage in found]
+    if values[-1] is None and history.decisions and not history.decisions[-1].kept:
+        # A guard rolled the last step back when training ended: the model is that of the stage before it again.
+        values[-1] = next(
+            (stage.last.get(name) for stage in reversed(found[:-1]) if stage.left == found[-1].left), None
+        )
     if values[-1] is None:
         return ""
     if _is_whole(history):

@@ -131,7 +131,7 @@ def _decision_table(history: History) -> Table:
     table.add_column("pruning step")
     table.add_column("because", overflow="fold")
     for decision in history.decisions:
-        done = "kept" if decision.kept else "taken back"
+        done = "kept" if decision.kept else "rolled back"
         table.add_row(str(decision.epoch), str(decision.step), done, Text(decision.why))
     return table
 
