@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import FilterL1Pruning, TaylorFilterPruning, load_from_checkpoint, slim_loading
+from lightning_prune import FilterL1Pruning, PruningError, TaylorFilterPruning, load_from_checkpoint, slim_loading
 from tests.newer_lightning import reading
-from tests.runs import trainer
+from tests.runs import Net, fit, net, trainer
 
 
 class Sized(pl.LightningModule):
@@ -89,3 +89,26 @@ def test_a_checkpoint_of_weights_alone_builds_the_module_as_it_was_built(made, t
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     with slim_loading(), pytest.warns(UserWarning, match="width=11 instead of 16.*load_from_checkpoint"):
         type(module).load_from_checkpoint(path)  # the class's own loader calls the constructor with what is there
+
+
+class Activated(Net):
+    """Takes a class among its hyperparameters."""
+
+    def __init__(self, kind=torch.nn.ReLU):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_that_are_objects_need_trust(tmp_path):
+    """A checkpoint with a class among its hyperparameters is refused with what to pass, and loads with that."""
+    module = net(Activated)
+    fit(module, FilterL1Pruning(0.5, report=False)).save_checkpoint(tmp_path / "with.ckpt")
+    if trusting := reading(weights_only=False):
+        with pytest.raises(
+            PruningError, match=r"Pass weights_only=False .*GLOBAL torch\.nn\.modules\.activation\.ReLU$"
+        ):
+            load_from_checkpoint(Activated, tmp_path / "with.ckpt")
+    with pytest.raises(PruningError, match="is a folder"):
+        load_from_checkpoint(Activated, tmp_path)
+    slim = load_from_checkpoint(Activated, tmp_path / "with.ckpt", **trusting)
+    assert slim.first.out_channels == module.first.out_channels == 4

@@ -408,7 +408,18 @@ class Aside(optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize(("kind", "told"), [(Quantized, "'bytes' of shape .* AdamW"), (Aside, "in 'momenta'")])
+class Slow(optim.SGD):
+    """Keeps slow weights in a list for each group, as Lookahead does."""
+
+    def step(self, closure=None):
+        self.slow = [[parameter.detach().clone() for parameter in group["params"]] for group in self.param_groups]
+        self.state["steps"] = 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [(Quantized, "'bytes' of shape .* AdamW"), (Aside, "in 'momenta'"), (Slow, "in 'slow'")]
+)
 def test_state_that_cannot_follow_is_refused_at_the_first_step(kind, told):
     """In a run, not an epoch later when the first cut falls due."""
     module = net(Net)

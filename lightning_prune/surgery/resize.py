@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -189,17 +190,27 @@ def refuse_state_aside(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         shapes = {id(parameter): parameter.shape for parameter in group["params"] if parameter.numel() > 1}
         for name, value in (own | {key: value for key, value in group.items() if key != "params"}).items():
-            if isinstance(value, dict):
-                pairs = [(key if isinstance(key, int) else id(key), tensor) for key, tensor in value.items()]
-            elif isinstance(value, list | tuple) and len(value) == len(group["params"]):
-                pairs = list(zip(map(id, group["params"]), value, strict=True))
-            else:
-                continue
+            pairs = chain.from_iterable(_pairs(table, group["params"]) for table in (value, *_inner(value)))
             if any(isinstance(t, Tensor) and id(t) not in shapes and shapes.get(key) == t.shape for key, t in pairs):
                 raise PruningError(
                     f"{type(optimizer).__name__} keeps tensors for its parameters in {name!r}, where they cannot be "
                     "cut. Keep them in optimizer.state[parameter], or prune before the optimizer is made."
                 )
+
+
+def _pairs(table: Any, parameters: list[nn.Parameter]) -> list[tuple[int, Any]]:
+    """Return what a container holds, each beside the id of the parameter that it may belong to."""
+    if isinstance(table, dict):
+        return [(key if isinstance(key, int) else id(key), tensor) for key, tensor in table.items()]
+    if isinstance(table, list | tuple) and len(table) == len(parameters):
+        return list(zip(map(id, parameters), table, strict=True))
+    return []
+
+
+def _inner(table: Any) -> list[Any]:
+    """Return the containers in a container, such as those of each group."""
+    values = table.values() if isinstance(table, dict) else table if isinstance(table, list | tuple) else ()
+    return [value for value in values if isinstance(value, dict | list | tuple)]
 
 
 def _set_data(parameter: nn.Parameter, new: Tensor) -> None:

@@ -51,7 +51,14 @@ def load_from_checkpoint(module_class: type[_Module], checkpoint_path: str | Pat
         if isinstance(error, RuntimeError) and "loading state_dict" in str(error):  # torch's words
             raise PruningError(f"load_from_checkpoint: {checkpoint_path} is of another class. {error}") from error
         if isinstance(error, pickle.UnpicklingError):
-            raise PruningError(f"load_from_checkpoint: {checkpoint_path} cannot be read. {error}") from error
+            told, wrong = f"load_from_checkpoint: {checkpoint_path} cannot be read", str(error)
+            if "Unsupported" in wrong:  # torch's word for what weights_only keeps out
+                wrong = wrong.partition("WeightsUnpickler error: ")[2].partition(" was not")[0]
+                told += (
+                    ": it holds objects, such as hyperparameters that are no plain values. Pass weights_only=False if"
+                )
+                told += " you trust the file, or leave them out by save_hyperparameters(ignore=[...])"
+            raise PruningError(f"{told}. {wrong}") from error
         raise
 
 
@@ -99,6 +106,8 @@ def _built_with(path: Path, trusted: bool) -> dict[str, Any]:
 
 def _wrong_with(path: Path) -> str | None:
     """Return what is wrong with a file that is no checkpoint; None for one that is, or that lies elsewhere."""
+    if path.is_dir():
+        return "is a folder"
     if not path.is_file():
         return None
     if not zipfile.is_zipfile(path):
