@@ -1,8 +1,8 @@
 """Cuts trained CIFAR-10 ResNets to half their FLOPs at once by several criteria, fine-tunes all alike, and compares.
 
     python -m benchmarks.half_flops --data ../data --depth 20 --seeds 3      # needs torch-pruning for the comparison
-    python -m benchmarks.half_flops --data ../data --seeds 1 --epochs 4 --train-parts 10 --anneal --finalists \
-        --out half_flops-20-long.json                                        # all training images, four times
+    python -m benchmarks.half_flops --data ../data --seeds 2 --leaders 1 --epochs 10 --train-parts 10 --anneal \
+        --finalists --out half_flops-20-ten.json                             # all training images, ten times
 
 Every run is written into ``half_flops-<depth>.json`` beside this file when it ends; what stands there is not run again.
 """

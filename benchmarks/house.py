@@ -45,7 +45,7 @@ LIMITS = {
     "writes to another object's private attributes": 5,
     "docstrings that begin with Tell, Let, Give, Take, Do": 0,
     "public names": 30,
-    "lines": 42_500,
+    "lines": 43_000,
 }
 AT_LEAST = {"comment lines": 23}
 IMPORT = """
