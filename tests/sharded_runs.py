@@ -192,19 +192,26 @@ class Heads(Decoder):
 class CountedAttention(Attention):
     def __init__(self):
         super().__init__()
-        self.heads, self.counted = 4, [4]
+        self.heads, self.counted, self.told = 4, [4], lambda: 4
 
     def forward(self, x):
-        heads = self.heads if self.heads < 4 else self.counted[0]
+        heads = min(self.heads, self.counted[0], self.told())
         q, k, v = (layer(x).unflatten(-1, (heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Hidden(Heads):
-    """The same, in a list where nobody looks; runs as a whole, and computes something else."""
+class Listed(Heads):
+    """The same, in a list; runs as a whole, and computes something else."""
 
     def change(self, attention):
         attention.counted[0] = 2
+
+
+class Hidden(Heads):
+    """The same, in a function, where nobody looks."""
+
+    def change(self, attention):
+        attention.told = lambda: 2
 
 
 class Hooked(Decoder):
@@ -236,7 +243,7 @@ class Parts(Decoder):
         return self(batch[0]).logsumexp(-1).mean()
 
 
-MISFITS = {"heads": Heads, "hidden": Hidden, "hooked": Hooked, "once": Once, "parts": Parts}
+MISFITS = {"heads": Heads, "hidden": Hidden, "listed": Listed, "hooked": Hooked, "once": Once, "parts": Parts}
 """Modules whose whole model is another one than the split one."""
 
 
@@ -285,7 +292,9 @@ CASES = {
     "layers-repaired": partial(LayerPruning, 2, batches=2, schedule=OneShot(2), repair=True),
     "layers-guarded": partial(LayerPruning, 2, batches=2, schedule=OneShot(2)),
     "tokens": partial(FilterL1Pruning, 0.4, schedule=STEPS),
-    **dict.fromkeys(("heads", "hidden", "hooked", "once", "parts"), partial(FilterL1Pruning, 0.4, schedule=STEPS)),
+    **dict.fromkeys(
+        ("heads", "listed", "hidden", "hooked", "once", "parts"), partial(FilterL1Pruning, 0.4, schedule=STEPS)
+    ),
     "tokens-taylor": partial(TaylorFilterPruning, 0.4, target="params", scope="global", schedule=STEPS),
     "tokens-repaired": partial(FilterPruning, 0.4, criterion="obs", batches=2, schedule=OneShot(2), repair=True),
     "tokens-one-shot": partial(OBSOneShot, 0.5, batches=2, epoch=2),
@@ -353,7 +362,7 @@ def run_fsdp():
         run(f"fsdp-{case}", case, "fsdp")
     for case in TENSOR_PARALLEL:
         run(f"tp-{case}", case, "tp")
-    for case in (*REFUSED, "heads", "hidden"):
+    for case in (*REFUSED, "heads", "listed", "hidden"):
         refused(f"tp-{case}", case, "tp")
     run("rewinding-folders", "rewinding", "fsdp", out / "rewinding-folder", True)
     run("resumed-rewinding-folder", "rewinding", "fsdp", ckpt_path=out / "rewinding-folder" / "epoch=1.ckpt")

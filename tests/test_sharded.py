@@ -174,6 +174,7 @@ def test_layers_leave_that_two_processes_agree_on(results):
         ("tp-activations", "no process sees all activations"),
         ("tp-taylor-activations", "Score by weights"),
         ("tp-heads", "configure_model of Heads changes net.1.attention.heads from 4 to 2"),
+        ("tp-listed", "configure_model of Listed changes net.1.attention.counted[0] from 4 to 2"),
         ("tp-hidden", "does not compute the same whole and split"),
     ],
 )
@@ -187,6 +188,7 @@ def test_what_cannot_be_done_is_refused(results, name, told):
     ("name", "told"),
     [
         ("heads", "Leave heads as it is"),
+        ("listed", "Leave counted[0] as it is"),
         ("hidden", "does not compute the same whole and split"),
         ("hooked", "Set hooks in __init__"),
         ("once", "without a guard that returns early"),

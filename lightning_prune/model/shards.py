@@ -21,6 +21,10 @@ __all__ = [
     "whole_numbers",
 ]  # fmt: skip
 
+_DEPTH, _MOST = 3, 1000  # containers in which numbers are looked for: how deep, and of how many entries
+_OF_TORCH = frozenset(vars(nn.Module()))
+_BIG = ("torch", "lightning", "pytorch_lightning", "torchmetrics")  # packages whose objects are no configs
+
 Hooks = OrderedDict[int, Any]
 """Hooks of a module, by their key."""
 
@@ -199,13 +203,28 @@ def undo_parallelize_module_(model: nn.Module) -> list[tuple[Hooks, int]]:
 
 
 def whole_numbers(model: nn.Module) -> dict[tuple[str, str], int]:
-    """Return the whole numbers that modules hold as attributes, by path and name."""
-    return {
-        (path, name): value
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if type(value) is int
-    }
+    """Return the whole numbers that modules hold as attributes, in containers and configs too, by path and name."""
+    found: dict[tuple[str, str], int] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OF_TORCH:
+                found |= {(path, place): number for place, number in _numbers_in(name, value, _DEPTH)}
+    return found
+
+
+def _numbers_in(place: str, value: Any, depth: int) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in a value, each with the expression that leads to it."""
+    if type(value) is int:
+        yield place, value
+    elif not depth or isinstance(value, nn.Module | Tensor):
+        return
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, one in items if len(value) <= _MOST else ():  # longer ones are data
+            yield from _numbers_in(f"{place}[{key!r}]", one, depth - 1)
+    elif type(value).__module__.partition(".")[0] not in _BIG:  # such as a config
+        for name, one in getattr(value, "__dict__", {}).items():
+            yield from _numbers_in(f"{place}.{name}", one, depth - 1)
 
 
 def hook_counts(model: nn.Module) -> dict[int, int]:

@@ -76,7 +76,7 @@ def refuse_changed_numbers(where: str, pl_module: LightningModule, changed: Mapp
         PruningError: Naming the first of them.
     """
     for (path, name), was in changed.items():
-        now = getattr(pl_module.get_submodule(path), name, None)
+        now = whole_numbers(pl_module).get((path, name))
         raise PruningError(
             f"{where}: configure_model of {type(pl_module).__name__} changes {path or 'its module'}.{name} from {was} "
             f"to {now}. A pruning step puts the model together, where it needs the number of all processes, and calls "
