@@ -165,7 +165,9 @@ class Reference(Replay):
         if facts.shows_only or facts.unwritten or made.blank:
             return
         if self._lefts.of(made) or any(self._lefts.of(labels) for labels in ran.taken):
-            why = "its output is no floating point" if out.numel() else EMPTY
+            why = EMPTY if not out.numel() else "its output is no floating point"
+            if out.numel() and (out.is_floating_point() or out.is_complex()):
+                why = "one of both models makes no output of its own there"
             key = f"{facts.packet} in {ran.path or 'the model'}: {why}"
             self.skipped[key] = self.skipped.get(key, 0) + 1
 
