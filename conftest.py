@@ -1,5 +1,7 @@
 """What every test and doctest may take for granted: `torch` and `nn` by name in doctests, the same seed each time."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -13,3 +15,6 @@ def doctest_names(doctest_namespace):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seed_everything leaves them to all processes that start later
+        os.environ.pop(name, None)
