@@ -37,12 +37,14 @@ class Method(NamedTuple):
     """A way to cut; "repaired", what reads the channels that leave is refitted to the images scored, without labels.
 
     ``groups`` says which channels may leave: all, or the inner ones of the blocks alone, as Li et al. prune ResNets.
+    ``taught`` says whether the fine-tuning learns the dense network's answers beside the labels.
     """
 
     library: str
     criterion: str
     scope: str
     groups: str = "all"
+    taught: bool = False
 
 
 METHODS = (
@@ -181,14 +183,14 @@ class Results:
 
 def method_of(run: dict) -> Method:
     """Read what a run was made by."""
-    return Method(*(run[field] for field in Method._fields))
+    return Method(**{field: run[field] for field in Method._fields if field in run})
 
 
 def contenders(runs: list[dict], leaders: int) -> list[Method]:
     """Return the methods that go on to another seed: of each library those that did best with the first."""
     first = sorted((run for run in runs if run["seed"] == 0), key=lambda run: -run["fine_tuned"])
     best = {library: [method_of(run) for run in first if run["library"] == library][:leaders] for library in CUTS}
-    return [method for method in METHODS if method in best[method.library]]
+    return [method for own in best.values() for method in own]
 
 
 def run_all(
@@ -196,7 +198,7 @@ def run_all(
     seeds: int,
     leaders: int,
     cut: Callable[[Method, int], tuple[nn.Module, dict]],
-    tune: Callable[[nn.Module, int], float],
+    tune: Callable[[nn.Module, int, bool], float],
     methods: Sequence[Method] = METHODS,
 ) -> None:
     """Make the runs that are missing, seed by seed: all methods with the first, the leaders with the others."""
@@ -204,7 +206,7 @@ def run_all(
         for method in contenders(results.runs, leaders) if seed else methods:
             if not results.holds(method, seed):
                 slim, figures = cut(method, seed if method.criterion == "random" else 0)
-                results.add(method, seed=seed, **figures, fine_tuned=tune(copy.deepcopy(slim), seed))
+                results.add(method, seed=seed, **figures, fine_tuned=tune(copy.deepcopy(slim), seed, method.taught))
 
 
 def size(model: nn.Module) -> int:
@@ -215,8 +217,9 @@ def size(model: nn.Module) -> int:
 def table(runs: list[dict], title: str) -> Table:
     """Lay out the mean over seeds of every method, the best first."""
     found = Table(title=title, caption="Test accuracy; spread: between the best and the worst seed.")
-    for heading in (*Method._fields, "seeds", "FLOPs left", "params left", "after the cut", "fine-tuned", "spread"):
-        found.add_column(heading, justify="left" if heading in Method._fields else "right")
+    fields = Method._fields
+    for heading in (*fields, "seeds", "FLOPs left", "params left", "after the cut", "fine-tuned", "spread"):
+        found.add_column(heading, justify="left" if heading in fields else "right")
     by_method: dict[Method, list[dict]] = {}
     for run in runs:
         by_method.setdefault(method_of(run), []).append(run)
@@ -226,7 +229,9 @@ def table(runs: list[dict], title: str) -> Table:
         means = [statistics.mean(run[name] for run in by_method[method]) for name in names]
         spread = max(tuned[method]) - min(tuned[method])
         shares = [f"{100 * mean:.2f} %" for mean in means]
-        found.add_row(*method, str(len(tuned[method])), *shares, f"{100 * spread:.2f}")
+        found.add_row(
+            *method[:-1], "yes" if method.taught else "no", str(len(tuned[method])), *shares, f"{100 * spread:.2f}"
+        )
     return found
 
 
@@ -243,6 +248,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--anneal", action="store_true", help="let the learning rate fall to zero along a cosine")
     parser.add_argument("--finalists", action="store_true", help="run only the best two methods of each library")
+    parser.add_argument("--taught", action="store_true", help="fine-tune with the dense network as a teacher")
     parser.add_argument("--out", default=None, help="name of the file, by default half_flops-<depth>.json")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -270,12 +276,13 @@ def main() -> None:
         }
         return slim, left
 
-    def tune(slim: nn.Module, seed: int) -> float:
+    def tune(slim: nn.Module, seed: int, taught: bool) -> float:
         batches = Batches(images, labels, 128, train=True, seed=seed)
-        fit(slim, batches, options.epochs, options.lr, options.anneal)
+        teacher = copy.deepcopy(dense).eval() if taught else None
+        fit(slim, batches, options.epochs, options.lr, options.anneal, teacher)
         return accuracy(slim, test)
 
-    methods = FINALISTS if options.finalists else METHODS
+    methods = [method._replace(taught=options.taught) for method in (FINALISTS if options.finalists else METHODS)]
     run_all(results, options.seeds, options.leaders, cut, tune, methods)
     title = f"ResNet-{options.depth} at half its FLOPs, fine-tuned on {options.epochs * len(images):,} images seen"
     Console(width=120).print(table(results.runs, title))
