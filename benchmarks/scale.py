@@ -254,7 +254,7 @@ ROWS = {
     "weights, global": Row("weights", "million weights", (34, 68, 136, 272, 500), weights("global"), goal=1.05),
     "weights, by layer": Row("weights", "million weights", (34, 68, 136, 272, 500), weights("layer"), goal=1.05),
     "state dict with masks": Row("weights", "million weights", (34, 68, 136, 272, 500), state_dict, goal=1.05),
-    "surgery by width": Row("surgery", "columns and rows", (64, 128, 256, 512, 1024), surgery_by_width, goal=3.1),
+    "surgery by width": Row("surgery", "columns and rows", (64, 128, 256, 512, 1024, 2048), surgery_by_width, goal=3.1),
     "surgery by depth": Row("surgery", "blocks", (2, 4, 8, 16), surgery_by_depth(False), goal=1.1),
     "surgery by depth, in sequence": Row("surgery", "blocks", (2, 4, 8, 16), surgery_by_depth(True), goal=1.1),
     "surgery of Llamas": Row("llamas", "million parameters", (9, 25, 95), surgery_of_llamas),

@@ -112,7 +112,7 @@ def keep_highest(scores: Tensor, count: int) -> Tensor:
     keep = flat > threshold
     # Several scores may equal the threshold. The last of them are kept, as many as are still missing.
     tied = (flat == threshold).nonzero().squeeze(1)
-    missing = count - int(keep.sum())
+    missing = count - int(keep.count_nonzero())
     keep[tied[len(tied) - missing :]] = True
     return keep.view(scores.shape)
 

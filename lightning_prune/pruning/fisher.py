@@ -126,7 +126,7 @@ def prune_fisher(
     alive: dict[str, Tensor] = {}  # where masks hold some of a weight at zero: what stays
     for name in flat.keys() & earlier.keys():
         alive[name] = earlier[name].expand(found.found[name].parameter.shape).flatten()
-    gone = sum(len(stays) - int(stays.sum()) for stays in alive.values())
+    gone = sum(len(stays) - int(stays.count_nonzero()) for stays in alive.values())
     size = sum(map(len, flat.values()))
     counts = _leaving(paths, max(gone, number_to_prune(amount, size)))
     keep = {name: torch.ones_like(values, dtype=torch.bool) for name, values in flat.items()}

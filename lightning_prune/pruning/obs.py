@@ -232,7 +232,7 @@ def plan_obs(model: nn.Module, calibration: Calibration, asked: Asked) -> ObsPla
         for other, tensor in {name: layer.weight, **layer.others}.items():
             tensors[other] = tensor
         masks[name] = layer.keep
-        fits[name] = LayerFit(name, layer.keep.numel(), int(layer.keep.sum()), layer.error)
+        fits[name] = LayerFit(name, layer.keep.numel(), int(layer.keep.count_nonzero()), layer.error)
     masks = {name: masks[name] for name in names}  # in the order in which they run
     return ObsPlan(tensors, masks, tuple(fits[name] for name in names), skipped, _amount_of_each(asked.share))
 
@@ -320,7 +320,7 @@ def _with_earlier(surgery: Surgery, leaving: Leaving) -> Leaving:
     gone = dict.fromkeys(leaving, 0)
     for name in leaving.keys() & surgery.masks.keys():
         mask = surgery.masks[name].expand(surgery.tensors[name].shape)
-        gone[name] = mask.numel() - int(mask.sum())
+        gone[name] = mask.numel() - int(mask.count_nonzero())
     for name, count in leaving.items():
         found[name] = max(count, gone[name]) if isinstance(count, int) else count
     beyond = sum(count for count in found.values() if isinstance(count, int)) - asked

@@ -32,8 +32,7 @@ def alternate(
     Args:
         weights: Rows of weights, ``(groups, rows, columns)``, in any precision.
         hessian: Positive definite, ``(groups, columns, columns)``.
-        choose: From scores, in the shape of ``weights``, to the mask of what is kept; and from whether a mask of about
-            that size will do.
+        choose: From weights to the mask of those that are kept, and from whether a mask of about that size will do.
         rounds: Iterations at most, a multiple of three; it stops when the choice is the same as three rounds before.
 
     Returns:
@@ -54,8 +53,7 @@ def alternate(
     del scaled
     restless, slow, settled = _NARROW_GROWTH if aim.shape[2] <= _WIDE else _WIDE_GROWTH
     rho = before = _FIRST
-    scores = aim.abs()
-    kept = keep = choose(scores, False)
+    kept = keep = choose(aim, False)
     for i in range(rounds):
         if i % 3 == 0:
             solve.factor(rho)
@@ -68,7 +66,7 @@ def alternate(
             torch.add(solve(part[0], wanted), dual, alpha=before / rho, out=own)
         before = rho
         rough = i % 3 < 2
-        keep = choose(torch.abs(aim, out=scores), rough)
+        keep = choose(aim, rough)
         if rough:  # the penalty grows every third round
             continue
         changed = int((keep != kept).count_nonzero()) / (2 * keep.numel())

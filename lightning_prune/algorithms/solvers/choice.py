@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -191,10 +190,19 @@ def _highest(scores: Tensor, leaving: Leaving) -> Tensor:
     return _above(flat, _threshold(flat, leaving), leaving).view_as(scores)
 
 
-def _threshold(flat: Tensor, leaving: int) -> float:
-    """Return the lowest of the scores that are kept if so many of the lowest leave."""
+def _threshold(flat: Tensor, leaving: int, scatters: bool = False) -> float:
+    """Return the lowest of the scores that are kept if so many of the lowest leave.
+
+    Args:
+        flat: Scores, ``(n,)``.
+        leaving: How many leave.
+        scatters: Whether scores may be moved about, so that no copy is needed.
+    """
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        return float(np.partition(flat.numpy(), leaving)[leaving])  # torch takes twenty times as long
+        scores = flat.numpy()
+        parted = scores if scatters else scores.copy()
+        parted.partition(leaving)  # torch takes twenty times as long
+        return float(parted[leaving])
     return float(flat.kthvalue(leaving + 1).values)
 
 
@@ -202,7 +210,7 @@ def _above(flat: Tensor, threshold: float, leaving: int) -> Tensor:
     """Return the mask of the scores that are kept, given their threshold; of equal ones the first are kept."""
     # Like selection.keep_highest, except for the order of ties, and many times faster in a loop.
     keep = flat > threshold
-    missing = len(flat) - leaving - int(keep.sum())
+    missing = len(flat) - leaving - int(keep.count_nonzero())  # a sum would make whole numbers of all entries
     tied = (flat == threshold).nonzero()[:, 0]
     if missing > len(tied):  # NaN compares with nothing
         kept = flat.topk(len(flat) - leaving, sorted=False).indices
@@ -212,20 +220,28 @@ def _above(flat: Tensor, threshold: float, leaving: int) -> Tensor:
 
 
 class _Chooser:
-    """Keeps the highest scores, again and again; by the last threshold where a rough number will do."""
+    """Keeps the weights largest in absolute value, again and again; by the last threshold where a rough number will do.
+
+    Holds one tensor of scores, in the shape of the weights.
+    """
 
     def __init__(self, leaving: Leaving) -> None:
         self.leaving = leaving
         self.threshold: float | None = None
+        self.scores: Tensor | None = None
 
-    def __call__(self, scores: Tensor, rough: bool) -> Tensor:
-        """Return the mask of what is kept, in the shape of the scores."""
+    def __call__(self, weights: Tensor, rough: bool) -> Tensor:
+        """Return the mask of what is kept, in the shape of the weights."""
+        if self.scores is None:
+            self.scores = torch.empty_like(weights)
+        scores = torch.abs(weights, out=self.scores)
         if rough and self.threshold is not None:
             return scores > self.threshold
-        flat = scores.reshape(-1)
-        if isinstance(self.leaving, Pattern) or not 0 < self.leaving < len(flat):
+        if isinstance(self.leaving, Pattern) or not 0 < self.leaving < scores.numel():
             return _highest(scores, self.leaving)
-        self.threshold = _threshold(flat, self.leaving)
+        flat = scores.reshape(-1)
+        self.threshold = _threshold(flat, self.leaving, scatters=True)
+        torch.abs(weights, out=scores)
         return _above(flat, self.threshold, self.leaving).view_as(scores)
 
 
